@@ -1,0 +1,1 @@
+"""What is on disk: checkpoints (read) and bundles (written and read). Specification: README.md."""

@@ -1,0 +1,1 @@
+"""Floating-point checkpoints, read lazily: safetensors folders, Hub repositories, GGUF files."""

@@ -1,0 +1,1 @@
+"""Running a model: the float32 reference and the backends that run a bundle."""

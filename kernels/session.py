@@ -1,0 +1,105 @@
+"""What every way of running a model offers: the float32 reference, the CPU, later Vulkan and NPU."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from uq.formats.config import GemmaConfig
+
+
+@dataclass(frozen=True)
+class Device:
+    """Where a session runs, as the report prints it."""
+
+    backend: str
+    name: str
+    driver: str
+    features: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How the next token is chosen. `temperature == 0` is greedy and ignores the rest.
+
+    The random number for position `p` depends on `(seed, p)` alone, so the same seed gives the same
+    text however the tokens are batched into calls.
+    """
+
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    seed: int = 0
+
+
+class Session(Protocol):
+    """An opened model with one KV cache.
+
+    `score` and `logits` are for validation and leave the KV cache alone; `prefill` and `decode`
+    extend one sequence.
+    """
+
+    @property
+    def config(self) -> GemmaConfig: ...
+
+    @property
+    def device(self) -> Device: ...
+
+    @property
+    def bytes_per_token(self) -> int:
+        """Weight bytes read to decode one token (one embedding row, every linear, the head)."""
+        ...
+
+    @property
+    def max_context(self) -> int: ...
+
+    @property
+    def position(self) -> int:
+        """Number of tokens in the KV cache."""
+        ...
+
+    def score(self, tokens: NDArray[np.int32]) -> NDArray[np.float32]:
+        """Hidden states after the final norm.
+
+        Args:
+            tokens: (batch, length) int32; sequences are independent, positions start at 0.
+
+        Returns:
+            (batch, length, hidden) float32.
+        """
+        ...
+
+    def logits(self, hidden: NDArray[np.float32], start: int, stop: int) -> NDArray[np.float32]:
+        """Logits of vocabulary rows `start:stop`, soft-capped where the model does.
+
+        Args:
+            hidden: (n, hidden) float32, as `score` returns them.
+
+        Returns:
+            (n, stop - start) float32.
+        """
+        ...
+
+    def reset(self) -> None:
+        """Empty the KV cache."""
+        ...
+
+    def prefill(self, tokens: Sequence[int]) -> None:
+        """Append tokens to the KV cache and compute the logits behind the last of them.
+
+        Raises:
+            UsageError: the context would grow past `max_context`, or a token id is not in the
+                vocabulary.
+        """
+        ...
+
+    def decode(self, count: int, sampling: Sampling) -> Iterator[int]:
+        """Yield up to `count` tokens, each sampled and appended; stops early at `max_context`.
+
+        End-of-sequence tokens are yielded like any other: stopping is the caller's decision.
+        """
+        ...

@@ -1,0 +1,1 @@
+"""One file per subcommand. Each adds its arguments and calls one stage."""

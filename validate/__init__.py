@@ -1,0 +1,1 @@
+"""From a bundle and its floating-point reference to a report."""
