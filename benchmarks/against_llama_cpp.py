@@ -3,8 +3,9 @@
     python benchmarks/against_llama_cpp.py --llama-bin BUILD/bin [--threads 2] [--pairs 5]
 
 Both sides run the same Gemma 3 270M weights: the demo checkpoint as an F16 GGUF, made once by
-llama-quantize. The peer is Q4_0, its embedding falls back to Q8_0 at this width. Runs alternate, uq then llama.cpp, and every figure is
-the ratio of one pair, so a drifting machine moves both sides. Above 1 means that uq is faster.
+llama-quantize. The peer is Q4_0; its embedding falls back to Q8_0 at this width. Runs alternate, uq
+then llama.cpp, and every figure is the ratio of one pair, so a drifting machine moves both sides.
+Above 1 means that uq is faster.
 
 Build llama.cpp for the host (GGML_NATIVE). On Intel machines with AMX leave AMX out
 (-mno-amx-tile -mno-amx-int8 -mno-amx-bf16): no Ryzen has it.
