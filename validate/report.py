@@ -1,0 +1,266 @@
+"""The numbers of one validation, as `report.json` holds them.
+
+Every class is one JSON object and its fields are the names in it. The order of the fields is the
+order in the file.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from uq.errors import BundleError, ThresholdMissed
+from uq.kernels.session import Device
+from uq.validate.records import decode_record
+
+SCHEMA = 1
+JSON_NAME = "report.json"
+HTML_NAME = "report.html"
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A mean and its standard error over the scored tokens."""
+
+    value: float
+    stderr: float
+
+
+@dataclass(frozen=True)
+class Spread:
+    """Repeated measurements of one quantity."""
+
+    median: float
+    min: float
+    max: float
+
+
+@dataclass(frozen=True)
+class BundleFacts:
+    """`sha256` is that of the manifest, which holds those of all other files."""
+
+    name: str
+    sha256: str
+    bits_per_weight: float
+    bytes: int
+    recipe: str
+
+
+@dataclass(frozen=True)
+class ReferenceFacts:
+    """The model that stands for the truth; it runs in float32 whatever its stored `dtype`."""
+
+    id: str
+    revision: str | None
+    dtype: str
+
+
+@dataclass(frozen=True)
+class TextFacts:
+    name: str
+    sha256: str
+    chunks: int
+    tokens_scored: int
+    context: int
+
+
+@dataclass(frozen=True)
+class KldFacts:
+    """KL(reference || bundle) per scored token, in nats."""
+
+    mean: float
+    stderr: float
+    median: float
+    p99: float
+    p99_9: float
+    max: float
+
+
+@dataclass(frozen=True)
+class Speed:
+    """Tokens per second of one sequence, and what the memory of this machine allows.
+
+    Attributes:
+        context: tokens in the KV cache when the decode measurement begins.
+        bytes_per_token: weight bytes read to decode one token.
+        bandwidth_gb_s: measured in the same run, 1e9 bytes per second.
+        decode_ceiling_tps: bandwidth over bytes per token.
+        weights_fit_cache: the last-level cache can hold those bytes, so that decoding may beat
+            the ceiling.
+    """
+
+    prefill_tps: Spread
+    decode_tps: Spread
+    batch: int
+    context: int
+    bytes_per_token: int
+    bandwidth_gb_s: float
+    decode_ceiling_tps: float
+    generated: int
+    repeats: int
+    weights_fit_cache: bool
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Peak resident memory of the whole process, memory-mapped file pages included.
+
+    Attributes:
+        peak_bytes: over the whole validation, the float32 reference included.
+        bundle_peak_bytes: up to the end of the bundle's own speed measurement.
+    """
+
+    peak_bytes: int
+    bundle_peak_bytes: int
+
+
+@dataclass(frozen=True)
+class LayerError:
+    """`relative_error` is |W - dequantized| / |W| in Frobenius norms, W from the reference."""
+
+    name: str
+    bits: int
+    group: int
+    relative_error: float
+
+
+@dataclass(frozen=True)
+class Threshold:
+    """A limit given by the user; `name` says whether it is a maximum or a minimum."""
+
+    name: str
+    limit: float
+    value: float
+    passed: bool
+
+
+@dataclass(frozen=True)
+class KindSize:
+    """Bytes of all tensors of one kind: embedding, attention, mlp, norms."""
+
+    kind: str
+    weights: int
+    bytes: int
+    reference_bytes: int
+    bits_per_weight: float
+
+
+@dataclass(frozen=True)
+class Curve:
+    """Points of a plot; `x` ascends."""
+
+    x: tuple[float, ...]
+    y: tuple[float, ...]
+
+
+@dataclass(frozen=True)
+class Series:
+    """What the plots need and the figures above do not hold.
+
+    Attributes:
+        perplexity, reference_perplexity: one value per chunk of text.
+        kld_survival: x: KL divergence in nats, y: share of the tokens that exceed it.
+    """
+
+    perplexity: tuple[float, ...]
+    reference_perplexity: tuple[float, ...]
+    kld_survival: Curve
+
+
+@dataclass(frozen=True)
+class Environment:
+    """Where and how the figures came about; `date` is UTC, ISO 8601."""
+
+    date: str
+    command: str
+    system: str
+    python: str
+    numpy: str
+    numba: str
+    threads: int
+    last_level_cache_bytes: int | None
+
+
+@dataclass(frozen=True)
+class Report:
+    """One validation of one bundle against one reference on one device."""
+
+    schema: int
+    uq: str
+    bundle: BundleFacts
+    reference: ReferenceFacts
+    text: TextFacts
+    device: Device
+    perplexity: Estimate
+    reference_perplexity: Estimate
+    perplexity_ratio: Estimate
+    kld: KldFacts
+    same_top_percent: float
+    rms_delta_p_percent: float
+    speed: Speed
+    reference_speed: Speed | None
+    memory: Memory
+    layers: tuple[LayerError, ...]
+    thresholds: tuple[Threshold, ...]
+    reference_device: Device
+    sizes: tuple[KindSize, ...]
+    series: Series
+    environment: Environment
+    warnings: tuple[str, ...]
+
+    def to_json(self) -> dict[str, Any]:
+        """The object that `report.json` holds: dicts, lists, strings, numbers and None."""
+        plain: dict[str, Any] = json.loads(json.dumps(asdict(self), allow_nan=False))
+        return plain
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> Report:
+        """Inverse of `to_json`; unknown names are left aside.
+
+        Raises:
+            BundleError: another schema, or a field is missing or of the wrong type.
+        """
+        if data.get("schema") != SCHEMA:
+            found = data.get("schema")
+            raise BundleError(f"{JSON_NAME}: schema {found!r}; this version reads schema {SCHEMA}")
+        return decode_record(cls, data, JSON_NAME)
+
+    def check(self) -> None:
+        """Raise ThresholdMissed, naming every limit that was not met."""
+        missed = [
+            f"{t.name} {t.value:.5g} (limit {t.limit:g})" for t in self.thresholds if not t.passed
+        ]
+        if missed:
+            raise ThresholdMissed(f"{self.bundle.name}: missed {', '.join(missed)}")
+
+
+def load_report(bundle: Path) -> Report:
+    """Read the report that `save_report` left in a bundle folder.
+
+    Raises:
+        BundleError: there is none, or it is broken.
+    """
+    path = bundle / JSON_NAME
+    try:
+        return Report.from_json(json.loads(path.read_text(encoding="utf-8")))
+    except FileNotFoundError:
+        raise BundleError(f"{path}: no report; run uq validate {bundle} first") from None
+    except (json.JSONDecodeError, UnicodeDecodeError, AttributeError):
+        raise BundleError(f"{path}: not a JSON object; run uq validate {bundle} again") from None
+
+
+def save_report(report: Report, html: str, bundle: Path) -> None:
+    """Write report.json and report.html into the bundle folder, each by one rename."""
+    text = json.dumps(report.to_json(), indent=1, ensure_ascii=False, allow_nan=False)
+    _replace(bundle / JSON_NAME, text + "\n")
+    _replace(bundle / HTML_NAME, html)
+
+
+def _replace(path: Path, text: str) -> None:
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(text, encoding="utf-8", newline="\n")
+    os.replace(partial, path)
