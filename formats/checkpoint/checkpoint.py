@@ -1,0 +1,179 @@
+"""An opened floating-point model, read one layer or one block of embedding rows at a time."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from uq.errors import CheckpointError
+from uq.formats.checkpoint.tensors import TensorInfo, is_readable, read_rows
+from uq.formats.config import EMBEDDING, FINAL_NORM, HEAD, GemmaConfig, layer_tensor
+from uq.formats.tokenizer import Tokenizer
+
+TOKENIZER = "tokenizer.json"
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where a checkpoint came from; goes into the manifest of a bundle.
+
+    Attributes:
+        id: path, Hub id or `demo:` name, as a person would give it to open the same model.
+        revision: commit hash on the Hub, else None.
+    """
+
+    kind: Literal["folder", "hub", "gguf", "demo"]
+    id: str
+    revision: str | None = None
+
+
+class Checkpoint:
+    """The text model of a Gemma checkpoint.
+
+    Attributes:
+        dtype: of the linears and embeddings, for people: `bf16`, `q4_k_m`, `bf16 mixed`.
+        left_out: one sentence for each part of the source that is not read.
+        tensors: canonical name -> where it lies in the source.
+    """
+
+    def __init__(
+        self,
+        source: Source,
+        config: GemmaConfig,
+        tensors: Mapping[str, TensorInfo],
+        *,
+        dtype: str,
+        norm_offset: float,
+        left_out: tuple[str, ...],
+        load_assets: Callable[[], dict[str, bytes]],
+    ) -> None:
+        """`norm_offset` is added to stored norm weights to get gains: 1 for safetensors."""
+        self.source = source
+        self.config = config
+        self.tensors = tensors
+        self.dtype = dtype
+        self.left_out = left_out
+        self._norm_offset = np.float32(norm_offset)
+        self._load_assets = load_assets
+        check_tensors(config, tensors)
+
+    def layer(self, index: int) -> dict[str, NDArray[np.float32]]:
+        """Weights of one layer: role -> (out, in) linear, or (size,) norm gain.
+
+        Raises:
+            CheckpointError: a value is NaN or infinite.
+        """
+        config = self.config
+        weights = {
+            role: self._read(layer_tensor(index, role), rows)
+            for role, (rows, _) in config.linear_shapes().items()
+        }
+        return weights | {
+            role: self._gain(layer_tensor(index, role), size)
+            for role, (size,) in config.norm_shapes().items()
+        }
+
+    def embedding(self, start: int, stop: int) -> NDArray[np.float32]:
+        """Rows `start:stop` of the embedding, not multiplied by its scale: (stop - start, hidden).
+
+        Raises:
+            CheckpointError: a value is NaN or infinite.
+        """
+        return read_rows(self.tensors[EMBEDDING], start, stop)
+
+    def head(self, start: int, stop: int) -> NDArray[np.float32]:
+        """Rows `start:stop` of the output matrix; the embedding's where they are tied.
+
+        Raises:
+            CheckpointError: a value is NaN or infinite.
+        """
+        return read_rows(self.tensors[EMBEDDING if self.config.tied_head else HEAD], start, stop)
+
+    def final_norm(self) -> NDArray[np.float32]:
+        """Gain of the norm in front of the head: (hidden,).
+
+        Raises:
+            CheckpointError: a value is NaN or infinite.
+        """
+        return self._gain(FINAL_NORM, self.config.hidden_size)
+
+    def files(self) -> dict[str, Path]:
+        """Weight files by name."""
+        paths = {info.file for info in self.tensors.values()}
+        return {path.name: path for path in sorted(paths)}
+
+    def fingerprint(self) -> dict[str, dict[str, int | str]]:
+        """Size and sha256 of every weight file; hashed once per object."""
+        return self._fingerprint
+
+    def assets(self) -> dict[str, bytes]:
+        """Files beside the weights that a bundle carries on; `tokenizer.json` is always there.
+
+        Raises:
+            CheckpointError: the source has no tokenizer.
+        """
+        return self._assets
+
+    def tokenizer(self) -> Tokenizer:
+        """Raises CheckpointError: the source has no tokenizer, or one of another kind."""
+        config = self.config
+        return Tokenizer.from_bytes(
+            self.assets()[TOKENIZER], config.bos_token_id, config.eos_token_ids
+        )
+
+    @cached_property
+    def _fingerprint(self) -> dict[str, dict[str, int | str]]:
+        found: dict[str, dict[str, int | str]] = {}
+        for name, path in self.files().items():
+            with path.open("rb") as file:
+                digest = hashlib.file_digest(file, "sha256").hexdigest()
+            found[name] = {"size": path.stat().st_size, "sha256": digest}
+        return found
+
+    @cached_property
+    def _assets(self) -> dict[str, bytes]:
+        return self._load_assets()
+
+    def _read(self, name: str, rows: int) -> NDArray[np.float32]:
+        return read_rows(self.tensors[name], 0, rows)
+
+    def _gain(self, name: str, size: int) -> NDArray[np.float32]:
+        return self._read(name, size) + self._norm_offset
+
+
+def expected_shapes(config: GemmaConfig) -> dict[str, tuple[int, ...]]:
+    """Canonical name -> shape of every tensor that the model needs."""
+    table = (config.vocab_size, config.hidden_size)
+    shapes: dict[str, tuple[int, ...]] = {EMBEDDING: table, FINAL_NORM: (config.hidden_size,)}
+    if not config.tied_head:
+        shapes[HEAD] = table
+    roles = config.linear_shapes() | config.norm_shapes()
+    for layer in range(config.num_layers):
+        shapes |= {layer_tensor(layer, role): shape for role, shape in roles.items()}
+    return shapes
+
+
+def check_tensors(config: GemmaConfig, tensors: Mapping[str, TensorInfo]) -> None:
+    """Refuse a checkpoint that does not fit its configuration.
+
+    Raises:
+        CheckpointError: a tensor is missing, or has another shape or an unknown dtype.
+    """
+    for name, shape in expected_shapes(config).items():
+        if name not in tensors:
+            raise CheckpointError(f"{name}: missing; expected shape {shape}")
+        info = tensors[name]
+        if info.shape != shape:
+            raise CheckpointError(f"{info.where}: shape {info.shape}, expected {shape}")
+        if not is_readable(info.dtype):
+            raise CheckpointError(
+                f"{info.where}: dtype {info.dtype} is not supported; use a checkpoint in bf16, "
+                "f16 or f32, or a GGUF file"
+            )

@@ -1,0 +1,125 @@
+"""Vocabulary of a GGUF file -> tokenizer.json.
+
+GGUF keeps SentencePiece's tokens and scores: the encoder merges the neighbours whose concatenation
+has the best score. A tokenizer.json has a list of merges instead. Merges are never undone and those
+within a token's span do not see its neighbours, so a token is always put together by the same last
+merge, the one that happens when the token is encoded alone. One merge per token is enough, ordered
+by score; half of the pairs whose parts are in the vocabulary are never used.
+"""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from uq.errors import CheckpointError
+from uq.formats.checkpoint.gguf_file import GgufFile
+
+UNKNOWN, CONTROL, USER_DEFINED = 2, 3, 4
+SPACE = "▁"
+# Gemma's markup tokens that converters store as plain user-defined ones.
+TURNS = ("<start_of_turn>", "<end_of_turn>")
+
+
+def tokenizer_json(file: GgufFile) -> bytes:
+    """A tokenizer.json that gives the ids llama.cpp gives.
+
+    Raises:
+        CheckpointError: the file has no vocabulary, or one of another kind than Gemma's.
+    """
+    raw, scores, types = _vocabulary(file)
+    try:
+        tokens = [token.decode() for token in raw]
+    except UnicodeDecodeError as error:
+        raise CheckpointError(f"{file.path.name}: a token is not UTF-8: {error}") from error
+    unknown = tokens[int(file.metadata.get("tokenizer.ggml.unknown_token_id", 3))]
+    document = {
+        "version": "1.0",
+        "truncation": None,
+        "padding": None,
+        "added_tokens": _added_tokens(tokens, types),
+        "normalizer": {"type": "Replace", "pattern": {"String": " "}, "content": SPACE},
+        "pre_tokenizer": None,
+        "post_processor": None,
+        "decoder": {
+            "type": "Sequence",
+            "decoders": [
+                {"type": "Replace", "pattern": {"String": SPACE}, "content": " "},
+                {"type": "ByteFallback"},
+                {"type": "Fuse"},
+            ],
+        },
+        "model": {
+            "type": "BPE",
+            "dropout": None,
+            "unk_token": unknown,
+            "continuing_subword_prefix": None,
+            "end_of_word_suffix": None,
+            "fuse_unk": True,
+            "byte_fallback": True,
+            "ignore_merges": False,
+            "vocab": {token: index for index, token in enumerate(tokens)},
+            "merges": _merges(raw, scores, types),
+        },
+    }
+    return json.dumps(document, ensure_ascii=False, separators=(",", ":")).encode()
+
+
+def _vocabulary(file: GgufFile) -> tuple[list[bytes], NDArray[np.float32], NDArray[np.int32]]:
+    kind = file.metadata.get("tokenizer.ggml.model")
+    if kind != "llama":
+        raise CheckpointError(
+            f"{file.path.name}: tokenizer {kind!r} is not supported; Gemma's is 'llama' "
+            "(SentencePiece)"
+        )
+    try:
+        tokens, scores, types = (
+            file.metadata[f"tokenizer.ggml.{key}"] for key in ("tokens", "scores", "token_type")
+        )
+    except KeyError as error:
+        raise CheckpointError(f"{file.path.name}: metadata {error.args[0]} is missing") from error
+    if not len(tokens) == len(scores) == len(types):
+        raise CheckpointError(
+            f"{file.path.name}: {len(tokens)} tokens, {len(scores)} scores and {len(types)} token "
+            "types; expected as many of each"
+        )
+    return tokens, np.asarray(scores, np.float32), np.asarray(types, np.int32)
+
+
+def _added_tokens(tokens: list[str], types: NDArray[np.int32]) -> list[dict[str, Any]]:
+    """Tokens that are found in the text before anything is merged."""
+    added = []
+    for index in np.flatnonzero(np.isin(types, (UNKNOWN, CONTROL, USER_DEFINED))).tolist():
+        special = types[index] != USER_DEFINED or tokens[index] in TURNS
+        added.append(
+            {
+                "id": index,
+                "content": tokens[index],
+                "single_word": False,
+                "lstrip": False,
+                "rstrip": False,
+                "normalized": False,
+                "special": bool(special),
+            }
+        )
+    return added
+
+
+def _merges(
+    raw: list[bytes], scores: NDArray[np.float32], types: NDArray[np.int32]
+) -> list[tuple[str, str]]:
+    """The last merge of every token that can be put together, best score first."""
+    from uq.formats.checkpoint.spm import last_splits
+
+    data = np.frombuffer(b"".join(raw), np.uint8)
+    ends = np.cumsum([len(token) for token in raw], dtype=np.int64)
+    splits = last_splits(data, np.concatenate(([0], ends)), scores)
+    # User-defined tokens are cut out of the text before merging; nothing is left to merge.
+    splits[types == USER_DEFINED] = 0
+    merged = np.flatnonzero(splits)
+    order = merged[np.argsort(-scores[merged], kind="stable")]
+    pairs = zip(order.tolist(), splits[order].tolist(), strict=True)
+    return [(raw[index][:at].decode(), raw[index][at:].decode()) for index, at in pairs]

@@ -1,0 +1,121 @@
+"""Hugging Face Hub: download what is needed of a repository, with errors a person can act on."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import cast
+
+from uq.errors import CheckpointError, HubError
+from uq.formats.checkpoint.hf_config import parse_config, read_json
+from uq.formats.checkpoint.safetensors_file import INDEX, SINGLE, index_shards
+
+HUB = "https://huggingface.co"
+TOKENS = f"{HUB}/settings/tokens"
+SMALL = ("*.json", "*.jinja", "LICENSE*", "LICENCE*", "NOTICE*", "GEMMA_TERMS*", "USE_POLICY*")
+ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+GEMMA3 = ("1b", "4b", "12b", "27b")
+GEMMA2 = ("2b", "9b", "27b")
+# Sizes that exist under other names than `google/gemma-<version>-<size>`.
+SUFFIXES = {
+    **{f"gemma-3-{size}": ("-it", "-pt") for size in GEMMA3},
+    "gemma-3-270m": ("", "-it"),
+    **{f"gemma-2-{size}": ("", "-it") for size in GEMMA2},
+    **{f"gemma-{size}": ("", "-it") for size in ("2b", "7b")},
+}
+
+
+def is_hub_id(name: str) -> bool:
+    """Whether a name has the form `owner/name`; a path with a known ending has not."""
+    return bool(ID.fullmatch(name)) and not name.endswith((".gguf", ".safetensors", ".json"))
+
+
+def download(repo: str, revision: str | None) -> Path:
+    """Folder in the Hugging Face cache with the files of the text model; its name is the commit.
+
+    Small files come first: a model of another architecture is refused before its weights are
+    downloaded. Token, cache folder and offline mode are those of `huggingface_hub`.
+
+    Raises:
+        HubError: no token, licence not accepted, wrong id or revision, offline, or network.
+        CheckpointError: the repository has no model that can be read.
+    """
+    folder = _snapshot(repo, revision, SMALL)
+    if not (folder / "config.json").is_file():
+        raise CheckpointError(f"{repo}: has no config.json; see {HUB}/{repo}/tree/main")
+    parse_config(read_json(folder / "config.json"), f"{repo}: config.json")
+    index = folder / INDEX
+    weights = sorted(set(index_shards(index).values())) if index.is_file() else [SINGLE]
+    return _snapshot(repo, folder.name, weights)
+
+
+def _snapshot(repo: str, revision: str | None, patterns: Sequence[str]) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError
+
+    # Base class of every error of the HTTP client, which differs between versions of the library.
+    http_error = cast(type[Exception], HfHubHTTPError.__mro__[1])
+    try:
+        return Path(snapshot_download(repo, revision=revision, allow_patterns=list(patterns)))
+    except (http_error, OSError, ValueError) as error:
+        raise HubError(explain(repo, revision, error)) from error
+
+
+def explain(repo: str, revision: str | None, error: BaseException) -> str:
+    """One line: what happened, and the page to open or the setting to change."""
+    from huggingface_hub.errors import (
+        GatedRepoError,
+        HfHubHTTPError,
+        LocalEntryNotFoundError,
+        OfflineModeIsEnabled,
+        RepositoryNotFoundError,
+        RevisionNotFoundError,
+    )
+
+    page = f"{HUB}/{repo}"
+    match error:
+        case GatedRepoError() if error.response.status_code == 401:
+            return (
+                f"{repo}: needs an accepted licence and a token; accept the licence at {page}, "
+                f"then set HF_TOKEN to a token from {TOKENS}"
+            )
+        case GatedRepoError():
+            return f"{repo}: the licence is not accepted for this token; accept it at {page}"
+        case RepositoryNotFoundError():
+            return f"{repo}: no such model on the Hub, or it is private ({page}){other_ids(repo)}"
+        case RevisionNotFoundError():
+            return f"{repo}: no revision {revision!r}; see {page}/tree/main for those that exist"
+        case LocalEntryNotFoundError() if _offline(error):
+            return (
+                f"{repo}: not in the local cache, and HF_HUB_OFFLINE is set; unset it, or give "
+                f"the folder of a copy of {page}"
+            )
+        case LocalEntryNotFoundError() | OfflineModeIsEnabled():
+            cause = error.__cause__ or error
+            return f"{repo}: cannot reach the Hub ({_line(cause)}) to get {page}; try again"
+        case HfHubHTTPError():
+            status = error.response.status_code
+            return f"{repo}: the Hub answered {status} for {page} ({_line(error)})"
+    return f"{repo}: download of {page} failed: {_line(error)}"
+
+
+def other_ids(repo: str) -> str:
+    """A hint for an id of Google's that lacks its suffix, or has one that does not exist."""
+    owner, _, name = repo.partition("/")
+    stem = next((s for s in SUFFIXES if re.fullmatch(re.escape(s) + r"(-it|-pt|-base)?", name)), "")
+    if owner != "google" or not stem:
+        return ""
+    return "; these exist: " + ", ".join(f"google/{stem}{suffix}" for suffix in SUFFIXES[stem])
+
+
+def _offline(error: BaseException) -> bool:
+    from huggingface_hub.errors import OfflineModeIsEnabled
+
+    return isinstance(error.__cause__, OfflineModeIsEnabled)
+
+
+def _line(error: BaseException) -> str:
+    """First line of a message, or the kind of error where there is none."""
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__

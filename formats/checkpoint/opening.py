@@ -1,0 +1,166 @@
+"""Path, Hub id or demo name -> Checkpoint."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+from uq.errors import CheckpointError, UsageError
+from uq.formats.checkpoint.checkpoint import TOKENIZER, Checkpoint, Source
+from uq.formats.checkpoint.demo import DEMO, demo_gguf, demo_licences
+from uq.formats.checkpoint.gguf_config import gguf_config, gguf_names
+from uq.formats.checkpoint.gguf_file import GgufFile, read_gguf
+from uq.formats.checkpoint.gguf_tokenizer import tokenizer_json
+from uq.formats.checkpoint.hf_config import parse_config, read_json
+from uq.formats.checkpoint.hub import download, is_hub_id
+from uq.formats.checkpoint.safetensors_file import folder_tensors
+from uq.formats.checkpoint.tensors import TensorInfo
+from uq.formats.config import EMBEDDING, HEAD
+
+PREFIXES = ("language_model.model.", "model.language_model.", "model.")
+HEADS = ("lm_head.weight", "language_model.lm_head.weight")
+VISION = ("vision_tower.", "multi_modal_projector.")
+ASSETS = (
+    TOKENIZER,
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "generation_config.json",
+    "chat_template.jinja",
+    "chat_template.json",
+    "config.json",
+)
+LICENCES = ("LICENSE*", "LICENCE*", "NOTICE*", "GEMMA_TERMS*", "USE_POLICY*")
+
+
+def open_checkpoint(source: str | Path, *, revision: str | None = None) -> Checkpoint:
+    """Open a model without reading its weights.
+
+    Args:
+        source: folder with config.json and safetensors, GGUF file, Hub id `owner/name`, or
+            `demo:gemma-3-270m`.
+        revision: branch, tag or commit; for a Hub id only.
+
+    Raises:
+        UsageError: the source is none of these, or a revision is given for a local one.
+        CheckpointError: the model is broken or of a kind that is not supported.
+        HubError, ToolMissing: the Hub refused or could not be reached; the demo is not installed.
+    """
+    name, path = str(source), Path(source)
+    if path.is_dir() or path.is_file() or name == DEMO:
+        if revision is not None:
+            raise UsageError(f"{name}: --revision applies to a Hub id only")
+        if path.is_dir():
+            return _open_folder(path, Source("folder", name))
+        return _open_demo() if name == DEMO else _open_gguf(path, Source("gguf", name))
+    if is_hub_id(name):
+        folder = download(name, revision)
+        return _open_folder(folder, Source("hub", name, folder.name))
+    raise UsageError(
+        f"{name}: no such folder or file; a model is a folder with config.json and safetensors, "
+        f"a GGUF file, a Hub id such as google/gemma-3-1b-it, or {DEMO}"
+    )
+
+
+def _open_folder(folder: Path, source: Source) -> Checkpoint:
+    config_file = folder / "config.json"
+    if not config_file.is_file():
+        gguf = next(iter(sorted(folder.glob("*.gguf"))), None)
+        hint = f"; to open a GGUF file, give its path: {gguf}" if gguf else ""
+        raise CheckpointError(f"{folder}: has no config.json{hint}")
+    generation = folder / "generation_config.json"
+    config = parse_config(
+        read_json(config_file), generation=read_json(generation) if generation.is_file() else {}
+    )
+    stored = folder_tensors(folder)
+    tensors = canonical_names(stored)
+    if config.tied_head:
+        tensors.pop(HEAD, None)  # a copy of the embedding, written by some tools
+    return Checkpoint(
+        source,
+        config,
+        tensors,
+        dtype=_describe_dtype(tensors.values()),
+        norm_offset=1.0,
+        left_out=_left_out(stored.values()),
+        load_assets=lambda: _folder_assets(folder),
+    )
+
+
+def _open_gguf(
+    path: Path, source: Source, licences: Callable[[], dict[str, bytes]] = dict
+) -> Checkpoint:
+    file = read_gguf(path)
+    config = gguf_config(file)
+    names = gguf_names(config)
+    tensors = {name: file.tensors[own] for name, own in names.items() if own in file.tensors}
+    return Checkpoint(
+        source,
+        config,
+        tensors,
+        dtype=_gguf_dtype(file, tensors.values()),
+        norm_offset=0.0,  # the converter stores 1 + w
+        left_out=(),
+        load_assets=lambda: _gguf_assets(file) | licences(),
+    )
+
+
+def _open_demo() -> Checkpoint:
+    return _open_gguf(demo_gguf(), Source("demo", DEMO), demo_licences)
+
+
+def canonical_names(stored: dict[str, TensorInfo]) -> dict[str, TensorInfo]:
+    """Tensors of the text model under their canonical names, whatever prefix the files use."""
+    prefix = next((p for p in PREFIXES if p + EMBEDDING.removeprefix("model.") in stored), "model.")
+    named = {
+        "model." + name.removeprefix(prefix): info
+        for name, info in stored.items()
+        if name.startswith(prefix)
+    }
+    head = next((stored[name] for name in HEADS if name in stored), None)
+    return named | ({HEAD: head} if head else {})
+
+
+def _left_out(stored: Iterable[TensorInfo]) -> tuple[str, ...]:
+    vision = [info for info in stored if info.name.removeprefix("model.").startswith(VISION)]
+    if not vision:
+        return ()
+    size = sum(info.nbytes for info in vision)
+    return (f"vision tower and projector: {len(vision)} tensors, {size} bytes",)
+
+
+def _describe_dtype(tensors: Iterable[TensorInfo]) -> str:
+    """The dtype that holds most bytes, `mixed` if the matrices have others too."""
+    sizes: Counter[str] = Counter()
+    for info in tensors:
+        if len(info.shape) == 2:
+            sizes[info.dtype] += info.nbytes
+    if not sizes:
+        return "unknown"
+    (most, _), *others = sizes.most_common()
+    return f"{most} mixed" if others else most
+
+
+def _gguf_dtype(file: GgufFile, tensors: Iterable[TensorInfo]) -> str:
+    from gguf import LlamaFileType
+
+    try:
+        name: str = LlamaFileType(file.metadata["general.file_type"]).name
+    except (KeyError, ValueError):
+        return _describe_dtype(tensors)
+    return name.lower().removeprefix("mostly_").removeprefix("all_")
+
+
+def _folder_assets(folder: Path) -> dict[str, bytes]:
+    if not (folder / TOKENIZER).is_file():
+        raise CheckpointError(f"{folder}: has no {TOKENIZER}; copy it from the original model")
+    names = [name for name in ASSETS if (folder / name).is_file()]
+    names += sorted(path.name for pattern in LICENCES for path in folder.glob(pattern))
+    return {name: (folder / name).read_bytes() for name in names}
+
+
+def _gguf_assets(file: GgufFile) -> dict[str, bytes]:
+    assets = {TOKENIZER: tokenizer_json(file)}
+    if template := file.metadata.get("tokenizer.chat_template"):
+        assets["chat_template.jinja"] = template.encode()
+    return assets
