@@ -1,0 +1,314 @@
+"""The exact forward pass of Gemma in float32, staged so that a caller can work between stages.
+
+A layer is six functions, one after the other, cut where the inputs of its linears appear.
+`ReferenceSession` runs them over a checkpoint, one layer in memory at a time.
+Shapes: hidden (batch, length, hidden); weights by role, linears (out, in), norms as gains.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+
+import numpy as np
+import psutil
+from numpy.typing import NDArray
+
+from uq.errors import UsageError
+from uq.formats.checkpoint import Checkpoint
+from uq.formats.config import GemmaConfig
+from uq.kernels.elementwise import gelu_product, masked_softmax, rms_norm_rows, rotate
+from uq.kernels.sampling import sample
+from uq.kernels.session import Device, Sampling
+
+Array = NDArray[np.float32]
+Weights = Mapping[str, Array]
+
+QUERY_BLOCK = 128  # queries whose attention scores are in memory at once
+TOKEN_BLOCK = 4096  # tokens whose activations of one layer are in memory at once
+VOCAB_BLOCK = 8192  # rows of the head that are in memory at once while decoding
+
+
+def embed(config: GemmaConfig, rows: Array) -> Array:
+    """Hidden states in front of layer 0 from embedding rows (..., hidden)."""
+    return rows * np.float32(config.embed_scale)
+
+
+def attention_input(config: GemmaConfig, weights: Weights, hidden: Array) -> Array:
+    """Input of q_proj, k_proj and v_proj: (batch, length, hidden)."""
+    return rms_norm(hidden, weights["input_layernorm"], config.rms_norm_eps)
+
+
+def attention_context(
+    config: GemmaConfig, layer: int, weights: Weights, x: Array, cache: KVCache | None = None
+) -> Array:
+    """Input of o_proj: softmax(Q K^T) V of every head, (batch, length, q_size).
+
+    With a cache (batch 1), its keys and values come first and those of `x` are added to it.
+    """
+    dim = config.head_dim
+    start = cache.position if cache else 0
+    q, k, v = (linear(x, weights[f"self_attn.{name}_proj"]) for name in "qkv")
+    q, k, v = (y.reshape(*y.shape[:2], -1, dim) for y in (q, k, v))  # (batch, length, heads, dim)
+    if config.qk_norm:
+        q = rms_norm(q, weights["self_attn.q_norm"], config.rms_norm_eps)
+        k = rms_norm(k, weights["self_attn.k_norm"], config.rms_norm_eps)
+    cos, sin = rope_tables(config, layer, start, x.shape[1])
+    rotate(q, cos, sin)
+    rotate(k, cos, sin)
+    if cache:
+        k, v = cache.append(layer, k, v)
+    return attend(config, layer, q, k, v)
+
+
+def add_attention(config: GemmaConfig, weights: Weights, hidden: Array, context: Array) -> Array:
+    """The residual stream behind attention."""
+    out = linear(context, weights["self_attn.o_proj"])
+    if config.post_norms:
+        out = rms_norm(out, weights["post_attention_layernorm"], config.rms_norm_eps)
+    out += hidden
+    return out
+
+
+def mlp_input(config: GemmaConfig, weights: Weights, hidden: Array) -> Array:
+    """Input of gate_proj and up_proj: (batch, length, hidden)."""
+    # gemma calls the norm in front of the MLP by what it stands behind.
+    name = "pre_feedforward_layernorm" if config.post_norms else "post_attention_layernorm"
+    return rms_norm(hidden, weights[name], config.rms_norm_eps)
+
+
+def mlp_hidden(config: GemmaConfig, weights: Weights, x: Array) -> Array:
+    """Input of down_proj: gelu(gate) * up, (batch, length, intermediate)."""
+    gate = linear(x, weights["mlp.gate_proj"])
+    up = linear(x, weights["mlp.up_proj"])
+    gelu_product(flat(gate), flat(up))
+    return gate
+
+
+def add_mlp(config: GemmaConfig, weights: Weights, hidden: Array, y: Array) -> Array:
+    """The residual stream behind the MLP."""
+    out = linear(y, weights["mlp.down_proj"])
+    if config.post_norms:
+        out = rms_norm(out, weights["post_feedforward_layernorm"], config.rms_norm_eps)
+    out += hidden
+    return out
+
+
+def layer_forward(
+    config: GemmaConfig, layer: int, weights: Weights, hidden: Array, cache: KVCache | None = None
+) -> Array:
+    """One decoder layer: the six stages above."""
+    x = attention_input(config, weights, hidden)
+    context = attention_context(config, layer, weights, x, cache)
+    hidden = add_attention(config, weights, hidden, context)
+    x = mlp_input(config, weights, hidden)
+    return add_mlp(config, weights, hidden, mlp_hidden(config, weights, x))
+
+
+def flat(x: Array) -> Array:
+    """(..., n) -> (rows, n)."""
+    return x.reshape(-1, x.shape[-1])
+
+
+def linear(x: Array, weight: Array) -> Array:
+    """x @ weight.T as one matrix product over all leading axes."""
+    return (flat(x) @ weight.T).reshape(*x.shape[:-1], weight.shape[0])
+
+
+def rms_norm(x: Array, gain: Array, eps: float) -> Array:
+    """x / sqrt(mean(x^2) + eps) * gain over the last axis (Zhang and Sennrich, RMSNorm)."""
+    out = np.empty_like(x)
+    rms_norm_rows(flat(x), gain, np.float32(eps), flat(out))
+    return out
+
+
+def rope_tables(config: GemmaConfig, layer: int, start: int, length: int) -> tuple[Array, Array]:
+    """cos and sin of position * theta^(-2 i / dim), each (length, dim / 2) (Su et al., RoFormer).
+
+    Angles are float64: in float32 they lose a radian's fourth digit at a few thousand tokens.
+    """
+    half = config.head_dim // 2
+    frequency = config.theta(layer) ** (-np.arange(half) / half)
+    position = np.arange(start, start + length) * config.position_scale(layer)
+    angle = np.outer(position, frequency)
+    return np.cos(angle).astype(np.float32), np.sin(angle).astype(np.float32)
+
+
+def attend(config: GemmaConfig, layer: int, q: Array, k: Array, v: Array) -> Array:
+    """Causal attention of the last positions over all of them, (batch, length, q_size).
+
+    Args:
+        q: (batch, length, heads, dim), the last `length` of the keys' positions.
+        k, v: (batch, keys, kv_heads, dim).
+    """
+    batch, length, heads, dim = q.shape
+    keys, kv_heads = k.shape[1:3]
+    past, group = keys - length, heads // kv_heads
+    window = config.window(layer) or keys
+    cap = config.attn_softcap or 0.0
+    q = q.reshape(batch, length, kv_heads, group, dim)
+    out = np.empty_like(q)
+    for first in range(0, length, QUERY_BLOCK):
+        last = min(first + QUERY_BLOCK, length)
+        low, high = max(0, past + first - window + 1), past + last  # keys that the block sees
+        for b, head in np.ndindex(batch, kv_heads):
+            block = q[b, first:last, head].reshape(-1, dim)  # (queries * group, dim)
+            weights = block @ k[b, low:high, head].T  # (queries * group, keys seen)
+            masked_softmax(weights, group, past + first - low, window, config.attention_scale, cap)
+            mixed = weights @ v[b, low:high, head]
+            out[b, first:last, head] = mixed.reshape(-1, group, dim)
+    return out.reshape(batch, length, heads * dim)
+
+
+class KVCache:
+    """Keys (after RoPE) and values of one sequence, every layer."""
+
+    def __init__(self, config: GemmaConfig, capacity: int) -> None:
+        shape = (config.num_layers, 1, capacity, config.num_kv_heads, config.head_dim)
+        self.keys: Array = np.empty(shape, np.float32)
+        self.values: Array = np.empty(shape, np.float32)
+        self.position = 0
+
+    def append(self, layer: int, k: Array, v: Array) -> tuple[Array, Array]:
+        """Store k, v (1, length, kv_heads, dim) behind `position`; return those of all tokens."""
+        stop = self.position + k.shape[1]
+        self.keys[layer, :, self.position : stop] = k
+        self.values[layer, :, self.position : stop] = v
+        return self.keys[layer, :, :stop], self.values[layer, :, :stop]
+
+
+class CheckpointWeights:
+    """Float32 weights of a checkpoint: read anew at each use, or kept once read."""
+
+    def __init__(self, checkpoint: Checkpoint, *, resident: bool) -> None:
+        self._checkpoint = checkpoint
+        self._resident = resident
+        self._layers: dict[int, Weights] = {}
+        self._tables: dict[str, Array] = {}
+        self.final_norm: Array = checkpoint.final_norm()
+
+    def layer(self, index: int) -> Weights:
+        if not self._resident:
+            return self._checkpoint.layer(index)
+        if index not in self._layers:
+            self._layers[index] = self._checkpoint.layer(index)
+        return self._layers[index]
+
+    def embedding(self, tokens: NDArray[np.int32]) -> Array:
+        """Rows of the embedding, (*tokens.shape, hidden)."""
+        if self._resident:
+            return self._table("embedding")[tokens]
+        ids, inverse = np.unique(tokens, return_inverse=True)
+        rows = [self._checkpoint.embedding(int(token), int(token) + 1) for token in ids]
+        return np.concatenate(rows)[inverse.reshape(tokens.shape)]
+
+    def head(self, start: int, stop: int) -> Array:
+        if self._resident:
+            tied = self._checkpoint.config.tied_head
+            return self._table("embedding" if tied else "head")[start:stop]
+        return self._checkpoint.head(start, stop)
+
+    def _table(self, name: str) -> Array:
+        if name not in self._tables:
+            read = getattr(self._checkpoint, name)
+            self._tables[name] = read(0, self._checkpoint.config.vocab_size)
+        return self._tables[name]
+
+
+class ReferenceSession:
+    """Runs a checkpoint in float32: the measure of every other session.
+
+    `score` reads each layer once per call, whatever the batch; a model whose float32 weights fit
+    in a third of the free memory stays there, so that its decode speed is a fair one.
+    """
+
+    def __init__(
+        self, checkpoint: Checkpoint, *, max_context: int = 4096, resident: bool | None = None
+    ) -> None:
+        self.config = checkpoint.config
+        if resident is None:
+            free = psutil.virtual_memory().available
+            resident = 4 * self.config.num_parameters() <= free // 3
+        features = ("resident" if resident else "streamed",)
+        self.device = Device("reference", "float32, numpy", f"numpy {np.__version__}", features)
+        self.max_context = max_context
+        self._weights = CheckpointWeights(checkpoint, resident=resident)
+        self._cache = KVCache(self.config, max_context)
+        self._logits: Array | None = None
+
+    @property
+    def bytes_per_token(self) -> int:
+        """Float32 bytes: all parameters, of the embedding only one row where the head is untied."""
+        config = self.config
+        unread = 0 if config.tied_head else (config.vocab_size - 1) * config.hidden_size
+        row = config.hidden_size if config.tied_head else 0
+        return 4 * (config.num_parameters() - unread + row)
+
+    @property
+    def position(self) -> int:
+        return self._cache.position
+
+    def score(self, tokens: NDArray[np.int32]) -> Array:
+        self._check(tokens)
+        hidden = embed(self.config, self._weights.embedding(tokens))
+        step = max(1, TOKEN_BLOCK // tokens.shape[1])
+        for layer in range(self.config.num_layers):
+            weights = self._weights.layer(layer)
+            for first in range(0, len(tokens), step):
+                block = hidden[first : first + step]
+                hidden[first : first + step] = layer_forward(self.config, layer, weights, block)
+        return rms_norm(hidden, self._weights.final_norm, self.config.rms_norm_eps)
+
+    def logits(self, hidden: Array, start: int, stop: int) -> Array:
+        out = linear(hidden, self._weights.head(start, stop))
+        if cap := self.config.final_softcap:
+            np.tanh(out / np.float32(cap), out=out)
+            out *= np.float32(cap)
+        return out
+
+    def reset(self) -> None:
+        self._cache.position = 0
+        self._logits = None
+
+    def prefill(self, tokens: Sequence[int]) -> None:
+        ids = np.asarray(tokens, np.int32).reshape(1, -1)
+        self._check(ids)
+        room = self.max_context - self.position
+        if ids.size > room:
+            raise UsageError(
+                f"{ids.size} tokens do not fit behind {self.position} in a context of "
+                f"{self.max_context}; shorten the text or raise the maximum context"
+            )
+        hidden = embed(self.config, self._weights.embedding(ids))
+        for layer in range(self.config.num_layers):
+            weights = self._weights.layer(layer)
+            hidden = layer_forward(self.config, layer, weights, hidden, self._cache)
+        self._cache.position += ids.size
+        last = rms_norm(hidden[:, -1], self._weights.final_norm, self.config.rms_norm_eps)
+        self._logits = self._all_logits(last)
+
+    def decode(self, count: int, sampling: Sampling) -> Iterator[int]:
+        for _ in range(count):
+            if self._logits is None:
+                raise UsageError("decode needs at least one token before it; call prefill first")
+            if self.position == self.max_context:
+                return
+            token = sample(self._logits, sampling, self.position)
+            self.prefill([token])
+            yield token
+
+    def _all_logits(self, hidden: Array) -> Array:
+        """(vocab,) of one hidden state (1, hidden)."""
+        vocab = self.config.vocab_size
+        starts = range(0, vocab, VOCAB_BLOCK)
+        blocks = [self.logits(hidden, i, min(i + VOCAB_BLOCK, vocab))[0] for i in starts]
+        return np.concatenate(blocks)
+
+    def _check(self, tokens: NDArray[np.int32]) -> None:
+        if tokens.size == 0:
+            raise UsageError("there are no tokens to run; give at least one")
+        outside = tokens[(tokens < 0) | (tokens >= self.config.vocab_size)]
+        if outside.size:
+            raise UsageError(
+                f"token {outside[0]} is not in the vocabulary of {self.config.vocab_size}; "
+                "use the model's own tokenizer"
+            )
