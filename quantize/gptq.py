@@ -1,0 +1,257 @@
+"""GPTQ: rounding column by column, each column's error spread over the columns still to come.
+
+Frantar et al., "GPTQ" (2022), Algorithm 1, with the scales fixed beforehand (static groups) and the
+columns in order of falling importance. Around it, both optional: a damped correction of the weights
+towards the outputs of the floating-point path (the idea of Qronos and GPTAQ in closed form) and a
+least-squares refit of the scales once the codes are known.
+
+Index spaces: `col` counts a weight's own columns, `place` counts columns in the order of rounding,
+`order[place] == col`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numba import njit, prange
+from numpy.typing import NDArray
+
+from uq.formats.spec import QuantTensor, Spec
+from uq.quantize.plan import GptqOptions
+from uq.quantize.scales import quantize_rtn
+
+BLOCK = 128  # columns rounded before the columns behind them are updated in one product
+ESCALATION = (1.0, 10.0, 100.0)  # of the damping, while the Hessian is not positive definite
+DIAGONAL_FLOOR = 1e-6  # of the largest diagonal entry, in the last attempt
+CHOLESKY_BASE = 64
+REFIT_ROWS = 256
+REFIT_RIDGE = 1e-3
+
+Matrix = NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Statistics:
+    """Second moments of the inputs of one linear, or of several that share them.
+
+    Attributes:
+        hessian: (n, n) float64, mean of x x^T over the tokens of the quantized path.
+        cross: (n, n) float64, mean of (x_float - x) x^T; None when the floating-point path is not
+            followed.
+    """
+
+    hessian: Matrix
+    cross: Matrix | None
+
+    @property
+    def importance(self) -> NDArray[np.float32]:
+        """(n,) mean square of each input channel."""
+        return np.diagonal(self.hessian).astype(np.float32)
+
+
+@dataclass(frozen=True)
+class Factor:
+    """The damped Hessian, ready for GPTQ.
+
+    Attributes:
+        order: (n,) columns by falling diagonal of the Hessian.
+        upper: (n, n) U, upper triangular, with (H + damping)^-1 = U^T U, both axes by place.
+    """
+
+    order: NDArray[np.intp]
+    upper: Matrix
+
+
+def factorize(hessian: Matrix, damping: float) -> Factor | None:
+    """Order the columns and factorize the damped Hessian's inverse.
+
+    Damping is raised, and at last tiny diagonal entries too, until the factorization exists. A
+    channel that was never active stays uncoupled: its weights are rounded to nearest.
+
+    Args:
+        damping: in units of the mean of the diagonal.
+
+    Returns:
+        None when no attempt succeeds, e.g. because an activation overflowed.
+    """
+    diagonal = np.diagonal(hessian)
+    mean = diagonal.mean()
+    if not np.isfinite(mean) or mean <= 0:
+        return None
+    order = np.argsort(-diagonal, kind="stable")
+    for attempt, factor in enumerate(ESCALATION, start=1):
+        # With both axes reversed, H = R R^T with R upper, hence U = R^-1.
+        damped = hessian[np.ix_(order[::-1], order[::-1])]
+        entries = np.einsum("ii->i", damped)
+        if attempt == len(ESCALATION):
+            np.maximum(entries, DIAGONAL_FLOOR * diagonal.max(), out=entries)
+        entries += factor * damping * mean
+        try:
+            lower = inverse_cholesky(damped)
+        except np.linalg.LinAlgError:
+            continue
+        if np.isfinite(lower).all():
+            return Factor(order, np.ascontiguousarray(lower[::-1, ::-1]))
+    return None
+
+
+def quantize_gptq(
+    weight: NDArray[np.float32],
+    spec: Spec,
+    statistics: Statistics,
+    factor: Factor,
+    options: GptqOptions,
+) -> QuantTensor:
+    """Quantize one linear.
+
+    Args:
+        weight: (rows, n) float32, finite.
+        factor: of `statistics.hessian`.
+    """
+    target = weight.astype(np.float64)
+    if statistics.cross is not None and options.correction > 0:
+        target += options.correction * _correction(target, statistics.cross, factor)
+    start = quantize_rtn(target.astype(np.float32), spec, statistics.importance)
+    codes = _round_columns(target, start.scales, factor, spec)
+    scales = start.scales
+    if options.refit:
+        scales = refit_scales(target, codes, scales, statistics.hessian)
+    return QuantTensor(codes, scales, spec)
+
+
+def output_error(weight: NDArray[np.float32], quantized: QuantTensor, hessian: Matrix) -> float:
+    """Root mean square error of the outputs over their root mean square, on the inputs behind H."""
+    moments = hessian.astype(np.float32)
+    error = weight - quantized.dequantize()
+    energy = float(np.vdot(weight @ moments, weight))
+    if energy <= 0:
+        return 0.0
+    return float(np.sqrt(max(float(np.vdot(error @ moments, error)), 0.0) / energy))
+
+
+def inverse_cholesky(matrix: Matrix) -> Matrix:
+    """L^-1 for a positive definite (n, n) matrix L L^T.
+
+    By halves, all in products: unlike LAPACK's threaded factorization these sum in the same order
+    at any number of threads.
+
+    Raises:
+        numpy.linalg.LinAlgError: the matrix is not positive definite.
+    """
+    n = len(matrix)
+    if n <= CHOLESKY_BASE:
+        inverse: Matrix = np.tril(np.linalg.inv(np.linalg.cholesky(matrix)))
+        return inverse
+    half = n // 2
+    top = inverse_cholesky(matrix[:half, :half])
+    side = matrix[half:, :half] @ top.T  # L's lower left
+    bottom = inverse_cholesky(matrix[half:, half:] - side @ side.T)
+    return np.block([[top, np.zeros((half, n - half))], [-(bottom @ side) @ top, bottom]])
+
+
+def _correction(weight: Matrix, cross: Matrix, factor: Factor) -> Matrix:
+    """(rows, n): W D (H + damping)^-1, the least-squares step from W x to the outputs W x_float."""
+    moved = (weight @ cross)[:, factor.order]  # columns by place
+    step = np.empty_like(moved)
+    step[:, factor.order] = (moved @ factor.upper.T) @ factor.upper
+    return step
+
+
+def _round_columns(
+    target: Matrix, scales: NDArray[np.float16], factor: Factor, spec: Spec
+) -> NDArray[np.int8]:
+    """Codes (rows, n) on fixed scales (rows, n // group)."""
+    rows, n = target.shape
+    by_place = np.ascontiguousarray(target[:, factor.order])
+    grid = scales.astype(np.float64)
+    codes = np.empty((rows, n), np.int8)
+    for start in range(0, n, BLOCK):
+        stop = min(start + BLOCK, n)
+        block = np.ascontiguousarray(by_place[:, start:stop])
+        upper = np.ascontiguousarray(factor.upper[start:stop, start:stop])
+        columns = factor.order[start:stop]
+        errors = np.empty_like(block)
+        _round_block(block, upper, columns, grid, spec.group, spec.qmin, spec.qmax, errors, codes)
+        by_place[:, stop:] -= errors @ factor.upper[start:stop, stop:]
+    return codes
+
+
+@njit(parallel=True, cache=True)
+def _round_block(
+    block: Matrix,
+    upper: Matrix,
+    columns: NDArray[np.intp],
+    grid: Matrix,
+    group: int,
+    qmin: int,
+    qmax: int,
+    errors: Matrix,
+    codes: NDArray[np.int8],
+) -> None:
+    """Round the places of one block; rows are independent. Overwrites `block`.
+
+    Args:
+        block: (rows, places) current weights.
+        upper: (places, places) diagonal block of U.
+        errors: (rows, places), out: rounding error over U's diagonal.
+        codes: (rows, n), out, by column.
+    """
+    rows, places = block.shape
+    low, high = np.float64(qmin), np.float64(qmax)
+    for row in prange(rows):
+        weight = block[row]
+        for place in range(places):
+            scale = grid[row, columns[place] // group]
+            code = 0.0
+            if scale != 0:
+                code = min(max(np.rint(weight[place] / scale), low), high)
+            codes[row, columns[place]] = np.int8(code)
+            error = (weight[place] - code * scale) / upper[place, place]
+            errors[row, place] = error
+            for later in range(place + 1, places):
+                weight[later] -= error * upper[place, later]
+
+
+def refit_scales(
+    target: Matrix, codes: NDArray[np.int8], scales: NDArray[np.float16], hessian: Matrix
+) -> NDArray[np.float16]:
+    """Scales that fit the target's outputs best when the codes stay as they are.
+
+    Per row, with L_g the codes of group g: sum_h (L_g^T H_gh L_h) s_h = L_g^T (H w)_g, with a small
+    ridge towards the old scales, which also keeps rows of zero codes solvable.
+
+    Args:
+        target: (rows, n) float64; codes: (rows, n); scales: (rows, groups) float16.
+
+    Returns:
+        (rows, groups) float16.
+    """
+    rows, groups = scales.shape
+    new = np.empty_like(scales)
+    for start in range(0, rows, REFIT_ROWS):
+        here = slice(start, min(start + REFIT_ROWS, rows))
+        new[here] = _refit_rows(target[here], codes[here], scales[here], hessian)
+    return new
+
+
+def _refit_rows(
+    target: Matrix, codes: NDArray[np.int8], scales: NDArray[np.float16], hessian: Matrix
+) -> NDArray[np.float16]:
+    rows, groups = scales.shape
+    grouped = codes.reshape(rows, groups, -1).astype(np.float64)  # (rows, groups, group)
+    group = grouped.shape[2]
+    system = np.empty((rows, groups, groups))
+    for g in range(groups):
+        moved = grouped[:, g] @ hessian[g * group : (g + 1) * group]  # (rows, n): L_g^T H_g:
+        system[:, g] = np.einsum("rhi,rhi->rh", moved.reshape(grouped.shape), grouped)
+    outputs = (target @ hessian).reshape(grouped.shape)
+    goal = np.einsum("rgi,rgi->rg", grouped, outputs)
+
+    old = scales.astype(np.float64)
+    diagonal = np.einsum("rgg->rg", system)
+    ridge = REFIT_RIDGE * diagonal.mean(axis=1, keepdims=True)
+    ridge[ridge == 0] = 1.0
+    diagonal += ridge
+    fitted = np.linalg.solve(system, (goal + ridge * old)[:, :, None])[:, :, 0]
+    return fitted.astype(np.float16)

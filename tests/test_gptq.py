@@ -1,0 +1,194 @@
+"""GPTQ against its textbook form, and what each of its parts buys."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from uq.formats.spec import QuantTensor, Spec
+from uq.quantize.gptq import (
+    Factor,
+    Statistics,
+    factorize,
+    inverse_cholesky,
+    output_error,
+    quantize_gptq,
+    refit_scales,
+)
+from uq.quantize.plan import GptqOptions
+from uq.quantize.scales import quantize_rtn
+
+Array = NDArray[np.float64]
+PLAIN = GptqOptions(correction=0.0, refit=False)
+
+
+def inputs(tokens: int = 1000, n: int = 256, seed: int = 0) -> Array:
+    """(tokens, n) correlated inputs with channels of unequal size."""
+    rng = np.random.default_rng(seed)
+    mix = rng.standard_normal((n, n)) / n**0.5 + 0.5 * np.eye(n)
+    out: Array = rng.standard_normal((tokens, n)) @ mix * np.exp(0.7 * rng.standard_normal(n))
+    return out
+
+
+def weights(rows: int = 24, n: int = 256, seed: int = 1) -> NDArray[np.float32]:
+    return (0.05 * np.random.default_rng(seed).standard_normal((rows, n))).astype(np.float32)
+
+
+def statistics(x: Array, x_float: Array | None = None) -> Statistics:
+    cross = None if x_float is None else (x_float - x).T @ x / len(x)
+    return Statistics(x.T @ x / len(x), cross)
+
+
+def factor_of(hessian: Array, damping: float = 0.01) -> Factor:
+    factor = factorize(hessian, damping)
+    assert factor is not None
+    return factor
+
+
+def textbook(weight: Array, hessian: Array, scales: Array, group: int) -> NDArray[np.int8]:
+    """Algorithm 1 of the paper without its blocks: the inverse Hessian is updated explicitly.
+
+    After column c is rounded, the other weights move by the error times H^-1's column c over its
+    diagonal entry, and c is eliminated from H^-1.
+    """
+    rows, n = weight.shape
+    w = weight.copy()
+    inverse = np.linalg.inv(hessian + 0.01 * np.diagonal(hessian).mean() * np.eye(n))
+    codes = np.zeros((rows, n), np.int8)
+    for col in np.argsort(-np.diagonal(hessian), kind="stable"):
+        scale = scales[:, col // group]
+        codes[:, col] = np.clip(np.rint(w[:, col] / scale), -8, 7)
+        error = (w[:, col] - codes[:, col] * scale) / inverse[col, col]
+        w -= np.outer(error, inverse[col])
+        inverse -= np.outer(inverse[:, col], inverse[col]) / inverse[col, col]
+    return codes
+
+
+@pytest.mark.parametrize(("n", "group"), [(256, 64), (160, 32), (384, 128)])
+def test_codes_equal_the_textbook(n: int, group: int) -> None:
+    w, moments = weights(n=n), statistics(inputs(n=n))
+    found = quantize_gptq(w, Spec(4, group), moments, factor_of(moments.hessian), PLAIN)
+    scales = found.scales.astype(np.float64)
+    expected = textbook(w.astype(np.float64), moments.hessian, scales, group)
+    np.testing.assert_array_equal(found.codes, expected)
+
+
+def test_scales_are_those_of_the_weighted_search() -> None:
+    w, moments = weights(), statistics(inputs())
+    found = quantize_gptq(w, Spec(4, 64), moments, factor_of(moments.hessian), PLAIN)
+    searched = quantize_rtn(w, Spec(4, 64), moments.importance)
+    np.testing.assert_array_equal(found.scales, searched.scales)
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_gptq_beats_rounding_to_nearest(bits: int) -> None:
+    w, moments = weights(), statistics(inputs())
+    spec = Spec(bits, 64)
+    found = quantize_gptq(w, spec, moments, factor_of(moments.hessian), PLAIN)
+    nearest = quantize_rtn(w, spec, moments.importance)
+    error = output_error(w, found, moments.hessian)
+    assert error < 0.85 * output_error(w, nearest, moments.hessian)
+
+
+def test_output_error_is_that_of_the_outputs() -> None:
+    w, x = weights(), inputs()
+    found = quantize_rtn(w, Spec(4, 64))
+    y, y_found = x @ w.T, x @ found.dequantize().T
+    expected = np.linalg.norm(y - y_found) / np.linalg.norm(y)
+    assert output_error(w, found, statistics(x).hessian) == pytest.approx(expected, rel=1e-4)
+
+
+def test_refit_solves_the_least_squares_problem_of_each_row() -> None:
+    w, x = weights(rows=4), inputs()
+    start = quantize_rtn(w, Spec(4, 64))
+    hessian = x.T @ x / len(x)
+    found = refit_scales(w.astype(np.float64), start.codes, start.scales, hessian)
+    for row in range(4):
+        grouped = start.codes[row].reshape(4, 64) * np.eye(4)[:, :, None]  # (group, 4, 64)
+        basis = x @ grouped.reshape(4, 256).T
+        best, *_ = np.linalg.lstsq(basis, x @ w[row], rcond=None)
+        # The ridge of 1e-3 and float16 keep it from being exact.
+        np.testing.assert_allclose(found[row], best, rtol=3e-3)
+
+
+def test_refit_lowers_the_output_error() -> None:
+    w, moments = weights(), statistics(inputs())
+    factor = factor_of(moments.hessian)
+    plain = quantize_gptq(w, Spec(4, 64), moments, factor, PLAIN)
+    refitted = quantize_gptq(w, Spec(4, 64), moments, factor, GptqOptions(correction=0.0))
+    np.testing.assert_array_equal(plain.codes, refitted.codes)
+    hessian = moments.hessian
+    assert output_error(w, refitted, hessian) < output_error(w, plain, hessian)
+
+
+def test_rows_without_codes_keep_their_zero_scales() -> None:
+    w = weights()
+    w[3] = 0
+    moments = statistics(inputs())
+    found = quantize_gptq(w, Spec(4, 64), moments, factor_of(moments.hessian), GptqOptions())
+    assert not found.codes[3].any()
+    assert not found.scales[3].any()
+
+
+def test_correction_moves_outputs_towards_the_floating_point_path() -> None:
+    w, x_float = weights(), inputs(tokens=4000)
+    x = x_float * 0.97 + 0.05 * inputs(tokens=4000, seed=9)
+    moments = statistics(x, x_float)
+    factor = factor_of(moments.hessian)
+    target = x_float @ w.T
+
+    def miss(options: GptqOptions) -> float:
+        found = quantize_gptq(w, Spec(8, 64), moments, factor, options)
+        return float(np.linalg.norm(x @ found.dequantize().T - target))
+
+    half, none = miss(GptqOptions(correction=0.5)), miss(GptqOptions(correction=0.0))
+    assert miss(GptqOptions(correction=1.0)) < half < none
+
+
+@pytest.mark.parametrize("n", [1, 63, 64, 65, 200])
+def test_inverse_cholesky_is_that_of_lapack(n: int) -> None:
+    x = np.random.default_rng(n).standard_normal((2 * n, n))
+    matrix = x.T @ x + np.eye(n)
+    expected = np.linalg.inv(np.linalg.cholesky(matrix))
+    np.testing.assert_allclose(inverse_cholesky(matrix), expected, atol=1e-12)
+
+
+def test_dead_channels_are_rounded_to_nearest() -> None:
+    x = inputs()
+    x[:, 64:128] = 0
+    w, moments = weights(), statistics(x)
+    found = quantize_gptq(w, Spec(4, 64), moments, factor_of(moments.hessian), PLAIN)
+    nearest = quantize_rtn(w, Spec(4, 64), moments.importance)
+    np.testing.assert_array_equal(found.codes[:, 64:128], nearest.codes[:, 64:128])
+
+
+def test_damping_is_raised_until_the_hessian_is_positive_definite() -> None:
+    hessian = np.eye(64)
+    hessian[0, 1] = hessian[1, 0] = 1.05  # eigenvalue -0.05
+    with pytest.raises(np.linalg.LinAlgError):
+        inverse_cholesky(hessian + 0.01 * np.eye(64))
+    upper = factor_of(hessian).upper
+    expected = np.linalg.inv(hessian + 0.1 * np.eye(64))
+    np.testing.assert_allclose(upper.T @ upper, expected, atol=1e-9)
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, 0.0])
+def test_useless_statistics_have_no_factor(value: float) -> None:
+    assert factorize(np.full((64, 64), value), 0.01) is None
+
+
+def test_indefinite_beyond_all_damping_has_no_factor() -> None:
+    hessian = np.eye(64)
+    hessian[0, 1] = hessian[1, 0] = 3.0
+    assert factorize(hessian, 0.01) is None
+
+
+def test_result_is_a_whole_tensor() -> None:
+    moments = statistics(inputs())
+    factor = factor_of(moments.hessian)
+    found = quantize_gptq(weights(), Spec(4, 64), moments, factor, GptqOptions())
+    assert isinstance(found, QuantTensor)
+    assert found.codes.dtype == np.int8 and found.codes.flags.c_contiguous
+    assert found.scales.dtype == np.float16 and found.scales.shape == (24, 4)
+    assert found.codes.min() >= -8 and found.codes.max() <= 7
