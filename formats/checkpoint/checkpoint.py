@@ -57,12 +57,11 @@ class Checkpoint:
         """`norm_offset` is added to stored norm weights to get gains: 1 for safetensors."""
         self.source = source
         self.config = config
-        self.tensors = tensors
+        self.tensors = needed_tensors(config, tensors)
         self.dtype = dtype
         self.left_out = left_out
         self._norm_offset = np.float32(norm_offset)
         self._load_assets = load_assets
-        check_tensors(config, tensors)
 
     def layer(self, index: int) -> dict[str, NDArray[np.float32]]:
         """Weights of one layer: role -> (out, in) linear, or (size,) norm gain.
@@ -160,12 +159,13 @@ def expected_shapes(config: GemmaConfig) -> dict[str, tuple[int, ...]]:
     return shapes
 
 
-def check_tensors(config: GemmaConfig, tensors: Mapping[str, TensorInfo]) -> None:
-    """Refuse a checkpoint that does not fit its configuration.
+def needed_tensors(config: GemmaConfig, tensors: Mapping[str, TensorInfo]) -> dict[str, TensorInfo]:
+    """The tensors that the model needs, checked; others (a stored copy of a tied head) are dropped.
 
     Raises:
         CheckpointError: a tensor is missing, or has another shape or an unknown dtype.
     """
+    needed = {}
     for name, shape in expected_shapes(config).items():
         if name not in tensors:
             raise CheckpointError(f"{name}: missing; expected shape {shape}")
@@ -177,3 +177,5 @@ def check_tensors(config: GemmaConfig, tensors: Mapping[str, TensorInfo]) -> Non
                 f"{info.where}: dtype {info.dtype} is not supported; use a checkpoint in bf16, "
                 "f16 or f32, or a GGUF file"
             )
+        needed[name] = info
+    return needed

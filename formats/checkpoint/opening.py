@@ -74,8 +74,6 @@ def _open_folder(folder: Path, source: Source) -> Checkpoint:
     )
     stored = folder_tensors(folder)
     tensors = canonical_names(stored)
-    if config.tied_head:
-        tensors.pop(HEAD, None)  # a copy of the embedding, written by some tools
     return Checkpoint(
         source,
         config,

@@ -57,9 +57,10 @@ def _last_split(data, offsets, scores, table, start, stop, bounds, joined):  # t
         symbols -= 1
         bounds[best + 1 : symbols + 1] = bounds[best + 2 : symbols + 2].copy()
         joined[best : symbols - 1] = joined[best + 1 : symbols].copy()
-        for i in (best - 1, best):
-            if 0 <= i < symbols - 1:
-                joined[i] = _score(data, offsets, scores, table, bounds[i], bounds[i + 2])
+        for changed in (best - 1, best):
+            if 0 <= changed < symbols - 1:
+                start_left, stop_right = bounds[changed], bounds[changed + 2]
+                joined[changed] = _score(data, offsets, scores, table, start_left, stop_right)
     return bounds[1] - start if symbols == 2 else 0
 
 
