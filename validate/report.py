@@ -8,14 +8,13 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from uq.errors import BundleError, ThresholdMissed
+from uq.formats.decode import decode, parse_json
 from uq.kernels.session import Device
-from uq.validate.records import decode_record
 
 SCHEMA = 1
 JSON_NAME = "report.json"
@@ -218,16 +217,16 @@ class Report:
         return plain
 
     @classmethod
-    def from_json(cls, data: Mapping[str, Any]) -> Report:
-        """Inverse of `to_json`; unknown names are left aside.
+    def from_json(cls, data: object) -> Report:
+        """Inverse of `to_json`.
 
         Raises:
-            BundleError: another schema, or a field is missing or of the wrong type.
+            BundleError: another schema, or a field is missing, unknown or of the wrong type.
         """
-        if data.get("schema") != SCHEMA:
-            found = data.get("schema")
-            raise BundleError(f"{JSON_NAME}: schema {found!r}; this version reads schema {SCHEMA}")
-        return decode_record(cls, data, JSON_NAME)
+        schema = data.get("schema") if isinstance(data, dict) else None
+        if type(schema) is int and schema != SCHEMA:
+            raise BundleError(f"{JSON_NAME}: schema {schema}; this version reads schema {SCHEMA}")
+        return decode(cls, data, JSON_NAME)
 
     def check(self) -> None:
         """Raise ThresholdMissed, naming every limit that was not met."""
@@ -245,12 +244,9 @@ def load_report(bundle: Path) -> Report:
         BundleError: there is none, or it is broken.
     """
     path = bundle / JSON_NAME
-    try:
-        return Report.from_json(json.loads(path.read_text(encoding="utf-8")))
-    except FileNotFoundError:
-        raise BundleError(f"{path}: no report; run uq validate {bundle} first") from None
-    except (json.JSONDecodeError, UnicodeDecodeError, AttributeError):
-        raise BundleError(f"{path}: not a JSON object; run uq validate {bundle} again") from None
+    if not path.is_file():
+        raise BundleError(f"{path}: no report; run uq validate {bundle} first")
+    return Report.from_json(parse_json(path.read_bytes(), JSON_NAME))
 
 
 def save_report(report: Report, html: str, bundle: Path) -> None:

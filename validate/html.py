@@ -1,0 +1,129 @@
+"""The report as one HTML file that asks nobody for anything."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from uq.text import size
+from uq.validate.plots import figures
+from uq.validate.report import Report
+
+
+@dataclass(frozen=True)
+class Tile:
+    """One headline figure: `value` large, `unit` behind it, `note` below."""
+
+    label: str
+    value: str
+    unit: str
+    note: str
+
+
+def render_html(report: Report) -> str:
+    """A complete page: styles and figures inline, every value escaped, equal for equal reports."""
+    import jinja2
+    from markupsafe import Markup
+
+    loader = jinja2.PackageLoader("uq.validate", "")
+    page = jinja2.Environment(
+        loader=loader,
+        autoescape=True,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        undefined=jinja2.StrictUndefined,
+    )
+    page.filters["size"] = size
+    return page.get_template("report.html.j2").render(
+        report=report,
+        tiles=tiles(report),
+        figures={name: Markup(svg) for name, svg in figures(report).items()},
+        provenance=provenance(report),
+        missed=[limit for limit in report.thresholds if not limit.passed],
+    )
+
+
+def tiles(report: Report) -> list[Tile]:
+    """The six figures at the head of the page."""
+    kld, ratio, speed = report.kld, report.perplexity_ratio, report.speed
+    bf16 = 2 * sum(kind.weights for kind in report.sizes)
+    ours, truth = report.perplexity.value, report.reference_perplexity.value
+    return [
+        Tile("KL divergence", f"{kld.mean:.4f}", "nats", f"± {kld.stderr:.4f}, mean per token"),
+        Tile("Same top token", f"{report.same_top_percent:.2f}", "%", "as the reference"),
+        Tile(
+            "Perplexity ratio",
+            f"{ratio.value:.4f}",
+            f"± {ratio.stderr:.4f}",
+            f"{ours:.3f} against {truth:.3f}",
+        ),
+        Tile("Decode", f"{speed.decode_tps.median:.1f}", "tokens/s", _decode_note(report)),
+        Tile(
+            "Size",
+            *size(report.bundle.bytes).split(),
+            f"{bf16 / report.bundle.bytes:.1f} × smaller than in bf16",
+        ),
+        Tile(
+            "Bits per weight",
+            f"{report.bundle.bits_per_weight:.2f}",
+            "",
+            "scales and embedding included",
+        ),
+    ]
+
+
+def _decode_note(report: Report) -> str:
+    ours, truth = report.speed, report.reference_speed
+    share = ours.decode_tps.median / ours.decode_ceiling_tps
+    if truth is None:
+        return f"{share:.0%} of the memory ceiling"
+    factor = ours.decode_tps.median / truth.decode_tps.median
+    return f"{factor:.1f} × the float32 reference, {share:.0%} of the ceiling"
+
+
+def provenance(report: Report) -> dict[str, list[tuple[str, str]]]:
+    """Heading -> (name, value) rows of the table that says where every figure comes from."""
+    text, speed, where = report.text, report.speed, report.environment
+    cache = where.last_level_cache_bytes
+    return {
+        "Models": [
+            ("bundle", report.bundle.name),
+            ("recipe", report.bundle.recipe),
+            ("manifest sha256", report.bundle.sha256),
+            ("reference", report.reference.id),
+            ("revision", report.reference.revision or "none"),
+            ("stored as", f"{report.reference.dtype}, run in float32"),
+        ],
+        "Text": [
+            ("name", text.name),
+            ("sha256", text.sha256),
+            ("chunks", f"{text.chunks} of {text.context} tokens"),
+            ("tokens scored", f"{text.tokens_scored:,}"),
+        ],
+        "Device": [
+            ("backend", report.device.backend),
+            ("device", report.device.name),
+            ("driver", report.device.driver),
+            ("features", ", ".join(report.device.features) or "none"),
+            ("threads", str(where.threads)),
+            ("last-level cache", size(cache) if cache else "unknown"),
+            (
+                "reference ran on",
+                f"{report.reference_device.name}, {report.reference_device.driver}",
+            ),
+        ],
+        "Measurement": [
+            ("batch, context", f"{speed.batch}, {speed.context} tokens"),
+            ("decoded", f"{speed.generated} tokens, {speed.repeats} times behind one warm-up"),
+            ("bytes per token", size(speed.bytes_per_token)),
+            ("read bandwidth", f"{speed.bandwidth_gb_s:.1f} GB/s, measured in this run"),
+            ("peak memory, bundle alone", size(report.memory.bundle_peak_bytes)),
+            ("peak memory, whole process", size(report.memory.peak_bytes)),
+        ],
+        "Run": [
+            ("command", where.command),
+            ("date", where.date),
+            ("uq", report.uq),
+            ("python, numpy, numba", f"{where.python}, {where.numpy}, {where.numba}"),
+            ("system", where.system),
+        ],
+    }
