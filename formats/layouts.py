@@ -193,41 +193,41 @@ class OperandLayout(Layout):
     """Operand B = W^T of the AI engine's matrix multiply: blocks of K inputs x N outputs, k-major.
 
     One row block is all that a core reads for N outputs: the scales first, then the codes, so that
-    it can take the codes in pieces of any length.
+    it can take the codes in pieces of any length. Blocks that follow each other along K are one
+    k-major matrix, so the order does not depend on K.
     """
 
     alignment = 16
 
-    def __init__(self, name: str, shapes: Mapping[int, tuple[int, int]]) -> None:
-        """`shapes`: bits -> (K, N) of the multiply's operand B."""
+    def __init__(self, name: str, outputs: Mapping[int, int]) -> None:
+        """`outputs`: bits -> N of the multiply."""
         self.name = name
-        self._shapes = shapes
+        self._outputs = outputs
 
     def row_block(self, spec: Spec) -> int:
-        return self._shapes[spec.bits][1]
+        return self._outputs[spec.bits]
 
     def padded(self, cols: int) -> int:
         return cols  # a group is a multiple of every K
 
     def block(self, cols: int, spec: Spec) -> np.dtype[np.void]:
-        k, n = self._shapes[spec.bits]
+        n = self._outputs[spec.bits]
         return _struct(
             scales=("<f2", (cols // spec.group, n)),
-            codes=("u1", (cols // k, k, n * spec.bits // 8)),
+            codes=("u1", (cols, n * spec.bits // 8)),
         )
 
     def _fill(self, blocks: NDArray[np.void], codes: Codes, scales: Scales, spec: Spec) -> None:
-        k, n = self._shapes[spec.bits]
-        operand = codes.reshape(len(blocks), n, -1, k).transpose(0, 2, 3, 1)  # (blocks, i, k, n)
-        packed = pack_pairs(np.ascontiguousarray(operand)) if spec.bits == 4 else operand
-        blocks["codes"] = packed.view(np.uint8)
-        blocks["scales"] = scales.reshape(len(blocks), n, -1).transpose(0, 2, 1)
+        shape = (len(blocks), self.row_block(spec), -1)
+        operand = np.ascontiguousarray(codes.reshape(shape).transpose(0, 2, 1))  # (blocks, in, n)
+        blocks["codes"] = pack_pairs(operand) if spec.bits == 4 else operand.view(np.uint8)
+        blocks["scales"] = scales.reshape(shape).transpose(0, 2, 1)
 
     def _read(self, blocks: NDArray[np.void], spec: Spec) -> tuple[Codes, Scales]:
         rows = len(blocks) * self.row_block(spec)
-        stored = blocks["codes"]  # (blocks, i, k, bytes of n)
+        stored = blocks["codes"]  # (blocks, in, bytes of n)
         operand = unpack_pairs(stored) if spec.bits == 4 else stored.view(np.int8)
-        codes = operand.transpose(0, 3, 1, 2).reshape(rows, -1)
+        codes = operand.transpose(0, 2, 1).reshape(rows, -1)
         return codes, blocks["scales"].transpose(0, 2, 1).reshape(rows, -1)
 
 
@@ -237,8 +237,8 @@ LAYOUTS: Mapping[str, Layout] = MappingProxyType(
         for layout in (
             RowLayout(),
             LaneLayout(),
-            OperandLayout("npu-aie2", {4: (16, 8), 8: (8, 8)}),
-            OperandLayout("npu-aie2p", {4: (16, 16), 8: (8, 8)}),
+            OperandLayout("npu-aie2", {4: 8, 8: 8}),  # multiplies 4x16x8 and 4x8x8
+            OperandLayout("npu-aie2p", {4: 16, 8: 8}),  # multiplies 4x16x16 and 8x8x8
         )
     }
 )

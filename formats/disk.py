@@ -1,0 +1,104 @@
+"""Files that are hashed, synced and put in place in one step, and what a full disk says."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+from collections.abc import Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+
+from uq.errors import DeviceError
+
+
+def require_free(path: Path, nbytes: int) -> None:
+    """Refuse to begin when the disk of `path`, which need not exist yet, is too full.
+
+    Raises:
+        DeviceError: says what is needed and what is free.
+    """
+    folder = path.absolute()
+    while not folder.exists():
+        folder = folder.parent
+    free = shutil.disk_usage(folder).free
+    if free < nbytes:
+        raise DeviceError(
+            f"{path}: {nbytes:,} bytes needed, {free:,} free in {folder}; free some space or "
+            "choose another disk"
+        )
+
+
+def write_file(path: Path, chunks: Iterable[bytes | memoryview], nbytes: int) -> str:
+    """Write and sync a file in one pass.
+
+    Args:
+        chunks: C-contiguous buffers.
+        nbytes: what they add up to; for the message when the disk is full.
+
+    Returns:
+        The SHA-256 of the content, in hex.
+
+    Raises:
+        DeviceError: the disk is full or broken. No file is left behind by any exception.
+    """
+    digest = hashlib.sha256()
+    try:
+        with disk_errors(path, nbytes):
+            file = path.open("wb")
+        with file:
+            for chunk in chunks:
+                digest.update(chunk)
+                with disk_errors(path, nbytes):
+                    file.write(chunk)
+            with disk_errors(path, nbytes):
+                file.flush()
+                os.fsync(file.fileno())
+    except BaseException:
+        path.unlink(missing_ok=True)
+        raise
+    return digest.hexdigest()
+
+
+def replace_file(path: Path, data: bytes) -> None:
+    """Write a small file so that `path` holds the old or the new content, never a part."""
+    fresh = path.with_name(path.name + ".new")
+    write_file(fresh, [data], len(data))
+    with disk_errors(path, len(data)):
+        fresh.replace(path)
+        sync_folder(path.parent)
+
+
+def sync_folder(folder: Path) -> None:
+    """Make the names in a folder durable."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+@contextmanager
+def disk_errors(path: Path, nbytes: int) -> Iterator[None]:
+    """Turn an `OSError` of writing `nbytes` to `path` into a `DeviceError`."""
+    try:
+        yield
+    except OSError as error:
+        written = path.stat().st_size if path.is_file() else 0
+        free = shutil.disk_usage(path.parent).free + written
+        raise DeviceError(
+            f"{path}: {error.strerror}: {nbytes:,} bytes needed, {free:,} free; make room and run "
+            "the same command again to continue"
+        ) from error
+
+
+def hash_files(files: Mapping[str, Path]) -> dict[str, str]:
+    """SHA-256 of each file, in hex; in parallel: hashing releases the interpreter's lock."""
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        return dict(zip(files, pool.map(_hash_file, files.values()), strict=True))
+
+
+def _hash_file(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,0 +1,100 @@
+"""What a shard is written from: quantized tensors in pieces, and plain arrays."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from uq.formats.layouts import LAYOUTS
+from uq.formats.manifest import ArrayRecord, TensorRecord
+from uq.formats.shard import ARRAY_ALIGNMENT
+from uq.formats.spec import QuantTensor, Spec
+
+
+@dataclass(frozen=True)
+class QuantEntry:
+    """A quantized tensor to be written in pieces.
+
+    Attributes:
+        shape: (out, in).
+        blocks: consecutive rows; every piece but the last has a multiple of the layout's row block.
+        relative_error: the number, or a function that is asked for it behind the last block.
+    """
+
+    name: str
+    shape: tuple[int, int]
+    spec: Spec
+    layout: str
+    method: str
+    blocks: Iterable[QuantTensor]
+    relative_error: float | Callable[[], float] | None = None
+
+    dtype = "U8"
+
+    @property
+    def alignment(self) -> int:
+        return LAYOUTS[self.layout].alignment
+
+    @property
+    def stored_shape(self) -> tuple[int, ...]:
+        layout, (rows, cols) = LAYOUTS[self.layout], self.shape
+        return layout.block_count(rows, self.spec), layout.block(cols, self.spec).itemsize
+
+    @property
+    def nbytes(self) -> int:
+        return LAYOUTS[self.layout].nbytes(*self.shape, self.spec)
+
+    def chunks(self) -> Iterator[memoryview]:
+        layout = LAYOUTS[self.layout]
+        height = layout.row_block(self.spec)
+        rows = 0
+        for block in self.blocks:
+            if block.spec != self.spec or block.shape[1] != self.shape[1] or rows % height:
+                raise ValueError(f"{self.name}: piece {block.shape} {block.spec} behind row {rows}")
+            rows += block.shape[0]
+            yield layout.tile(block).data
+        if rows != self.shape[0]:
+            raise ValueError(f"{self.name}: {rows} rows, not {self.shape[0]}")
+
+    def record(self, file: str) -> TensorRecord:
+        error = self.relative_error() if callable(self.relative_error) else self.relative_error
+        return TensorRecord(
+            shape=self.shape,
+            bits=self.spec.bits,
+            group=self.spec.group,
+            layout=self.layout,
+            method=self.method,
+            relative_error=None if error is None else float(error),
+            file=file,
+        )
+
+
+@dataclass(frozen=True)
+class ArrayEntry:
+    """A plain float32 array."""
+
+    name: str
+    array: NDArray[np.float32]
+
+    dtype = "F32"
+    alignment = ARRAY_ALIGNMENT
+
+    @property
+    def stored_shape(self) -> tuple[int, ...]:
+        return self.array.shape
+
+    @property
+    def nbytes(self) -> int:
+        return self.array.size * 4
+
+    def chunks(self) -> Iterator[memoryview]:
+        yield np.ascontiguousarray(self.array, "<f4").data
+
+    def record(self, file: str) -> ArrayRecord:
+        return ArrayRecord(self.array.shape, "float32", file)
+
+
+Entry = QuantEntry | ArrayEntry

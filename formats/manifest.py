@@ -1,0 +1,284 @@
+"""The manifest of a bundle: frozen dataclasses, and what they must agree on.
+
+Field by field: `formats/README.md`.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import PurePosixPath
+
+from uq import __version__
+from uq.errors import BundleError
+from uq.formats.config import (
+    EMBEDDING,
+    FINAL_NORM,
+    FULL,
+    HEAD,
+    SLIDING,
+    GemmaConfig,
+    layer_tensor,
+)
+from uq.formats.decode import decode, parse_json
+from uq.formats.layouts import LAYOUTS, Layout
+from uq.formats.spec import BITS, GROUPS, Spec
+
+SCHEMA = 1
+MANIFEST = "manifest.json"
+CHECKSUM = "manifest.sha256"
+REPORT_FILES = ("report.json", "report.html", "README.md")
+UNLISTED = frozenset({MANIFEST, CHECKSUM, *REPORT_FILES})
+KERNELS: frozenset[str] = frozenset()  # names of required_kernels that this version knows
+SHARD_SUFFIX = ".safetensors"
+MAX_COUNT = 1 << 24
+WINDOWS = ("sliding_window", "max_position_embeddings")
+
+
+@dataclass(frozen=True)
+class FileRecord:
+    """`size` in bytes, `sha256` as 64 lower-case hex digits."""
+
+    size: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class TensorRecord:
+    """A quantized tensor: (out, in) shape, grid, layout, and the shard that holds it."""
+
+    shape: tuple[int, int]
+    bits: int
+    group: int
+    layout: str
+    method: str
+    relative_error: float | None
+    file: str
+
+    @property
+    def spec(self) -> Spec:
+        return Spec(self.bits, self.group)
+
+    @property
+    def order(self) -> Layout:
+        return LAYOUTS[self.layout]
+
+    @property
+    def stored_shape(self) -> tuple[int, int]:
+        """(blocks, bytes of a block), as in the shard."""
+        rows, cols = self.shape
+        return self.order.block_count(rows, self.spec), self.order.block(cols, self.spec).itemsize
+
+
+@dataclass(frozen=True)
+class ArrayRecord:
+    """A plain float32 array."""
+
+    shape: tuple[int, ...]
+    dtype: str
+    file: str
+
+
+@dataclass(frozen=True)
+class Provenance:
+    """The checkpoint that was read: how it was found, and its weight files."""
+
+    kind: str
+    id: str
+    revision: str | None
+    dtype: str
+    files: Mapping[str, FileRecord]
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """The text whose activations steered the quantization."""
+
+    name: str
+    sha256: str
+    tokens: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Manifest:
+    """Everything about a bundle but the weights. The writer fills in the last three fields."""
+
+    schema: int = SCHEMA
+    uq: str = __version__
+    model: GemmaConfig
+    recipe: str
+    options: Mapping[str, object]
+    provenance: Provenance
+    calibration: Calibration | None
+    left_out: tuple[str, ...]
+    tools: Mapping[str, str]
+    required_kernels: tuple[str, ...] = ()
+    tensors: Mapping[str, TensorRecord] = field(default_factory=dict)
+    arrays: Mapping[str, ArrayRecord] = field(default_factory=dict)
+    files: Mapping[str, FileRecord] = field(default_factory=dict)
+
+    def to_bytes(self) -> bytes:
+        text = json.dumps(asdict(self), indent=1, ensure_ascii=False, allow_nan=False)
+        return text.encode() + b"\n"
+
+
+def parse_manifest(data: bytes) -> Manifest:
+    """The manifest in `data`, checked.
+
+    Raises:
+        BundleError: a newer schema, or any field that is missing, unknown, of the wrong type, out
+            of range or in contradiction to the model.
+    """
+    value = parse_json(data, MANIFEST)
+    schema = value.get("schema") if isinstance(value, dict) else None
+    if type(schema) is int and schema > SCHEMA:
+        raise BundleError(
+            f"{MANIFEST}: schema {schema} is newer than {SCHEMA}, the newest that uq {__version__} "
+            f"reads; update uq (the bundle was written by {value.get('uq')!r})"
+        )
+    manifest = decode(Manifest, value, MANIFEST)
+    check_manifest(manifest)
+    return manifest
+
+
+def check_manifest(manifest: Manifest) -> None:
+    """Everything that can be said without looking at other files.
+
+    Raises:
+        BundleError: names the field.
+    """
+    if manifest.schema != SCHEMA:
+        raise BundleError(f"{MANIFEST}: schema: expected {SCHEMA}, found {manifest.schema}")
+    if unknown := sorted(set(manifest.required_kernels) - KERNELS):
+        raise BundleError(f"{MANIFEST}: required_kernels: {unknown[0]!r} is not known; update uq")
+    _check_model(manifest.model)
+    for name, record in manifest.files.items():
+        _check_file(name, record)
+    weights, gains = expected_tensors(manifest.model)
+    _check_names("tensors", manifest.tensors, weights)
+    _check_names("arrays", manifest.arrays, gains)
+    for name, tensor in manifest.tensors.items():
+        _check_tensor(f"{MANIFEST}: tensors.{name}", tensor, weights[name])
+        _check_shard(f"{MANIFEST}: tensors.{name}", tensor.file, manifest.files)
+    for name, array in manifest.arrays.items():
+        where = f"{MANIFEST}: arrays.{name}"
+        _one_of(f"{where}.dtype", array.dtype, ("float32",))
+        _check_shape(where, array.shape, gains[name])
+        _check_shard(where, array.file, manifest.files)
+
+
+def expected_tensors(
+    config: GemmaConfig,
+) -> tuple[dict[str, tuple[int, int]], dict[str, tuple[int]]]:
+    """Shapes of the quantized weights and of the norm gains that a model consists of, by name."""
+    table = (config.vocab_size, config.hidden_size)
+    weights = {EMBEDDING: table} if config.tied_head else {EMBEDDING: table, HEAD: table}
+    gains = {gain_name(FINAL_NORM): (config.hidden_size,)}
+    for layer in range(config.num_layers):
+        for role, shape in config.linear_shapes().items():
+            weights[layer_tensor(layer, role)] = shape
+        for role, width in config.norm_shapes().items():
+            gains[gain_name(layer_tensor(layer, role))] = width
+    return weights, gains
+
+
+def gain_name(norm: str) -> str:
+    """Name under which the gain of a norm is stored: `.weight` becomes `.gain`."""
+    return norm.removesuffix(".weight") + ".gain"
+
+
+def checksum_line(sha256: str) -> bytes:
+    """Content of `manifest.sha256`, as `sha256sum` prints it."""
+    return f"{sha256}  {MANIFEST}\n".encode()
+
+
+def check_path(name: str) -> None:
+    """Refuse a file name that could leave the bundle's folder.
+
+    Raises:
+        BundleError: absolute, `..`, or characters that mean something on some system.
+    """
+    parts = name.split("/")
+    if (
+        any(part in ("", ".", "..") for part in parts)
+        or re.search(r"[\\:\x00-\x1f\x7f]", name)
+        or PurePosixPath(name).is_absolute()
+    ):
+        raise BundleError(f"{MANIFEST}: files: {name!r} is not a relative path inside the bundle")
+
+
+def _check_file(name: str, record: FileRecord) -> None:
+    check_path(name)
+    where = f"{MANIFEST}: files.{name}"
+    if name in UNLISTED:
+        raise BundleError(f"{where}: is written outside the hashed set and cannot be listed")
+    if record.size < 0:
+        raise BundleError(f"{where}.size: {record.size} is negative")
+    if not re.fullmatch(r"[0-9a-f]{64}", record.sha256):
+        raise BundleError(f"{where}.sha256: expected 64 lower-case hex digits")
+
+
+def _check_model(config: GemmaConfig) -> None:
+    where = f"{MANIFEST}: model"
+    counts = ("vocab_size", "hidden_size", "intermediate_size", "num_layers", "num_heads")
+    for name in (*counts, "num_kv_heads", "head_dim", "q_size", *WINDOWS):
+        if not 1 <= getattr(config, name) <= MAX_COUNT:
+            raise BundleError(f"{where}.{name}: {getattr(config, name)} is not in 1..{MAX_COUNT}")
+    positive = ("rms_norm_eps", "query_pre_attn_scalar", "rope_theta", "rope_local_theta")
+    for name in (*positive, "rope_scaling", "attn_softcap", "final_softcap"):
+        value = getattr(config, name)
+        if value is not None and not (math.isfinite(value) and value > 0):
+            raise BundleError(f"{where}.{name}: {value} is not above 0")
+    for name in ("bos_token_id", "pad_token_id"):
+        _check_token(f"{where}.{name}", getattr(config, name), config.vocab_size)
+    for token in config.eos_token_ids:
+        _check_token(f"{where}.eos_token_ids", token, config.vocab_size)
+    if len(config.layer_types) != config.num_layers:
+        raise BundleError(f"{where}.layer_types: {len(config.layer_types)} items, not num_layers")
+    for layer_type in config.layer_types:
+        _one_of(f"{where}.layer_types", layer_type, (SLIDING, FULL))
+    if config.num_heads % config.num_kv_heads:
+        raise BundleError(f"{where}.num_heads: {config.num_heads} is no multiple of num_kv_heads")
+    if config.head_dim % 2:
+        raise BundleError(f"{where}.head_dim: {config.head_dim} is odd")
+
+
+def _check_token(where: str, token: int, vocab_size: int) -> None:
+    if not 0 <= token < vocab_size:
+        raise BundleError(f"{where}: {token} is not in 0..{vocab_size - 1}")
+
+
+def _check_names(
+    field_name: str, found: Mapping[str, object], expected: Mapping[str, object]
+) -> None:
+    if missing := [name for name in expected if name not in found]:
+        raise BundleError(f"{MANIFEST}: {field_name}: {missing[0]} is missing")
+    if extra := [name for name in found if name not in expected]:
+        raise BundleError(f"{MANIFEST}: {field_name}: {extra[0]} is no tensor of this model")
+
+
+def _check_tensor(where: str, record: TensorRecord, shape: tuple[int, int]) -> None:
+    _one_of(f"{where}.bits", record.bits, BITS)
+    _one_of(f"{where}.group", record.group, GROUPS)
+    _one_of(f"{where}.layout", record.layout, tuple(LAYOUTS))
+    _check_shape(where, record.shape, shape)
+    if shape[1] % record.group:
+        raise BundleError(f"{where}.group: {shape[1]} columns do not divide by {record.group}")
+
+
+def _check_shard(where: str, file: str, files: Mapping[str, FileRecord]) -> None:
+    if file not in files or not file.endswith(SHARD_SUFFIX):
+        raise BundleError(f"{where}.file: {file!r} is no shard of this bundle")
+
+
+def _check_shape(where: str, found: tuple[int, ...], expected: tuple[int, ...]) -> None:
+    if found != expected:
+        raise BundleError(f"{where}.shape: {list(found)}, but the model asks for {list(expected)}")
+
+
+def _one_of(where: str, value: object, allowed: tuple[object, ...]) -> None:
+    if value not in allowed:
+        raise BundleError(f"{where}: {value!r} is not one of {', '.join(map(str, allowed))}")

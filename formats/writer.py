@@ -1,0 +1,250 @@
+"""Writing a bundle shard by shard, so that a killed run loses at most one shard of work.
+
+    with BundleWriter(out, shard_count, identity) as writer:
+        for index in range(writer.committed, shard_count):
+            writer.write_shard(index, entries(index))
+        writer.finish(manifest, assets)
+
+Everything happens in `OUT.partial`; `OUT` appears complete, in one rename.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+import numpy as np
+from numpy.typing import NDArray
+
+from uq.errors import DeviceError, UsageError
+from uq.formats.disk import disk_errors, sync_folder, write_file
+from uq.formats.entries import ArrayEntry, Entry, QuantEntry
+from uq.formats.journal import JOURNAL, CommittedShard, Journal
+from uq.formats.manifest import (
+    CHECKSUM,
+    MANIFEST,
+    FileRecord,
+    Manifest,
+    check_manifest,
+    check_path,
+    checksum_line,
+)
+from uq.formats.shard import Shard, make_header, shard_file
+from uq.formats.spec import QuantTensor
+
+__all__ = ["ArrayEntry", "BundleWriter", "Entry", "QuantEntry"]
+
+LOCK = "lock"
+
+
+class BundleWriter:
+    """Writes one bundle; see the head of this module.
+
+    Attributes:
+        committed: shards that are safe on the disk, hashes verified; work continues behind them.
+    """
+
+    def __init__(
+        self, out: Path, shard_count: int, identity: Mapping[str, object], *, resume: str = "auto"
+    ) -> None:
+        """Lock the work folder and find out what is already there.
+
+        Args:
+            identity: JSON that fixes the bytes of the bundle: source, plan, calibration, ...
+            resume: `auto` continues where the same work was broken off, `restart` begins anew,
+                `require` refuses to begin anew.
+
+        Raises:
+            UsageError: `out` exists, another run is writing it, the work folder belongs to
+                something else, or there is nothing to continue.
+            DeviceError: the work folder cannot be written.
+        """
+        self._out = out
+        self._count = shard_count
+        self._work = out.with_name(out.name + ".partial")
+        self._finished = False
+        _require_ours(self._work)
+        self._lock = _lock(self._work)
+        try:
+            _require_new(out)
+            self._journal = self._open_journal(Journal.begin(identity, shard_count), resume)
+        except BaseException:
+            if not (self._work / JOURNAL).exists():
+                shutil.rmtree(self._work)
+            os.close(self._lock)
+            raise
+
+    @property
+    def committed(self) -> int:
+        return len(self._journal.shards)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        """Unlock; leave a work folder only if there is something to continue."""
+        if not self._finished and not self.committed:
+            shutil.rmtree(self._work)
+        os.close(self._lock)
+
+    def write_shard(self, index: int, entries: Sequence[Entry]) -> None:
+        """Write, sync and commit shard `index`, which must be `committed`.
+
+        The entries are consumed one after the other, by falling alignment.
+
+        Raises:
+            DeviceError: the disk is full or broken; nothing of this shard is left.
+            ValueError: shards out of order, or pieces that do not add up to their tensor.
+        """
+        if index != self.committed:
+            raise ValueError(f"shard {index} is not the next one, {self.committed}")
+        file = shard_file(index, self._count)
+        entries = sorted(entries, key=lambda entry: -entry.alignment)
+        header = make_header({e.name: (e.dtype, e.stored_shape) for e in entries})
+        size = len(header) + sum(entry.nbytes for entry in entries)
+        sha256 = write_file(self._work / file, _contents(header, entries), size)
+        tensors = {e.name: e.record(file) for e in entries if isinstance(e, QuantEntry)}
+        arrays = {e.name: e.record(file) for e in entries if isinstance(e, ArrayEntry)}
+        shard = CommittedShard(file, FileRecord(size, sha256), tensors, arrays)
+        journal = replace(self._journal, shards=(*self._journal.shards, shard))
+        journal.save(self._work)
+        self._journal = journal
+
+    def read_layer(self, layer: int) -> dict[str, QuantTensor | NDArray[np.float32]]:
+        """A committed layer, as the runs that follow will see it: role -> weight or gain."""
+        committed = self._journal.shards[layer + 1]
+        shard = Shard(self._work / committed.file)
+        values: dict[str, QuantTensor | NDArray[np.float32]] = {
+            _role(name, layer): shard.quant(name, record)
+            for name, record in committed.tensors.items()
+        }
+        return values | {_role(name, layer): shard.array(name) for name in committed.arrays}
+
+    def finish(self, manifest: Manifest, assets: Mapping[str, bytes]) -> Path:
+        """Write the assets and the manifest, and give the folder its name.
+
+        Args:
+            manifest: `tensors`, `arrays` and `files` are filled in here.
+            assets: relative path -> content.
+
+        Returns:
+            The finished folder.
+
+        Raises:
+            BundleError: the manifest contradicts the shards, or an asset's name is not allowed.
+            DeviceError: the disk is full or broken; the shards are kept.
+        """
+        if self.committed != self._count:
+            raise ValueError(f"{self.committed} of {self._count} shards are written")
+        shards = self._journal.shards
+        files = {shard.file: shard.record for shard in shards}
+        for name, data in sorted(assets.items()):
+            check_path(name)
+            files[name] = self._write(name, data)
+        manifest = replace(
+            manifest,
+            tensors={name: record for s in shards for name, record in s.tensors.items()},
+            arrays={name: record for s in shards for name, record in s.arrays.items()},
+            files=files,
+        )
+        check_manifest(manifest)
+        digest = self._write(MANIFEST, manifest.to_bytes()).sha256
+        self._write(CHECKSUM, checksum_line(digest))
+        self._publish()
+        return self._out
+
+    def _write(self, name: str, data: bytes) -> FileRecord:
+        path = self._work / name
+        with disk_errors(path, len(data)):
+            path.parent.mkdir(parents=True, exist_ok=True)
+        record = FileRecord(len(data), write_file(path, [data], len(data)))
+        sync_folder(path.parent)
+        return record
+
+    def _publish(self) -> None:
+        _require_new(self._out)
+        self._work.rename(self._out)
+        self._finished = True
+        sync_folder(self._out.parent)
+        for name in (JOURNAL, LOCK):  # last, so that a run killed before the rename can go on
+            (self._out / name).unlink()
+
+    def _open_journal(self, wanted: Journal, resume: str) -> Journal:
+        begun = (self._work / JOURNAL).exists() and resume != "restart"
+        if begun:
+            journal = Journal.load(self._work)
+            journal.require_same(wanted, self._work)
+            journal = journal.verified(self._work)
+        elif resume == "require":
+            raise UsageError(f"{self._work}: no unfinished work to continue; leave --resume away")
+        else:
+            journal = wanted
+        _clear(self._work, keep={LOCK, JOURNAL, *(shard.file for shard in journal.shards)})
+        journal.save(self._work)
+        return journal
+
+
+def _contents(header: bytes, entries: Sequence[Entry]) -> Iterator[bytes | memoryview]:
+    yield header
+    for entry in entries:
+        yield from entry.chunks()
+
+
+def _role(name: str, layer: int) -> str:
+    """`model.layers.3.mlp.up_proj.weight` -> `mlp.up_proj`."""
+    return name.removeprefix(f"model.layers.{layer}.").rpartition(".")[0]
+
+
+def _require_new(out: Path) -> None:
+    if os.path.lexists(out):
+        raise UsageError(f"{out}: exists; remove it or choose another -o")
+
+
+def _require_ours(work: Path) -> None:
+    """Refuse a folder that happens to have the name of the work folder."""
+    if work.is_dir():
+        names = {path.name for path in work.iterdir()}
+        if JOURNAL in names or names <= {LOCK, JOURNAL + ".new"}:
+            return
+    elif not os.path.lexists(work):
+        return
+    raise UsageError(f"{work}: is no work folder of uq; remove it or choose another -o")
+
+
+def _lock(work: Path) -> int:
+    """Create the work folder if need be and lock it; returns the descriptor that holds the lock."""
+    while True:
+        try:
+            work.mkdir(parents=True, exist_ok=True)
+            descriptor = os.open(work / LOCK, os.O_RDWR | os.O_CREAT, 0o644)
+        except FileNotFoundError:  # another run has just removed or renamed the folder
+            continue
+        except OSError as error:
+            raise DeviceError(f"{work}: cannot be created: {error.strerror}") from error
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            os.close(descriptor)
+            raise UsageError(
+                f"{work}: another run is writing it; wait for it or choose another -o"
+            ) from error
+        if (work / LOCK).exists() and os.path.samestat(os.fstat(descriptor), (work / LOCK).stat()):
+            return descriptor
+        os.close(descriptor)  # locked, but renamed or removed in the meantime
+
+
+def _clear(folder: Path, keep: set[str]) -> None:
+    for path in folder.iterdir():
+        if path.name not in keep:
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
