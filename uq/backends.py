@@ -1,0 +1,75 @@
+"""Where a bundle can run. Each backend says in one sentence why it is available or is not."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from uq.errors import DeviceError, UsageError
+
+if TYPE_CHECKING:
+    from uq.formats.bundle import Bundle
+    from uq.kernels.session import Session
+
+
+DEVICES = ("auto", "vulkan", "npu", "cpu")
+Opener = Callable[["Bundle", int, int | None], "Session"]
+
+
+@dataclass(frozen=True)
+class Backend:
+    """One way of running a bundle.
+
+    Attributes:
+        reason: one sentence, for `uq doctor` and for the error when it is asked for in vain.
+        opener: (bundle, max_context, threads) -> Session; None when it is not available.
+    """
+
+    name: str
+    reason: str
+    opener: Opener | None = None
+
+    @property
+    def available(self) -> bool:
+        return self.opener is not None
+
+
+def backends() -> tuple[Backend, ...]:
+    """All backends, the fastest first."""
+    return (_vulkan(), _npu(), Backend("cpu", "it runs on every machine", _open_cpu))
+
+
+def open_session(
+    bundle: Bundle, device: str = "auto", *, max_context: int, threads: int | None = None
+) -> Session:
+    """Run a bundle on `device`, or on the fastest available one for `auto`.
+
+    Args:
+        max_context: tokens that the KV cache can hold.
+        threads: None takes one per core.
+
+    Raises:
+        DeviceError: the device is not available; the message says why.
+        UsageError: no such device.
+    """
+    for backend in backends():
+        if backend.opener is not None and device in ("auto", backend.name):
+            return backend.opener(bundle, max_context, threads)
+        if device == backend.name:
+            raise DeviceError(f"--device {device}: {backend.reason}; use cpu")
+    raise UsageError(f"--device {device} is not known; use {', '.join(DEVICES)}")
+
+
+def _vulkan() -> Backend:
+    return Backend("vulkan", "this version of uq has no Vulkan kernels")
+
+
+def _npu() -> Backend:
+    return Backend("npu", "this version of uq has no NPU kernels")
+
+
+def _open_cpu(bundle: Bundle, max_context: int, threads: int | None) -> Session:
+    from uq.kernels.cpu import open_cpu
+
+    return open_cpu(bundle, max_context=max_context, threads=threads)

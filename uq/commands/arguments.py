@@ -1,0 +1,57 @@
+"""Argument types: a value that is out of range is refused with the allowed values."""
+
+from __future__ import annotations
+
+import argparse
+import math
+from collections.abc import Callable, Collection
+
+
+def whole(minimum: int, maximum: float = math.inf) -> Callable[[str], int]:
+    """A whole number in `minimum..maximum`."""
+    allowed = f"{minimum}..{maximum}" if math.isfinite(maximum) else f"{minimum} or more"
+
+    def parse(text: str) -> int:
+        try:
+            value = int(text)
+        except ValueError:
+            value = minimum - 1
+        if not minimum <= value <= maximum:
+            raise argparse.ArgumentTypeError(f"expected a whole number, {allowed}, not '{text}'")
+        return value
+
+    return parse
+
+
+def real(
+    minimum: float, maximum: float = math.inf, *, above: bool = False
+) -> Callable[[str], float]:
+    """A finite number in `minimum..maximum`; with `above`, `minimum` itself is refused."""
+    allowed = f"above {minimum:g}" if above else f"{minimum:g} or more"
+    if math.isfinite(maximum):
+        allowed += f", at most {maximum:g}"
+
+    def parse(text: str) -> float:
+        try:
+            value = float(text)
+        except ValueError:
+            value = math.nan
+        inside = minimum < value if above else minimum <= value
+        if not (math.isfinite(value) and inside and value <= maximum):
+            raise argparse.ArgumentTypeError(f"expected a number {allowed}, not '{text}'")
+        return value
+
+    return parse
+
+
+def names(allowed: Collection[str]) -> Callable[[str], tuple[str, ...]]:
+    """A comma-separated list of distinct `allowed` names, in the order given."""
+
+    def parse(text: str) -> tuple[str, ...]:
+        chosen = tuple(dict.fromkeys(part.strip() for part in text.split(",")))
+        for name in chosen:
+            if name not in allowed:
+                raise argparse.ArgumentTypeError(f"'{name}' is not one of {', '.join(allowed)}")
+        return chosen
+
+    return parse

@@ -1,0 +1,56 @@
+"""`uq generate`: continue a text with a bundle."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+
+from uq.backends import DEVICES
+from uq.commands.arguments import real, whole
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("bundle", metavar="BUNDLE", help="folder written by uq quantize")
+    add("-p", "--prompt", required=True, metavar="TEXT", help="text to continue; - reads stdin")
+    add("--chat", action="store_true", help="put the text into the model's chat template")
+    add("--max-tokens", type=whole(1), default=256, metavar="N", help="default: %(default)s")
+    add(
+        "--temperature", type=real(0), default=0.0, metavar="T",
+        help="0 (default): always the likeliest token; above: sample",
+    )  # fmt: skip
+    add("--top-k", type=whole(0), default=0, metavar="K", help="0 (default): all tokens")
+    add("--top-p", type=real(0, 1, above=True), default=1.0, metavar="P", help="default: 1")
+    add("--seed", type=whole(0, 2**63 - 1), default=0, metavar="S", help="default: %(default)s")
+    add("--device", choices=DEVICES, default="auto", help="default: %(default)s")
+    add("--threads", type=whole(1), metavar="N", help="default: one per core")
+
+
+def run(args: argparse.Namespace) -> int:
+    from uq.generation import generate
+    from uq.kernels.session import Sampling
+    from uq.text import duration
+
+    prompt = sys.stdin.read() if args.prompt == "-" else args.prompt
+    generated = generate(
+        args.bundle,
+        prompt,
+        chat=args.chat,
+        max_tokens=args.max_tokens,
+        sampling=Sampling(args.temperature, args.top_k, args.top_p, args.seed),
+        device=args.device,
+        threads=args.threads,
+        write=write,
+    )
+    print()
+    sys.stdout.flush()
+    for label, rate in ("prefill", generated.prefill), ("decode", generated.decode):
+        took = f"{rate.tokens} tokens in {duration(rate.seconds)}"
+        print(f"{label}: {took}, {rate.per_second:.1f} tokens/s", file=sys.stderr)
+    return 0
+
+
+def write(text: str) -> None:
+    """Show a piece of text at once, also in a pipe."""
+    sys.stdout.write(text)
+    sys.stdout.flush()

@@ -1,0 +1,89 @@
+"""`uq inspect`: show what is in a checkpoint or a bundle."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Iterator
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from uq.inspection import Contents
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "model",
+        metavar="MODEL|BUNDLE",
+        help="bundle folder, checkpoint folder, GGUF file, Hub id owner/name or demo:gemma-3-270m",
+    )
+    parser.add_argument("--revision", metavar="R", help="branch, tag or commit of a Hub id")
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+
+
+def run(args: argparse.Namespace) -> int:
+    from uq.inspection import inspect
+
+    contents = inspect(args.model, revision=args.revision)
+    print(json.dumps(asdict(contents), indent=2) if args.json else describe(contents))
+    return 0
+
+
+def describe(contents: Contents) -> str:
+    from uq.text import size, table
+
+    total = f"{size(contents.nbytes)}, {contents.bits_per_weight:.2f} bits per weight"
+    parameters = f"{contents.parameters:,} parameters"
+    sections = [
+        f"{contents.what} {contents.name}: {parameters}, {total}",
+        table(_model(contents.config)),
+        _kinds(contents),
+        table(_flat(contents.plan | contents.provenance)),
+        "\n".join(f"left out: {part}" for part in contents.left_out),
+    ]
+    return "\n\n".join(filter(None, sections))
+
+
+def _kinds(contents: Contents) -> str:
+    """One line per kind of tensor; errors are known of a bundle only."""
+    from uq.text import size, table
+
+    head = ("kind", "tensors", "weights", "size", "bits/weight", "stored as", "mean error")
+    rows = [
+        (
+            kind.kind,
+            kind.tensors,
+            kind.weights,
+            size(kind.nbytes),
+            f"{kind.bits_per_weight:.2f}",
+            ", ".join(kind.stored_as),
+            "" if kind.relative_error is None else f"{kind.relative_error:.4f}",
+        )
+        for kind in contents.kinds
+    ]
+    columns = 7 if contents.what == "bundle" else 6
+    return table([row[:columns] for row in rows], head=head[:columns])
+
+
+def _model(config: dict[str, Any]) -> Iterator[tuple[str, str]]:
+    full = config["layer_types"].count("full_attention")
+    sliding = config["num_layers"] - full
+    window = f", {sliding} with a window of {config['sliding_window']}" if sliding else ""
+    heads = f"{config['num_heads']} heads of {config['head_dim']}, {config['num_kv_heads']} KV"
+    sizes = f"hidden {config['hidden_size']}, MLP {config['intermediate_size']}"
+    tied = "tied head" if config["tied_head"] else "head of its own"
+    yield "family", config["family"]
+    yield "layers", f"{config['num_layers']}: {full} with full attention{window}"
+    yield "sizes", f"{sizes}, {heads}"
+    yield "vocabulary", f"{config['vocab_size']} tokens, {tied}"
+    yield "context", f"{config['max_position_embeddings']} tokens"
+
+
+def _flat(data: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
+    """Leaves of nested objects with dotted names; what is None is left away."""
+    for key, value in data.items():
+        if isinstance(value, dict):
+            yield from _flat(value, f"{prefix}{key}.")
+        elif value is not None:
+            yield f"{prefix}{key}", str(value)

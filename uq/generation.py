@@ -1,0 +1,104 @@
+"""Continue a text with a bundle, token by token."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from uq.backends import open_session
+from uq.chat import CHAT_FILES, chat_prompt
+from uq.errors import UsageError
+from uq.formats.bundle import Bundle, open_bundle
+from uq.formats.tokenizer import Tokenizer
+from uq.kernels.session import Sampling, Session
+
+GREEDY = Sampling()
+
+
+@dataclass(frozen=True)
+class Rate:
+    tokens: int
+    seconds: float
+
+    @property
+    def per_second(self) -> float:
+        return self.tokens / self.seconds if self.seconds > 0 else 0.0
+
+
+@dataclass(frozen=True)
+class Generated:
+    """Where and how fast a text was generated."""
+
+    device: str
+    prefill: Rate
+    decode: Rate
+
+
+def generate(
+    path: str | Path,
+    prompt: str,
+    *,
+    chat: bool = False,
+    max_tokens: int = 256,
+    sampling: Sampling = GREEDY,
+    device: str = "auto",
+    threads: int | None = None,
+    write: Callable[[str], None],
+) -> Generated:
+    """Continue `prompt` until the model ends the text or `max_tokens` are generated.
+
+    Args:
+        chat: put the prompt into the bundle's chat template first.
+        write: receives the text piece by piece, as soon as it is known.
+
+    Raises:
+        BundleError: the folder is not a bundle, or a broken one.
+        UsageError: the text would be longer than the model's context; no chat template.
+        DeviceError: the device is not available.
+    """
+    bundle = open_bundle(path)
+    tokenizer = bundle.tokenizer()
+    tokens = tokenizer.encode(chat_prompt(_chat_files(bundle), prompt) if chat else prompt)
+    context = len(tokens) + max_tokens
+    _check_context(context, bundle.config.max_position_embeddings)
+    session = open_session(bundle, device, max_context=context, threads=threads)
+
+    began = time.perf_counter()
+    session.prefill(tokens)
+    filled = time.perf_counter()
+    count = decode_text(session, tokenizer, max_tokens, sampling, write)
+    ended = time.perf_counter()
+    prefill, decode = Rate(len(tokens), filled - began), Rate(count, ended - filled)
+    return Generated(session.device.name, prefill, decode)
+
+
+def decode_text(
+    session: Session,
+    tokenizer: Tokenizer,
+    max_tokens: int,
+    sampling: Sampling,
+    write: Callable[[str], None],
+) -> int:
+    """Write text behind what `session` holds, up to an end-of-text token; the number of tokens."""
+    stream = tokenizer.stream()
+    count = 0
+    for token in session.decode(max_tokens, sampling):
+        if token in tokenizer.eos:
+            break
+        write(stream.push(token))
+        count += 1
+    write(stream.flush())
+    return count
+
+
+def _check_context(needed: int, limit: int) -> None:
+    if needed > limit:
+        raise UsageError(
+            f"prompt and --max-tokens need {needed} tokens, but the model's context has {limit}"
+        )
+
+
+def _chat_files(bundle: Bundle) -> dict[str, bytes]:
+    return {name: bundle.asset(name) for name in CHAT_FILES if name in bundle.manifest.files}
