@@ -44,46 +44,38 @@ def render_html(report: Report) -> str:
 
 def tiles(report: Report) -> list[Tile]:
     """The six figures at the head of the page."""
-    kld, ratio, speed = report.kld, report.perplexity_ratio, report.speed
+    kld, ratio = report.kld, report.perplexity_ratio
     bf16 = 2 * sum(kind.weights for kind in report.sizes)
-    ours, truth = report.perplexity.value, report.reference_perplexity.value
+    smaller = bf16 / sum(kind.bytes for kind in report.sizes)
+    compared = f"{report.perplexity.value:.3f} against {report.reference_perplexity.value:.3f}"
+    value, unit = size(report.bundle.bytes).split()
+    bits = f"{report.bundle.bits_per_weight:.2f}"
     return [
         Tile("KL divergence", f"{kld.mean:.4f}", "nats", f"± {kld.stderr:.4f}, mean per token"),
         Tile("Same top token", f"{report.same_top_percent:.2f}", "%", "as the reference"),
-        Tile(
-            "Perplexity ratio",
-            f"{ratio.value:.4f}",
-            f"± {ratio.stderr:.4f}",
-            f"{ours:.3f} against {truth:.3f}",
-        ),
-        Tile("Decode", f"{speed.decode_tps.median:.1f}", "tokens/s", _decode_note(report)),
-        Tile(
-            "Size",
-            *size(report.bundle.bytes).split(),
-            f"{bf16 / report.bundle.bytes:.1f} × smaller than in bf16",
-        ),
-        Tile(
-            "Bits per weight",
-            f"{report.bundle.bits_per_weight:.2f}",
-            "",
-            "scales and embedding included",
-        ),
+        Tile("Perplexity ratio", f"{ratio.value:.4f}", f"± {ratio.stderr:.4f}", compared),
+        _speed_tile(report),
+        Tile("Size", value, unit, f"weights {smaller:.1f} × smaller than in bf16"),
+        Tile("Bits per weight", bits, "", "scales and embedding included"),
     ]
 
 
-def _decode_note(report: Report) -> str:
+def _speed_tile(report: Report) -> Tile:
+    """Decode speed, or the memory of the process where no speed was measured."""
     ours, truth = report.speed, report.reference_speed
-    share = ours.decode_tps.median / ours.decode_ceiling_tps
-    if truth is None:
-        return f"{share:.0%} of the memory ceiling"
-    factor = ours.decode_tps.median / truth.decode_tps.median
-    return f"{factor:.1f} × the float32 reference, {share:.0%} of the ceiling"
+    if ours is None:
+        value, unit = size(report.memory.bundle_peak_bytes).split()
+        return Tile("Peak memory", value, unit, "before the reference was opened")
+    note = f"{ours.decode_tps.median / ours.decode_ceiling_tps:.0%} of the memory ceiling"
+    if truth is not None:
+        factor = ours.decode_tps.median / truth.decode_tps.median
+        note = f"{factor:.1f} × the float32 reference, {note}"
+    return Tile("Decode", f"{ours.decode_tps.median:.1f}", "tokens/s", note)
 
 
 def provenance(report: Report) -> dict[str, list[tuple[str, str]]]:
     """Heading -> (name, value) rows of the table that says where every figure comes from."""
-    text, speed, where = report.text, report.speed, report.environment
-    cache = where.last_level_cache_bytes
+    text, where, reference = report.text, report.environment, report.reference_device
     return {
         "Models": [
             ("bundle", report.bundle.name),
@@ -104,21 +96,9 @@ def provenance(report: Report) -> dict[str, list[tuple[str, str]]]:
             ("device", report.device.name),
             ("driver", report.device.driver),
             ("features", ", ".join(report.device.features) or "none"),
-            ("threads", str(where.threads)),
-            ("last-level cache", size(cache) if cache else "unknown"),
-            (
-                "reference ran on",
-                f"{report.reference_device.name}, {report.reference_device.driver}",
-            ),
+            ("reference ran on", f"{reference.name}, {reference.driver}"),
         ],
-        "Measurement": [
-            ("batch, context", f"{speed.batch}, {speed.context} tokens"),
-            ("decoded", f"{speed.generated} tokens, {speed.repeats} times behind one warm-up"),
-            ("bytes per token", size(speed.bytes_per_token)),
-            ("read bandwidth", f"{speed.bandwidth_gb_s:.1f} GB/s, measured in this run"),
-            ("peak memory, bundle alone", size(report.memory.bundle_peak_bytes)),
-            ("peak memory, whole process", size(report.memory.peak_bytes)),
-        ],
+        "Measurement": _measurement(report),
         "Run": [
             ("command", where.command),
             ("date", where.date),
@@ -127,3 +107,22 @@ def provenance(report: Report) -> dict[str, list[tuple[str, str]]]:
             ("system", where.system),
         ],
     }
+
+
+def _measurement(report: Report) -> list[tuple[str, str]]:
+    speed, cache = report.speed, report.environment.last_level_cache_bytes
+    rows = [
+        ("threads", str(report.environment.threads)),
+        ("last-level cache", size(cache) if cache else "unknown"),
+        ("peak memory, whole process", size(report.memory.peak_bytes)),
+        ("before the reference", size(report.memory.bundle_peak_bytes)),
+    ]
+    if speed is None:
+        return rows
+    return [
+        *rows,
+        ("batch, context", f"{speed.batch}, {speed.context} tokens"),
+        ("decoded", f"{speed.generated} tokens, {speed.repeats} times behind one warm-up"),
+        ("bytes per token", size(speed.bytes_per_token)),
+        ("read bandwidth", f"{speed.bandwidth_gb_s:.1f} GB/s, measured in this run"),
+    ]

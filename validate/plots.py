@@ -8,7 +8,7 @@ from io import StringIO
 from typing import TYPE_CHECKING
 
 from uq.text import size
-from uq.validate.report import KindSize, Report, Spread
+from uq.validate.report import KindSize, Report, Speed, Spread
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -64,13 +64,15 @@ def figures(report: Report) -> dict[str, str]:
     import matplotlib
 
     with matplotlib.rc_context(STYLE):
-        return {
+        drawn = {
             "kld": _kld(report),
             "perplexity": _perplexity(report),
             "errors": _errors(report),
             "sizes": _sizes(report),
-            "speed": _speed(report),
         }
+        if report.speed is not None:
+            drawn["speed"] = _speed(report.speed, report.reference_speed)
+        return drawn
 
 
 def _kld(report: Report) -> str:
@@ -105,6 +107,8 @@ def _kld(report: Report) -> str:
 
 def _perplexity(report: Report) -> str:
     """Per chunk: both perplexities above, their quotient below, where the difference is seen."""
+    from matplotlib.ticker import LogLocator, MaxNLocator
+
     figure, (above, below) = _canvas(NARROW, 3.1, rows=2, heights=(3, 2), sharex=True)
     ours, truth = report.series.perplexity, report.series.reference_perplexity
     chunk = range(1, len(ours) + 1)
@@ -113,7 +117,7 @@ def _perplexity(report: Report) -> str:
     above.set(yscale="log")
     above.set_title("Perplexity")
     above.legend(loc="lower right", bbox_to_anchor=(1, 0.97), ncols=2, borderpad=0)
-    above.yaxis.get_major_locator().set_params(subs=(1, 2, 5))
+    above.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     above.yaxis.set_major_formatter("{x:g}")
     above.yaxis.set_minor_formatter("")
     change = [100 * (a / b - 1) for a, b in zip(ours, truth, strict=True)]
@@ -121,7 +125,7 @@ def _perplexity(report: Report) -> str:
     below.axhline(0, color=MUTED, linewidth=0.6)
     below.set_title("Change against the reference (%)")
     below.set(xlim=(0.3, len(ours) + 0.7), xlabel=f"chunk of {report.text.context} tokens")
-    below.xaxis.get_major_locator().set_params(integer=True)
+    below.xaxis.set_major_locator(MaxNLocator(integer=True))
     words = (
         f"Perplexity of {len(ours)} chunks: bundle {report.perplexity.value:.2f} and reference "
         f"{report.reference_perplexity.value:.2f} over all"
@@ -209,12 +213,10 @@ def _stack(axes: Axes, line: int, parts: list[int], kinds: tuple[KindSize, ...])
         left += width
 
 
-def _speed(report: Report) -> str:
+def _speed(ours: Speed, truth: Speed | None) -> str:
     """Decode beside its ceiling, and prefill: medians, with whiskers from slowest to fastest."""
     figure, (decode, prefill) = _canvas(NARROW, 2.3, columns=2)
-    speeds = {"bundle": report.speed}
-    if report.reference_speed is not None:
-        speeds["reference"] = report.reference_speed
+    speeds = {"bundle": ours} if truth is None else {"bundle": ours, "reference": truth}
     widest = max(speed.decode_ceiling_tps for speed in speeds.values())
     for line, (speed, colour) in enumerate(zip(speeds.values(), (ACCENT, SECOND), strict=False)):
         _rate(decode, line, speed.decode_tps, colour)
@@ -233,7 +235,7 @@ def _speed(report: Report) -> str:
         axes.grid(axis="y", visible=False)
         axes.locator_params(axis="x", nbins=4)
     words = "; ".join(
-        f"{name}: decode {speed.decode_tps.median:.1f}, prefill {speed.prefill_tps.median:.1f}"
+        f"{name} decode {speed.decode_tps.median:.1f}, prefill {speed.prefill_tps.median:.1f}"
         for name, speed in speeds.items()
     )
     return _svg(figure, "speed", f"Tokens per second, median: {words}")

@@ -7,18 +7,15 @@ order in the file.
 from __future__ import annotations
 
 import json
-import os
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 from uq.errors import BundleError, ThresholdMissed
-from uq.formats.decode import decode, parse_json
+from uq.formats.decode import decode
 from uq.kernels.session import Device
 
 SCHEMA = 1
 JSON_NAME = "report.json"
-HTML_NAME = "report.html"
 
 
 @dataclass(frozen=True)
@@ -110,7 +107,7 @@ class Memory:
 
     Attributes:
         peak_bytes: over the whole validation, the float32 reference included.
-        bundle_peak_bytes: up to the end of the bundle's own speed measurement.
+        bundle_peak_bytes: before the reference was opened, behind the bundle's speed measurement.
     """
 
     peak_bytes: int
@@ -186,7 +183,11 @@ class Environment:
 
 @dataclass(frozen=True)
 class Report:
-    """One validation of one bundle against one reference on one device."""
+    """One validation of one bundle against one reference on one device.
+
+    `speed` is None when none was to be measured; `reference_speed` also when the reference does
+    not fit in memory, where it would be the speed of the disk.
+    """
 
     schema: int
     uq: str
@@ -200,7 +201,7 @@ class Report:
     kld: KldFacts
     same_top_percent: float
     rms_delta_p_percent: float
-    speed: Speed
+    speed: Speed | None
     reference_speed: Speed | None
     memory: Memory
     layers: tuple[LayerError, ...]
@@ -235,28 +236,3 @@ class Report:
         ]
         if missed:
             raise ThresholdMissed(f"{self.bundle.name}: missed {', '.join(missed)}")
-
-
-def load_report(bundle: Path) -> Report:
-    """Read the report that `save_report` left in a bundle folder.
-
-    Raises:
-        BundleError: there is none, or it is broken.
-    """
-    path = bundle / JSON_NAME
-    if not path.is_file():
-        raise BundleError(f"{path}: no report; run uq validate {bundle} first")
-    return Report.from_json(parse_json(path.read_bytes(), JSON_NAME))
-
-
-def save_report(report: Report, html: str, bundle: Path) -> None:
-    """Write report.json and report.html into the bundle folder, each by one rename."""
-    text = json.dumps(report.to_json(), indent=1, ensure_ascii=False, allow_nan=False)
-    _replace(bundle / JSON_NAME, text + "\n")
-    _replace(bundle / HTML_NAME, html)
-
-
-def _replace(path: Path, text: str) -> None:
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(text, encoding="utf-8", newline="\n")
-    os.replace(partial, path)

@@ -1,0 +1,106 @@
+"""What quantization did to the weights: bytes by kind of tensor, error by tensor."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
+
+from uq.formats.config import EMBEDDING, HEAD, layer_tensor
+from uq.validate.report import KindSize, LayerError
+
+if TYPE_CHECKING:
+    from uq.formats.bundle import Bundle
+    from uq.formats.checkpoint import Checkpoint
+    from uq.formats.manifest import Manifest
+    from uq.formats.spec import QuantTensor
+
+ROWS = 4096  # rows of the embedding that are compared at a time
+KINDS = ("embedding", "head", "attention", "mlp", "norms")
+
+Array = NDArray[np.float32]
+
+
+def kind_of(name: str) -> str:
+    """The kind of a canonical tensor name: norms are stored as `.gain`, all else as `.weight`."""
+    if name.endswith(("norm.weight", ".gain")):
+        return "norms"
+    if name in (EMBEDDING, HEAD):
+        return "embedding" if name == EMBEDDING else "head"
+    return "attention" if ".self_attn." in name else "mlp"
+
+
+def kind_sizes(manifest: Manifest, checkpoint: Checkpoint) -> tuple[KindSize, ...]:
+    """Weights and stored bytes (padding of the layout included) by kind; empty kinds left out."""
+    counts, stored = dict.fromkeys(KINDS, 0), dict.fromkeys(KINDS, 0)
+    for name, tensor in manifest.tensors.items():
+        counts[kind_of(name)] += math.prod(tensor.shape)
+        stored[kind_of(name)] += math.prod(tensor.stored_shape)
+    for name, array in manifest.arrays.items():
+        counts[kind_of(name)] += math.prod(array.shape)
+        stored[kind_of(name)] += 4 * math.prod(array.shape)
+    source = dict.fromkeys(KINDS, 0)
+    for name, info in checkpoint.tensors.items():
+        source[kind_of(name)] += info.nbytes
+    return tuple(
+        KindSize(kind, counts[kind], stored[kind], source[kind], 8 * stored[kind] / counts[kind])
+        for kind in KINDS
+        if counts[kind]
+    )
+
+
+def weight_errors(
+    bundle: Bundle, checkpoint: Checkpoint, layer_done: Callable[[int], None]
+) -> tuple[LayerError, ...]:
+    """Relative error of every quantized tensor; one layer of the checkpoint in memory at a time.
+
+    Args:
+        layer_done: called with the index of each layer behind it.
+    """
+    errors = list(_table_errors(bundle, checkpoint))
+    for index in range(checkpoint.config.num_layers):
+        weights = checkpoint.layer(index)
+        for role in checkpoint.config.linear_shapes():
+            name = layer_tensor(index, role)
+            tensor = bundle.quant(name)
+            error, size = _squares(weights[role], tensor.dequantize())
+            errors.append(_entry(name, tensor, error, size))
+        layer_done(index)
+    return tuple(errors)
+
+
+def _table_errors(bundle: Bundle, checkpoint: Checkpoint) -> Iterator[LayerError]:
+    """The embedding and, where it has weights of its own, the head: in blocks of rows."""
+    tables = {EMBEDDING: checkpoint.embedding}
+    if not checkpoint.config.tied_head:
+        tables[HEAD] = checkpoint.head
+    for name, read in tables.items():
+        tensor, error, size = bundle.quant(name), 0.0, 0.0
+        for start in range(0, tensor.shape[0], ROWS):
+            stop = min(start + ROWS, tensor.shape[0])
+            squares = _squares(read(start, stop), _rows(tensor, start, stop).dequantize())
+            error, size = error + squares[0], size + squares[1]
+        yield _entry(name, tensor, error, size)
+
+
+def _rows(tensor: QuantTensor, start: int, stop: int) -> QuantTensor:
+    return type(tensor)(tensor.codes[start:stop], tensor.scales[start:stop], tensor.spec)
+
+
+def _squares(weight: Array, approximation: Array) -> tuple[float, float]:
+    """Squared norms of the difference and of the weight, summed in float64."""
+    approximation -= weight
+    return _square(approximation), _square(weight)
+
+
+def _square(values: Array) -> float:
+    return float(np.einsum("ij,ij->", values, values, dtype=np.float64))
+
+
+def _entry(name: str, tensor: QuantTensor, error: float, size: float) -> LayerError:
+    # a tensor of zeros is exact whatever its scale
+    relative = math.sqrt(error / size) if size else 0.0
+    return LayerError(name, tensor.spec.bits, tensor.spec.group, relative)
