@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import cast
@@ -41,6 +42,7 @@ def download(repo: str, revision: str | None) -> Path:
         HubError: no token, licence not accepted, wrong id or revision, offline, or network.
         CheckpointError: the repository has no model that can be read.
     """
+    _quiet_unless_terminal()
     folder = _snapshot(repo, revision, SMALL)
     if not (folder / "config.json").is_file():
         raise CheckpointError(f"{repo}: has no config.json; see {HUB}/{repo}/tree/main")
@@ -48,6 +50,14 @@ def download(repo: str, revision: str | None) -> Path:
     index = folder / INDEX
     weights = sorted(set(index_shards(index).values())) if index.is_file() else [SINGLE]
     return _snapshot(repo, folder.name, weights)
+
+
+def _quiet_unless_terminal() -> None:
+    from huggingface_hub import constants
+    from huggingface_hub.utils.tqdm import disable_progress_bars
+
+    if not sys.stderr.isatty() and constants.HF_HUB_DISABLE_PROGRESS_BARS is None:
+        disable_progress_bars()
 
 
 def _snapshot(repo: str, revision: str | None, patterns: Sequence[str]) -> Path:
