@@ -20,7 +20,7 @@ def size(nbytes: float) -> str:
 
 def duration(seconds: float) -> str:
     """`4.2 s`, `3 min 05 s`, `1 h 20 min`."""
-    if seconds < 60:
+    if round(seconds, 1) < 60:
         return f"{seconds:.1f} s"
     minutes, rest = divmod(round(seconds), 60)
     if minutes < 60:
@@ -31,8 +31,8 @@ def duration(seconds: float) -> str:
 def table(rows: Iterable[Sequence[object]], *, head: Sequence[str] = ()) -> str:
     """Columns as wide as their widest cell; those of numbers are right-aligned."""
     cells = [[f"{cell:,}" if isinstance(cell, int) else str(cell) for cell in row] for row in rows]
-    numeric = [all(map(_is_number, column)) for column in zip(*cells, strict=True)]
     lines = [list(head), *cells] if head else cells
+    numeric = [all(map(_is_number, column[bool(head) :])) for column in zip(*lines, strict=True)]
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     return "\n".join(
         "  ".join(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import math
 from collections.abc import Callable, Collection
+from pathlib import Path
 
 
 def whole(minimum: int, maximum: float = math.inf) -> Callable[[str], int]:
@@ -55,3 +56,14 @@ def names(allowed: Collection[str]) -> Callable[[str], tuple[str, ...]]:
         return chosen
 
     return parse
+
+
+def bundle(text: str) -> Path:
+    """A folder that looks like a bundle; whether it is a good one is found out by opening it."""
+    path = Path(text)
+    if not (path / "manifest.json").is_file():
+        raise argparse.ArgumentTypeError(
+            f"{text} is not a bundle: it has no manifest.json; make one of a model with: "
+            "uq quantize MODEL"
+        )
+    return path

@@ -6,12 +6,12 @@ import argparse
 import sys
 
 from uq.backends import DEVICES
-from uq.commands.arguments import real, whole
+from uq.commands.arguments import bundle, real, whole
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add("bundle", metavar="BUNDLE", help="folder written by uq quantize")
+    add("bundle", type=bundle, metavar="BUNDLE", help="folder written by uq quantize")
     add("-p", "--prompt", required=True, metavar="TEXT", help="text to continue; - reads stdin")
     add("--chat", action="store_true", help="put the text into the model's chat template")
     add("--max-tokens", type=whole(1), default=256, metavar="N", help="default: %(default)s")
