@@ -45,6 +45,7 @@ STYLE = {
     "grid.color": LINE,
     "grid.linewidth": 0.5,
     "text.color": INK,
+    "text.parse_math": False,  # a "$" in a name is a "$"
     "xtick.color": MUTED,
     "ytick.color": MUTED,
     "xtick.major.size": 0,
@@ -95,6 +96,7 @@ def _kld(report: Report) -> str:
             axes.annotate(
                 f"{label} {value:.3g}", (value, share), (6, 4), textcoords="offset points"
             )
+    axes.xaxis.set_major_formatter("{x:g}")
     axes.yaxis.set_major_formatter(lambda share, _: f"{100 * share:g} %")
     lowest = max(kld.median / 300, min(xs, default=1e-6))
     axes.set_xlim(lowest, max(kld.max, 2 * lowest) * 4)
