@@ -8,6 +8,7 @@ import shutil
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from io import FileIO
 from pathlib import Path
 
 from uq.errors import DeviceError
@@ -46,19 +47,25 @@ def write_file(path: Path, chunks: Iterable[bytes | memoryview], nbytes: int) ->
     digest = hashlib.sha256()
     try:
         with disk_errors(path, nbytes):
-            file = path.open("wb")
+            file = path.open("wb", buffering=0)  # a buffer would fail again when closed
         with file:
             for chunk in chunks:
                 digest.update(chunk)
                 with disk_errors(path, nbytes):
-                    file.write(chunk)
+                    _write_all(file, chunk)
             with disk_errors(path, nbytes):
-                file.flush()
                 os.fsync(file.fileno())
     except BaseException:
         path.unlink(missing_ok=True)
         raise
     return digest.hexdigest()
+
+
+def _write_all(file: FileIO, chunk: bytes | memoryview) -> None:
+    """The system may write less than it is given."""
+    rest = memoryview(chunk).cast("B")
+    while rest:
+        rest = rest[file.write(rest) :]
 
 
 def replace_file(path: Path, data: bytes) -> None:

@@ -16,7 +16,12 @@ from tokenizers import AddedToken, Tokenizer, decoders, normalizers, pre_tokeniz
 from tokenizers.models import BPE
 from tokenizers.processors import TemplateProcessing
 
+from uq.formats.checkpoint import open_checkpoint
 from uq.formats.checkpoint.demo import demo_gguf
+from uq.formats.config import EMBEDDING, FINAL_NORM, HEAD, layer_tensor
+from uq.formats.manifest import Manifest, Provenance, gain_name
+from uq.formats.spec import QuantTensor, Spec
+from uq.formats.writer import ArrayEntry, BundleWriter, Entry, QuantEntry
 
 SPECIALS = ("<pad>", "<eos>", "<bos>", "<unk>", "<start_of_turn>", "<end_of_turn>")
 MODEL_TYPES = {"gemma": "gemma", "gemma2": "gemma2", "gemma3": "gemma3_text"}
@@ -93,6 +98,93 @@ def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., P
         return folder
 
     return write
+
+
+@dataclass(frozen=True)
+class Parts:
+    """What a `BundleWriter` is given for one small model."""
+
+    shards: list[list[Entry]]
+    manifest: Manifest
+    assets: dict[str, bytes]
+
+    @property
+    def weights(self) -> dict[str, QuantTensor]:
+        """Canonical name -> weight, in one piece."""
+        entries = (entry for shard in self.shards for entry in shard)
+        return {
+            entry.name: QuantTensor(
+                np.concatenate([block.codes for block in entry.blocks]),
+                np.concatenate([block.scales for block in entry.blocks]),
+                entry.spec,
+            )
+            for entry in entries
+            if isinstance(entry, QuantEntry)
+        }
+
+
+@pytest.fixture(scope="session")
+def bundle_parts(tiny_checkpoint: Callable[..., Path]) -> Callable[..., Parts]:
+    """Factory of the parts of a bundle: a tiny checkpoint, rounded to nearest."""
+
+    def make(layout: str = "igpu", bits: int = 4, group: int = 32, **options: Any) -> Parts:
+        checkpoint = open_checkpoint(tiny_checkpoint(**options))
+        config, spec = checkpoint.config, Spec(bits, group)
+
+        def entry(name: str, weight: NDArray[np.float32]) -> Entry:
+            if weight.ndim == 1:
+                return ArrayEntry(gain_name(name), weight)
+            rows = [weight[start : start + 64] for start in range(0, len(weight), 64)]
+            blocks = [rounded(piece, spec) for piece in rows]
+            return QuantEntry(name, weight.shape, spec, layout, "rtn", blocks, 0.125)
+
+        first = [entry(EMBEDDING, checkpoint.embedding(0, config.vocab_size))]
+        if not config.tied_head:
+            first.append(entry(HEAD, checkpoint.head(0, config.vocab_size)))
+        shards = [[*first, entry(FINAL_NORM, checkpoint.final_norm())]]
+        for layer in range(config.num_layers):
+            weights = checkpoint.layer(layer).items()
+            shards.append([entry(layer_tensor(layer, role), weight) for role, weight in weights])
+        provenance = Provenance("folder", "tiny", None, checkpoint.dtype, {})
+        manifest = Manifest(
+            model=config,
+            recipe=f"int{bits}",
+            options={"group": group},
+            provenance=provenance,
+            calibration=None,
+            left_out=checkpoint.left_out,
+            tools={"numpy": np.__version__},
+        )
+        return Parts(shards, manifest, checkpoint.assets())
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def tiny_bundle(
+    tmp_path_factory: pytest.TempPathFactory, bundle_parts: Callable[..., Parts]
+) -> Callable[..., Path]:
+    """Factory of bundles; takes the options of `bundle_parts`; each call writes a new one."""
+    root = tmp_path_factory.mktemp("bundles")
+    numbers = count()
+
+    def write(**options: Any) -> Path:
+        parts = bundle_parts(**options)
+        with BundleWriter(root / f"tiny-{next(numbers)}", len(parts.shards), {}) as writer:
+            for index, entries in enumerate(parts.shards):
+                writer.write_shard(index, entries)
+            return writer.finish(parts.manifest, parts.assets)
+
+    return write
+
+
+def rounded(weight: NDArray[np.float32], spec: Spec) -> QuantTensor:
+    """Round to nearest on the grid whose largest code is the group's largest weight."""
+    grouped = weight.reshape(len(weight), -1, spec.group)
+    scales = (np.abs(grouped).max(axis=2) / spec.qmax).astype(np.float16)
+    codes = np.rint(grouped / scales[:, :, None].astype(np.float32))
+    codes = codes.clip(spec.qmin, spec.qmax).astype(np.int8)
+    return QuantTensor(codes.reshape(weight.shape), scales, spec)
 
 
 @pytest.fixture(scope="session")
