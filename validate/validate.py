@@ -1,0 +1,255 @@
+"""Compare a bundle with the float32 model that it was made from."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numba
+import numpy as np
+from numpy.typing import NDArray
+
+from uq import __version__
+from uq.backends import open_session
+from uq.errors import UsageError
+from uq.kernels.reference import ReferenceSession
+from uq.progress import Progress, SilentProgress
+from uq.validate.bandwidth import measure_bandwidth
+from uq.validate.environment import environment, last_level_cache, peak_memory
+from uq.validate.origin import find_reference
+from uq.validate.report import (
+    SCHEMA,
+    BundleFacts,
+    Curve,
+    LayerError,
+    Memory,
+    ReferenceFacts,
+    Report,
+    Series,
+    Speed,
+    TextFacts,
+    Threshold,
+)
+from uq.validate.scoring import Scores, score
+from uq.validate.speed import Rates, measure_speed
+from uq.validate.text import chunks
+from uq.validate.weights import kind_sizes, weight_errors
+
+if TYPE_CHECKING:
+    from uq.formats.bundle import Bundle
+    from uq.formats.checkpoint import Checkpoint
+    from uq.kernels.session import Session
+
+DEFAULT_TEXT = Path(__file__).with_name("evaluation.txt")
+DEFAULT_NAME = "Jargon File 4.4.7 (default)"
+CURVE_POINTS = 240
+REFERENCE_REPEATS = 2  # float32 decodes slowly and evenly
+
+
+@dataclass(frozen=True)
+class ValidateOptions:
+    """How to validate; every field is an option of `uq validate`.
+
+    Attributes:
+        text: UTF-8 file; None is the text shipped with uq.
+        context: tokens of a chunk, the BOS in front of each included; its second half is scored.
+        max_chunks: None scores all of the text.
+        speed: whether tokens per second are measured, of `generate` tokens behind `prompt`.
+        max_kld, max_ppl_ratio, min_tps: limits; None is no limit.
+        command: the arguments that the user gave, for the report.
+    """
+
+    device: str = "auto"
+    threads: int | None = None
+    text: Path | None = None
+    context: int = 512
+    max_chunks: int | None = None
+    speed: bool = True
+    prompt: int = 512
+    generate: int = 64
+    repeats: int = 5
+    max_kld: float | None = None
+    max_ppl_ratio: float | None = None
+    min_tps: float | None = None
+    command: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        if self.min_tps is not None and not self.speed:
+            raise UsageError("--min-tps needs a speed; leave --no-speed out")
+
+    @property
+    def cache_length(self) -> int:
+        """Tokens that the KV cache of a session must hold."""
+        return max(self.context, self.prompt + self.generate)
+
+
+def validate(
+    bundle: Bundle,
+    reference: Checkpoint | None = None,
+    options: ValidateOptions | None = None,
+    progress: Progress | None = None,
+) -> Report:
+    """Score a text with the bundle and the reference, measure speeds, compare the weights.
+
+    The bundle runs first and alone, so that its peak memory is told apart; the bandwidth comes
+    last, because its buffer would count as memory of the model.
+
+    Args:
+        reference: None opens the checkpoint that the bundle was made from.
+
+    Raises:
+        CheckpointError: the reference cannot be opened or is another model.
+        DeviceError: the device is not available.
+        UsageError: the text cannot be read or is too short.
+    """
+    options = options or ValidateOptions()
+    progress = progress or SilentProgress()
+    checkpoint, warnings = find_reference(bundle.manifest, reference)
+    name, text = _read_text(options.text)
+    tokens = chunks(bundle.tokenizer(), text, options.context, options.max_chunks)
+
+    session = open_session(
+        bundle, options.device, max_context=options.cache_length, threads=options.threads
+    )
+    rates = _rates(session, options, options.repeats, "bundle", progress)
+    alone = peak_memory()
+    truth = ReferenceSession(checkpoint, max_context=options.cache_length)
+    scores = score(session, truth, tokens, progress)
+    truth_rates = _rates(truth, options, REFERENCE_REPEATS, "reference", progress)
+    errors = _errors(bundle, checkpoint, progress)
+    memory = Memory(peak_memory(), alone)
+    speed, reference_speed = _beside_ceiling(rates, truth_rates)
+    return Report(
+        schema=SCHEMA,
+        uq=__version__,
+        bundle=_bundle_facts(bundle),
+        reference=_reference_facts(checkpoint),
+        text=TextFacts(name, _sha256(text), len(tokens), scores.kld.size, options.context),
+        device=session.device,
+        perplexity=scores.perplexity,
+        reference_perplexity=scores.reference_perplexity,
+        perplexity_ratio=scores.perplexity_ratio,
+        kld=scores.kld_facts,
+        same_top_percent=scores.same_top_percent.value,
+        rms_delta_p_percent=scores.rms_delta_p_percent,
+        speed=speed,
+        reference_speed=reference_speed,
+        memory=memory,
+        layers=errors,
+        thresholds=thresholds(options, scores.kld_facts.mean, scores.perplexity_ratio.value, speed),
+        reference_device=truth.device,
+        sizes=kind_sizes(bundle.manifest, checkpoint),
+        series=_series(scores, len(tokens)),
+        environment=environment(options.command, numba.get_num_threads()),
+        warnings=warnings,
+    )
+
+
+def _bundle_facts(bundle: Bundle) -> BundleFacts:
+    return BundleFacts(
+        name=bundle.name,
+        sha256=bundle.sha256,
+        bits_per_weight=bundle.bits_per_weight,
+        bytes=bundle.nbytes,
+        recipe=bundle.manifest.recipe,
+    )
+
+
+def _reference_facts(checkpoint: Checkpoint) -> ReferenceFacts:
+    source = checkpoint.source
+    return ReferenceFacts(source.id, source.revision, checkpoint.dtype)
+
+
+def _sha256(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _read_text(path: Path | None) -> tuple[str, str]:
+    """Name and content of the text.
+
+    Raises:
+        UsageError: it is no readable UTF-8 file.
+    """
+    if path is None:
+        return DEFAULT_NAME, DEFAULT_TEXT.read_text("utf-8")
+    try:
+        return path.name, path.read_text("utf-8")
+    except OSError as error:
+        raise UsageError(f"--text {path}: cannot be read: {error.strerror or error}") from error
+    except UnicodeDecodeError as error:
+        raise UsageError(f"--text {path}: not UTF-8 text ({error.reason})") from error
+
+
+def _rates(
+    session: Session, options: ValidateOptions, repeats: int, label: str, progress: Progress
+) -> Rates | None:
+    """Speeds of a session whose weights are in memory; from a disk they would be the disk's."""
+    if not options.speed or "streamed" in session.device.features:
+        return None
+    progress.start(1, f"speed of the {label}")
+    progress.work(f"{options.prompt} tokens of prefill, {options.generate} of decoding")
+    rates = measure_speed(
+        session, prompt=options.prompt, generate=options.generate, repeats=repeats
+    )
+    progress.advance(label, prefill=rates.prefill_tps.median, decode=rates.decode_tps.median)
+    progress.close()
+    return rates
+
+
+def _errors(bundle: Bundle, checkpoint: Checkpoint, progress: Progress) -> tuple[LayerError, ...]:
+    progress.start(checkpoint.config.num_layers, "weight errors")
+    errors = weight_errors(bundle, checkpoint, lambda layer: progress.advance(f"layer {layer}"))
+    progress.close()
+    return errors
+
+
+def _beside_ceiling(
+    rates: Rates | None, reference: Rates | None
+) -> tuple[Speed | None, Speed | None]:
+    """The rates with the ceiling of this machine's bandwidth, measured now."""
+    if rates is None:
+        return None, None
+    bandwidth, cache = measure_bandwidth().best, last_level_cache()
+    return (
+        rates.beside(bandwidth, cache),
+        None if reference is None else reference.beside(bandwidth, cache),
+    )
+
+
+def thresholds(
+    options: ValidateOptions, kld: float, ratio: float, speed: Speed | None
+) -> tuple[Threshold, ...]:
+    """One entry for each limit that was given. A value equal to its limit passes."""
+    limits = []
+    if options.max_kld is not None:
+        limits.append(Threshold("max_kld", options.max_kld, kld, kld <= options.max_kld))
+    if options.max_ppl_ratio is not None:
+        limit = options.max_ppl_ratio
+        limits.append(Threshold("max_ppl_ratio", limit, ratio, ratio <= limit))
+    if options.min_tps is not None and speed is not None:
+        tps = speed.decode_tps.median
+        limits.append(Threshold("min_tps", options.min_tps, tps, tps >= options.min_tps))
+    return tuple(limits)
+
+
+def _series(scores: Scores, count: int) -> Series:
+    return Series(
+        perplexity=tuple(np.exp(scores.nll.reshape(count, -1).mean(1)).tolist()),
+        reference_perplexity=tuple(
+            np.exp(scores.nll_reference.reshape(count, -1).mean(1)).tolist()
+        ),
+        kld_survival=survival(scores.kld),
+    )
+
+
+def survival(values: NDArray[np.floating]) -> Curve:
+    """Share of values that are at least x, at ranks spread evenly on a logarithmic axis.
+
+    The largest values stand for one token each, so the tail is drawn token by token.
+    """
+    ascending = np.sort(values, axis=None)
+    count = ascending.size
+    ranks = np.unique(np.geomspace(1, count, CURVE_POINTS).round().astype(int))[::-1]
+    return Curve(tuple(ascending[count - ranks].tolist()), tuple((ranks / count).tolist()))
