@@ -1,18 +1,25 @@
 """Parts of the forward pass that are no matrix product, compiled: norms, gate, RoPE, softmax.
 
-Float32 throughout, parallel over rows. `exp` is a polynomial, so that the compiler can run it on
-whole vectors: a call into the C library inside a loop would cost ten times as much.
+Float32, one pass over memory where possible. They run on one thread: between two matrix products
+a second pool of threads would fight the idle one of BLAS for the cores, and lose more than it wins.
+`exp` is a polynomial, so that the compiler can run it on whole vectors: a call into the C library
+inside a loop would cost ten times as much.
 """
 
 from __future__ import annotations
 
+from functools import partial
+
 import numpy as np
-from numba import njit, prange
+from numba import njit
 from numpy.typing import NDArray
 
 # Sums may be reordered (vectors need it); NaN and infinity keep their meaning, so that a broken
 # model gives NaN and not a plausible number.
 FAST = {"reassoc", "contract", "nsz"}
+
+# Division by zero must give infinity, as it does in numpy: the check for it would prevent vectors.
+kernel = partial(njit, cache=True, nogil=True, error_model="numpy")
 
 _LOG2_E = np.float32(1.44269504)
 _LN2_HIGH = np.float32(0.693359375)  # few bits: its product with a whole number is exact
@@ -26,7 +33,7 @@ _GELU_CUBE = np.float32(0.044715)
 
 
 # No "reassoc" here: it would undo the two-step reduction by ln 2.
-@njit(fastmath={"contract"}, cache=True)
+@kernel(fastmath={"contract"})
 def exp32(x: np.float32) -> np.float32:
     """exp(x) within 1e-7 relative for -87 <= x <= 88, clamped outside (Cephes, expf)."""
     x = _EXP_LOW if x < _EXP_LOW else x
@@ -35,17 +42,18 @@ def exp32(x: np.float32) -> np.float32:
     r = x - n * _LN2_HIGH
     r = r - n * _LN2_LOW
     p = ((((_P0 * r + _P1) * r + _P2) * r + _P3) * r + _P4) * r + _P5
-    power = np.int32((np.int32(n) + 127) << 23).view(np.float32)  # 2 ** n by its exponent bits
-    return (p * (r * r) + r + _ONE) * power
+    exponent = np.int32((np.int32(n) + 127) << 23)  # bits of the float32 2 ** n
+    result: np.float32 = (p * (r * r) + r + _ONE) * exponent.view(np.float32)
+    return result
 
 
-@njit(parallel=True, fastmath=FAST, cache=True, nogil=True)
+@kernel(fastmath=FAST)
 def rms_norm_rows(
     x: NDArray[np.float32], gain: NDArray[np.float32], eps: np.float32, out: NDArray[np.float32]
 ) -> None:
     """out = x / sqrt(mean(x^2) + eps) * gain; x, out (rows, n), gain (n,)."""
     rows, n = x.shape
-    for row in prange(rows):
+    for row in range(rows):
         total = np.float32(0.0)
         for i in range(n):
             total += x[row, i] * x[row, i]
@@ -54,22 +62,22 @@ def rms_norm_rows(
             out[row, i] = x[row, i] * factor * gain[i]
 
 
-@njit(parallel=True, fastmath=FAST, cache=True, nogil=True)
+@kernel(fastmath=FAST)
 def gelu_product(gate: NDArray[np.float32], up: NDArray[np.float32]) -> None:
     """gate = gelu(gate) * up in place, both (rows, n); gelu in its tanh form.
 
-    0.5 * x * (1 + tanh(u)) = x / (1 + exp(-2 u)), u = sqrt(2 / pi) * (x + 0.044715 x^3)
+    0.5 * x * (1 + tanh(v)) = x / (1 + exp(-2 v)), v = sqrt(2 / pi) * (x + 0.044715 x^3)
     (Hendrycks and Gimpel, Gaussian Error Linear Units).
     """
     rows, n = gate.shape
-    for row in prange(rows):
+    for row in range(rows):
         for i in range(n):
             x = gate[row, i]
-            u2 = _GELU_SCALE * (x + _GELU_CUBE * x * x * x)
-            gate[row, i] = x / (_ONE + exp32(-u2)) * up[row, i]
+            twice = _GELU_SCALE * (x + _GELU_CUBE * x * x * x)
+            gate[row, i] = x / (_ONE + exp32(-twice)) * up[row, i]
 
 
-@njit(parallel=True, fastmath=FAST, cache=True, nogil=True)
+@kernel(fastmath=FAST)
 def rotate(x: NDArray[np.float32], cos: NDArray[np.float32], sin: NDArray[np.float32]) -> None:
     """RoPE in place, half-split: component i turns with component i + dim / 2.
 
@@ -77,7 +85,7 @@ def rotate(x: NDArray[np.float32], cos: NDArray[np.float32], sin: NDArray[np.flo
     """
     batch, length, heads, dim = x.shape
     half = dim // 2
-    for token in prange(batch * length):
+    for token in range(batch * length):
         b, t = token // length, token % length
         for head in range(heads):
             for i in range(half):
@@ -86,15 +94,15 @@ def rotate(x: NDArray[np.float32], cos: NDArray[np.float32], sin: NDArray[np.flo
                 x[b, t, head, half + i] = high * cos[t, i] + low * sin[t, i]
 
 
-@njit(fastmath=FAST | {"nnan"}, cache=True)
-def _peak(values: NDArray[np.float32]) -> np.float32:
-    peak = values[0]
+@kernel(fastmath=FAST | {"nnan"})
+def row_peak(values: NDArray[np.float32]) -> np.float32:
+    peak: np.float32 = values[0]
     for i in range(1, values.size):
         peak = max(peak, values[i])
     return peak
 
 
-@njit(parallel=True, fastmath=FAST, cache=True, nogil=True)
+@kernel(fastmath=FAST)
 def masked_softmax(
     scores: NDArray[np.float32], group: int, offset: int, window: int, scale: float, softcap: float
 ) -> None:
@@ -110,7 +118,7 @@ def masked_softmax(
     """
     rows, keys = scores.shape
     factor, cap = np.float32(scale), np.float32(softcap)
-    for row in prange(rows):
+    for row in range(rows):
         own = offset + row // group
         low = max(0, own - window + 1)
         visible = scores[row, low : own + 1]
@@ -119,12 +127,13 @@ def masked_softmax(
         if cap > 0:
             for i in range(visible.size):  # tanh(u) = 1 - 2 / (1 + exp(2 u))
                 visible[i] = cap - _TWO * cap / (_ONE + exp32(_TWO * visible[i] / cap))
-        peak = _peak(visible)
+        peak = row_peak(visible)
         total = np.float32(0.0)
         for i in range(visible.size):
             visible[i] = exp32(visible[i] - peak)
             total += visible[i]
+        inverse = _ONE / total
         for i in range(visible.size):
-            visible[i] /= total
+            visible[i] *= inverse
         scores[row, :low] = 0.0
         scores[row, own + 1 : keys] = 0.0

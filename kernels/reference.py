@@ -16,14 +16,14 @@ from numpy.typing import NDArray
 from uq.errors import UsageError
 from uq.formats.checkpoint import Checkpoint
 from uq.formats.config import GemmaConfig
-from uq.kernels.elementwise import gelu_product, masked_softmax, rms_norm_rows, rotate
+from uq.kernels.attention import KVCache, attend, rope_tables
+from uq.kernels.elementwise import gelu_product, rms_norm_rows, rotate
 from uq.kernels.sampling import sample
 from uq.kernels.session import Device, Sampling
 
 Array = NDArray[np.float32]
 Weights = Mapping[str, Array]
 
-QUERY_BLOCK = 128  # queries whose attention scores are in memory at once
 TOKEN_BLOCK = 4096  # tokens whose activations of one layer are in memory at once
 VOCAB_BLOCK = 8192  # rows of the head that are in memory at once while decoding
 
@@ -46,7 +46,7 @@ def attention_context(
     With a cache (batch 1), its keys and values come first and those of `x` are added to it.
     """
     dim = config.head_dim
-    start = cache.position if cache else 0
+    start = 0 if cache is None else cache.position
     q, k, v = (linear(x, weights[f"self_attn.{name}_proj"]) for name in "qkv")
     q, k, v = (y.reshape(*y.shape[:2], -1, dim) for y in (q, k, v))  # (batch, length, heads, dim)
     if config.qk_norm:
@@ -55,7 +55,7 @@ def attention_context(
     cos, sin = rope_tables(config, layer, start, x.shape[1])
     rotate(q, cos, sin)
     rotate(k, cos, sin)
-    if cache:
+    if cache is not None:
         k, v = cache.append(layer, k, v)
     return attend(config, layer, q, k, v)
 
@@ -121,61 +121,6 @@ def rms_norm(x: Array, gain: Array, eps: float) -> Array:
     return out
 
 
-def rope_tables(config: GemmaConfig, layer: int, start: int, length: int) -> tuple[Array, Array]:
-    """cos and sin of position * theta^(-2 i / dim), each (length, dim / 2) (Su et al., RoFormer).
-
-    Angles are float64: in float32 they lose a radian's fourth digit at a few thousand tokens.
-    """
-    half = config.head_dim // 2
-    frequency = config.theta(layer) ** (-np.arange(half) / half)
-    position = np.arange(start, start + length) * config.position_scale(layer)
-    angle = np.outer(position, frequency)
-    return np.cos(angle).astype(np.float32), np.sin(angle).astype(np.float32)
-
-
-def attend(config: GemmaConfig, layer: int, q: Array, k: Array, v: Array) -> Array:
-    """Causal attention of the last positions over all of them, (batch, length, q_size).
-
-    Args:
-        q: (batch, length, heads, dim), the last `length` of the keys' positions.
-        k, v: (batch, keys, kv_heads, dim).
-    """
-    batch, length, heads, dim = q.shape
-    keys, kv_heads = k.shape[1:3]
-    past, group = keys - length, heads // kv_heads
-    window = config.window(layer) or keys
-    cap = config.attn_softcap or 0.0
-    q = q.reshape(batch, length, kv_heads, group, dim)
-    out = np.empty_like(q)
-    for first in range(0, length, QUERY_BLOCK):
-        last = min(first + QUERY_BLOCK, length)
-        low, high = max(0, past + first - window + 1), past + last  # keys that the block sees
-        for b, head in np.ndindex(batch, kv_heads):
-            block = q[b, first:last, head].reshape(-1, dim)  # (queries * group, dim)
-            weights = block @ k[b, low:high, head].T  # (queries * group, keys seen)
-            masked_softmax(weights, group, past + first - low, window, config.attention_scale, cap)
-            mixed = weights @ v[b, low:high, head]
-            out[b, first:last, head] = mixed.reshape(-1, group, dim)
-    return out.reshape(batch, length, heads * dim)
-
-
-class KVCache:
-    """Keys (after RoPE) and values of one sequence, every layer."""
-
-    def __init__(self, config: GemmaConfig, capacity: int) -> None:
-        shape = (config.num_layers, 1, capacity, config.num_kv_heads, config.head_dim)
-        self.keys: Array = np.empty(shape, np.float32)
-        self.values: Array = np.empty(shape, np.float32)
-        self.position = 0
-
-    def append(self, layer: int, k: Array, v: Array) -> tuple[Array, Array]:
-        """Store k, v (1, length, kv_heads, dim) behind `position`; return those of all tokens."""
-        stop = self.position + k.shape[1]
-        self.keys[layer, :, self.position : stop] = k
-        self.values[layer, :, self.position : stop] = v
-        return self.keys[layer, :, :stop], self.values[layer, :, :stop]
-
-
 class CheckpointWeights:
     """Float32 weights of a checkpoint: read anew at each use, or kept once read."""
 
@@ -237,11 +182,10 @@ class ReferenceSession:
 
     @property
     def bytes_per_token(self) -> int:
-        """Float32 bytes: all parameters, of the embedding only one row where the head is untied."""
+        """Float32 bytes of all layers, the norms, the head and one embedding row."""
         config = self.config
-        unread = 0 if config.tied_head else (config.vocab_size - 1) * config.hidden_size
-        row = config.hidden_size if config.tied_head else 0
-        return 4 * (config.num_parameters() - unread + row)
+        unread = 0 if config.tied_head else config.vocab_size * config.hidden_size
+        return 4 * (config.num_parameters() - unread + config.hidden_size)
 
     @property
     def position(self) -> int:

@@ -1,0 +1,149 @@
+"""How far a model is from its float32 reference, over every entry of the vocabulary.
+
+Both models run to their final hidden states, which are small. The logits are then made anew, one
+block of the vocabulary at a time for both, and summed up on the way: no row of logits is ever
+whole in memory, and the KL divergence is still that of the full distributions.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from zipfile import BadZipFile
+
+import numpy as np
+from numpy.typing import NDArray
+
+from uq.errors import DeviceError
+from uq.kernels.session import Session
+from uq.progress import Progress, SilentProgress
+from uq.validate.divergence import Sums
+from uq.validate.scores import Scores, join
+from uq.validate.text import scored, targets
+
+__all__ = ["ReferenceStates", "Scores", "compare", "final_states", "score", "states_key"]
+
+TOKEN_BATCH = 8192  # tokens per call of Session.score
+POSITION_BLOCK = 4096  # positions whose logits are in memory at once ...
+VOCAB_BLOCK = 1024  # ... times so many entries of the vocabulary
+
+
+@dataclass(frozen=True)
+class ReferenceStates:
+    """Final hidden states of the reference at the scored positions, kept for the next bundle.
+
+    Attributes:
+        key: what they were computed from, see `states_key`.
+        hidden: (scored tokens, hidden) float32.
+    """
+
+    key: str
+    hidden: NDArray[np.float32]
+
+    def save(self, path: Path) -> None:
+        """Write an .npz file under its final name in one step."""
+        part = path.with_name(path.name + ".partial")
+        with part.open("wb") as file:
+            np.savez(file, key=np.array(self.key), hidden=self.hidden)
+        part.replace(path)
+
+    @classmethod
+    def load(cls, path: Path, key: str) -> ReferenceStates | None:
+        """What `save` wrote, or None: no such file, a broken one, or one with another key."""
+        try:
+            with np.load(path, allow_pickle=False) as data:
+                if data["key"].item() == key:
+                    return cls(key, data["hidden"])
+        except (OSError, ValueError, KeyError, BadZipFile):
+            pass
+        return None
+
+
+def states_key(
+    fingerprint: Mapping[str, Mapping[str, int | str]], chunks: NDArray[np.int32]
+) -> str:
+    """sha256 over the reference's weight files and the tokens, so over text and context too."""
+    digest = hashlib.sha256(json.dumps(fingerprint, sort_keys=True).encode())
+    digest.update(repr(chunks.shape).encode())
+    digest.update(np.ascontiguousarray(chunks, "<i4").tobytes())
+    return digest.hexdigest()
+
+
+def score(
+    session: Session,
+    reference: Session,
+    chunks: NDArray[np.int32],
+    progress: Progress | None = None,
+    *,
+    reference_states: NDArray[np.float32] | None = None,
+) -> Scores:
+    """Compare a model with its reference on windows of text.
+
+    Args:
+        chunks: (n, context) int32, from `uq.validate.text.chunks`.
+        reference_states: what `final_states(reference, chunks)` gave before, to save its time.
+
+    Raises:
+        DeviceError: a model gives a hidden state that is not finite.
+    """
+    progress = progress or SilentProgress()
+    if reference_states is None:
+        reference_states = final_states(reference, chunks, progress, "reference")
+    states = final_states(session, chunks, progress, "model")
+    return compare(session, states, reference, reference_states, targets(chunks), progress)
+
+
+def final_states(
+    session: Session, chunks: NDArray[np.int32], progress: Progress, label: str
+) -> NDArray[np.float32]:
+    """Final hidden states at the scored positions, (n * scored, hidden) float32.
+
+    Raises:
+        DeviceError: one of them is not finite.
+    """
+    context = chunks.shape[1]
+    step = max(1, TOKEN_BATCH // context)
+    parts = []
+    progress.start(-(-len(chunks) // step), label)
+    for first in range(0, len(chunks), step):
+        batch = chunks[first : first + step]
+        hidden = session.score(batch)[:, scored(context)]
+        if not np.isfinite(hidden).all():
+            raise DeviceError(
+                f"{session.device.name}: hidden states in chunks {first} to "
+                f"{first + len(batch) - 1} are not finite; the model overflows on this device"
+            )
+        parts.append(hidden.reshape(-1, hidden.shape[-1]))
+        progress.advance(f"chunk {first + len(batch)} of {len(chunks)}")
+    progress.close()
+    return np.concatenate(parts)
+
+
+def compare(
+    session: Session,
+    states: NDArray[np.float32],
+    reference: Session,
+    reference_states: NDArray[np.float32],
+    target: NDArray[np.int32],
+    progress: Progress,
+) -> Scores:
+    """Scores from the hidden states of both models, (n, hidden) each, and the next tokens (n,)."""
+    parts = []
+    count = len(target)
+    progress.start(-(-count // POSITION_BLOCK), "logits")
+    for first in range(0, count, POSITION_BLOCK):
+        block = slice(first, first + POSITION_BLOCK)
+        sums = Sums(target[block])
+        vocab = session.config.vocab_size
+        for start in range(0, vocab, VOCAB_BLOCK):
+            progress.work(f"vocabulary {start} of {vocab}")
+            stop = min(start + VOCAB_BLOCK, vocab)
+            model = session.logits(states[block], start, stop)
+            sums.add(reference.logits(reference_states[block], start, stop), model, start)
+        parts.append(sums.scores())
+        progress.advance(f"token {min(first + POSITION_BLOCK, count)} of {count}")
+    progress.close()
+    return join(parts)
