@@ -35,7 +35,6 @@ UNLISTED = frozenset({MANIFEST, CHECKSUM, *REPORT_FILES})
 KERNELS: frozenset[str] = frozenset()  # names of required_kernels that this version knows
 SHARD_SUFFIX = ".safetensors"
 MAX_COUNT = 1 << 24
-WINDOWS = ("sliding_window", "max_position_embeddings")
 
 
 @dataclass(frozen=True)
@@ -224,7 +223,7 @@ def _check_file(name: str, record: FileRecord) -> None:
 def _check_model(config: GemmaConfig) -> None:
     where = f"{MANIFEST}: model"
     counts = ("vocab_size", "hidden_size", "intermediate_size", "num_layers", "num_heads")
-    for name in (*counts, "num_kv_heads", "head_dim", "q_size", *WINDOWS):
+    for name in (*counts, "num_kv_heads", "head_dim", "q_size", "max_position_embeddings"):
         if not 1 <= getattr(config, name) <= MAX_COUNT:
             raise BundleError(f"{where}.{name}: {getattr(config, name)} is not in 1..{MAX_COUNT}")
     positive = ("rms_norm_eps", "query_pre_attn_scalar", "rope_theta", "rope_local_theta")
@@ -240,6 +239,8 @@ def _check_model(config: GemmaConfig) -> None:
         raise BundleError(f"{where}.layer_types: {len(config.layer_types)} items, not num_layers")
     for layer_type in config.layer_types:
         _one_of(f"{where}.layer_types", layer_type, (SLIDING, FULL))
+    if config.sliding_window < 1 and SLIDING in config.layer_types:
+        raise BundleError(f"{where}.sliding_window: {config.sliding_window} is not above 0")
     if config.num_heads % config.num_kv_heads:
         raise BundleError(f"{where}.num_heads: {config.num_heads} is no multiple of num_kv_heads")
     if config.head_dim % 2:

@@ -114,9 +114,16 @@ class BundleWriter:
         header = make_header({e.name: (e.dtype, e.stored_shape) for e in entries})
         size = len(header) + sum(entry.nbytes for entry in entries)
         sha256 = write_file(self._work / file, _contents(header, entries), size)
+        try:
+            self._commit(file, FileRecord(size, sha256), entries)
+        except BaseException:
+            (self._work / file).unlink()
+            raise
+
+    def _commit(self, file: str, record: FileRecord, entries: Sequence[Entry]) -> None:
         tensors = {e.name: e.record(file) for e in entries if isinstance(e, QuantEntry)}
         arrays = {e.name: e.record(file) for e in entries if isinstance(e, ArrayEntry)}
-        shard = CommittedShard(file, FileRecord(size, sha256), tensors, arrays)
+        shard = CommittedShard(file, record, tensors, arrays)
         journal = replace(self._journal, shards=(*self._journal.shards, shard))
         journal.save(self._work)
         self._journal = journal
