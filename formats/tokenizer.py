@@ -18,13 +18,14 @@ class Tokenizer:
     """A byte-fallback BPE tokenizer of Gemma's kind.
 
     Attributes:
+        inner: the tokenizer of the `tokenizers` library.
         bos: id put in front of a text. Gemma is useless without it.
         eos: ids that end a text or a turn.
         size: number of ids.
     """
 
     def __init__(self, inner: tokenizers.Tokenizer, bos: int, eos: tuple[int, ...]) -> None:
-        self._inner = inner
+        self.inner = inner
         self._special = {
             index for index, token in inner.get_added_tokens_decoder().items() if token.special
         }
@@ -58,10 +59,10 @@ class Tokenizer:
             special: `<start_of_turn>` and the like in the text become their tokens; else they are
                 text like any other, which is right for text that nobody vouches for.
         """
-        self._inner.encode_special_tokens = not special
+        self.inner.encode_special_tokens = not special
         # Lone surrogates (from undecodable bytes) have no UTF-8 form.
         clean = text.encode("utf-8", "replace").decode()
-        ids: list[int] = self._inner.encode(clean, add_special_tokens=False).ids
+        ids: list[int] = self.inner.encode(clean, add_special_tokens=False).ids
         return [self.bos, *ids] if bos and ids[:1] != [self.bos] else ids
 
     def decode(self, ids: Iterable[int], *, special: bool = False) -> str:
@@ -78,7 +79,7 @@ class Tokenizer:
 
     def piece(self, index: int, *, special: bool = False) -> bytes:
         """UTF-8 bytes that a token stands for; none for a special token unless asked for."""
-        token = self._inner.id_to_token(index)
+        token = self.inner.id_to_token(index)
         if token is None or (index in self._special and not special):
             return b""
         if byte := BYTE.fullmatch(token):

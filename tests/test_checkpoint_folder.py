@@ -335,6 +335,11 @@ def test_source_that_is_nothing_says_what_is_accepted(name: str) -> None:
     )
 
 
+def test_single_safetensors_file_is_refused(tiny_checkpoint: Tiny) -> None:
+    with pytest.raises(UsageError, match="give the folder that holds it"):
+        open_checkpoint(single_file(tiny_checkpoint()))
+
+
 def test_revision_of_a_local_folder_is_refused(tiny_checkpoint: Tiny) -> None:
     with pytest.raises(UsageError, match="applies to a Hub id only"):
         open_checkpoint(tiny_checkpoint(), revision="main")

@@ -66,7 +66,7 @@ def write_gguf(
     writer = GGUFWriter(path, arch)
     values = METADATA | (metadata or {})
     for key, value in values.items():
-        add_value(writer, key if key.count(".") and key.startswith("!") else f"{arch}.{key}", value)
+        add_value(writer, key if key.startswith("!") else f"{arch}.{key}", value)
     layers = int(values["block_count"])
     names = gguf.get_tensor_name_map(ARCHS.get(arch, gguf.MODEL_ARCH.GEMMA3), layers)
     rng = np.random.default_rng(0)
@@ -258,9 +258,43 @@ def test_broken_files_are_refused(tmp_path: Path, change: Any, message: str) -> 
     assert message in refusal(path)
 
 
-@pytest.mark.real
-def test_real_header_agrees_with_the_gguf_package(real_gguf: Path) -> None:
-    ours, theirs = read_gguf(real_gguf), GGUFReader(real_gguf)
+VOCABULARY = {
+    "!tokenizer.ggml.model": "llama",
+    "!tokenizer.ggml.tokens": ["<pad>", "<eos>", "<bos>", "<unk>", "<0x41>", "a", "b", "ab", "▁"],
+    "!tokenizer.ggml.scores": [0.0, 0.0, 0.0, 0.0, 0.0, -1.0, -2.0, -3.0, -4.0],
+    "!tokenizer.ggml.token_type": [3, 3, 3, 2, 6, 1, 1, 1, 1],
+    "!tokenizer.chat_template": "{{ messages }}",
+}
+
+
+def test_tokenizer_is_rebuilt_from_the_vocabulary(tmp_path: Path) -> None:
+    checkpoint = open_checkpoint(write_gguf(tmp_path / "m.gguf", metadata=VOCABULARY))
+    assert checkpoint.tokenizer().encode("a abA<eos>") == [2, 5, 8, 7, 4, 1]
+    assert checkpoint.assets()["chat_template.jinja"] == b"{{ messages }}"
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("model", "gpt2", "tokenizer 'gpt2' is not supported; Gemma's is 'llama'"),
+        ("scores", None, "metadata tokenizer.ggml.scores is missing"),
+        ("scores", [0.0], "9 tokens, 1 scores and 9 token types"),
+        ("unknown_token_id", 9, "unknown_token_id is 9, but there are 9 tokens"),
+    ],
+)
+def test_broken_vocabulary_is_refused(tmp_path: Path, key: str, value: Any, message: str) -> None:
+    keys = VOCABULARY | {f"!tokenizer.ggml.{key}": value}
+    keys = {name: item for name, item in keys.items() if item is not None}
+    with pytest.raises(CheckpointError, match=message):
+        open_checkpoint(write_gguf(tmp_path / "m.gguf", metadata=keys)).assets()
+
+
+@pytest.mark.parametrize("dtype", ["F16", "Q4_0"])
+def test_header_agrees_with_the_gguf_package(tmp_path: Path, dtype: str) -> None:
+    keys = VOCABULARY | {"!flag": True, "!text": "ünïcode", "!flags": [True, False], "!alone": -1.5}
+    path = write_gguf(tmp_path / "m.gguf", dtype=dtype, metadata=keys)
+    ours, theirs = read_gguf(path), GGUFReader(path)
+    assert len(ours.metadata) == len(keys) + len(METADATA) + 1
     for key, value in ours.metadata.items():
         expected = theirs.fields[key].contents()
         if isinstance(value, list):

@@ -1,10 +1,7 @@
 """Vocabulary of a GGUF file -> tokenizer.json.
 
 GGUF keeps SentencePiece's tokens and scores: the encoder merges the neighbours whose concatenation
-has the best score. A tokenizer.json has a list of merges instead. Merges are never undone and those
-within a token's span do not see its neighbours, so a token is always put together by the same last
-merge, the one that happens when the token is encoded alone. One merge per token is enough, ordered
-by score; half of the pairs whose parts are in the vocabulary are never used.
+has the best score, the leftmost of equals. A tokenizer.json has a list of merges instead.
 """
 
 from __future__ import annotations
@@ -35,7 +32,11 @@ def tokenizer_json(file: GgufFile) -> bytes:
         tokens = [token.decode() for token in raw]
     except UnicodeDecodeError as error:
         raise CheckpointError(f"{file.path.name}: a token is not UTF-8: {error}") from error
-    unknown = tokens[int(file.metadata.get("tokenizer.ggml.unknown_token_id", 3))]
+    unknown = int(file.metadata.get("tokenizer.ggml.unknown_token_id", 3))
+    if unknown >= len(tokens):
+        raise CheckpointError(
+            f"{file.path.name}: unknown_token_id is {unknown}, but there are {len(tokens)} tokens"
+        )
     document = {
         "version": "1.0",
         "truncation": None,
@@ -55,7 +56,7 @@ def tokenizer_json(file: GgufFile) -> bytes:
         "model": {
             "type": "BPE",
             "dropout": None,
-            "unk_token": unknown,
+            "unk_token": tokens[unknown],
             "continuing_subword_prefix": None,
             "end_of_word_suffix": None,
             "fuse_unk": True,
@@ -111,15 +112,16 @@ def _added_tokens(tokens: list[str], types: NDArray[np.int32]) -> list[dict[str,
 def _merges(
     raw: list[bytes], scores: NDArray[np.float32], types: NDArray[np.int32]
 ) -> list[tuple[str, str]]:
-    """The last merge of every token that can be put together, best score first."""
-    from uq.formats.checkpoint.spm import last_splits
+    """The merges that are ever used, best score first."""
+    from uq.formats.checkpoint.merges import all_splits, concatenate, used_merges
 
-    data = np.frombuffer(b"".join(raw), np.uint8)
-    ends = np.cumsum([len(token) for token in raw], dtype=np.int64)
-    splits = last_splits(data, np.concatenate(([0], ends)), scores)
+    data, offsets = concatenate(raw)
+    left, right, result = all_splits(data, offsets)
+    _, rank = np.unique(-scores[result], return_inverse=True)
+    used = used_merges(data, offsets, left, right, result, rank.astype(np.int32))
     # User-defined tokens are cut out of the text before merging; nothing is left to merge.
-    splits[types == USER_DEFINED] = 0
-    merged = np.flatnonzero(splits)
-    order = merged[np.argsort(-scores[merged], kind="stable")]
-    pairs = zip(order.tolist(), splits[order].tolist(), strict=True)
-    return [(raw[index][:at].decode(), raw[index][at:].decode()) for index, at in pairs]
+    used &= types[result] != USER_DEFINED
+    kept = np.flatnonzero(used)
+    kept = kept[np.argsort(rank[kept], kind="stable")]
+    pairs = zip(left[kept].tolist(), right[kept].tolist(), strict=True)
+    return [(raw[first].decode(), raw[second].decode()) for first, second in pairs]

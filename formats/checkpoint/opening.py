@@ -8,6 +8,7 @@ from pathlib import Path
 
 from uq.errors import CheckpointError, UsageError
 from uq.formats.checkpoint.checkpoint import TOKENIZER, Checkpoint, Source
+from uq.formats.checkpoint.compact import without_unused_merges
 from uq.formats.checkpoint.demo import DEMO, demo_gguf, demo_licences
 from uq.formats.checkpoint.gguf_config import gguf_config, gguf_names
 from uq.formats.checkpoint.gguf_file import GgufFile, read_gguf
@@ -52,6 +53,8 @@ def open_checkpoint(source: str | Path, *, revision: str | None = None) -> Check
             raise UsageError(f"{name}: --revision applies to a Hub id only")
         if path.is_dir():
             return _open_folder(path, Source("folder", name))
+        if path.suffix == ".safetensors":
+            raise UsageError(f"{name}: give the folder that holds it and its config.json")
         return _open_demo() if name == DEMO else _open_gguf(path, Source("gguf", name))
     if is_hub_id(name):
         folder = download(name, revision)
@@ -154,7 +157,8 @@ def _folder_assets(folder: Path) -> dict[str, bytes]:
         raise CheckpointError(f"{folder}: has no {TOKENIZER}; copy it from the original model")
     names = [name for name in ASSETS if (folder / name).is_file()]
     names += sorted(path.name for pattern in LICENCES for path in folder.glob(pattern))
-    return {name: (folder / name).read_bytes() for name in names}
+    assets = {name: (folder / name).read_bytes() for name in names}
+    return assets | {TOKENIZER: without_unused_merges(assets[TOKENIZER])}
 
 
 def _gguf_assets(file: GgufFile) -> dict[str, bytes]:
