@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import cached_property
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -55,14 +57,21 @@ class KVCache:
     """Keys (after RoPE) and values of one sequence, every layer."""
 
     def __init__(self, config: GemmaConfig, capacity: int) -> None:
-        shape = (config.num_layers, 1, capacity, config.num_kv_heads, config.head_dim)
-        self.keys: Array = np.empty(shape, np.float32)
-        self.values: Array = np.empty(shape, np.float32)
+        self._shape = (config.num_layers, 1, capacity, config.num_kv_heads, config.head_dim)
         self.position = 0
+
+    # Made on first use: a session that only scores needs none.
+    @cached_property
+    def _keys(self) -> Array:
+        return np.empty(self._shape, np.float32)
+
+    @cached_property
+    def _values(self) -> Array:
+        return np.empty(self._shape, np.float32)
 
     def append(self, layer: int, k: Array, v: Array) -> tuple[Array, Array]:
         """Store k, v (1, length, kv_heads, dim) behind `position`; return those of all tokens."""
         stop = self.position + k.shape[1]
-        self.keys[layer, :, self.position : stop] = k
-        self.values[layer, :, self.position : stop] = v
-        return self.keys[layer, :, :stop], self.values[layer, :, :stop]
+        self._keys[layer, :, self.position : stop] = k
+        self._values[layer, :, self.position : stop] = v
+        return self._keys[layer, :, :stop], self._values[layer, :, :stop]
