@@ -6,7 +6,8 @@ The checks and their messages are listed in `formats/README.md`, section 7.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from stat import S_ISREG
 from typing import Literal
@@ -45,10 +46,13 @@ def open_bundle(path: str | Path, *, verify: Literal["full", "lazy"] = "full") -
         BundleError: anything that the specification forbids; names the file and the field.
     """
     root = Path(path)
-    manifest, sha256 = _read_manifest(root)
-    for name, record in manifest.files.items():
-        _check_file(root, name, record)
-    shards = {name: Shard(root / name) for name in manifest.files if name.endswith(SHARD_SUFFIX)}
+    with _readable(root):
+        manifest, sha256 = _read_manifest(root)
+        for name, record in manifest.files.items():
+            _check_file(root, name, record)
+        shards = {
+            name: Shard(root / name) for name in manifest.files if name.endswith(SHARD_SUFFIX)
+        }
     for name, shard in shards.items():
         shard.check(
             {key: record for key, record in manifest.tensors.items() if record.file == name},
@@ -141,7 +145,8 @@ class Bundle:
         """
         if name not in self.manifest.files:
             raise BundleError(f"{self.path}: has no {name}")
-        data = (self.path / name).read_bytes()
+        with _readable(self.path / name):
+            data = (self.path / name).read_bytes()
         self._require_hash(name, hashlib.sha256(data).hexdigest())
         return data
 
@@ -160,7 +165,9 @@ class Bundle:
 
     def _verify(self, names: Iterable[str]) -> None:
         fresh = {name: self.path / name for name in names if name not in self._verified}
-        for name, digest in hash_files(fresh).items():
+        with _readable(self.path):
+            hashes = hash_files(fresh)
+        for name, digest in hashes.items():
             self._require_hash(name, digest)
             self._verified.add(name)
 
@@ -170,6 +177,15 @@ class Bundle:
                 f"{self.path / name}: its hash differs from {MANIFEST}: the file was changed or "
                 "damaged; copy or download it again"
             )
+
+
+@contextmanager
+def _readable(path: Path) -> Iterator[None]:
+    """Turn an `OSError` of reading into a `BundleError`."""
+    try:
+        yield
+    except OSError as error:
+        raise BundleError(f"{error.filename or path}: cannot be read: {error.strerror}") from error
 
 
 def _read_manifest(root: Path) -> tuple[Manifest, str]:

@@ -44,6 +44,11 @@ def decode(kind: type[T], value: object, where: str) -> T:
     return result
 
 
+def printable(name: str) -> str:
+    """A name out of a file, fit for a message of one line."""
+    return name if name.isprintable() and len(name) <= 100 else ascii(name[:100])
+
+
 def _decode(kind: Any, value: Any, where: str) -> Any:
     origin, arguments = get_origin(kind), get_args(kind)
     if is_dataclass(kind):
@@ -64,7 +69,7 @@ def _dataclass(kind: Any, value: Any, where: str) -> Any:
     if missing := [name for name in hints if name not in items]:
         raise BundleError(f"{where}field {missing[0]!r} is missing")
     if unknown := [name for name in items if name not in hints]:
-        raise BundleError(f"{where}field {unknown[0]!r} is not known")
+        raise BundleError(f"{where}field '{printable(unknown[0])}' is not known")
     return kind(**{k: _decode(hint, items[k], _inner(where, k)) for k, hint in hints.items()})
 
 
@@ -101,6 +106,7 @@ def _refuse(expected: str, value: Any, where: str) -> NoReturn:
 def _inner(where: str, key: str) -> str:
     """`file: a.b: ` and `c` -> `file: a.b.c: `."""
     file, _, path = where.removesuffix(": ").partition(": ")
+    key = printable(key)
     return f"{file}: {path}.{key}: " if path else f"{file}: {key}: "
 
 
@@ -113,7 +119,7 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     items = dict(pairs)
     if len(items) != len(pairs):
         names = [name for name, _ in pairs]
-        raise ValueError(f"field {max(names, key=names.count)!r} appears twice")
+        raise ValueError(f"field '{printable(max(names, key=names.count))}' appears twice")
     return items
 
 

@@ -23,7 +23,7 @@ from uq.formats.config import (
     GemmaConfig,
     layer_tensor,
 )
-from uq.formats.decode import decode, parse_json
+from uq.formats.decode import decode, parse_json, printable
 from uq.formats.layouts import LAYOUTS, Layout
 from uq.formats.spec import BITS, GROUPS, Spec
 
@@ -136,7 +136,7 @@ def parse_manifest(data: bytes) -> Manifest:
     if type(schema) is int and schema > SCHEMA:
         raise BundleError(
             f"{MANIFEST}: schema {schema} is newer than {SCHEMA}, the newest that uq {__version__} "
-            f"reads; update uq (the bundle was written by {value.get('uq')!r})"
+            f"reads; update uq (the bundle was written by {str(value.get('uq'))[:20]!r})"
         )
     manifest = decode(Manifest, value, MANIFEST)
     check_manifest(manifest)
@@ -203,7 +203,7 @@ def check_path(name: str) -> None:
     parts = name.split("/")
     if (
         any(part in ("", ".", "..") for part in parts)
-        or re.search(r"[\\:\x00-\x1f\x7f]", name)
+        or re.search(r"[\\:\x00-\x1f\x7f\ud800-\udfff]", name)
         or PurePosixPath(name).is_absolute()
     ):
         raise BundleError(f"{MANIFEST}: files: {name!r} is not a relative path inside the bundle")
@@ -258,7 +258,9 @@ def _check_names(
     if missing := [name for name in expected if name not in found]:
         raise BundleError(f"{MANIFEST}: {field_name}: {missing[0]} is missing")
     if extra := [name for name in found if name not in expected]:
-        raise BundleError(f"{MANIFEST}: {field_name}: {extra[0]} is no tensor of this model")
+        raise BundleError(
+            f"{MANIFEST}: {field_name}: {printable(extra[0])} is no tensor of this model"
+        )
 
 
 def _check_tensor(where: str, record: TensorRecord, shape: tuple[int, int]) -> None:

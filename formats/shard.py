@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from uq.errors import BundleError
-from uq.formats.decode import decode, parse_json
+from uq.formats.decode import decode, parse_json, printable
 from uq.formats.manifest import ArrayRecord, TensorRecord
 from uq.formats.spec import QuantTensor
 
@@ -82,7 +82,7 @@ class Shard:
         """
         records = {**tensors, **arrays}
         if extra := [name for name in self.tensors if name not in records]:
-            raise BundleError(f"{self.path.name}: {extra[0]} is not in the manifest")
+            raise BundleError(f"{self.path.name}: {printable(extra[0])} is not in the manifest")
         for name, tensor in tensors.items():
             self._check_tensor(name, "U8", tensor.stored_shape, tensor.order.alignment)
         for name, array in arrays.items():
@@ -135,7 +135,8 @@ def _read_header(path: Path) -> tuple[int, dict[str, Stored]]:
     entries = parse_json(text, path.name)
     entries.pop("__metadata__", None)
     tensors = {
-        name: decode(Stored, entry, f"{path.name}: {name}") for name, entry in entries.items()
+        name: decode(Stored, entry, f"{path.name}: {printable(name)}")
+        for name, entry in entries.items()
     }
     in_order = sorted(tensors.items(), key=lambda item: item[1].data_offsets)
     _check_offsets(path.name, in_order, size - 8 - length)
@@ -146,7 +147,7 @@ def _check_offsets(file: str, tensors: Sequence[tuple[str, Stored]], data_bytes:
     """Every byte of the data belongs to exactly one tensor."""
     end = 0
     for name, stored in tensors:
-        where = f"{file}: {name}"
+        where = f"{file}: {printable(name)}"
         start, stop = stored.data_offsets
         if stored.dtype not in ITEM_BYTES:
             raise BundleError(f"{where}: dtype {stored.dtype!r} is not one of U8, F32")

@@ -303,6 +303,8 @@ NO_FILE = {"size": 0, "sha256": "0" * 64}
         (at("schema", 0), "schema: expected 1, found 0"),
         (at("schema", "1"), 'schema: expected an integer, found "1"'),
         (at("schema", True), "schema: expected an integer, found true"),
+        (at("two\nlines", "blue"), "is not known"),
+        (at("tensors/two\nlines", 1), "expected an object, found 1"),
         (at("colour", "blue"), "field 'colour' is not known"),
         (without("provenance"), "field 'provenance' is missing"),
         (at("calibration", {"name": "x", "sha256": "y"}), "calibration: field 'tokens' is missing"),
@@ -358,12 +360,29 @@ def test_a_tensor_of_another_model(bundle: Path) -> None:
 
 @pytest.mark.parametrize(
     "name",
-    ["../secret", "/etc/passwd", "a/../../secret", "./a", "a//b", "", "a\\b", "C:x", "a\nb", "a/"],
+    [
+        "../secret",
+        "/etc/passwd",
+        "a/../../secret",
+        "./a",
+        "a//b",
+        "",
+        "a\\b",
+        "C:x",
+        "a\nb",
+        "a/",
+        "\ud800",
+    ],
 )
 def test_file_names_that_leave_the_folder(bundle: Path, name: str) -> None:
     (bundle.parent / "secret").write_bytes(b"")
     edit_manifest(bundle, lambda tree: tree["files"].update({name: NO_FILE}))
     refuse(bundle, "is not a relative path inside the bundle")
+
+
+def test_a_file_name_that_the_system_refuses(bundle: Path) -> None:
+    edit_manifest(bundle, lambda tree: tree["files"].update({"x" * 300: NO_FILE}))
+    refuse(bundle, "cannot be read: File name too long")
 
 
 def test_a_link_out_of_the_folder(bundle: Path) -> None:
@@ -416,6 +435,7 @@ def shifted(name: str, start: int, stop: int) -> Callable[[Tree, bytearray], obj
         (lambda h, d: h[GAIN].update(data_offsets=[0]), "data_offsets: expected 2 items"),
         (lambda h, d: h.update({"spy": h.pop(GAIN)}), "spy is not in the manifest"),
         (lambda h, d: h.update({"spy": h[GAIN]}), "begins at"),
+        (lambda h, d: h.update({"two\nlines": h.pop(GAIN)}), "is not in the manifest"),
     ],
 )
 def test_broken_shards(
