@@ -48,11 +48,12 @@ def write_file(path: Path, chunks: Iterable[bytes | memoryview], nbytes: int) ->
     try:
         with disk_errors(path, nbytes):
             file = path.open("wb", buffering=0)  # a buffer would fail again when closed
-        with file:
+        with file, ThreadPoolExecutor(1) as hasher:
             for chunk in chunks:
-                digest.update(chunk)
+                hashed = hasher.submit(digest.update, chunk)  # beside the write, without the lock
                 with disk_errors(path, nbytes):
                     _write_all(file, chunk)
+                hashed.result()
             with disk_errors(path, nbytes):
                 os.fsync(file.fileno())
     except BaseException:
