@@ -74,10 +74,26 @@ class Checkpoint:
             role: self._read(layer_tensor(index, role), rows)
             for role, (rows, _) in config.linear_shapes().items()
         }
-        return weights | {
+        return weights | self.gains(index)
+
+    def gains(self, index: int) -> dict[str, NDArray[np.float32]]:
+        """Norm gains of one layer by role: (size,).
+
+        Raises:
+            CheckpointError: a value is NaN or infinite.
+        """
+        return {
             role: self._gain(layer_tensor(index, role), size)
-            for role, (size,) in config.norm_shapes().items()
+            for role, (size,) in self.config.norm_shapes().items()
         }
+
+    def rows(self, name: str, start: int, stop: int) -> NDArray[np.float32]:
+        """Rows `start:stop` of a tensor by its canonical name, as it is stored.
+
+        Raises:
+            CheckpointError: a value is NaN or infinite.
+        """
+        return read_rows(self.tensors[name], start, stop)
 
     def embedding(self, start: int, stop: int) -> NDArray[np.float32]:
         """Rows `start:stop` of the embedding, not multiplied by its scale: (stop - start, hidden).
