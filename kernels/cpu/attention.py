@@ -1,0 +1,211 @@
+"""Attention over the KV cache: scores, softmax, weighted sum of values, in float32.
+
+Keys lie 32 positions side by side and values 32 head dimensions side by side, so both products are
+register tiles of broadcast query (or weight) times lanes. A layer with a window keeps a ring of
+slots. Every query is computed as if it were alone: a token has the same bits in prefill as in
+decoding.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from numba import get_thread_id, njit, prange
+from numpy.typing import NDArray
+
+from uq.kernels.cpu.intrinsics import TILE_LANES, TILE_ROWS, address, float_tile
+from uq.kernels.elementwise import FAST, exp32
+
+LANE_BYTES = 4 * TILE_LANES
+_ONE, _TWO = np.float32(1.0), np.float32(2.0)
+
+_wide, _narrow, _single = float_tile(TILE_ROWS), float_tile(4), float_tile(1)
+
+
+@njit(cache=True)
+def _tiles(
+    rows: int, x: int, x_row: int, w: int, w_step: int, count: int, out: int, out_row: int
+) -> None:
+    """out (rows, 32) += x (rows, count) times w (count, 32)."""
+    while rows > 0:
+        if rows >= TILE_ROWS:
+            height = TILE_ROWS
+            _wide(x, x_row, w, w_step, count, out, out_row)
+        elif rows >= 4:
+            height = 4
+            _narrow(x, x_row, w, w_step, count, out, out_row)
+        else:
+            height = 1
+            _single(x, x_row, w, w_step, count, out, out_row)
+        x, out, rows = x + height * x_row, out + height * out_row, rows - height
+
+
+@njit(fastmath=FAST | {"nnan"}, cache=True)
+def _peak(values: NDArray[np.float32]) -> np.float32:
+    peak = values[0]
+    for i in range(1, values.size):
+        peak = max(peak, values[i])
+    return peak
+
+
+@njit(fastmath=FAST, cache=True)
+def _softmax(scores: NDArray[np.float32], scale: np.float32, cap: np.float32) -> None:
+    """Raw products to attention weights, in place; `cap` 0 is none."""
+    for i in range(scores.size):
+        scores[i] *= scale
+    if cap > 0:
+        for i in range(scores.size):
+            scores[i] = cap - _TWO * cap / (_ONE + exp32(_TWO * scores[i] / cap))
+    peak = _peak(scores)
+    total = np.float32(0.0)
+    for i in range(scores.size):
+        scores[i] = exp32(scores[i] - peak)
+        total += scores[i]
+    for i in range(scores.size):
+        scores[i] /= total
+
+
+@njit(cache=True)
+def _score_block(
+    block: int, queries: NDArray[np.float32], keys: NDArray[np.float32], out: int, out_row: int
+) -> None:
+    """Raw products of queries (rows, dim) with the 32 positions of one block of a head's keys."""
+    rows, dim = queries.shape
+    w = address(keys) + block % keys.shape[0] * dim * LANE_BYTES
+    _tiles(rows, address(queries), 4 * dim, w, LANE_BYTES, dim, out, out_row)
+
+
+@njit(cache=True)
+def _mix(
+    rows: int,
+    weights: int,
+    weights_row: int,
+    low: int,
+    high: int,
+    values: NDArray[np.float32],
+    out: int,
+    out_row: int,
+) -> None:
+    """out (rows, 32) += weights of positions low..high - 1 times 32 dimensions of their values."""
+    slots = values.shape[0]
+    position = low
+    while position < high:
+        slot = position % slots
+        count = min(high - position, slots - slot)
+        x, w = weights + 4 * (position - low), address(values) + slot * LANE_BYTES
+        _tiles(rows, x, weights_row, w, LANE_BYTES, count, out, out_row)
+        position += count
+
+
+@njit(cache=True)
+def _low(position: int, window: int) -> int:
+    """First position that a query sees."""
+    return max(0, position - window + 1)
+
+
+@njit(parallel=True, cache=True, nogil=True)
+def attend_many(
+    queries: NDArray[np.float32],
+    keys: NDArray[np.float32],
+    values: NDArray[np.float32],
+    position: int,
+    window: int,
+    scale: np.float32,
+    cap: np.float32,
+    scratch: NDArray[np.float32],
+    context: NDArray[np.float32],
+) -> None:
+    """Causal attention of new tokens over the cache, which holds their own keys already.
+
+    Args:
+        queries: (kv_heads, tokens * group, dim) float32.
+        keys, values: a layer of the cache, as in `enter_attention`.
+        position: of the first token.
+        window: number of keys that a query sees, its own included.
+        scratch: (threads, n) float32; n >= TILE_ROWS * (keys seen + 64 + dim + 32).
+        context: (tokens, heads * dim) float32, out.
+    """
+    kv_heads, rows, dim = queries.shape
+    tokens = context.shape[0]
+    group = rows // tokens
+    per_head = -(-rows // TILE_ROWS)
+    count = kv_heads * per_head
+    for index in prange(count):
+        # Later tokens see more keys: taking tiles from both ends in turn evens out the threads.
+        item = index // 2 if index % 2 == 0 else count - 1 - index // 2
+        head, first = item // per_head, item % per_head * TILE_ROWS
+        last = min(first + TILE_ROWS, rows)
+        low = _low(position + first // group, window) // TILE_LANES * TILE_LANES
+        high = position + (last - 1) // group + 1
+        blocks = -(-(high - low) // TILE_LANES)
+        mine = scratch[get_thread_id()]
+        span = blocks * TILE_LANES
+        scores = mine[: TILE_ROWS * span].reshape(TILE_ROWS, span)[: last - first]
+        wide = -(-dim // TILE_LANES) * TILE_LANES
+        mixed = mine[TILE_ROWS * span :][: TILE_ROWS * wide].reshape(TILE_ROWS, wide)
+        scores[:] = 0
+        mixed[:] = 0
+        for block in range(blocks):
+            out = address(scores) + block * LANE_BYTES
+            to = low // TILE_LANES + block
+            _score_block(to, queries[head, first:last], keys[head], out, 4 * span)
+        for row in range(first, last):
+            own = position + row // group
+            seen = _low(own, window) - low
+            mine_scores = scores[row - first]
+            mine_scores[:seen] = 0
+            _softmax(mine_scores[seen : own + 1 - low], scale, cap)
+            mine_scores[own + 1 - low :] = 0
+        start = _low(position + first // group, window)
+        at = address(scores) + 4 * (start - low)
+        for block in range(values.shape[1]):
+            to = address(mixed) + block * LANE_BYTES
+            _mix(last - first, at, 4 * span, start, high, values[head, block], to, 4 * wide)
+        for row in range(first, last):
+            column = (head * group + row % group) * dim
+            context[row // group, column : column + dim] = mixed[row - first, :dim]
+
+
+@njit(parallel=True, cache=True, nogil=True)
+def attend_one(
+    queries: NDArray[np.float32],
+    keys: NDArray[np.float32],
+    values: NDArray[np.float32],
+    position: int,
+    window: int,
+    scale: np.float32,
+    cap: np.float32,
+    scratch: NDArray[np.float32],
+    context: NDArray[np.float32],
+) -> None:
+    """`attend_many` for one token, parallel over keys and then over head dimensions.
+
+    scratch: (threads, n) as one array of at least heads * (keys seen + 64 + dim + 32).
+    """
+    kv_heads, group, dim = queries.shape
+    start = _low(position, window)
+    first = start // TILE_LANES
+    blocks = position // TILE_LANES + 1 - first
+    span, wide = blocks * TILE_LANES, values.shape[1] * TILE_LANES
+    heads = kv_heads * group
+    flat = scratch.reshape(-1)
+    scores = flat[: heads * span].reshape(kv_heads, group, span)
+    mixed = flat[heads * span :][: heads * wide].reshape(kv_heads, group, wide)
+    scores[:] = 0
+    mixed[:] = 0
+    for item in prange(kv_heads * blocks):
+        head, block = item // blocks, item % blocks
+        out = address(scores[head]) + block * LANE_BYTES
+        _score_block(first + block, queries[head], keys[head], out, 4 * span)
+    seen = start - first * TILE_LANES
+    last = position + 1 - first * TILE_LANES
+    for item in prange(heads):
+        _softmax(scores[item // group, item % group, seen:last], scale, cap)
+    for item in prange(kv_heads * values.shape[1]):
+        head, block = item // values.shape[1], item % values.shape[1]
+        weights, out = address(scores[head]) + 4 * seen, address(mixed[head]) + block * LANE_BYTES
+        _mix(group, weights, 4 * span, start, position + 1, values[head, block], out, 4 * wide)
+        for member in range(group):
+            column = (head * group + member) * dim + block * TILE_LANES
+            width = min(TILE_LANES, dim - block * TILE_LANES)
+            piece = mixed[head, member, block * TILE_LANES :][:width]
+            context[0, column : column + width] = piece

@@ -1,0 +1,54 @@
+"""What a sequence leaves behind for its later tokens: keys, values, and the angles of RoPE."""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+from uq.formats.config import GemmaConfig
+from uq.kernels.cpu.intrinsics import TILE_LANES
+
+Array = NDArray[np.float32]
+
+
+class KVCache:
+    """Keys (after norm and RoPE) and values of one sequence in float32, as `attention` reads them.
+
+    A layer with a window has a ring of slots: as many as its window and one block of new tokens.
+    """
+
+    def __init__(self, config: GemmaConfig, capacity: int, block: int) -> None:
+        """`block`: tokens that are added at once, at most."""
+        self.position = 0
+        self.keys: list[Array] = []
+        self.values: list[Array] = []
+        heads, dim = config.num_kv_heads, config.head_dim
+        for layer in range(config.num_layers):
+            window = config.window(layer)
+            needed = capacity if window is None else min(capacity, window - 1 + block)
+            blocks = -(-needed // TILE_LANES)
+            self.keys.append(np.zeros((heads, blocks, dim, TILE_LANES), np.float32))
+            shape = (heads, -(-dim // TILE_LANES), blocks * TILE_LANES, TILE_LANES)
+            self.values.append(np.zeros(shape, np.float32))
+
+
+class RopeTable:
+    """cos and sin of position * theta^(-2 i / dim) (Su et al., RoFormer), made as they are needed.
+
+    Angles are float64: float32 loses the fourth digit of a radian at a few thousand tokens.
+    """
+
+    def __init__(self, theta: float, position_scale: float, dim: int) -> None:
+        half = dim // 2
+        self._frequency = theta ** (-np.arange(half) / half) * position_scale
+        self._cos: Array = np.empty((0, half), np.float32)
+        self._sin: Array = self._cos
+
+    def rows(self, start: int, stop: int) -> tuple[Array, Array]:
+        """cos and sin of positions `start:stop`, each (stop - start, dim / 2) float32."""
+        known = len(self._cos)
+        if stop > known:
+            angle = np.outer(np.arange(known, max(stop, known + 256)), self._frequency)
+            self._cos = np.concatenate([self._cos, np.cos(angle).astype(np.float32)])
+            self._sin = np.concatenate([self._sin, np.sin(angle).astype(np.float32)])
+        return self._cos[start:stop], self._sin[start:stop]

@@ -1,0 +1,271 @@
+"""What lies between the matrix products: embedding rows, norms, gate, RoPE, the 16-bit activations.
+
+Parallel over tokens; nothing is added up across tokens or threads, so the bits depend on neither
+the batch nor the number of threads.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numba import njit, prange
+from numpy.typing import NDArray
+
+from uq.kernels.cpu.intrinsics import CHUNK, LANES, TILE_LANES, address, load_half, quantize_chunk
+from uq.kernels.cpu.layout import BITS, CHUNKS_PER_GROUP, CODES, SCALES
+from uq.kernels.elementwise import FAST, exp32
+
+_ONE = np.float32(1.0)
+_TWO = np.float32(2.0)
+_GELU_SCALE = np.float32(2.0 * np.sqrt(2.0 / np.pi))
+_GELU_CUBE = np.float32(0.044715)
+
+
+@dataclass(frozen=True)
+class Activations:
+    """The input of a linear as 16-bit fixed point: value = code * scale of its chunk.
+
+    Attributes:
+        codes: (tokens, cols) int16 in PAIR_ORDER.
+        scales: (tokens, cols / 32) float32.
+        offsets: (tokens, cols / 32) int32, -8 times the sum of a chunk's codes: what INT4 codes
+            stored plus 8 add too much.
+    """
+
+    codes: NDArray[np.int16]
+    scales: NDArray[np.float32]
+    offsets: NDArray[np.int32]
+
+    @classmethod
+    def empty(cls, tokens: int, cols: int) -> Activations:
+        chunks = (tokens, cols // CHUNK)
+        codes = np.empty((tokens, cols), np.int16)
+        return cls(codes, np.empty(chunks, np.float32), np.empty(chunks, np.int32))
+
+    def first(self, tokens: int) -> Activations:
+        return Activations(self.codes[:tokens], self.scales[:tokens], self.offsets[:tokens])
+
+
+@njit(cache=True)
+def _quantize_row(
+    x: NDArray[np.float32],
+    codes: NDArray[np.int16],
+    scales: NDArray[np.float32],
+    offsets: NDArray[np.int32],
+) -> None:
+    for chunk in range(scales.size):
+        first = chunk * CHUNK
+        scale, total = quantize_chunk(address(x) + 4 * first, address(codes) + 2 * first)
+        scales[chunk] = scale
+        offsets[chunk] = -8 * total
+
+
+@njit(fastmath=FAST, cache=True)
+def _norm_factor(x: NDArray[np.float32], eps: np.float32) -> np.float32:
+    """1 / sqrt(mean(x^2) + eps)."""
+    total = np.float32(0.0)
+    for i in range(x.size):
+        total += x[i] * x[i]
+    return _ONE / np.sqrt(total / np.float32(x.size) + eps)
+
+
+@njit(parallel=True, cache=True, nogil=True)
+def quantize_rows(
+    x: NDArray[np.float32],
+    codes: NDArray[np.int16],
+    scales: NDArray[np.float32],
+    offsets: NDArray[np.int32],
+) -> None:
+    """`Activations` of x (tokens, cols)."""
+    for token in prange(x.shape[0]):
+        _quantize_row(x[token], codes[token], scales[token], offsets[token])
+
+
+@njit(cache=True)
+def _embedding_code(data: NDArray[np.uint8], chunk: int, bits: int, lane: int, channel: int) -> int:
+    """Code of one channel of a chunk that begins at byte `chunk`."""
+    if bits == 8:
+        return np.int8(data[chunk + channel // 4 * 4 * LANES + 4 * lane + channel % 4])
+    byte = data[chunk + channel // 8 * 4 * LANES + 4 * lane + channel % 4]
+    return (byte >> 4 if channel & 4 else byte & 15) - 8
+
+
+@njit(parallel=True, cache=True, nogil=True)
+def embed(
+    data: NDArray[np.uint8],
+    parts: NDArray[np.int64],
+    tokens: NDArray[np.int32],
+    factor: np.float32,
+    hidden: NDArray[np.float32],
+) -> None:
+    """hidden (tokens, cols) = embedding rows * factor."""
+    part = parts[0]
+    bits, per_group = part[BITS], part[CHUNKS_PER_GROUP]
+    chunks = hidden.shape[1] // CHUNK
+    for index in prange(tokens.size):
+        block, lane = tokens[index] // LANES, tokens[index] % LANES
+        codes = part[CODES] + block * chunks * bits * 4 * LANES
+        scales = part[SCALES] + block * (chunks // per_group) * 2 * LANES
+        for chunk in range(chunks):
+            scale = load_half(address(data) + scales + (chunk // per_group * LANES + lane) * 2)
+            at = codes + chunk * bits * 4 * LANES
+            for channel in range(CHUNK):
+                code = np.float32(_embedding_code(data, at, bits, lane, channel))
+                hidden[index, chunk * CHUNK + channel] = code * scale * factor
+
+
+@njit(fastmath=FAST, cache=True)
+def _add_branch(
+    hidden: NDArray[np.float32],
+    branch: NDArray[np.float32],
+    gain: NDArray[np.float32],
+    eps: np.float32,
+) -> None:
+    if gain.size == 0:
+        for i in range(hidden.size):
+            hidden[i] += branch[i]
+        return
+    factor = _norm_factor(branch, eps)
+    for i in range(hidden.size):
+        hidden[i] += branch[i] * factor * gain[i]
+
+
+@njit(fastmath=FAST, cache=True)
+def _norm_row(
+    x: NDArray[np.float32], gain: NDArray[np.float32], eps: np.float32, out: NDArray[np.float32]
+) -> None:
+    factor = _norm_factor(x, eps)
+    for i in range(x.size):
+        out[i] = x[i] * factor * gain[i]
+
+
+@njit(parallel=True, cache=True, nogil=True)
+def norm(
+    hidden: NDArray[np.float32],
+    gain: NDArray[np.float32],
+    eps: np.float32,
+    normed: NDArray[np.float32],
+    codes: NDArray[np.int16],
+    scales: NDArray[np.float32],
+    offsets: NDArray[np.int32],
+) -> None:
+    """normed = RMS norm of hidden (tokens, n), and its `Activations`."""
+    for token in prange(hidden.shape[0]):
+        _norm_row(hidden[token], gain, eps, normed[token])
+        _quantize_row(normed[token], codes[token], scales[token], offsets[token])
+
+
+@njit(parallel=True, cache=True, nogil=True)
+def add_and_norm(
+    hidden: NDArray[np.float32],
+    branch: NDArray[np.float32],
+    branch_gain: NDArray[np.float32],
+    gain: NDArray[np.float32],
+    eps: np.float32,
+    normed: NDArray[np.float32],
+    codes: NDArray[np.int16],
+    scales: NDArray[np.float32],
+    offsets: NDArray[np.int32],
+) -> None:
+    """hidden += branch, normed first unless `branch_gain` is empty; then `norm` of the sum."""
+    for token in prange(hidden.shape[0]):
+        _add_branch(hidden[token], branch[token], branch_gain, eps)
+        _norm_row(hidden[token], gain, eps, normed[token])
+        _quantize_row(normed[token], codes[token], scales[token], offsets[token])
+
+
+@njit(fastmath=FAST, cache=True)
+def _gelu_row(gate: NDArray[np.float32], up: NDArray[np.float32]) -> None:
+    """gate = gelu(gate) * up, gelu in its tanh form: x / (1 + exp(-2 u))."""
+    for i in range(gate.size):
+        x = gate[i]
+        u2 = _GELU_SCALE * (x + _GELU_CUBE * x * x * x)
+        gate[i] = x / (_ONE + exp32(-u2)) * up[i]
+
+
+@njit(parallel=True, cache=True, nogil=True)
+def gelu_product(
+    gate_up: NDArray[np.float32],
+    codes: NDArray[np.int16],
+    scales: NDArray[np.float32],
+    offsets: NDArray[np.int32],
+) -> None:
+    """`Activations` of gelu(gate) * up; gate_up (tokens, 2 * n), whose first half is overwritten."""
+    n = gate_up.shape[1] // 2
+    for token in prange(gate_up.shape[0]):
+        gate = gate_up[token, :n]
+        _gelu_row(gate, gate_up[token, n:])
+        _quantize_row(gate, codes[token], scales[token], offsets[token])
+
+
+@njit(fastmath=FAST, cache=True)
+def _head_row(
+    x: NDArray[np.float32],
+    gain: NDArray[np.float32],
+    eps: np.float32,
+    cos: NDArray[np.float32],
+    sin: NDArray[np.float32],
+    out: NDArray[np.float32],
+) -> None:
+    """QK-norm (unless `gain` is empty) and RoPE, half-split, of one head."""
+    half = cos.size
+    if gain.size:
+        _norm_row(x, gain, eps, x)
+    for i in range(half):
+        low, high = x[i], x[half + i]
+        out[i] = low * cos[i] - high * sin[i]
+        out[half + i] = high * cos[i] + low * sin[i]
+
+
+@njit(parallel=True, cache=True, nogil=True)
+def enter_attention(
+    qkv: NDArray[np.float32],
+    columns: tuple[int, int, int],
+    q_gain: NDArray[np.float32],
+    k_gain: NDArray[np.float32],
+    eps: np.float32,
+    cos: NDArray[np.float32],
+    sin: NDArray[np.float32],
+    position: int,
+    queries: NDArray[np.float32],
+    keys: NDArray[np.float32],
+    values: NDArray[np.float32],
+) -> None:
+    """From the projections of new tokens to queries and KV cache.
+
+    Args:
+        qkv: (tokens, width); q, k, v begin at `columns`. Overwritten where there is a norm.
+        q_gain, k_gain: (dim,), or empty.
+        cos, sin: (tokens, dim / 2) of the new tokens.
+        position: of the first new token.
+        queries: (kv_heads, tokens * group, dim) out: queries that share a key head together.
+        keys: (kv_heads, slots / 32, dim, 32) and values (kv_heads, dim / 32, slots, 32): a layer of
+            the cache; position p lies in slot p % slots.
+    """
+    kv_heads, blocks, dim, _ = keys.shape
+    tokens, slots = qkv.shape[0], blocks * TILE_LANES
+    group = queries.shape[1] // tokens
+    for token in prange(tokens):
+        c, s, slot = cos[token], sin[token], (position + token) % slots
+        for head in range(kv_heads):
+            for member in range(group):
+                at = columns[0] + (head * group + member) * dim
+                out = queries[head, token * group + member]
+                _head_row(qkv[token, at : at + dim], q_gain, eps, c, s, out)
+            k = qkv[token, columns[1] + head * dim : columns[1] + (head + 1) * dim]
+            _head_row(k, k_gain, eps, c, s, k)
+            for i in range(dim):
+                keys[head, slot // TILE_LANES, i, slot % TILE_LANES] = k[i]
+            at = columns[2] + head * dim
+            for i in range(dim):
+                values[head, i // TILE_LANES, slot, i % TILE_LANES] = qkv[token, at + i]
+
+
+@njit(parallel=True, fastmath=FAST, cache=True, nogil=True)
+def softcap(logits: NDArray[np.float32], cap: np.float32) -> None:
+    """logits = cap * tanh(logits / cap) in place, tanh(u) = 1 - 2 / (1 + exp(2 u)); (n, vocab)."""
+    for part in prange(logits.size // LANES):
+        flat = logits.reshape(-1)[part * LANES : (part + 1) * LANES]
+        for i in range(LANES):
+            flat[i] = cap - _TWO * cap / (_ONE + exp32(_TWO * flat[i] / cap))

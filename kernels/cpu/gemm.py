@@ -1,0 +1,154 @@
+"""Many tokens times any number of weights that share their input: the kernels of prefill.
+
+Two row blocks are unpacked to int16 once, for a span of channels that stays in the second cache,
+and then serve every token; a tile of tokens is held in registers. Chunks are added in the order of
+`gemv`, so both give the same bits.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from numba import get_thread_id, njit, prange
+from numpy.typing import NDArray
+
+from uq.kernels.cpu.gemv import LINE, X_CHUNK, find_part
+from uq.kernels.cpu.intrinsics import (
+    CHUNK,
+    LANES,
+    TILE_LANES,
+    TILE_ROWS,
+    address,
+    chunk_tile,
+    even_bytes,
+    load_halves,
+    load_words,
+    nibble_pair,
+    odd_bytes,
+    store_floats,
+    store_words,
+    subtract_eights,
+)
+from uq.kernels.cpu.layout import BITS, CHUNKS_PER_GROUP, CODES, FIRST_BLOCK, SCALES
+
+SPAN = 64  # chunks unpacked at a time: 128 KiB
+PAIRS = CHUNK // 2
+STEP = 4 * TILE_LANES  # bytes of one pair of channels in an unpacked tile
+CHUNK_TILE = PAIRS * STEP
+
+# Float32 numbers of scratch that each thread needs.
+SCRATCH_PER_TOKEN = TILE_LANES
+SCRATCH_BASE = SPAN * (TILE_LANES + CHUNK_TILE // 4)
+
+_wide, _narrow, _single = chunk_tile(TILE_ROWS), chunk_tile(4), chunk_tile(1)
+
+
+@njit(cache=True)
+def _unpack_int4(codes: int, out: int) -> None:
+    """One chunk of a row block into its half of an unpacked tile: int16 pairs in PAIR_ORDER."""
+    for word in range(4):
+        words = load_words(codes + LINE * word)
+        for index in range(4):
+            pair = subtract_eights(nibble_pair(words, index))
+            store_words(out + STEP * (4 * word + index), pair)
+
+
+@njit(cache=True)
+def _unpack_int8(codes: int, out: int) -> None:
+    for word in range(8):
+        words = load_words(codes + LINE * word)
+        first = 4 * (word // 2) + word % 2
+        store_words(out + STEP * first, even_bytes(words))
+        store_words(out + STEP * (first + 2), odd_bytes(words))
+
+
+@njit(cache=True)
+def _unpack(
+    data: NDArray[np.uint8],
+    part: NDArray[np.int64],
+    block: int,
+    first: int,
+    last: int,
+    chunks: int,
+    out: int,
+    out_scale: int,
+) -> None:
+    """Chunks `first:last` of a row block: codes as int16, the scale of each chunk as float32."""
+    bits, per_group = part[BITS], part[CHUNKS_PER_GROUP]
+    inner = block - part[FIRST_BLOCK]
+    codes = address(data) + part[CODES] + (inner * chunks + first) * bits * LINE
+    scales = address(data) + part[SCALES] + inner * (chunks // per_group) * 2 * LANES
+    for chunk in range(first, last):
+        if bits == 4:
+            _unpack_int4(codes, out)
+        else:
+            _unpack_int8(codes, out)
+        store_floats(out_scale, load_halves(scales + chunk // per_group * 2 * LANES))
+        codes, out, out_scale = codes + bits * LINE, out + CHUNK_TILE, out_scale + 4 * TILE_LANES
+
+
+@njit(cache=True)
+def _multiply(
+    rows: int, count: int, x: int, x_row: int, xs: int, xs_row: int, w: int, ws: int, out: int
+) -> None:
+    """out (rows, TILE_LANES) += `count` chunks of x times those of one unpacked tile."""
+    out_row = 4 * TILE_LANES
+    row = 0
+    while row < rows:
+        left = rows - row
+        height = TILE_ROWS if left >= TILE_ROWS else (4 if left >= 4 else 1)
+        at, at_scale, at_out = x + row * x_row, xs + row * xs_row, out + row * out_row
+        for chunk in range(count):
+            a, a_scale = at + chunk * X_CHUNK, at_scale + 4 * chunk
+            b, b_scale = w + chunk * CHUNK_TILE, ws + chunk * out_row
+            if height == TILE_ROWS:
+                _wide(a, x_row, a_scale, xs_row, b, b_scale, at_out, out_row)
+            elif height == 4:
+                _narrow(a, x_row, a_scale, xs_row, b, b_scale, at_out, out_row)
+            else:
+                _single(a, x_row, a_scale, xs_row, b, b_scale, at_out, out_row)
+        row += height
+
+
+@njit(parallel=True, cache=True, nogil=True)
+def gemm(
+    data: NDArray[np.uint8],
+    parts: NDArray[np.int64],
+    codes: NDArray[np.int16],
+    scales: NDArray[np.float32],
+    out: NDArray[np.float32],
+    scratch: NDArray[np.float32],
+) -> None:
+    """out = X W^T, the weights' outputs one after the other.
+
+    Args:
+        data, parts: the arena and a `Linear`'s weights in it.
+        codes, scales: `Activations`: (tokens, cols), (tokens, chunks).
+        out: (tokens, width) float32.
+        scratch: (threads, n) float32; n >= SCRATCH_BASE + SCRATCH_PER_TOKEN * tokens.
+    """
+    tokens, chunks = scales.shape
+    blocks = out.shape[1] // LANES
+    for pair in prange((blocks + 1) // 2):
+        mine = scratch[get_thread_id()]
+        totals = mine[: tokens * TILE_LANES].reshape(tokens, TILE_LANES)
+        totals[:] = 0
+        tile_scales = mine[tokens * TILE_LANES :][: SPAN * TILE_LANES]
+        tile = mine[(tokens + SPAN) * TILE_LANES :]
+        halves = min(2, blocks - 2 * pair)
+        for first in range(0, chunks, SPAN):
+            last = min(first + SPAN, chunks)
+            for half in range(halves):
+                block = 2 * pair + half
+                part = parts[find_part(parts, block)]
+                to, to_scale = address(tile) + half * LINE, address(tile_scales) + half * LINE
+                _unpack(data, part, block, first, last, chunks, to, to_scale)
+            x, xs = address(codes) + first * X_CHUNK, address(scales) + 4 * first
+            x_row, xs_row = codes.shape[1] * 2, chunks * 4
+            to = address(totals)
+            _multiply(
+                tokens, last - first, x, x_row, xs, xs_row, address(tile), address(tile_scales), to
+            )
+        width = halves * LANES
+        at = pair * TILE_LANES
+        for token in range(tokens):
+            out[token, at : at + width] = totals[token, :width]

@@ -1,0 +1,219 @@
+"""Weights as the CPU kernels read them: 16 rows side by side, one in each 32-bit lane of a vector.
+
+A chunk is 16 rows x 32 input channels: 4 (INT4) or 8 (INT8) vectors of 16 words, and word `i` of a
+lane is word `i` of its row's 32 channels in the bundle's layout `igpu`. So loading a bundle is a
+transposition of words:
+
+    INT4: word i holds channels 8 i .. 8 i + 7; byte b has channel b below and channel b + 4 above,
+          as code + 8, so that a code needs no sign extension
+    INT8: word i holds channels 4 i .. 4 i + 3, one a byte
+
+A row block is its chunks one after the other; the float16 scales lie apart, (groups, 16) a block.
+All weights share one array: large pages, and one argument for any number of weights.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+from numba import njit, prange
+from numpy.typing import NDArray
+
+from uq.formats.layouts import LAYOUTS
+from uq.formats.spec import Spec
+from uq.kernels.cpu.intrinsics import CHUNK, LANES
+
+TILE = LAYOUTS["igpu"]
+TILE_CHUNKS = 4  # chunks in one tile of `igpu`
+ALIGNMENT = 64
+
+# Columns of a `Linear`'s table of parts, one row for each weight.
+CODES, SCALES, FIRST_BLOCK, BLOCKS, BITS, CHUNKS_PER_GROUP = range(6)
+
+
+class Record(Protocol):
+    """What a bundle says about a tiled weight."""
+
+    @property
+    def shape(self) -> tuple[int, int]: ...
+
+    @property
+    def spec(self) -> Spec: ...
+
+    @property
+    def layout(self) -> str: ...
+
+
+class WeightSource(Protocol):
+    """Where a session's weights come from: a bundle, or the tests' weights in memory."""
+
+    def raw(self, name: str) -> tuple[NDArray[np.uint8], Record]:
+        """Bytes of a tiled weight."""
+        ...
+
+    def array(self, name: str) -> NDArray[np.float32]:
+        """A norm's gain."""
+        ...
+
+
+@dataclass(frozen=True)
+class Linear:
+    """Weights that multiply the same input in one call; their outputs lie one after the other.
+
+    Attributes:
+        parts: (weights, 6) int64, columns as named above; offsets are bytes in the arena.
+        cols: input channels.
+        columns: of each weight, where its output begins; every weight fills whole blocks.
+        width: of the output, padding included.
+        nbytes: of codes and scales.
+    """
+
+    parts: NDArray[np.int64]
+    cols: int
+    columns: tuple[int, ...]
+    width: int
+    nbytes: int
+
+    def rows(self, start: int, stop: int) -> tuple[Linear, int]:
+        """The row blocks of a single weight that hold rows `start:stop`, and the first's row."""
+        first, last = start // LANES, -(-stop // LANES)
+        codes, scales, _, _, bits, per_group = self.parts[0].tolist()
+        chunks = self.cols // CHUNK
+        codes += first * chunks * chunk_bytes(bits)
+        scales += first * chunks // per_group * 2 * LANES
+        blocks = last - first
+        parts = np.array([[codes, scales, 0, blocks, bits, per_group]])
+        return Linear(parts, self.cols, (0,), blocks * LANES, 0), first * LANES
+
+
+@dataclass(frozen=True)
+class Arena:
+    """Every weight of a model, packed."""
+
+    data: NDArray[np.uint8]
+    linears: Mapping[str, Linear]
+
+
+def chunk_bytes(bits: int) -> int:
+    """16 rows x 32 channels: a word of each row for every bit of a code."""
+    return bits * LANES * 4
+
+
+def pack(source: WeightSource, joined: Mapping[str, Sequence[str]]) -> Arena:
+    """Read weights and lay them out for the kernels.
+
+    Args:
+        joined: name of a `Linear` -> canonical names of the weights in it.
+    """
+    records = {name: source.raw(name)[1] for names in joined.values() for name in names}
+    places = dict(zip(records, _places(records.values()), strict=True))
+    data = _aligned(sum(_nbytes(record) for record in records.values()))
+    for name, (codes, scales) in places.items():
+        _pack_one(source, name, data, codes, scales)
+    linears = {
+        key: _linear([records[name] for name in names], [places[name] for name in names])
+        for key, names in joined.items()
+    }
+    return Arena(data, linears)
+
+
+def _linear(records: Sequence[Record], places: Sequence[tuple[int, int]]) -> Linear:
+    blocks = [_blocks(record) for record in records]
+    firsts = np.cumsum([0, *blocks])
+    parts = [
+        [codes, scales, first, count, record.spec.bits, record.spec.group // CHUNK]
+        for record, (codes, scales), first, count in zip(
+            records, places, firsts, blocks, strict=False
+        )
+    ]
+    return Linear(
+        parts=np.array(parts, np.int64),
+        cols=records[0].shape[1],
+        columns=tuple(int(first) * LANES for first in firsts[:-1]),
+        width=int(firsts[-1]) * LANES,
+        nbytes=sum(record.spec.nbytes(*record.shape) for record in records),
+    )
+
+
+def _pack_one(
+    source: WeightSource, name: str, data: NDArray[np.uint8], codes: int, scales: int
+) -> None:
+    raw, record = source.raw(name)
+    (rows, cols), spec = record.shape, record.spec
+    if record.layout != TILE.name:
+        raw = TILE.tile(LAYOUTS[record.layout].untile(raw, record.shape, spec))
+    blocks, chunks, groups = _blocks(record), cols // CHUNK, cols // spec.group
+    tiles = raw.reshape(-1).view(TILE.block(cols, spec))["tiles"]  # (blocks, tiles)
+    shape = (blocks, chunks, chunk_bytes(spec.bits) // (4 * LANES), LANES)
+    words = data[codes : codes + 4 * int(np.prod(shape))].view(np.uint32).reshape(shape)
+    flip = np.uint32(0x88888888 if spec.bits == 4 else 0)
+    _transpose_words(_frozen(tiles["codes"].view("<u4")), flip, words)
+    halves = data[scales : scales + blocks * groups * LANES * 2].view(np.uint16)
+    halves = halves.reshape(blocks, groups, LANES)
+    _transpose_scales(_frozen(tiles["scales"].view("<u2")), halves)
+
+
+def _blocks(record: Record) -> int:
+    return -(-record.shape[0] // LANES)
+
+
+def _sizes(record: Record) -> tuple[int, int]:
+    """Bytes of codes and of scales, each rounded up to whole cache lines."""
+    rows, cols = _blocks(record) * LANES, record.shape[1]
+    scales = rows * (cols // record.spec.group) * 2
+    return rows * cols * record.spec.bits // 8, -(-scales // ALIGNMENT) * ALIGNMENT
+
+
+def _nbytes(record: Record) -> int:
+    return sum(_sizes(record))
+
+
+def _places(records: Iterable[Record]) -> list[tuple[int, int]]:
+    """Offsets of codes and scales of weights that follow each other."""
+    places, end = [], 0
+    for record in records:
+        codes, scales = _sizes(record)
+        places.append((end, end + codes))
+        end += codes + scales
+    return places
+
+
+def _aligned(nbytes: int) -> NDArray[np.uint8]:
+    """Bytes that begin with a cache line, so that no vector load touches two."""
+    data = np.empty(nbytes + ALIGNMENT, np.uint8)
+    start = -data.ctypes.data % ALIGNMENT
+    return data[start : start + nbytes]
+
+
+def _frozen(array: NDArray[Any]) -> NDArray[Any]:
+    """Read-only, as memory-mapped files are: one compiled variant serves both."""
+    view = array.view()
+    view.flags.writeable = False
+    return view
+
+
+@njit(parallel=True, cache=True, nogil=True)
+def _transpose_words(tiles: NDArray[np.uint32], flip: np.uint32, words: NDArray[np.uint32]) -> None:
+    """(blocks, tiles, panels, rows, chunks of a tile * 4) -> (blocks, chunks, panels * 4, rows)."""
+    blocks, chunks, count, lanes = words.shape
+    for block in prange(blocks):
+        for chunk in range(chunks):
+            tile, piece = chunk // TILE_CHUNKS, chunk % TILE_CHUNKS
+            for word in range(count):
+                for row in range(lanes):
+                    source = tiles[block, tile, word // 4, row, 4 * piece + word % 4]
+                    words[block, chunk, word, row] = source ^ flip
+
+
+@njit(parallel=True, cache=True, nogil=True)
+def _transpose_scales(tiles: NDArray[np.uint16], halves: NDArray[np.uint16]) -> None:
+    """(blocks, tiles, rows, groups of a tile) -> (blocks, groups, rows)."""
+    blocks, groups, lanes = halves.shape
+    per_tile = tiles.shape[3]
+    for block in prange(blocks):
+        for group in range(groups):
+            for row in range(lanes):
+                halves[block, group, row] = tiles[block, group // per_tile, row, group % per_tile]
