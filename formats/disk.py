@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
 import shutil
@@ -13,6 +14,8 @@ from pathlib import Path
 
 from uq.errors import DeviceError
 
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
 
 def require_free(path: Path, nbytes: int) -> None:
     """Refuse to begin when the disk of `path`, which need not exist yet, is too full.
@@ -20,10 +23,7 @@ def require_free(path: Path, nbytes: int) -> None:
     Raises:
         DeviceError: says what is needed and what is free.
     """
-    folder = path.absolute()
-    while not folder.exists():
-        folder = folder.parent
-    free = shutil.disk_usage(folder).free
+    folder, free = _free(path)
     if free < nbytes:
         raise DeviceError(
             f"{path}: {nbytes:,} bytes needed, {free:,} free in {folder}; free some space or "
@@ -93,12 +93,23 @@ def disk_errors(path: Path, nbytes: int) -> Iterator[None]:
     try:
         yield
     except OSError as error:
+        reason = f"{path}: {error.strerror or error}"
+        if error.errno not in NO_ROOM:
+            raise DeviceError(reason) from error
         written = path.stat().st_size if path.is_file() else 0
-        free = shutil.disk_usage(path.parent).free + written
+        free = _free(path.parent)[1] + written
         raise DeviceError(
-            f"{path}: {error.strerror}: {nbytes:,} bytes needed, {free:,} free; make room and run "
-            "the same command again to continue"
+            f"{reason}: {nbytes:,} bytes needed, {free:,} free; make room and run the same command "
+            "again to continue"
         ) from error
+
+
+def _free(path: Path) -> tuple[Path, int]:
+    """The nearest folder of `path` that exists, and the bytes free on its disk."""
+    folder = path.absolute()
+    while not folder.is_dir():
+        folder = folder.parent
+    return folder, shutil.disk_usage(folder).free
 
 
 def hash_files(files: Mapping[str, Path]) -> dict[str, str]:

@@ -22,13 +22,15 @@ from typing import Self
 import numpy as np
 from numpy.typing import NDArray
 
-from uq.errors import DeviceError, UsageError
+from uq.errors import BundleError, UsageError
 from uq.formats.disk import disk_errors, sync_folder, write_file
 from uq.formats.entries import ArrayEntry, Entry, QuantEntry
 from uq.formats.journal import JOURNAL, CommittedShard, Journal
 from uq.formats.manifest import (
     CHECKSUM,
     MANIFEST,
+    SHARD_SUFFIX,
+    UNLISTED,
     FileRecord,
     Manifest,
     check_manifest,
@@ -65,14 +67,16 @@ class BundleWriter:
                 something else, or there is nothing to continue.
             DeviceError: the work folder cannot be written.
         """
+        _require_new(out)
         self._out = out
         self._count = shard_count
         self._work = out.with_name(out.name + ".partial")
         self._finished = False
-        _require_ours(self._work)
-        self._lock = _lock(self._work)
+        with disk_errors(self._work, 0):
+            _require_ours(self._work)
+            self._lock = _lock(self._work)
         try:
-            _require_new(out)
+            _require_new(out)  # another run may have finished it before this one got the lock
             self._journal = self._open_journal(Journal.begin(identity, shard_count), resume)
         except BaseException:
             if not (self._work / JOURNAL).exists():
@@ -156,9 +160,9 @@ class BundleWriter:
             raise ValueError(f"{self.committed} of {self._count} shards are written")
         shards = self._journal.shards
         files = {shard.file: shard.record for shard in shards}
-        for name, data in sorted(assets.items()):
-            check_path(name)
-            files[name] = self._write(name, data)
+        for name in assets:
+            _check_asset(name)
+        files |= {name: self._write(name, data) for name, data in sorted(assets.items())}
         manifest = replace(
             manifest,
             tensors={name: record for s in shards for name, record in s.tensors.items()},
@@ -181,11 +185,12 @@ class BundleWriter:
 
     def _publish(self) -> None:
         _require_new(self._out)
-        self._work.rename(self._out)
-        self._finished = True
-        sync_folder(self._out.parent)
-        for name in (JOURNAL, LOCK):  # last, so that a run killed before the rename can go on
-            (self._out / name).unlink()
+        with disk_errors(self._out, 0):
+            self._work.rename(self._out)
+            self._finished = True
+            sync_folder(self._out.parent)
+            for name in (JOURNAL, LOCK):  # last, so that a run killed before the rename can go on
+                (self._out / name).unlink()
 
     def _open_journal(self, wanted: Journal, resume: str) -> Journal:
         begun = (self._work / JOURNAL).exists() and resume != "restart"
@@ -213,6 +218,12 @@ def _role(name: str, layer: int) -> str:
     return name.removeprefix(f"model.layers.{layer}.").rpartition(".")[0]
 
 
+def _check_asset(name: str) -> None:
+    check_path(name)
+    if name in UNLISTED or name in (JOURNAL, LOCK) or name.endswith(SHARD_SUFFIX):
+        raise BundleError(f"{name}: the bundle needs this name for itself; no asset can have it")
+
+
 def _require_new(out: Path) -> None:
     if os.path.lexists(out):
         raise UsageError(f"{out}: exists; remove it or choose another -o")
@@ -232,17 +243,17 @@ def _require_ours(work: Path) -> None:
 def _lock(work: Path) -> int:
     """Create the work folder if need be and lock it; returns the descriptor that holds the lock."""
     while True:
+        work.mkdir(parents=True, exist_ok=True)
         try:
-            work.mkdir(parents=True, exist_ok=True)
             descriptor = os.open(work / LOCK, os.O_RDWR | os.O_CREAT, 0o644)
         except FileNotFoundError:  # another run has just removed or renamed the folder
             continue
-        except OSError as error:
-            raise DeviceError(f"{work}: cannot be created: {error.strerror}") from error
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
+        except OSError as error:
             os.close(descriptor)
+            if not isinstance(error, BlockingIOError):
+                raise
             raise UsageError(
                 f"{work}: another run is writing it; wait for it or choose another -o"
             ) from error

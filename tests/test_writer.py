@@ -254,7 +254,18 @@ def test_pieces_must_add_up(tmp_path: Path, rows: tuple[int, int]) -> None:
         assert not list((tmp_path / "out.partial").glob("*.safetensors"))
 
 
-@pytest.mark.parametrize("name", ["../evil", "/etc/evil", "a//b", "manifest.json", "report.html"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "../evil",
+        "/etc/evil",
+        "a//b",
+        "manifest.json",
+        "report.html",
+        "journal.json",
+        "a.safetensors",
+    ],
+)
 def test_assets_stay_inside_and_leave_the_manifest_alone(
     tmp_path: Path, bundle_parts: Callable[..., Any], name: str
 ) -> None:
@@ -300,7 +311,7 @@ def test_too_little_space_is_noticed_before_the_work(tmp_path: Path) -> None:
 
 def test_a_folder_that_cannot_be_created_is_named(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    with pytest.raises(DeviceError, match="cannot be created"):
+    with pytest.raises(DeviceError, match="out.partial: Not a directory"):
         BundleWriter(tmp_path / "file" / "out", 1, {})
 
 
