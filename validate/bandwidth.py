@@ -63,7 +63,7 @@ def buffer_size(cache: int | None, available: int) -> int:
 
 
 def measure_bandwidth(
-    *, repeats: int = 7, clock: Callable[[], float] = time.perf_counter
+    *, repeats: int = 15, clock: Callable[[], float] = time.perf_counter
 ) -> Bandwidth:
     """Sum a large buffer with all threads `repeats` times, after one uncounted pass.
 

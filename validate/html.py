@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from uq.text import size
-from uq.validate.plots import figures
+from uq.validate.plots import error_range, figures
 from uq.validate.report import Report
 
 
@@ -37,6 +37,7 @@ def render_html(report: Report) -> str:
         report=report,
         tiles=tiles(report),
         figures={name: Markup(svg) for name, svg in figures(report).items()},
+        errors=[f"{100 * bound:.1f} %" for bound in error_range(report)],
         provenance=provenance(report),
         missed=[limit for limit in report.thresholds if not limit.passed],
     )
@@ -46,7 +47,8 @@ def tiles(report: Report) -> list[Tile]:
     """The six figures at the head of the page."""
     kld, ratio = report.kld, report.perplexity_ratio
     bf16 = 2 * sum(kind.weights for kind in report.sizes)
-    smaller = bf16 / sum(kind.bytes for kind in report.sizes)
+    weights = sum(kind.bytes for kind in report.sizes)
+    folder = f"weights {size(weights)}, {bf16 / weights:.1f} × smaller than in bf16"
     compared = f"{report.perplexity.value:.3f} against {report.reference_perplexity.value:.3f}"
     value, unit = size(report.bundle.bytes).split()
     bits = f"{report.bundle.bits_per_weight:.2f}"
@@ -55,7 +57,7 @@ def tiles(report: Report) -> list[Tile]:
         Tile("Same top token", f"{report.same_top_percent:.2f}", "%", "as the reference"),
         Tile("Perplexity ratio", f"{ratio.value:.4f}", f"± {ratio.stderr:.4f}", compared),
         _speed_tile(report),
-        Tile("Size", value, unit, f"weights {smaller:.1f} × smaller than in bf16"),
+        Tile("Size", value, unit, folder),
         Tile("Bits per weight", bits, "", "scales and embedding included"),
     ]
 

@@ -140,17 +140,18 @@ def _errors(report: Report) -> str:
     cells = error_cells(report)
     roles, layers = list(cells), len(next(iter(cells.values()), ()))
     figure, (axes,) = _canvas(WIDE, 0.75 + 0.24 * len(roles))
-    most = max((error for row in cells.values() for error in row if error is not None), default=0)
+    least, most = error_range(report)
     for line, row in enumerate(cells.values()):
         for layer, error in enumerate(row):
             if error is not None:
-                _cell(axes, layer, line, error, error / most if most else 0.0, layers)
+                level = (error - least) / (most - least) if most > least else 0.0
+                _cell(axes, layer, line, error, level, layers)
     axes.set(xlim=(-0.5, layers - 0.5), ylim=(len(roles) - 0.5, -0.5), xlabel="layer")
     axes.set_yticks(range(len(roles)), [role.rpartition(".")[2] for role in roles])
     axes.set_xticks(range(0, layers, 1 if layers <= CELL_LABELS else 4))
     axes.grid(False)
     axes.spines[:].set_visible(False)
-    words = f"Relative weight error of {layers} layers by role; the largest is {100 * most:.2f} %"
+    words = f"Relative weight error by layer and role: {100 * least:.1f} to {100 * most:.1f} %"
     return _svg(figure, "errors", words)
 
 
@@ -173,6 +174,12 @@ def error_cells(report: Report) -> dict[str, list[float | None]]:
             found.setdefault(match[2], {})[int(match[1])] = tensor.relative_error
     layers = 1 + max((layer for row in found.values() for layer in row), default=-1)
     return {role: [row.get(layer) for layer in range(layers)] for role, row in found.items()}
+
+
+def error_range(report: Report) -> tuple[float, float]:
+    """Least and greatest error in the cells; zeros when there are none."""
+    errors = [e for row in error_cells(report).values() for e in row if e is not None]
+    return min(errors, default=0.0), max(errors, default=0.0)
 
 
 def _sizes(report: Report) -> str:

@@ -126,12 +126,17 @@ class LayerError:
 
 @dataclass(frozen=True)
 class Threshold:
-    """A limit given by the user; `name` says whether it is a maximum or a minimum."""
+    """A limit given by the user; `name` is `max_kld`, `max_ppl_ratio` or `min_tps`."""
 
     name: str
     limit: float
     value: float
     passed: bool
+
+    @property
+    def option(self) -> str:
+        """As it is given on the command line."""
+        return "--" + self.name.replace("_", "-")
 
 
 @dataclass(frozen=True)
@@ -231,8 +236,9 @@ class Report:
 
     def check(self) -> None:
         """Raise ThresholdMissed, naming every limit that was not met."""
-        missed = [
-            f"{t.name} {t.value:.5g} (limit {t.limit:g})" for t in self.thresholds if not t.passed
-        ]
+        missed = [limit for limit in self.thresholds if not limit.passed]
         if missed:
-            raise ThresholdMissed(f"{self.bundle.name}: missed {', '.join(missed)}")
+            parts = [
+                f"{limit.option} {limit.limit:g}: measured {limit.value:.5g}" for limit in missed
+            ]
+            raise ThresholdMissed(f"{self.bundle.name}: {'; '.join(parts)}")

@@ -87,10 +87,10 @@ def _range(rate: Spread) -> str:
 
 def _limits(thresholds: tuple[Threshold, ...], colour: bool) -> str:
     rows = [
-        ("PASS" if limit.passed else "MISS", limit.name, f"{limit.value:.5g}", f"{limit.limit:g}")
+        ("PASS" if limit.passed else "MISS", limit.option, f"{limit.value:.5g}", f"{limit.limit:g}")
         for limit in thresholds
     ]
-    head, *lines = table(rows, head=("limit", "quantity", "measured", "allowed")).splitlines()
+    head, *lines = table(rows, head=("", "limit", "measured", "allowed")).splitlines()
     painted = [
         _paint(line, GREEN if limit.passed else RED, colour)
         for line, limit in zip(lines, thresholds, strict=True)
