@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
@@ -126,7 +126,7 @@ def make_plan(
     *,
     group: int | None = None,
     method: str = "auto",
-    target: str = "igpu",
+    targets: Sequence[str] = ("igpu",),
 ) -> Plan:
     """The recipe applied to a model.
 
@@ -134,7 +134,8 @@ def make_plan(
         group: replaces the recipe's group of every linear. The embedding keeps the recipe's, unless
             that does not divide the hidden size.
         method: `rtn`, `gptq`, or `auto` for the recipe's own.
-        target: devices, separated by commas; the layout is that of the first.
+        targets: devices that will run the bundle; the first one's layout is written, the others
+            rearrange it when they load.
 
     Raises:
         UsageError: an unknown group, method or target, or a group that does not divide the columns
@@ -142,7 +143,7 @@ def make_plan(
     """
     rules = _with_group(RECIPES[recipe], group, config.hidden_size)
     chosen = rules.method if method == "auto" else _checked_method(method)
-    layout = _layout(target)
+    layout = _layout(targets)
 
     tensors = {EMBEDDING: TensorPlan(rules.table, "rtn", layout)}
     columns = {EMBEDDING: config.hidden_size}
@@ -189,12 +190,11 @@ def _checked_method(method: str) -> Method:
     raise UsageError(f"method {method!r} is not known; use {_either(('auto', *METHODS))}")
 
 
-def _layout(target: str) -> str:
-    names = [name.strip() for name in target.split(",")]
-    for name in names:
+def _layout(targets: Sequence[str]) -> str:
+    for name in targets:
         if name not in LAYOUT_OF_TARGET:
             raise UsageError(f"target {name!r} is not known; use {_either(LAYOUT_OF_TARGET)}")
-    return LAYOUT_OF_TARGET[names[0]]
+    return LAYOUT_OF_TARGET[targets[0]]
 
 
 def _either(choices: Iterable[object]) -> str:

@@ -19,6 +19,7 @@ from numba import njit, types
 from numba.extending import intrinsic
 from numpy.typing import NDArray
 
+from uq.errors import CheckpointError
 from uq.formats.spec import QuantTensor, Spec
 
 CANDIDATES = 19
@@ -57,14 +58,34 @@ def quantize_rtn(
     return QuantTensor(codes, halves.view(np.float16), spec)
 
 
-def relative_error(weight: NDArray[np.float32], quantized: QuantTensor) -> float:
-    """Root of the sum of squared weight errors over that of squared weights; 0 for a zero weight.
+def squared_error(weight: NDArray[np.float32], quantized: QuantTensor) -> NDArray[np.float64]:
+    """Sum of the squared weight errors, and of the squared weights: (2,) float64."""
+    error, energy = _squares(weight, quantized.codes, quantized.scales.astype(np.float32))
+    return np.array([error, energy])
 
-    Accumulated in float64, row by row.
+
+def weight_error(weight: NDArray[np.float32], quantized: QuantTensor) -> float:
+    """Frobenius norm of the error over that of the weight; 0 for a weight of zeros."""
+    return error_ratio(squared_error(weight, quantized))
+
+
+def error_ratio(squares: NDArray[np.float64]) -> float:
+    """Root of the quotient of the two sums of `squared_error`."""
+    return float(np.sqrt(squares[0] / squares[1])) if squares[1] > 0 else 0.0
+
+
+def checked(name: str, tensor: QuantTensor) -> QuantTensor:
+    """The tensor itself.
+
+    Raises:
+        CheckpointError: a scale is beyond float16.
     """
-    scales = quantized.scales.astype(np.float32)
-    error, energy = _squares(weight, quantized.codes, scales)
-    return float(np.sqrt(error / energy)) if energy > 0 else 0.0
+    if not np.isfinite(tensor.scales).all():
+        raise CheckpointError(
+            f"{name}: weights are too large for float16 scales (over 65504 * {-tensor.spec.qmin}); "
+            "the checkpoint is broken"
+        )
+    return tensor
 
 
 def _relative(importance: NDArray[np.float32] | None, cols: int) -> NDArray[np.float32]:

@@ -87,8 +87,8 @@ def test_columns_that_no_group_divides() -> None:
 
 def test_target_decides_the_layout() -> None:
     assert make_plan(CONFIG).tensors[DOWN].layout == "igpu"
-    assert make_plan(CONFIG, target="npu,igpu").tensors[DOWN].layout == "npu-aie2p"
-    assert make_plan(CONFIG, target="cpu").tensors[DOWN].layout == "row"
+    assert make_plan(CONFIG, targets=("npu", "igpu")).tensors[DOWN].layout == "npu-aie2p"
+    assert make_plan(CONFIG, targets=("cpu",)).tensors[DOWN].layout == "row"
 
 
 def test_rtn_needs_no_calibration() -> None:
@@ -102,7 +102,7 @@ def test_rtn_needs_no_calibration() -> None:
     [
         ({"group": 80}, "--group 80 is not offered; use 32, 64 or 128"),
         ({"method": "awq"}, "method 'awq' is not known; use auto, rtn or gptq"),
-        ({"target": "igpu,tpu"}, "target 'tpu' is not known"),
+        ({"targets": ("igpu", "tpu")}, "target 'tpu' is not known"),
     ],
 )
 def test_unknown_choices_are_refused(asked: dict[str, object], message: str) -> None:

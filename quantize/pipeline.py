@@ -1,0 +1,300 @@
+"""From a checkpoint to a bundle, layer by layer, in work that can be broken off and continued."""
+
+from __future__ import annotations
+
+import os
+import platform
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from statistics import fmean
+from threading import Thread
+from typing import TypeVar
+
+import numba
+import numpy as np
+from numpy.typing import NDArray
+
+from uq.errors import UsageError
+from uq.formats.checkpoint import Checkpoint
+from uq.formats.config import EMBEDDING, FINAL_NORM, HEAD, GemmaConfig, layer_tensor
+from uq.formats.disk import require_free
+from uq.formats.layouts import LAYOUTS
+from uq.formats.manifest import (
+    Calibration,
+    FileRecord,
+    Manifest,
+    Provenance,
+    expected_tensors,
+    gain_name,
+)
+from uq.formats.writer import ArrayEntry, BundleWriter, Entry, QuantEntry
+from uq.progress import Progress, SilentProgress
+from uq.quantize.layers import CalibratedLayers
+from uq.quantize.plan import Plan, make_plan
+from uq.quantize.rounding import RoundedTensors
+from uq.quantize.text import Text, read_text, token_sequences
+
+SEQUENCE = 512
+Result = TypeVar("Result")
+
+
+@dataclass(frozen=True)
+class QuantizeOptions:
+    """What the user may choose.
+
+    Attributes:
+        recipe: name in `RECIPES`.
+        group, method, targets: as in `make_plan`.
+        calibration: as in `read_text`; None for the default text.
+        calibration_tokens: about so many, in sequences of at most 512.
+        threads: of everything but the matrix products; one per core when None.
+        resume: `auto`, `restart` or `require`, as in `BundleWriter`.
+    """
+
+    recipe: str = "int4"
+    group: int | None = None
+    method: str = "auto"
+    targets: tuple[str, ...] = ("igpu",)
+    calibration: str | None = None
+    calibration_tokens: int = 16384
+    threads: int | None = None
+    resume: str = "auto"
+
+
+DEFAULTS = QuantizeOptions()
+SILENT = SilentProgress()
+
+
+def quantize(
+    checkpoint: Checkpoint,
+    out: Path,
+    options: QuantizeOptions = DEFAULTS,
+    progress: Progress = SILENT,
+) -> Path:
+    """Quantize a checkpoint into the bundle `out`.
+
+    Same checkpoint, text and options, same bytes: at any number of threads, in one run or several.
+
+    Returns:
+        The finished folder.
+
+    Raises:
+        UsageError: the options do not fit the model or each other, or `out` exists.
+        CheckpointError: a weight is not finite; a kept part of the work can be continued.
+        HubError: the calibration text cannot be downloaded.
+        DeviceError: the disk is full or broken.
+    """
+    config = checkpoint.config
+    plan = plan_of(config, options)
+    text = _calibration_text(plan, options)
+    identity = _identity(checkpoint, text, options)
+    shards = 1 + config.num_layers
+    with (
+        BundleWriter(out, shards, identity, resume=options.resume) as writer,
+        _explained_interrupt(out, writer, progress),
+        ThreadPoolExecutor(_threads(options)) as pool,
+    ):
+        first = writer.committed
+        require_free(out, sum(shard_bytes(config, plan)[first:]))
+        assets = _in_background(checkpoint.assets)
+        fingerprint = _in_background(checkpoint.fingerprint)
+        progress.start(shards, "quantize", done=first)
+        tokens = None if text is None else _tokens(checkpoint, text, options)
+        source = ShardSource(checkpoint, plan, tokens, range(first, shards), pool, progress)
+        source.skip(writer)
+        for index in range(first, shards):
+            entries = source.entries(index)
+            writer.write_shard(index, entries)
+            progress.advance(_step(index), error=_mean_error(entries))
+        progress.close()
+        calibration = None
+        if text is not None and tokens is not None:
+            calibration = Calibration(text.name, text.sha256, tokens.size)
+        manifest = _manifest(checkpoint, plan, options, calibration, fingerprint())
+        return writer.finish(manifest, assets())
+
+
+class ShardSource:
+    """What each shard consists of, made in the order of the shards."""
+
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        plan: Plan,
+        tokens: NDArray[np.int32] | None,
+        shards: range,
+        pool: ThreadPoolExecutor,
+        progress: Progress,
+    ) -> None:
+        """`shards` are those that will be asked for; `tokens` calibrate the layers."""
+        self._checkpoint = checkpoint
+        self._shards = shards
+        self._calibrated = None
+        if tokens is not None and shards:
+            self._calibrated = CalibratedLayers(checkpoint, plan, tokens, progress)
+        names = [
+            name
+            for index in shards
+            if index == 0 or self._calibrated is None
+            for name in shard_tensors(checkpoint.config, index)
+        ]
+        self._rounded = RoundedTensors(checkpoint, plan, names, pool, progress.work)
+
+    def skip(self, writer: BundleWriter) -> None:
+        """Bring the calibration behind the layers that are already written."""
+        if self._calibrated is not None:
+            for layer in range(self._shards.start - 1):
+                self._calibrated.skip(layer, writer.read_layer(layer))
+
+    def entries(self, index: int) -> list[Entry]:
+        """Embedding, head and final norm (0), or layer `index - 1`."""
+        if index == 0:
+            final = ArrayEntry(gain_name(FINAL_NORM), self._checkpoint.final_norm())
+            return [*self._round(index), final]
+        layer = index - 1
+        gains = [
+            ArrayEntry(gain_name(layer_tensor(layer, role)), gain)
+            for role, gain in self._checkpoint.gains(layer).items()
+        ]
+        if self._calibrated is not None:
+            return [*self._calibrated.quantize(layer), *gains]
+        return [*self._round(index), *gains]
+
+    def _round(self, index: int) -> list[Entry]:
+        return [self._rounded.entry(name) for name in shard_tensors(self._checkpoint.config, index)]
+
+
+def plan_of(config: GemmaConfig, options: QuantizeOptions) -> Plan:
+    """Raises UsageError: the options do not fit the model or each other."""
+    plan = make_plan(
+        config,
+        options.recipe,
+        group=options.group,
+        method=options.method,
+        targets=options.targets,
+    )
+    if options.calibration is not None and not plan.calibrated:
+        raise UsageError("--calibration: rounding to nearest uses no text; use --method gptq")
+    return plan
+
+
+def shard_tensors(config: GemmaConfig, index: int) -> list[str]:
+    """Quantized tensors of a shard: the tables (0), or the linears of layer `index - 1`."""
+    if index == 0:
+        return [EMBEDDING] if config.tied_head else [EMBEDDING, HEAD]
+    return [layer_tensor(index - 1, role) for role in config.linear_shapes()]
+
+
+def shard_bytes(config: GemmaConfig, plan: Plan) -> list[int]:
+    """Bytes of the quantized tensors of each shard, as their layout stores them."""
+    shapes = expected_tensors(config)[0]
+    stored = {
+        name: LAYOUTS[tensor.layout].nbytes(*shapes[name], tensor.spec)
+        for name, tensor in plan.tensors.items()
+    }
+    shards = range(1 + config.num_layers)
+    return [sum(stored[name] for name in shard_tensors(config, index)) for index in shards]
+
+
+def _calibration_text(plan: Plan, options: QuantizeOptions) -> Text | None:
+    return read_text(options.calibration) if plan.calibrated else None
+
+
+def _tokens(checkpoint: Checkpoint, text: Text, options: QuantizeOptions) -> NDArray[np.int32]:
+    length = min(SEQUENCE, options.calibration_tokens)
+    sequences = options.calibration_tokens // length
+    return token_sequences(checkpoint.tokenizer(), text, sequences=sequences, length=length)
+
+
+def _threads(options: QuantizeOptions) -> int:
+    threads = options.threads or len(os.sched_getaffinity(0))
+    numba.set_num_threads(min(threads, numba.config.NUMBA_NUM_THREADS))
+    return threads
+
+
+def _identity(
+    checkpoint: Checkpoint, text: Text | None, options: QuantizeOptions
+) -> dict[str, object]:
+    """What fixes the bytes of the bundle. The source is hashed later, beside the work."""
+    stats = {name: path.stat() for name, path in checkpoint.files().items()}
+    return {
+        "source": {name: [stat.st_size, stat.st_mtime_ns] for name, stat in stats.items()},
+        "options": _recorded(options),
+        "calibration": None if text is None else text.sha256,
+    }
+
+
+def _recorded(options: QuantizeOptions) -> dict[str, object]:
+    """The options that the bytes depend on, but for the text, which has its own record."""
+    names = ("recipe", "group", "method", "targets", "calibration_tokens")
+    return {name: getattr(options, name) for name in names}
+
+
+def _manifest(
+    checkpoint: Checkpoint,
+    plan: Plan,
+    options: QuantizeOptions,
+    calibration: Calibration | None,
+    fingerprint: Mapping[str, Mapping[str, int | str]],
+) -> Manifest:
+    source = checkpoint.source
+    files = {
+        name: FileRecord(int(file["size"]), str(file["sha256"]))
+        for name, file in fingerprint.items()
+    }
+    gptq = asdict(plan.gptq) if plan.calibrated else None
+    return Manifest(
+        model=checkpoint.config,
+        recipe=plan.recipe,
+        options=_recorded(options) | {"gptq": gptq},
+        provenance=Provenance(source.kind, source.id, source.revision, checkpoint.dtype, files),
+        calibration=calibration,
+        left_out=checkpoint.left_out,
+        tools={
+            "python": platform.python_version(),
+            "numpy": np.__version__,
+            "numba": numba.__version__,
+        },
+    )
+
+
+def _step(index: int) -> str:
+    return "embedding" if index == 0 else f"layer {index - 1}"
+
+
+def _mean_error(entries: Sequence[Entry]) -> float:
+    """Mean relative error of a shard's quantized tensors, known once it is written."""
+    errors = [entry.record("").relative_error for entry in entries if isinstance(entry, QuantEntry)]
+    return fmean(error for error in errors if error is not None)
+
+
+@contextmanager
+def _explained_interrupt(out: Path, writer: BundleWriter, progress: Progress) -> Iterator[None]:
+    """Ctrl-C drops the shard in work; say what is kept and how to go on."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        progress.close()
+        if writer.committed:
+            progress.note(
+                f"{out}.partial keeps {writer.committed} finished parts; the same command "
+                "continues, --restart starts over"
+            )
+        raise
+
+
+def _in_background(work: Callable[[], Result]) -> Callable[[], Result]:
+    """Start `work` in a thread that does not outlive the program; the call waits for its result."""
+    future: Future[Result] = Future()
+
+    def run() -> None:
+        try:
+            future.set_result(work())
+        except BaseException as error:
+            future.set_exception(error)
+
+    Thread(target=run, daemon=True).start()
+    return future.result

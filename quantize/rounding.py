@@ -1,0 +1,121 @@
+"""Tensors that need no statistics: read, rounded to nearest and handed on in pieces of rows.
+
+Threads work ahead of the writer, over the borders of tensors and shards. The pieces do not depend
+on their number, so neither do the bytes.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from uq.formats.checkpoint import Checkpoint
+from uq.formats.layouts import LAYOUTS
+from uq.formats.spec import QuantTensor
+from uq.formats.writer import QuantEntry
+from uq.quantize.plan import Plan, TensorPlan
+from uq.quantize.scales import checked, error_ratio, quantize_rtn, squared_error
+
+PIECE = 1 << 18  # weights; with codes and tiles it stays in a core's cache
+PIECES_AHEAD = 64  # 16 MB of codes; hides the pauses of the disk
+
+Task = TypeVar("Task")
+Result = TypeVar("Result")
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Rows `start:stop` of a tensor."""
+
+    name: str
+    start: int
+    stop: int
+
+
+@dataclass(frozen=True)
+class RoundedRows:
+    """A piece of a quantized tensor; `squares` as `squared_error` gives them."""
+
+    tensor: QuantTensor
+    squares: NDArray[np.float64]
+
+
+class RoundedTensors:
+    """Bundle entries of the named tensors; they must be written in this order."""
+
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        plan: Plan,
+        names: Sequence[str],
+        pool: ThreadPoolExecutor,
+        started: Callable[[str], None],
+    ) -> None:
+        """`started` is called with a tensor's name before its first piece is written."""
+        self._checkpoint = checkpoint
+        self._plan = plan
+        self._started = started
+        tasks = (rows for name in names for rows in self._split(name))
+        self._pieces = ahead(pool, self._round, tasks, PIECES_AHEAD)
+
+    def entry(self, name: str) -> QuantEntry:
+        """The tensor as an entry whose blocks arrive while it is written."""
+        tensor, squares = self._plan.tensors[name], np.zeros(2)
+
+        def blocks() -> Iterator[QuantTensor]:
+            self._started(name)
+            for _ in self._split(name):
+                piece = next(self._pieces)
+                np.add(squares, piece.squares, out=squares)
+                yield piece.tensor
+
+        shape = self._shape(name)
+        return QuantEntry(
+            name,
+            shape,
+            tensor.spec,
+            tensor.layout,
+            "rtn",
+            blocks(),
+            lambda: error_ratio(squares),
+        )
+
+    def _shape(self, name: str) -> tuple[int, int]:
+        rows, cols = self._checkpoint.tensors[name].shape
+        return rows, cols
+
+    def _split(self, name: str) -> Iterator[Rows]:
+        rows, cols = self._shape(name)
+        step = _piece_rows(cols, self._plan.tensors[name])
+        for start in range(0, rows, step):
+            yield Rows(name, start, min(start + step, rows))
+
+    def _round(self, rows: Rows) -> RoundedRows:
+        weight = self._checkpoint.rows(rows.name, rows.start, rows.stop)
+        tensor = checked(rows.name, quantize_rtn(weight, self._plan.tensors[rows.name].spec))
+        return RoundedRows(tensor, squared_error(weight, tensor))
+
+
+def ahead(
+    pool: ThreadPoolExecutor, work: Callable[[Task], Result], tasks: Iterable[Task], depth: int
+) -> Iterator[Result]:
+    """`map` over threads, in order, that never runs more than `depth` results ahead."""
+    waiting: deque[Future[Result]] = deque()
+    for task in tasks:
+        waiting.append(pool.submit(work, task))
+        if len(waiting) >= depth:
+            yield waiting.popleft().result()
+    while waiting:
+        yield waiting.popleft().result()
+
+
+def _piece_rows(cols: int, tensor: TensorPlan) -> int:
+    """Rows of a piece: whole row blocks of the layout."""
+    height = LAYOUTS[tensor.layout].row_block(tensor.spec)
+    return max(1, PIECE // (cols * height)) * height
