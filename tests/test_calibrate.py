@@ -1,0 +1,184 @@
+"""Calibration statistics against transformers, and the sequences they are taken from."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from uq.errors import UsageError
+from uq.formats.checkpoint import Checkpoint, open_checkpoint
+from uq.formats.spec import QuantTensor, Spec
+from uq.kernels.reference import CheckpointWeights
+from uq.quantize import calibrate
+from uq.quantize.calibrate import STAGES, Calibration
+from uq.quantize.gptq import Statistics
+from uq.quantize.scales import quantize_rtn
+from uq.quantize.text import Text, read_text, token_sequences
+
+Array = NDArray[np.float32]
+TOKENS = np.random.default_rng(0).integers(6, 512, (3, 40)).astype(np.int32)
+
+
+@pytest.fixture(scope="module", params=["gemma", "gemma2", "gemma3"])
+def folder(request: pytest.FixtureRequest, tiny_checkpoint: Callable[..., Path]) -> Path:
+    return tiny_checkpoint(family=request.param, dtype="f32")
+
+
+def moments_of_transformers(folder: Path, tokens: NDArray[np.int32]) -> dict[str, NDArray[Any]]:
+    """Name of each linear -> mean of x x^T over its inputs in transformers' model, in float64."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    found: dict[str, NDArray[Any]] = {}
+
+    def watch(name: str) -> Callable[..., None]:
+        def hook(_module: object, inputs: Sequence[torch.Tensor]) -> None:
+            x = inputs[0].reshape(-1, inputs[0].shape[-1]).double().numpy()
+            found[name] = x.T @ x / len(x)
+
+        return hook
+
+    for name, module in model.named_modules():
+        if name.endswith("_proj"):
+            module.register_forward_pre_hook(watch(name))
+    with torch.no_grad():
+        model(torch.from_numpy(tokens.astype(np.int64)))
+    return found
+
+
+def start(checkpoint: Checkpoint, *, exact: bool = False) -> Calibration:
+    rows = CheckpointWeights(checkpoint, resident=False).embedding(TOKENS)
+    return Calibration(checkpoint.config, rows, rows if exact else None)
+
+
+def test_statistics_equal_those_of_transformers(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(calibrate, "BATCH_TOKENS", 80)  # two batches, the second one smaller
+    checkpoint = open_checkpoint(folder)
+    calibration = start(checkpoint)
+    expected = moments_of_transformers(folder, TOKENS)
+    seen = set()
+
+    for layer in range(checkpoint.config.num_layers):
+
+        def look(
+            roles: Sequence[str], statistics: Statistics, layer: int = layer
+        ) -> Mapping[str, QuantTensor]:
+            for role in roles:
+                name = f"model.layers.{layer}.{role}"
+                seen.add(name)
+                scale = np.abs(expected[name]).max()
+                np.testing.assert_allclose(
+                    statistics.hessian, expected[name], rtol=0, atol=2e-5 * scale
+                )
+            return {}
+
+        calibration.quantize_layer(layer, checkpoint.layer(layer), look)
+    assert seen == set(expected)
+
+
+def test_later_stages_see_the_quantized_weights(folder: Path) -> None:
+    checkpoint = open_checkpoint(folder)
+    weights = checkpoint.layer(0)
+    rough = {role: quantize_rtn(weights[role], Spec(4, 32)) for s in STAGES for role in s.roles}
+    replaced = weights | {role: tensor.dequantize() for role, tensor in rough.items()}
+    quantizing: list[NDArray[Any]] = []
+    plain: list[NDArray[Any]] = []
+
+    def quantize(roles: Sequence[str], statistics: Statistics) -> Mapping[str, QuantTensor]:
+        quantizing.append(statistics.hessian)
+        return {role: rough[role] for role in roles}
+
+    def watch(roles: Sequence[str], statistics: Statistics) -> Mapping[str, QuantTensor]:
+        plain.append(statistics.hessian)
+        return {}
+
+    start(checkpoint).quantize_layer(0, weights, quantize)
+    start(checkpoint).quantize_layer(0, replaced, watch)
+    for with_stages, at_once in zip(quantizing, plain, strict=True):
+        np.testing.assert_array_equal(with_stages, at_once)
+
+
+def test_cross_moments_are_zero_until_something_is_quantized(folder: Path) -> None:
+    checkpoint = open_checkpoint(folder)
+    crosses: list[NDArray[Any]] = []
+    weights = checkpoint.layer(0)
+
+    def quantize(roles: Sequence[str], statistics: Statistics) -> Mapping[str, QuantTensor]:
+        assert statistics.cross is not None
+        crosses.append(statistics.cross)
+        return {role: quantize_rtn(weights[role], Spec(4, 32)) for role in roles}
+
+    start(checkpoint, exact=True).quantize_layer(0, weights, quantize)
+    assert not crosses[0].any()
+    assert all(np.abs(cross).max() > 0 for cross in crosses[1:])
+
+
+def test_a_passed_layer_leaves_the_tokens_where_quantizing_it_did(folder: Path) -> None:
+    checkpoint = open_checkpoint(folder)
+    exact = checkpoint.layer(0)
+    found = {role: quantize_rtn(exact[role], Spec(4, 32)) for s in STAGES for role in s.roles}
+    quantizing, passing = start(checkpoint, exact=True), start(checkpoint, exact=True)
+    quantizing.quantize_layer(0, exact, lambda roles, _: {role: found[role] for role in roles})
+    mixed = exact | {role: tensor.dequantize() for role, tensor in found.items()}
+    passing.pass_layer(0, exact, mixed)
+
+    seen: list[Statistics] = []
+
+    def watch(_roles: Sequence[str], statistics: Statistics) -> Mapping[str, QuantTensor]:
+        seen.append(statistics)
+        return {}
+
+    for calibration in (quantizing, passing):
+        calibration.quantize_layer(1, checkpoint.layer(1), watch)
+    for first, second in zip(seen[:4], seen[4:], strict=True):
+        np.testing.assert_array_equal(first.hessian, second.hessian)
+        np.testing.assert_array_equal(first.cross, second.cross)  # type: ignore[arg-type]
+
+
+def test_sequences_are_spread_over_the_text_behind_bos(folder: Path) -> None:
+    tokenizer = open_checkpoint(folder).tokenizer()
+    text = Text("words", "the time of the world " * 200)
+    all_tokens = np.array(tokenizer.encode(text.content, bos=False))
+    found = token_sequences(tokenizer, text, sequences=3, length=50)
+    assert found.shape == (3, 50) and found.dtype == np.int32
+    assert (found[:, 0] == tokenizer.bos).all()
+    np.testing.assert_array_equal(found[0, 1:], all_tokens[:49])
+    np.testing.assert_array_equal(found[2, 1:], all_tokens[-49:])
+
+
+def test_a_short_text_gives_fewer_sequences(folder: Path) -> None:
+    tokenizer = open_checkpoint(folder).tokenizer()
+    text = Text("short", "the time " * 30)
+    count = len(tokenizer.encode(text.content, bos=False))
+    assert len(token_sequences(tokenizer, text, sequences=9, length=21)) == count // 20
+
+
+def test_a_text_below_one_sequence_is_refused(folder: Path) -> None:
+    tokenizer = open_checkpoint(folder).tokenizer()
+    with pytest.raises(UsageError, match=r"tiny.txt: \d+ tokens are less than one .* of 512"):
+        token_sequences(tokenizer, Text("tiny.txt", "the time"), sequences=4, length=512)
+
+
+def test_the_default_text_is_long_enough() -> None:
+    text = read_text(None)
+    assert len(text.content.split()) > 16384
+    assert text.sha256 == read_text(None).sha256
+
+
+def test_unreadable_texts_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "bytes.txt").write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(UsageError, match=re.escape("bytes.txt: not UTF-8 text")):
+        read_text(str(tmp_path / "bytes.txt"))
+    with pytest.raises(UsageError, match="none.txt: cannot be read: No such file"):
+        read_text(str(tmp_path / "none.txt"))
+    with pytest.raises(UsageError, match="hub:OWNER/DATASET/FILE"):
+        read_text("hub:wikitext")
