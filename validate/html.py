@@ -117,7 +117,7 @@ def _measurement(report: Report) -> list[tuple[str, str]]:
         ("threads", str(report.environment.threads)),
         ("last-level cache", size(cache) if cache else "unknown"),
         ("peak memory, whole process", size(report.memory.peak_bytes)),
-        ("before the reference", size(report.memory.bundle_peak_bytes)),
+        ("peak before the reference was opened", size(report.memory.bundle_peak_bytes)),
     ]
     if speed is None:
         return rows

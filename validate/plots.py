@@ -91,7 +91,7 @@ def _kld(report: Report) -> str:
         (0.01, kld.p99, "p99"),
         (0.001, kld.p99_9, "p99.9"),
     ):
-        if value > 0:
+        if value > 0 and share >= curve.y[-1]:  # fewer tokens have no such quantile
             axes.plot(value, share, "o", color=ACCENT, markersize=4)
             axes.annotate(
                 f"{label} {value:.3g}", (value, share), (6, 4), textcoords="offset points"
