@@ -9,11 +9,11 @@ decoding.
 from __future__ import annotations
 
 import numpy as np
-from numba import get_thread_id, njit, prange
+from numba import get_thread_id, prange
 from numpy.typing import NDArray
 
 from uq.kernels.cpu.intrinsics import TILE_LANES, TILE_ROWS, address, float_tile
-from uq.kernels.elementwise import FAST, exp32
+from uq.kernels.elementwise import FAST, exp32, kernel
 
 LANE_BYTES = 4 * TILE_LANES
 _ONE, _TWO = np.float32(1.0), np.float32(2.0)
@@ -21,7 +21,7 @@ _ONE, _TWO = np.float32(1.0), np.float32(2.0)
 _wide, _narrow, _single = float_tile(TILE_ROWS), float_tile(4), float_tile(1)
 
 
-@njit(cache=True)
+@kernel()
 def _tiles(
     rows: int, x: int, x_row: int, w: int, w_step: int, count: int, out: int, out_row: int
 ) -> None:
@@ -39,15 +39,15 @@ def _tiles(
         x, out, rows = x + height * x_row, out + height * out_row, rows - height
 
 
-@njit(fastmath=FAST | {"nnan"}, cache=True)
+@kernel(fastmath=FAST | {"nnan"})
 def _peak(values: NDArray[np.float32]) -> np.float32:
-    peak = values[0]
+    peak: np.float32 = values[0]
     for i in range(1, values.size):
         peak = max(peak, values[i])
     return peak
 
 
-@njit(fastmath=FAST, cache=True)
+@kernel(fastmath=FAST)
 def _softmax(scores: NDArray[np.float32], scale: np.float32, cap: np.float32) -> None:
     """Raw products to attention weights, in place; `cap` 0 is none."""
     for i in range(scores.size):
@@ -64,7 +64,7 @@ def _softmax(scores: NDArray[np.float32], scale: np.float32, cap: np.float32) ->
         scores[i] /= total
 
 
-@njit(cache=True)
+@kernel()
 def _score_block(
     block: int, queries: NDArray[np.float32], keys: NDArray[np.float32], out: int, out_row: int
 ) -> None:
@@ -74,7 +74,7 @@ def _score_block(
     _tiles(rows, address(queries), 4 * dim, w, LANE_BYTES, dim, out, out_row)
 
 
-@njit(cache=True)
+@kernel()
 def _mix(
     rows: int,
     weights: int,
@@ -96,13 +96,13 @@ def _mix(
         position += count
 
 
-@njit(cache=True)
+@kernel()
 def _low(position: int, window: int) -> int:
     """First position that a query sees."""
     return max(0, position - window + 1)
 
 
-@njit(parallel=True, cache=True, nogil=True)
+@kernel(parallel=True)
 def attend_many(
     queries: NDArray[np.float32],
     keys: NDArray[np.float32],
@@ -165,7 +165,7 @@ def attend_many(
             context[row // group, column : column + dim] = mixed[row - first, :dim]
 
 
-@njit(parallel=True, cache=True, nogil=True)
+@kernel(parallel=True)
 def attend_one(
     queries: NDArray[np.float32],
     keys: NDArray[np.float32],

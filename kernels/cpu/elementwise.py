@@ -7,14 +7,15 @@ the batch nor the number of threads.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
-from numba import njit, prange
+from numba import prange
 from numpy.typing import NDArray
 
 from uq.kernels.cpu.intrinsics import CHUNK, LANES, TILE_LANES, address, load_half, quantize_chunk
 from uq.kernels.cpu.layout import BITS, CHUNKS_PER_GROUP, CODES, SCALES
-from uq.kernels.elementwise import FAST, exp32
+from uq.kernels.elementwise import FAST, exp32, kernel
 
 _ONE = np.float32(1.0)
 _TWO = np.float32(2.0)
@@ -47,7 +48,7 @@ class Activations:
         return Activations(self.codes[:tokens], self.scales[:tokens], self.offsets[:tokens])
 
 
-@njit(cache=True)
+@kernel()
 def _quantize_row(
     x: NDArray[np.float32],
     codes: NDArray[np.int16],
@@ -61,16 +62,17 @@ def _quantize_row(
         offsets[chunk] = -8 * total
 
 
-@njit(fastmath=FAST, cache=True)
+@kernel(fastmath=FAST)
 def _norm_factor(x: NDArray[np.float32], eps: np.float32) -> np.float32:
     """1 / sqrt(mean(x^2) + eps)."""
     total = np.float32(0.0)
     for i in range(x.size):
         total += x[i] * x[i]
-    return _ONE / np.sqrt(total / np.float32(x.size) + eps)
+    factor: np.float32 = _ONE / np.sqrt(total / np.float32(x.size) + eps)
+    return factor
 
 
-@njit(parallel=True, cache=True, nogil=True)
+@kernel(parallel=True)
 def quantize_rows(
     x: NDArray[np.float32],
     codes: NDArray[np.int16],
@@ -82,8 +84,8 @@ def quantize_rows(
         _quantize_row(x[token], codes[token], scales[token], offsets[token])
 
 
-@njit(cache=True)
-def _embedding_code(data: NDArray[np.uint8], chunk: int, bits: int, lane: int, channel: int) -> int:
+@kernel()
+def _embedding_code(data: NDArray[np.uint8], chunk: int, bits: int, lane: int, channel: int) -> Any:
     """Code of one channel of a chunk that begins at byte `chunk`."""
     if bits == 8:
         return np.int8(data[chunk + channel // 4 * 4 * LANES + 4 * lane + channel % 4])
@@ -91,7 +93,7 @@ def _embedding_code(data: NDArray[np.uint8], chunk: int, bits: int, lane: int, c
     return (byte >> 4 if channel & 4 else byte & 15) - 8
 
 
-@njit(parallel=True, cache=True, nogil=True)
+@kernel(parallel=True)
 def embed(
     data: NDArray[np.uint8],
     parts: NDArray[np.int64],
@@ -115,7 +117,7 @@ def embed(
                 hidden[index, chunk * CHUNK + channel] = code * scale * factor
 
 
-@njit(fastmath=FAST, cache=True)
+@kernel(fastmath=FAST)
 def _add_branch(
     hidden: NDArray[np.float32],
     branch: NDArray[np.float32],
@@ -131,7 +133,7 @@ def _add_branch(
         hidden[i] += branch[i] * factor * gain[i]
 
 
-@njit(fastmath=FAST, cache=True)
+@kernel(fastmath=FAST)
 def _norm_row(
     x: NDArray[np.float32], gain: NDArray[np.float32], eps: np.float32, out: NDArray[np.float32]
 ) -> None:
@@ -140,7 +142,7 @@ def _norm_row(
         out[i] = x[i] * factor * gain[i]
 
 
-@njit(parallel=True, cache=True, nogil=True)
+@kernel(parallel=True)
 def norm(
     hidden: NDArray[np.float32],
     gain: NDArray[np.float32],
@@ -156,7 +158,7 @@ def norm(
         _quantize_row(normed[token], codes[token], scales[token], offsets[token])
 
 
-@njit(parallel=True, cache=True, nogil=True)
+@kernel(parallel=True)
 def add_and_norm(
     hidden: NDArray[np.float32],
     branch: NDArray[np.float32],
@@ -175,7 +177,7 @@ def add_and_norm(
         _quantize_row(normed[token], codes[token], scales[token], offsets[token])
 
 
-@njit(fastmath=FAST, cache=True)
+@kernel(fastmath=FAST)
 def _gelu_row(gate: NDArray[np.float32], up: NDArray[np.float32]) -> None:
     """gate = gelu(gate) * up, gelu in its tanh form: x / (1 + exp(-2 u))."""
     for i in range(gate.size):
@@ -184,14 +186,14 @@ def _gelu_row(gate: NDArray[np.float32], up: NDArray[np.float32]) -> None:
         gate[i] = x / (_ONE + exp32(-u2)) * up[i]
 
 
-@njit(parallel=True, cache=True, nogil=True)
+@kernel(parallel=True)
 def gelu_product(
     gate_up: NDArray[np.float32],
     codes: NDArray[np.int16],
     scales: NDArray[np.float32],
     offsets: NDArray[np.int32],
 ) -> None:
-    """`Activations` of gelu(gate) * up; gate_up (tokens, 2 * n), whose first half is overwritten."""
+    """`Activations` of gelu(gate) * up; gate_up (tokens, 2 n), its first half overwritten."""
     n = gate_up.shape[1] // 2
     for token in prange(gate_up.shape[0]):
         gate = gate_up[token, :n]
@@ -199,7 +201,7 @@ def gelu_product(
         _quantize_row(gate, codes[token], scales[token], offsets[token])
 
 
-@njit(fastmath=FAST, cache=True)
+@kernel(fastmath=FAST)
 def _head_row(
     x: NDArray[np.float32],
     gain: NDArray[np.float32],
@@ -218,7 +220,7 @@ def _head_row(
         out[half + i] = high * cos[i] + low * sin[i]
 
 
-@njit(parallel=True, cache=True, nogil=True)
+@kernel(parallel=True)
 def enter_attention(
     qkv: NDArray[np.float32],
     columns: tuple[int, int, int],
@@ -262,7 +264,7 @@ def enter_attention(
                 values[head, i // TILE_LANES, slot, i % TILE_LANES] = qkv[token, at + i]
 
 
-@njit(parallel=True, fastmath=FAST, cache=True, nogil=True)
+@kernel(parallel=True, fastmath=FAST)
 def softcap(logits: NDArray[np.float32], cap: np.float32) -> None:
     """logits = cap * tanh(logits / cap) in place, tanh(u) = 1 - 2 / (1 + exp(2 u)); (n, vocab)."""
     for part in prange(logits.size // LANES):

@@ -8,7 +8,7 @@ and then serve every token; a tile of tokens is held in registers. Chunks are ad
 from __future__ import annotations
 
 import numpy as np
-from numba import get_thread_id, njit, prange
+from numba import get_thread_id, prange
 from numpy.typing import NDArray
 
 from uq.kernels.cpu.gemv import LINE, X_CHUNK, find_part
@@ -29,6 +29,7 @@ from uq.kernels.cpu.intrinsics import (
     subtract_eights,
 )
 from uq.kernels.cpu.layout import BITS, CHUNKS_PER_GROUP, CODES, FIRST_BLOCK, SCALES
+from uq.kernels.elementwise import kernel
 
 SPAN = 64  # chunks unpacked at a time: 128 KiB
 PAIRS = CHUNK // 2
@@ -42,7 +43,7 @@ SCRATCH_BASE = SPAN * (TILE_LANES + CHUNK_TILE // 4)
 _wide, _narrow, _single = chunk_tile(TILE_ROWS), chunk_tile(4), chunk_tile(1)
 
 
-@njit(cache=True)
+@kernel()
 def _unpack_int4(codes: int, out: int) -> None:
     """One chunk of a row block into its half of an unpacked tile: int16 pairs in PAIR_ORDER."""
     for word in range(4):
@@ -52,7 +53,7 @@ def _unpack_int4(codes: int, out: int) -> None:
             store_words(out + STEP * (4 * word + index), pair)
 
 
-@njit(cache=True)
+@kernel()
 def _unpack_int8(codes: int, out: int) -> None:
     for word in range(8):
         words = load_words(codes + LINE * word)
@@ -61,7 +62,7 @@ def _unpack_int8(codes: int, out: int) -> None:
         store_words(out + STEP * (first + 2), odd_bytes(words))
 
 
-@njit(cache=True)
+@kernel()
 def _unpack(
     data: NDArray[np.uint8],
     part: NDArray[np.int64],
@@ -86,7 +87,7 @@ def _unpack(
         codes, out, out_scale = codes + bits * LINE, out + CHUNK_TILE, out_scale + 4 * TILE_LANES
 
 
-@njit(cache=True)
+@kernel()
 def _multiply(
     rows: int, count: int, x: int, x_row: int, xs: int, xs_row: int, w: int, ws: int, out: int
 ) -> None:
@@ -109,7 +110,7 @@ def _multiply(
         row += height
 
 
-@njit(parallel=True, cache=True, nogil=True)
+@kernel(parallel=True)
 def gemm(
     data: NDArray[np.uint8],
     parts: NDArray[np.int64],

@@ -11,7 +11,7 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-from numba import njit, prange
+from numba import prange
 from numpy.typing import NDArray
 
 from uq.kernels.cpu.intrinsics import (
@@ -33,6 +33,7 @@ from uq.kernels.cpu.intrinsics import (
     zero_ints,
 )
 from uq.kernels.cpu.layout import BITS, BLOCKS, CHUNKS_PER_GROUP, CODES, FIRST_BLOCK, SCALES
+from uq.kernels.elementwise import kernel
 
 LINE = 64
 AHEAD = 8192  # bytes between the codes in use and those asked for
@@ -40,7 +41,7 @@ CHUNK_INT4, CHUNK_INT8 = 4 * LINE, 8 * LINE
 X_CHUNK = 64  # bytes of 32 int16
 
 
-@njit(cache=True)
+@kernel()
 def find_part(parts: NDArray[np.int64], block: int) -> int:
     """The weight that row block `block` of a `Linear` belongs to."""
     part = 0
@@ -49,7 +50,7 @@ def find_part(parts: NDArray[np.int64], block: int) -> int:
     return part
 
 
-@njit(cache=True)
+@kernel()
 def _chunk_int4(codes: int, x: int, start: Any) -> Any:
     """start + 16 dot products over 32 channels; codes are stored plus 8."""
     first, second = start, zero_ints()
@@ -63,7 +64,7 @@ def _chunk_int4(codes: int, x: int, start: Any) -> Any:
     return add(first, second)
 
 
-@njit(cache=True)
+@kernel()
 def _chunk_int8(codes: int, x: int) -> Any:
     """16 dot products over 32 channels."""
     even, odd = zero_ints(), zero_ints()
@@ -76,7 +77,7 @@ def _chunk_int8(codes: int, x: int) -> Any:
     return add(even, odd)
 
 
-@njit(cache=True)
+@kernel()
 def _block_int4(
     codes: int, scales: int, groups: int, per_group: int, x: int, x_scale: int, offset: int
 ) -> Any:
@@ -90,7 +91,7 @@ def _block_int4(
     return total
 
 
-@njit(cache=True)
+@kernel()
 def _block_int8(codes: int, scales: int, groups: int, per_group: int, x: int, x_scale: int) -> Any:
     total = zero_floats()
     for group in range(groups):
@@ -101,7 +102,7 @@ def _block_int8(codes: int, scales: int, groups: int, per_group: int, x: int, x_
     return total
 
 
-@njit(parallel=True, cache=True, nogil=True)
+@kernel(parallel=True)
 def gemv(
     data: NDArray[np.uint8],
     parts: NDArray[np.int64],

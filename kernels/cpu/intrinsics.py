@@ -34,7 +34,7 @@ _HALVES, _SHORTS = ir.VectorType(_HALF, LANES), ir.VectorType(_SHORT, 2 * LANES)
 PAIR_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
 
 
-class Vector(types.Type):
+class Vector(types.Type):  # type: ignore[misc]
     """A numba type for an LLVM vector."""
 
     def __init__(self, name: str, lowered: ir.VectorType) -> None:
@@ -43,7 +43,7 @@ class Vector(types.Type):
 
 
 @register_model(Vector)
-class _VectorModel(models.PrimitiveModel):
+class _VectorModel(models.PrimitiveModel):  # type: ignore[misc]
     def __init__(self, manager: Any, vector: Vector) -> None:
         super().__init__(manager, vector, vector.lowered)
 
@@ -303,8 +303,11 @@ def quantize_chunk(typing: Any, x: Any, codes: Any) -> Any:
 
     def emit(context: Any, b: Any, signature: Any, args: Any) -> ir.Value:
         values = _load(b, _CHUNK_FLOATS, args[0])
-        sizes = _call(b, "llvm.fabs.v32f32", _CHUNK_FLOATS, [values])
-        peak = _call(b, "llvm.vector.reduce.fmaximum.v32f32", _FLOAT, [sizes])
+        # Sizes compare alike as floats and as integers, but as an integer a NaN is the greatest.
+        sizes = b.and_(
+            b.bitcast(values, _CHUNK_INTS), ir.Constant(_CHUNK_INTS, [0x7FFFFFFF] * CHUNK)
+        )
+        peak = b.bitcast(_call(b, "llvm.vector.reduce.smax.v32i32", _INT, [sizes]), _FLOAT)
         zero = b.fcmp_ordered("==", peak, _FLOAT(0.0))
         factor = b.select(zero, _FLOAT(0.0), b.fdiv(_FLOAT(32767.0), peak))
         scaled = b.fmul(values, _splat(b, factor, _CHUNK_FLOATS))

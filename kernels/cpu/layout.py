@@ -19,12 +19,13 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
-from numba import njit, prange
+from numba import prange
 from numpy.typing import NDArray
 
 from uq.formats.layouts import LAYOUTS
 from uq.formats.spec import Spec
 from uq.kernels.cpu.intrinsics import CHUNK, LANES
+from uq.kernels.elementwise import kernel
 
 TILE = LAYOUTS["igpu"]
 TILE_CHUNKS = 4  # chunks in one tile of `igpu`
@@ -142,7 +143,7 @@ def _pack_one(
     source: WeightSource, name: str, data: NDArray[np.uint8], codes: int, scales: int
 ) -> None:
     raw, record = source.raw(name)
-    (rows, cols), spec = record.shape, record.spec
+    cols, spec = record.shape[1], record.spec
     if record.layout != TILE.name:
         raw = TILE.tile(LAYOUTS[record.layout].untile(raw, record.shape, spec))
     blocks, chunks, groups = _blocks(record), cols // CHUNK, cols // spec.group
@@ -195,20 +196,28 @@ def _frozen(array: NDArray[Any]) -> NDArray[Any]:
     return view
 
 
-@njit(parallel=True, cache=True, nogil=True)
+@kernel()
+def _transpose_line(line: NDArray[np.uint32], flip: np.uint32, words: NDArray[np.uint32]) -> None:
+    """Words of one row of a tile into a lane: (chunks * 4) -> (chunks, 4, lane)."""
+    for chunk in range(words.shape[0]):
+        for word in range(4):
+            words[chunk, word] = line[4 * chunk + word] ^ flip
+
+
+@kernel(parallel=True)
 def _transpose_words(tiles: NDArray[np.uint32], flip: np.uint32, words: NDArray[np.uint32]) -> None:
     """(blocks, tiles, panels, rows, chunks of a tile * 4) -> (blocks, chunks, panels * 4, rows)."""
-    blocks, chunks, count, lanes = words.shape
+    blocks, count, panels, rows, _ = tiles.shape
     for block in prange(blocks):
-        for chunk in range(chunks):
-            tile, piece = chunk // TILE_CHUNKS, chunk % TILE_CHUNKS
-            for word in range(count):
-                for row in range(lanes):
-                    source = tiles[block, tile, word // 4, row, 4 * piece + word % 4]
-                    words[block, chunk, word, row] = source ^ flip
+        for tile in range(count):
+            first = tile * TILE_CHUNKS
+            for panel in range(panels):
+                out = words[block, first : first + TILE_CHUNKS, 4 * panel : 4 * panel + 4]
+                for row in range(rows):
+                    _transpose_line(tiles[block, tile, panel, row], flip, out[:, :, row])
 
 
-@njit(parallel=True, cache=True, nogil=True)
+@kernel(parallel=True)
 def _transpose_scales(tiles: NDArray[np.uint16], halves: NDArray[np.uint16]) -> None:
     """(blocks, tiles, rows, groups of a tile) -> (blocks, groups, rows)."""
     blocks, groups, lanes = halves.shape

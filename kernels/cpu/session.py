@@ -7,7 +7,7 @@ linear is 16-bit fixed point for each 32 channels (`elementwise.Activations`).
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -32,7 +32,7 @@ from uq.kernels.cpu.elementwise import (
 )
 from uq.kernels.cpu.gemm import SCRATCH_BASE, SCRATCH_PER_TOKEN, gemm
 from uq.kernels.cpu.gemv import gemv
-from uq.kernels.cpu.intrinsics import LANES, TILE_LANES, TILE_ROWS, features
+from uq.kernels.cpu.intrinsics import TILE_LANES, TILE_ROWS, features
 from uq.kernels.cpu.layout import Linear, WeightSource, pack
 from uq.kernels.sampling import sample
 from uq.kernels.session import Device, Sampling
@@ -113,11 +113,22 @@ class CpuSession:
         self._first_gain = _gain(source, layer_tensor(0, "input_layernorm"))
         self._layers = _layers(config, source, arena.linears)
         self.device = _device(self._threads)
-        self._cache = KVCache(config, self.max_context, BLOCK)
+        self.cache = KVCache(config, self.max_context, BLOCK)
         self._work = _work(config, min(BLOCK, self.max_context), self._layers[0])
         self._one = _first(self._work, config, 1)
         self._scratch = _scratch(config, self._threads, self.max_context)
         self._logits: Array | None = None
+
+    @property
+    def next_logits(self) -> Array:
+        """(vocab,) behind the last token of the KV cache.
+
+        Raises:
+            UsageError: the cache is empty.
+        """
+        if self._logits is None:
+            raise UsageError("decode needs at least one token before it; call prefill first")
+        return self._logits
 
     @property
     def bytes_per_token(self) -> int:
@@ -128,7 +139,7 @@ class CpuSession:
 
     @property
     def position(self) -> int:
-        return self._cache.position
+        return self.cache.position
 
     def score(self, tokens: NDArray[np.int32]) -> Array:
         numba.set_num_threads(self._threads)
@@ -156,7 +167,7 @@ class CpuSession:
         return np.ascontiguousarray(out[:, start - first : stop - first])
 
     def reset(self) -> None:
-        self._cache.position = 0
+        self.cache.position = 0
         self._logits = None
 
     def prefill(self, tokens: Sequence[int]) -> None:
@@ -170,7 +181,7 @@ class CpuSession:
                 f"{self.max_context}; shorten the text or raise the maximum context"
             )
         for first in range(0, ids.size, self._block):
-            work = self._forward(ids[first : first + self._block], self._cache)
+            work = self._forward(ids[first : first + self._block], self.cache)
         x = work.x
         last = Activations(x.codes[-1:], x.scales[-1:], x.offsets[-1:])
         out = np.empty((1, self._head.width), np.float32)
@@ -180,11 +191,10 @@ class CpuSession:
 
     def decode(self, count: int, sampling: Sampling) -> Iterator[int]:
         for _ in range(count):
-            if self._logits is None:
-                raise UsageError("decode needs at least one token before it; call prefill first")
+            logits = self.next_logits
             if self.position == self.max_context:
                 return
-            token = sample(self._logits, sampling, self.position)
+            token = sample(logits, sampling, self.position)
             self.prefill([token])
             yield token
 
@@ -302,7 +312,7 @@ def _gain(source: WeightSource, name: str) -> Array:
 
 
 def _layers(
-    config: GemmaConfig, source: WeightSource, linears: dict[str, Linear]
+    config: GemmaConfig, source: WeightSource, linears: Mapping[str, Linear]
 ) -> tuple[Layer, ...]:
     ropes = {
         sliding: RopeTable(config.theta(layer), config.position_scale(layer), config.head_dim)
@@ -397,7 +407,9 @@ def _device(threads: int) -> Device:
     versions = (
         f"numba {numba.__version__} (LLVM {'.'.join(map(str, llvmlite.binding.llvm_version_info))})"
     )
-    return Device("cpu", _processor(), versions, (f"{threads} threads", *features()))
+    return Device(
+        "cpu", _processor(), versions, (f"{threads} thread{'s' * (threads > 1)}", *features())
+    )
 
 
 def _processor() -> str:
