@@ -50,7 +50,7 @@ class Journal:
             raise BundleError(f"{error}; pass --restart to begin anew") from error
 
     def save(self, folder: Path) -> None:
-        replace_file(folder / JOURNAL, json.dumps(asdict(self), indent=1).encode())
+        replace_file(folder / JOURNAL, json.dumps(asdict(self)).encode())
 
     def require_same(self, wanted: Journal, folder: Path) -> None:
         """Raises UsageError: the work in `folder` was begun for something else; names what."""

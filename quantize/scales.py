@@ -20,6 +20,7 @@ from numba.extending import intrinsic
 from numpy.typing import NDArray
 
 from uq.errors import CheckpointError
+from uq.formats.half import from_half, to_half
 from uq.formats.spec import QuantTensor, Spec
 
 CANDIDATES = 19
@@ -97,26 +98,6 @@ def _relative(importance: NDArray[np.float32] | None, cols: int) -> NDArray[np.f
 
 
 @intrinsic
-def _to_half(_typing: Any, value: Any) -> Any:
-    """float32 -> bits of the nearest float16 (ties to even), as uint16."""
-
-    def codegen(_context: Any, builder: Any, _signature: Any, args: Any) -> Any:
-        return builder.bitcast(builder.fptrunc(args[0], ir.HalfType()), ir.IntType(16))
-
-    return types.uint16(types.float32), codegen
-
-
-@intrinsic
-def _from_half(_typing: Any, bits: Any) -> Any:
-    """Bits of a float16 -> float32."""
-
-    def codegen(_context: Any, builder: Any, _signature: Any, args: Any) -> Any:
-        return builder.fpext(builder.bitcast(args[0], ir.HalfType()), ir.FloatType())
-
-    return types.float32(types.uint16), codegen
-
-
-@intrinsic
 def _as_float(_typing: Any, bits: Any) -> Any:
     """Bits of a float32 as int32 -> that float32."""
 
@@ -151,8 +132,8 @@ def _search(
             for i in range(group):
                 largest = w[i] if abs(w[i]) > abs(largest) else largest
             scale = _best_scale(w, a, largest, sums) if abs(largest) > TINY else np.float32(0)
-            halves[row, g] = _to_half(scale)
-            _round(w, _from_half(halves[row, g]), -8, 7, codes[row, here])
+            halves[row, g] = to_half(scale)
+            _round(w, from_half(halves[row, g]), -8, 7, codes[row, here])
 
 
 @njit(nogil=True, cache=True)
@@ -203,8 +184,8 @@ def _absmax(
             for i in range(group):
                 magnitude = np.int32(raw[i] & np.int32(0x7FFFFFFF))
                 largest = magnitude if magnitude > largest else largest
-            halves[row, g] = _to_half(_as_float(largest) / np.float32(127))
-            _round(weight[row, here], _from_half(halves[row, g]), -127, 127, codes[row, here])
+            halves[row, g] = to_half(_as_float(largest) / np.float32(127))
+            _round(weight[row, here], from_half(halves[row, g]), -127, 127, codes[row, here])
 
 
 @njit(nogil=True, cache=True)

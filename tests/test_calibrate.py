@@ -141,7 +141,7 @@ def test_a_passed_layer_leaves_the_tokens_where_quantizing_it_did(folder: Path) 
         calibration.quantize_layer(1, checkpoint.layer(1), watch)
     for first, second in zip(seen[:4], seen[4:], strict=True):
         np.testing.assert_array_equal(first.hessian, second.hessian)
-        np.testing.assert_array_equal(first.cross, second.cross)  # type: ignore[arg-type]
+        np.testing.assert_array_equal(first.cross, second.cross)
 
 
 def test_sequences_are_spread_over_the_text_behind_bos(folder: Path) -> None:

@@ -76,7 +76,9 @@ def bf16_to_float32(raw: NDArray[np.uint8]) -> NDArray[np.float32]:
 
 
 def _f16_to_float32(raw: NDArray[np.uint8]) -> NDArray[np.float32]:
-    return raw.view("<f2").astype(np.float32)
+    from uq.formats.half import widen  # compiled, so not loaded for a look at the header
+
+    return widen(raw.view("<f2"))
 
 
 def _f32_to_float32(raw: NDArray[np.uint8]) -> NDArray[np.float32]:
