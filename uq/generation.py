@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,7 +12,7 @@ from uq.chat import CHAT_FILES, chat_prompt
 from uq.errors import UsageError
 from uq.formats.bundle import Bundle, open_bundle
 from uq.formats.tokenizer import Tokenizer
-from uq.kernels.session import Sampling, Session
+from uq.kernels.session import Sampling
 
 GREEDY = Sampling()
 
@@ -68,23 +68,17 @@ def generate(
     began = time.perf_counter()
     session.prefill(tokens)
     filled = time.perf_counter()
-    count = decode_text(session, tokenizer, max_tokens, sampling, write)
+    count = write_text(session.decode(max_tokens, sampling), tokenizer, write)
     ended = time.perf_counter()
     prefill, decode = Rate(len(tokens), filled - began), Rate(count, ended - filled)
     return Generated(session.device.name, prefill, decode)
 
 
-def decode_text(
-    session: Session,
-    tokenizer: Tokenizer,
-    max_tokens: int,
-    sampling: Sampling,
-    write: Callable[[str], None],
-) -> int:
-    """Write text behind what `session` holds, up to an end-of-text token; the number of tokens."""
+def write_text(tokens: Iterable[int], tokenizer: Tokenizer, write: Callable[[str], None]) -> int:
+    """Write what `tokens` say, up to an end-of-text token; the number of tokens in front of it."""
     stream = tokenizer.stream()
     count = 0
-    for token in session.decode(max_tokens, sampling):
+    for token in tokens:
         if token in tokenizer.eos:
             break
         write(stream.push(token))

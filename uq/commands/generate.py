@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import io
 import sys
 
 from uq.backends import DEVICES
@@ -31,10 +32,9 @@ def run(args: argparse.Namespace) -> int:
     from uq.kernels.session import Sampling
     from uq.text import duration
 
-    prompt = sys.stdin.read() if args.prompt == "-" else args.prompt
     generated = generate(
         args.bundle,
-        prompt,
+        read_stdin() if args.prompt == "-" else args.prompt,
         chat=args.chat,
         max_tokens=args.max_tokens,
         sampling=Sampling(args.temperature, args.top_k, args.top_p, args.seed),
@@ -48,6 +48,13 @@ def run(args: argparse.Namespace) -> int:
         took = f"{rate.tokens} tokens in {duration(rate.seconds)}"
         print(f"{label}: {took}, {rate.per_second:.1f} tokens/s", file=sys.stderr)
     return 0
+
+
+def read_stdin() -> str:
+    """Stdin without the line feed that `echo` and editors put at the end."""
+    if isinstance(sys.stdin, io.TextIOWrapper):
+        sys.stdin.reconfigure(encoding="utf-8", errors="replace")
+    return sys.stdin.read().removesuffix("\n")
 
 
 def write(text: str) -> None:

@@ -1,0 +1,102 @@
+"""`uq quantize`: read a Gemma checkpoint and write a quantized bundle."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shlex
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from uq.commands.arguments import names, whole
+
+if TYPE_CHECKING:
+    from uq.formats.bundle import Bundle
+    from uq.quantize.pipeline import QuantizeOptions
+
+METHODS = ("auto", "rtn", "gptq")
+TARGETS = ("igpu", "npu", "npu-aie2", "npu-aie2p", "cpu")
+RECIPES = ("int4", "int4-quality", "int4-small", "int4-kv8", "int8")
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add(
+        "model", metavar="MODEL",
+        help="checkpoint folder, GGUF file, Hub id owner/name or demo:gemma-3-270m",
+    )  # fmt: skip
+    add("-o", "--output", type=Path, metavar="DIR", help="default: MODEL-RECIPE-gGROUP, here")
+    grid = parser.add_mutually_exclusive_group()
+    grid.add_argument("--bits", type=int, choices=(4, 8), help="short for --recipe int4 or int8")
+    grid.add_argument("--recipe", choices=RECIPES, metavar="NAME", help=" ".join(RECIPES))
+    add("--group", type=int, choices=(32, 64, 128), help="default: the recipe's")
+    add("--method", choices=METHODS, default="auto", help="default: the recipe's")
+    add("--calibration", metavar="FILE|hub:REPO/FILE", help="default: a text shipped with uq")
+    add(
+        "--calibration-tokens",
+        type=whole(1),
+        default=16384,
+        metavar="N",
+        help="default: %(default)s",
+    )
+    add("--target", type=names(TARGETS), default=("igpu",), metavar="T,T", help="default: igpu")
+    add("--revision", metavar="R", help="branch, tag or commit of a Hub id")
+    add("--threads", type=whole(1), metavar="N", help="default: one per core")
+    add("--dry-run", action="store_true", help="print plan, memory, disk and time, write nothing")
+    again = parser.add_mutually_exclusive_group()
+    again.add_argument("--resume", action="store_true", help="insist on continuing a stopped run")
+    again.add_argument("--restart", action="store_true", help="throw a stopped run away")
+    add("--json", action="store_true", help="print one JSON object")
+
+
+def run(args: argparse.Namespace) -> int:
+    from uq.formats.bundle import open_bundle
+    from uq.formats.checkpoint import open_checkpoint
+    from uq.progress import terminal_progress
+    from uq.quantize.pipeline import QuantizeOptions, quantize
+    from uq.quantize.plan import choose_recipe
+
+    began = time.perf_counter()
+    options = QuantizeOptions(
+        recipe=choose_recipe(args.recipe, args.bits),
+        group=args.group,
+        method=args.method,
+        targets=args.target,
+        calibration=args.calibration,
+        calibration_tokens=args.calibration_tokens,
+        threads=args.threads,
+        resume="require" if args.resume else "restart" if args.restart else "auto",
+    )
+    checkpoint = open_checkpoint(args.model, revision=args.revision)
+    out = args.output or default_folder(args.model, options)
+    bundle = open_bundle(quantize(checkpoint, out, options, terminal_progress()), verify="lazy")
+    seconds = time.perf_counter() - began
+    print(json.dumps(facts(bundle, seconds), indent=2) if args.json else describe(bundle, seconds))
+    return 0
+
+
+def default_folder(model: str, options: QuantizeOptions) -> Path:
+    """`google/gemma-3-270m` becomes `gemma-3-270m-int4-g64` in the current folder."""
+    from uq.quantize.plan import RECIPES
+
+    name = Path(model.removeprefix("demo:")).resolve().name.removesuffix(".gguf")
+    return Path(f"{name}-{options.recipe}-g{options.group or RECIPES[options.recipe].linear.group}")
+
+
+def facts(bundle: Bundle, seconds: float) -> dict[str, Any]:
+    return {
+        "path": str(bundle.path),
+        "bytes": bundle.nbytes,
+        "bits_per_weight": bundle.bits_per_weight,
+        "sha256": bundle.sha256,
+        "seconds": seconds,
+    }
+
+
+def describe(bundle: Bundle, seconds: float) -> str:
+    from uq.text import duration, size
+
+    figures = f"{size(bundle.nbytes)}, {bundle.bits_per_weight:.2f} bits per weight"
+    next_command = shlex.join(["uq", "validate", str(bundle.path)])
+    return f"{bundle.path}: {figures}, {duration(seconds)}\nnext: {next_command}"

@@ -1,0 +1,67 @@
+"""`uq validate`: compare a bundle with its float32 reference."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+from uq.backends import DEVICES
+from uq.commands.arguments import bundle, real, whole
+from uq.errors import UsageError
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("bundle", type=bundle, metavar="BUNDLE", help="folder written by uq quantize")
+    add("--reference", metavar="MODEL", help="default: the checkpoint the bundle was made from")
+    add("--revision", metavar="R", help="branch, tag or commit of the reference on the Hub")
+    add("--device", choices=DEVICES, default="auto", help="default: %(default)s")
+    add("--text", type=Path, metavar="FILE", help="UTF-8 text; default: a text shipped with uq")
+    add("--context", type=whole(2), default=512, metavar="N", help="window; default: %(default)s")
+    add("--chunks", type=whole(1), metavar="N", help="windows to score; default: all of the text")
+    add("--threads", type=whole(1), metavar="N", help="default: one per core")
+    add("--max-kld", type=real(0), metavar="X", help="fail if the mean KL divergence is above")
+    add("--max-ppl-ratio", type=real(0, above=True), metavar="X", help="fail if PPL ratio is above")
+    add("--min-tps", type=real(0), metavar="X", help="fail if decode tokens/s are below")
+    add("--no-save", action="store_true", help="write no report into the bundle")
+    add("--no-speed", action="store_true", help="measure no tokens/s")
+    add("--json", action="store_true", help="print the report as one JSON object")
+
+
+def run(args: argparse.Namespace) -> int:
+    from uq.formats.bundle import open_bundle
+    from uq.formats.checkpoint import open_checkpoint
+    from uq.progress import terminal_progress
+    from uq.validate.files import HTML_NAME, save_report
+    from uq.validate.table import format_report, wants_colour
+    from uq.validate.validate import ValidateOptions, validate
+
+    if args.revision and not args.reference:
+        raise UsageError("--revision belongs to --reference; give both")
+    options = ValidateOptions(
+        device=args.device,
+        threads=args.threads,
+        text=args.text,
+        context=args.context,
+        max_chunks=args.chunks,
+        speed=not args.no_speed,
+        max_kld=args.max_kld,
+        max_ppl_ratio=args.max_ppl_ratio,
+        min_tps=args.min_tps,
+        command=args.command_line,
+    )
+    bundle = open_bundle(args.bundle)
+    reference = open_checkpoint(args.reference, revision=args.revision) if args.reference else None
+    report = validate(bundle, reference, options, terminal_progress())
+    if not args.no_save:
+        save_report(report, args.bundle)
+        print(f"report: {args.bundle / HTML_NAME}", file=sys.stderr if args.json else sys.stdout)
+    if args.json:
+        print(json.dumps(report.to_json(), indent=1, ensure_ascii=False))
+    else:
+        print(format_report(report, colour=wants_colour(sys.stdout)))
+    sys.stdout.flush()
+    report.check()
+    return 0
