@@ -54,10 +54,10 @@ class ReferenceStates:
     def load(cls, path: Path, key: str) -> ReferenceStates | None:
         """What `save` wrote, or None: no such file, a broken one, or one with another key."""
         try:
-            with np.load(path, allow_pickle=False) as data:
+            with path.open("rb") as file, np.load(file, allow_pickle=False) as data:
                 if data["key"].item() == key:
                     return cls(key, data["hidden"])
-        except (OSError, ValueError, KeyError, BadZipFile):
+        except (OSError, EOFError, ValueError, KeyError, BadZipFile):
             pass
         return None
 
