@@ -25,7 +25,7 @@ BLOCK = 128  # columns rounded before the columns behind them are updated in one
 ESCALATION = (1.0, 10.0, 100.0)  # of the damping, while the Hessian is not positive definite
 DIAGONAL_FLOOR = 1e-6  # of the largest diagonal entry, in the last attempt
 CHOLESKY_BASE = 64
-REFIT_ROWS = 256
+REFIT_NUMBERS = 1 << 23  # float64 in work at once, about
 REFIT_RIDGE = 1e-3
 
 Matrix = NDArray[np.float64]
@@ -229,8 +229,9 @@ def refit_scales(
     """
     rows, groups = scales.shape
     new = np.empty_like(scales)
-    for start in range(0, rows, REFIT_ROWS):
-        here = slice(start, min(start + REFIT_ROWS, rows))
+    step = max(1, REFIT_NUMBERS // (groups**2 + 4 * target.shape[1]))
+    for start in range(0, rows, step):
+        here = slice(start, min(start + step, rows))
         new[here] = _refit_rows(target[here], codes[here], scales[here], hessian)
     return new
 

@@ -95,7 +95,7 @@ def quantize(
     with (
         BundleWriter(out, shards, identity, resume=options.resume) as writer,
         _explained_interrupt(out, writer, progress),
-        ThreadPoolExecutor(_threads(options)) as pool,
+        ThreadPoolExecutor(worker_threads(options)) as pool,
     ):
         first = writer.committed
         require_free(out, sum(shard_bytes(config, plan)[first:]))
@@ -209,7 +209,7 @@ def _tokens(checkpoint: Checkpoint, text: Text, options: QuantizeOptions) -> NDA
     return token_sequences(checkpoint.tokenizer(), text, sequences=sequences, length=length)
 
 
-def _threads(options: QuantizeOptions) -> int:
+def worker_threads(options: QuantizeOptions) -> int:
     threads = options.threads or len(os.sched_getaffinity(0))
     numba.set_num_threads(min(threads, numba.config.NUMBA_NUM_THREADS))
     return threads

@@ -1,0 +1,216 @@
+"""What a run will write, need and take, found out without running it (`uq quantize --dry-run`).
+
+Sizes on the disk are exact. Memory is a sum of the arrays that live at the worst moment, time a
+count of operations over rates that are measured here and now on small samples: both are estimates.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from functools import partial
+
+import numpy as np
+import psutil
+
+from uq.formats.checkpoint import Checkpoint
+from uq.formats.config import EMBEDDING, HEAD, GemmaConfig, layer_tensor
+from uq.formats.layouts import LAYOUTS
+from uq.formats.manifest import expected_tensors
+from uq.formats.spec import Spec
+from uq.quantize.calibrate import BATCH_TOKENS, STAGES
+from uq.quantize.gptq import REFIT_NUMBERS, Statistics, factorize, quantize_gptq
+from uq.quantize.pipeline import SEQUENCE, QuantizeOptions, plan_of, worker_threads
+from uq.quantize.plan import Plan, TensorPlan
+from uq.quantize.rounding import PIECE, PIECES_AHEAD
+from uq.quantize.scales import quantize_rtn
+from uq.text import duration, size, table
+
+TOKENIZER_BYTES = 700  # per token, while a tokenizer.json is put together
+TOKENIZER_SECONDS = 4e-6  # per token, likewise
+SAMPLE = 512  # side of the sample matrices
+GPTQ_PRODUCTS = 11  # multiplications per weight and input channel, all parts of GPTQ together
+OVERHEAD = 1.5  # of a forward pass over its matrix products: norms, softmax, activation
+
+
+@dataclass(frozen=True)
+class Kind:
+    """Tensors of one role, which are treated alike."""
+
+    name: str
+    tensors: int
+    weights: int
+    bits: int
+    group: int
+    method: str
+    layout: str
+    nbytes: int
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """`nbytes` on the disk without the tokenizer; memory in bytes; `seconds` on this machine."""
+
+    recipe: str
+    kinds: tuple[Kind, ...]
+    nbytes: int
+    bits_per_weight: float
+    peak_memory: int
+    free_memory: int
+    seconds: float
+
+    def to_json(self) -> dict[str, object]:
+        return asdict(self)
+
+    def __str__(self) -> str:
+        head = ("tensors", "count", "weights", "bits", "group", "method", "layout", "size")
+        rows = [(*list(asdict(kind).values())[:-1], size(kind.nbytes)) for kind in self.kinds]
+        memory = f"about {size(self.peak_memory)} of {size(self.free_memory)} free"
+        return "\n".join(
+            [
+                table(rows, head=head),
+                f"disk: {size(self.nbytes)}, {self.bits_per_weight:.2f} bits per weight",
+                f"memory: {memory} (estimate)",
+                f"time: about {duration(self.seconds)} on this machine (estimate)",
+            ]
+        )
+
+
+def estimate(checkpoint: Checkpoint, options: QuantizeOptions) -> Estimate:
+    """Figures of `quantize(checkpoint, ..., options)`; reads a few rows, writes nothing.
+
+    Raises:
+        UsageError: the options do not fit the model or each other.
+    """
+    config = checkpoint.config
+    plan = plan_of(config, options)
+    kinds = tuple(_kinds(config, plan))
+    gains = 4 * sum(width for (width,) in expected_tensors(config)[1].values())
+    nbytes = gains + sum(kind.nbytes for kind in kinds)
+    threads = worker_threads(options)
+    source = sum(path.stat().st_size for path in checkpoint.files().values())
+    seconds = _rounding_seconds(checkpoint, plan) + _hashing_seconds(source + nbytes)
+    seconds = TOKENIZER_SECONDS * config.vocab_size + seconds / threads
+    if plan.calibrated:
+        seconds += config.num_layers * _layer_seconds(config, plan, options.calibration_tokens)
+    return Estimate(
+        recipe=plan.recipe,
+        kinds=kinds,
+        nbytes=nbytes,
+        bits_per_weight=8 * nbytes / config.num_parameters(),
+        peak_memory=_peak_memory(config, plan, options.calibration_tokens, threads),
+        free_memory=psutil.virtual_memory().available,
+        seconds=seconds,
+    )
+
+
+def _kinds(config: GemmaConfig, plan: Plan) -> Iterator[Kind]:
+    shapes = expected_tensors(config)[0]
+    names = {"embedding": [EMBEDDING]} | ({} if config.tied_head else {"head": [HEAD]})
+    for role in config.linear_shapes():
+        names[role] = [layer_tensor(layer, role) for layer in range(config.num_layers)]
+    for kind, members in names.items():
+        rows, cols = shapes[members[0]]
+        tensor = plan.tensors[members[0]]
+        yield Kind(
+            name=kind,
+            tensors=len(members),
+            weights=len(members) * rows * cols,
+            bits=tensor.spec.bits,
+            group=tensor.spec.group,
+            method=tensor.method,
+            layout=tensor.layout,
+            nbytes=len(members) * LAYOUTS[tensor.layout].nbytes(rows, cols, tensor.spec),
+        )
+
+
+def _peak_memory(config: GemmaConfig, plan: Plan, tokens: int, threads: int) -> int:
+    """Bytes at the worst moment: the program, its tokenizer, and the larger of the two ways."""
+    resident = int(psutil.Process().memory_info().rss)
+    program = resident + TOKENIZER_BYTES * config.vocab_size
+    rounding = PIECE * (PIECES_AHEAD + 16 * threads)
+    if not plan.calibrated:
+        return program + rounding
+    paths = 2 if plan.corrected else 1
+    linears = config.linear_shapes()
+    widest = max(cols for _, cols in linears.values())
+    activations = 4 * paths * tokens * (config.hidden_size + widest)
+    batch = 4 * min(tokens, BATCH_TOKENS) * 4 * config.intermediate_size
+    layer = (2 * 4 + 1) * sum(rows * cols for rows, cols in linears.values())
+    moments = 8 * 6 * widest * widest  # H, D, the damped H and what factorizing it needs
+    weight = 8 * 4 * max(rows * cols for rows, cols in linears.values())
+    return program + activations + batch + layer + moments + weight + 8 * REFIT_NUMBERS
+
+
+def _rounding_seconds(checkpoint: Checkpoint, plan: Plan) -> float:
+    """One thread's time for all tensors that are rounded to nearest, by one piece of each spec."""
+    shapes = expected_tensors(checkpoint.config)[0]
+    per_weight: dict[Spec, float] = {}
+    total = 0.0
+    for name, tensor in plan.tensors.items():
+        rows, cols = shapes[name]
+        if tensor.method != "rtn":
+            continue
+        if tensor.spec not in per_weight:
+            count = min(rows, max(1, PIECE // cols))
+            took = _fastest(partial(_piece, checkpoint, name, tensor, count))
+            per_weight[tensor.spec] = took / (count * cols)
+        total += rows * cols * per_weight[tensor.spec]
+    return total
+
+
+def _piece(checkpoint: Checkpoint, name: str, tensor: TensorPlan, rows: int) -> None:
+    weight = checkpoint.rows(name, 0, rows)
+    LAYOUTS[tensor.layout].tile(quantize_rtn(weight, tensor.spec))
+
+
+def _hashing_seconds(nbytes: int) -> float:
+    sample = bytes(1 << 22)
+    return nbytes / len(sample) * _fastest(lambda: hashlib.sha256(sample))
+
+
+def _layer_seconds(config: GemmaConfig, plan: Plan, tokens: int) -> float:
+    """One layer: the tokens' way through it, the second moments, GPTQ."""
+    single, double, per_weight = _rates(plan)
+    paths = 2 if plan.corrected else 1
+    linears = config.linear_shapes()
+    weights = sum(rows * cols for rows, cols in linears.values())
+    attention = 2 * SEQUENCE * config.q_size
+    forward = OVERHEAD * 2 * tokens * paths * (weights + attention)
+    widths = [linears[stage.roles[0]][1] for stage in STAGES]
+    moments = tokens * sum(width**2 for width in widths) * (3 if plan.corrected else 1)
+    products = GPTQ_PRODUCTS * sum(rows * cols**2 for rows, cols in linears.values())
+    products += sum(width**3 for width in widths)
+    return (forward + moments) / single + products / double + weights * per_weight
+
+
+def _rates(plan: Plan) -> tuple[float, float, float]:
+    """Operations per second of float32 and float64 products, and seconds per weight beside them."""
+    rng = np.random.default_rng(0)
+    x = rng.standard_normal((4 * SAMPLE, SAMPLE))
+    single = x.astype(np.float32)
+    operations = 2 * 4 * SAMPLE**3
+    products = [partial(np.matmul, a.T, np.flip(a, 1).copy()) for a in (single, x)]
+    rates = [operations / _fastest(product) for product in products]
+    hessian = x.T @ x / len(x)
+    factor = factorize(hessian, plan.gptq.damping)
+    assert factor is not None
+    statistics = Statistics(hessian, hessian)
+    took = _fastest(
+        lambda: quantize_gptq(single[:SAMPLE], Spec(4, 64), statistics, factor, plan.gptq)
+    )
+    rest = took / SAMPLE**2 - GPTQ_PRODUCTS * SAMPLE / rates[1]
+    return rates[0], rates[1], max(rest, 0.0)
+
+
+def _fastest(work: Callable[[], object]) -> float:
+    """Seconds of the better of two runs, behind one that compiles."""
+    work()
+    took = []
+    for _ in range(2):
+        began = time.perf_counter()
+        work()
+        took.append(time.perf_counter() - began)
+    return min(took)
