@@ -54,11 +54,28 @@ def run(args: argparse.Namespace) -> int:
     from uq.formats.bundle import open_bundle
     from uq.formats.checkpoint import open_checkpoint
     from uq.progress import terminal_progress
-    from uq.quantize.pipeline import QuantizeOptions, quantize
-    from uq.quantize.plan import choose_recipe
+    from uq.quantize.estimate import estimate
+    from uq.quantize.pipeline import quantize
 
     began = time.perf_counter()
-    options = QuantizeOptions(
+    options = read_options(args)
+    checkpoint = open_checkpoint(args.model, revision=args.revision)
+    out = args.output or default_folder(args.model, options)
+    if args.dry_run:
+        found = estimate(checkpoint, options)
+        print(json.dumps(found.to_json(), indent=2) if args.json else f"output: {out}\n{found}")
+        return 0
+    bundle = open_bundle(quantize(checkpoint, out, options, terminal_progress()), verify="lazy")
+    seconds = time.perf_counter() - began
+    print(json.dumps(facts(bundle, seconds), indent=2) if args.json else describe(bundle, seconds))
+    return 0
+
+
+def read_options(args: argparse.Namespace) -> QuantizeOptions:
+    from uq.quantize.pipeline import QuantizeOptions
+    from uq.quantize.plan import choose_recipe
+
+    return QuantizeOptions(
         recipe=choose_recipe(args.recipe, args.bits),
         group=args.group,
         method=args.method,
@@ -68,12 +85,6 @@ def run(args: argparse.Namespace) -> int:
         threads=args.threads,
         resume="require" if args.resume else "restart" if args.restart else "auto",
     )
-    checkpoint = open_checkpoint(args.model, revision=args.revision)
-    out = args.output or default_folder(args.model, options)
-    bundle = open_bundle(quantize(checkpoint, out, options, terminal_progress()), verify="lazy")
-    seconds = time.perf_counter() - began
-    print(json.dumps(facts(bundle, seconds), indent=2) if args.json else describe(bundle, seconds))
-    return 0
 
 
 def default_folder(model: str, options: QuantizeOptions) -> Path:

@@ -57,11 +57,12 @@ def run(args: argparse.Namespace) -> int:
     report = validate(bundle, reference, options, terminal_progress())
     if not args.no_save:
         save_report(report, args.bundle)
-        print(f"report: {args.bundle / HTML_NAME}", file=sys.stderr if args.json else sys.stdout)
     if args.json:
         print(json.dumps(report.to_json(), indent=1, ensure_ascii=False))
     else:
         print(format_report(report, colour=wants_colour(sys.stdout)))
+        if not args.no_save:
+            print(f"\nreport: {args.bundle / HTML_NAME}")
     sys.stdout.flush()
     report.check()
     return 0
