@@ -1,6 +1,6 @@
 """Many tokens times any number of weights that share their input: the kernels of prefill.
 
-Two row blocks are unpacked to int16 once, for a span of channels that stays in the second cache,
+Two row blocks are unpacked to int16 once, for a span of channels that stays in the first cache,
 and then serve every token; a tile of tokens is held in registers. Chunks are added in the order of
 `gemv`, so both give the same bits.
 """
@@ -31,7 +31,7 @@ from uq.kernels.cpu.intrinsics import (
 from uq.kernels.cpu.layout import BITS, CHUNKS_PER_GROUP, CODES, FIRST_BLOCK, SCALES
 from uq.kernels.elementwise import kernel
 
-SPAN = 64  # chunks unpacked at a time: 128 KiB
+SPAN = 16  # chunks unpacked at a time: 32 KiB, which stay in the first cache
 PAIRS = CHUNK // 2
 STEP = 4 * TILE_LANES  # bytes of one pair of channels in an unpacked tile
 CHUNK_TILE = PAIRS * STEP

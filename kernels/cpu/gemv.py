@@ -15,6 +15,7 @@ from numba import prange
 from numpy.typing import NDArray
 
 from uq.kernels.cpu.intrinsics import (
+    AHEAD,
     LANES,
     add,
     address,
@@ -36,7 +37,6 @@ from uq.kernels.cpu.layout import BITS, BLOCKS, CHUNKS_PER_GROUP, CODES, FIRST_B
 from uq.kernels.elementwise import kernel
 
 LINE = 64
-AHEAD = 8192  # bytes between the codes in use and those asked for
 CHUNK_INT4, CHUNK_INT8 = 4 * LINE, 8 * LINE
 X_CHUNK = 64  # bytes of 32 int16
 

@@ -21,6 +21,7 @@ from numba.extending import intrinsic, models, register_model
 
 LANES = 16
 CHUNK = 32  # input channels that share one activation scale: one step of every kernel
+AHEAD = 8192  # bytes between the memory in use and that asked for
 TILE_LANES = 2 * LANES  # rows of a weight (or keys, or head dimensions) that a tile works on
 
 _BYTE, _SHORT, _INT, _LONG = (ir.IntType(bits) for bits in (8, 16, 32, 64))
@@ -88,6 +89,11 @@ def _splat(b: ir.IRBuilder, scalar: ir.Value, lowered: ir.VectorType) -> ir.Valu
 def _call(b: ir.IRBuilder, name: str, result: ir.Type, args: Sequence[ir.Value]) -> ir.Value:
     signature = ir.FunctionType(result, [arg.type for arg in args])
     return b.call(b.module.declare_intrinsic(name, (), signature), args)
+
+
+def _prefetch(b: ir.IRBuilder, at: ir.Value) -> None:
+    line = b.inttoptr(at, _BYTE.as_pointer())
+    _call(b, "llvm.prefetch.p0", ir.VoidType(), [line, _INT(0), _INT(3), _INT(1)])
 
 
 def _fma(b: ir.IRBuilder, x: ir.Value, y: ir.Value, z: ir.Value) -> ir.Value:
@@ -212,8 +218,7 @@ def prefetch(typing: Any, at: Any) -> Any:
     """Ask for the cache line of an address, which need not be a valid one."""
 
     def emit(context: Any, b: Any, signature: Any, args: Any) -> ir.Value:
-        line = b.inttoptr(args[0], _BYTE.as_pointer())
-        _call(b, "llvm.prefetch.p0", ir.VoidType(), [line, _INT(0), _INT(3), _INT(1)])
+        _prefetch(b, args[0])
         return context.get_dummy_value()
 
     return types.void(types.int64), emit
@@ -311,11 +316,10 @@ def quantize_chunk(typing: Any, x: Any, codes: Any) -> Any:
         zero = b.fcmp_ordered("==", peak, _FLOAT(0.0))
         factor = b.select(zero, _FLOAT(0.0), b.fdiv(_FLOAT(32767.0), peak))
         scaled = b.fmul(values, _splat(b, factor, _CHUNK_FLOATS))
-        rounded = _call(b, "llvm.rint.v32f32", _CHUNK_FLOATS, [scaled])
-        ints = _call(b, "llvm.fptosi.sat.v32i32.v32f32", _CHUNK_INTS, [rounded])
+        ints = _call(b, "llvm.lrint.v32i32.v32f32", _CHUNK_INTS, [scaled])
+        shorts = b.trunc(ints, _SHORTS)
         order = [first + channel for first in range(0, CHUNK, 8) for channel in PAIR_ORDER]
-        ordered = b.shuffle_vector(ints, ints, ir.Constant(_CHUNK_INTS, order))
-        _store(b, b.trunc(ordered, _SHORTS), args[1])
+        _store(b, b.shuffle_vector(shorts, shorts, ir.Constant(_CHUNK_INTS, order)), args[1])
         total = _call(b, "llvm.vector.reduce.add.v32i32", _INT, [ints])
         scale = b.fmul(peak, _FLOAT(1 / 32767))
         return context.make_tuple(b, signature.return_type, [scale, total])
@@ -371,7 +375,10 @@ def float_tile(rows: int) -> Any:
 
             def step(i: ir.Value, values: list[ir.Value]) -> list[ir.Value]:
                 here = b.add(w, b.mul(i, w_step))
-                lanes = [_load(b, _FLOATS, b.add(here, _LONG(4 * LANES * n))) for n in range(2)]
+                lines = [b.add(here, _LONG(4 * LANES * n)) for n in range(2)]
+                lanes = [_load(b, _FLOATS, at) for at in lines]
+                for at in lines:
+                    _prefetch(b, b.add(at, _LONG(AHEAD)))
                 result = []
                 for r in range(rows):
                     xi = _load(b, _FLOAT, b.add(xs[r], b.mul(i, _LONG(4))))
