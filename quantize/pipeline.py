@@ -105,6 +105,7 @@ def quantize(
         tokens = None if text is None else _tokens(checkpoint, text, options)
         source = ShardSource(checkpoint, plan, tokens, range(first, shards), pool, progress)
         source.skip(writer)
+        assets()  # a model without tokenizer is refused before a shard is written
         for index in range(first, shards):
             entries = source.entries(index)
             writer.write_shard(index, entries)

@@ -236,10 +236,10 @@ def test_ctrl_c_stops_with_one_line_and_the_run_can_go_on(
             if " 3/" in line:
                 break
         process.send_signal(signal.SIGINT)
-        *_, last = process.stderr.readlines()
+        *_, note, last = process.stderr.readlines()
         assert process.stdout.read() == ""
     assert process.returncode == 130
-    assert last.startswith("uq: interrupted; ")
+    assert note.startswith(f"{tmp_path}/out.partial keeps ") and last == "uq: interrupted\n"
     assert [path.name for path in tmp_path.iterdir()] == ["out.partial"]
 
     for name in ("out", "unbroken"):

@@ -79,7 +79,7 @@ def explain(error: BaseException) -> tuple[str, int]:
         case UqError():
             return str(error), error.exit_code
         case KeyboardInterrupt():
-            return "; ".join(["interrupted", *map(str, error.args)]), INTERRUPTED
+            return "interrupted", INTERRUPTED
         case BrokenPipeError():
             return "", PIPE_CLOSED
         case MemoryError():
