@@ -153,8 +153,11 @@ def test_embedding_rows_are_exact(spec: Spec) -> None:
     arena, linear = packed(table)
     tokens = np.array([0, 49, 17, 16, 15], np.int32)
     hidden = np.empty((5, 384), np.float32)
-    embed(arena.data, linear.parts, tokens, np.float32(2.5), hidden)
-    np.testing.assert_array_equal(hidden, table.dequantize()[tokens] * np.float32(2.5))
+    embed(tokens, arena.data, linear.parts, np.float32(2.5), hidden)
+    expected = table.dequantize()[tokens] * np.float32(2.5)
+    np.testing.assert_array_equal(hidden, expected)
+    embed(tokens[2:3], arena.data, linear.parts, np.float32(2.5), hidden[:1])
+    np.testing.assert_array_equal(hidden[0], expected[2])
 
 
 @pytest.mark.parametrize(("start", "stop"), [(0, 75), (16, 32), (5, 6), (31, 70)])

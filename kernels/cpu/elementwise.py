@@ -1,12 +1,15 @@
 """What lies between the matrix products: embedding rows, norms, gate, RoPE, the 16-bit activations.
 
-Parallel over tokens; nothing is added up across tokens or threads, so the bits depend on neither
+Tokens are independent: nothing is added up across tokens or threads, so the bits depend on neither
 the batch nor the number of threads.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import wraps
+from types import FunctionType
 from typing import Any
 
 import numpy as np
@@ -21,6 +24,25 @@ _ONE = np.float32(1.0)
 _TWO = np.float32(2.0)
 _GELU_SCALE = np.float32(2.0 * np.sqrt(2.0 / np.pi))
 _GELU_CUBE = np.float32(0.044715)
+
+
+def per_token(function: Callable[..., None]) -> Callable[..., None]:
+    """Compile a loop over tokens, the rows of its first argument.
+
+    Many tokens run on all threads. One runs on the caller's: the others would only be waited for,
+    and for long when the machine is busy.
+    """
+    many = kernel(parallel=True)(function)
+    serial = FunctionType(function.__code__, function.__globals__, function.__name__)
+    # numba's cache tells functions apart by this name and not by their options.
+    serial.__qualname__ = f"{function.__qualname__}_serial"
+    one = kernel()(serial)
+
+    @wraps(function)
+    def run(tokens: NDArray[Any], *args: Any) -> None:
+        (one if len(tokens) == 1 else many)(tokens, *args)
+
+    return run
 
 
 @dataclass(frozen=True)
@@ -72,7 +94,7 @@ def _norm_factor(x: NDArray[np.float32], eps: np.float32) -> np.float32:
     return factor
 
 
-@kernel(parallel=True)
+@per_token
 def quantize_rows(
     x: NDArray[np.float32],
     codes: NDArray[np.int16],
@@ -93,11 +115,11 @@ def _embedding_code(data: NDArray[np.uint8], chunk: int, bits: int, lane: int, c
     return (byte >> 4 if channel & 4 else byte & 15) - 8
 
 
-@kernel(parallel=True)
+@per_token
 def embed(
+    tokens: NDArray[np.int32],
     data: NDArray[np.uint8],
     parts: NDArray[np.int64],
-    tokens: NDArray[np.int32],
     factor: np.float32,
     hidden: NDArray[np.float32],
 ) -> None:
@@ -142,7 +164,7 @@ def _norm_row(
         out[i] = x[i] * factor * gain[i]
 
 
-@kernel(parallel=True)
+@per_token
 def norm(
     hidden: NDArray[np.float32],
     gain: NDArray[np.float32],
@@ -158,7 +180,7 @@ def norm(
         _quantize_row(normed[token], codes[token], scales[token], offsets[token])
 
 
-@kernel(parallel=True)
+@per_token
 def add_and_norm(
     hidden: NDArray[np.float32],
     branch: NDArray[np.float32],
@@ -186,7 +208,7 @@ def _gelu_row(gate: NDArray[np.float32], up: NDArray[np.float32]) -> None:
         gate[i] = x / (_ONE + exp32(-u2)) * up[i]
 
 
-@kernel(parallel=True)
+@per_token
 def gelu_product(
     gate_up: NDArray[np.float32],
     codes: NDArray[np.int16],
@@ -220,7 +242,7 @@ def _head_row(
         out[half + i] = high * cos[i] + low * sin[i]
 
 
-@kernel(parallel=True)
+@per_token
 def enter_attention(
     qkv: NDArray[np.float32],
     columns: tuple[int, int, int],

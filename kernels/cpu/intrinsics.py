@@ -6,6 +6,9 @@ pair dot product asks for its instruction by name where the processor has it.
 
 Memory is addressed by integers (`address(array) + bytes`), and nothing is checked: the callers are
 the kernels of this package, which get their offsets from `layout`.
+
+numba keeps compiled kernels in `__pycache__` and looks at the date of a kernel's own file only: who
+edits a function that other files compile in deletes that folder.
 """
 
 from __future__ import annotations

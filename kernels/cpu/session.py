@@ -209,7 +209,7 @@ class CpuSession:
         work = self._one if one else _first(self._work, self.config, tokens.size)
         x, eps = work.x, np.float32(self.config.rms_norm_eps)
         factor = np.float32(self.config.embed_scale)
-        embed(self._data, self._table.parts, tokens, factor, work.hidden)
+        embed(tokens, self._data, self._table.parts, factor, work.hidden)
         norm(work.hidden, self._first_gain, eps, work.normed, x.codes, x.scales, x.offsets)
         for index, layer in enumerate(self._layers):
             self._attention(layer, cache, index, work)
