@@ -67,7 +67,7 @@ class GemmaConfig:
 
     @property
     def attention_scale(self) -> float:
-        return self.query_pre_attn_scalar**-0.5
+        return float(self.query_pre_attn_scalar**-0.5)
 
     @property
     def q_size(self) -> int:
@@ -135,9 +135,10 @@ class GemmaConfig:
         Raises:
             KeyError, TypeError: a field is missing or of the wrong type.
         """
-        known = {field.name: data[field.name] for field in fields(cls)}
-        tuples = {"layer_types", "eos_token_ids"}
-        return cls(**{key: tuple(v) if key in tuples else v for key, v in known.items()})
+        known: dict[str, Any] = {field.name: data[field.name] for field in fields(cls)}
+        for name in ("layer_types", "eos_token_ids"):
+            known[name] = tuple(known[name])
+        return cls(**known)
 
 
 def layer_tensor(layer: int, role: str) -> str:

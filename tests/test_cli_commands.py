@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -154,6 +155,19 @@ def test_generate_applies_the_chat_template(bundle: Path, output: Output) -> Non
     options = ("--max-tokens", 8)
     by_hand, _ = output("generate", bundle, "-p", written, *options)
     assert output("generate", bundle, "--chat", "-p", "the time", *options)[0] == by_hand
+
+
+def test_ctrl_c_stops_a_text_between_two_tokens(bundle: Path) -> None:
+    argv = [sys.executable, "-m", "uq", "generate", str(bundle), "-p", "the"]
+    with subprocess.Popen(
+        [*argv, "--max-tokens", "100000"], stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    ) as process:
+        assert process.stdout is not None and process.stderr is not None
+        assert process.stdout.read(1)
+        process.send_signal(signal.SIGINT)
+        assert process.stdout.read().endswith(b"\n")
+        assert process.stderr.read() == b"uq: interrupted\n"
+    assert process.returncode == 130
 
 
 def test_generated_text_survives_a_narrow_terminal_encoding(bundle: Path) -> None:

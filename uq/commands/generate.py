@@ -32,16 +32,20 @@ def run(args: argparse.Namespace) -> int:
     from uq.kernels.session import Sampling
     from uq.text import duration
 
-    generated = generate(
-        args.bundle,
-        read_stdin() if args.prompt == "-" else args.prompt,
-        chat=args.chat,
-        max_tokens=args.max_tokens,
-        sampling=Sampling(args.temperature, args.top_k, args.top_p, args.seed),
-        device=args.device,
-        threads=args.threads,
-        write=write,
-    )
+    try:
+        generated = generate(
+            args.bundle,
+            read_stdin() if args.prompt == "-" else args.prompt,
+            chat=args.chat,
+            max_tokens=args.max_tokens,
+            sampling=Sampling(args.temperature, args.top_k, args.top_p, args.seed),
+            device=args.device,
+            threads=args.threads,
+            write=write,
+        )
+    except KeyboardInterrupt:
+        print(flush=True)  # the message does not follow the text on its line
+        raise
     print()
     sys.stdout.flush()
     for label, rate in ("prefill", generated.prefill), ("decode", generated.decode):
