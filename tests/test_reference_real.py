@@ -13,6 +13,8 @@ from numpy.typing import NDArray
 
 import uq.validate
 from uq.formats.checkpoint import Checkpoint, open_checkpoint
+from uq.formats.checkpoint.gguf_file import read_gguf
+from uq.formats.checkpoint.tensors import read_rows
 from uq.formats.config import EMBEDDING, FINAL_NORM, layer_tensor
 from uq.kernels.reference import ReferenceSession
 from uq.progress import SilentProgress
@@ -109,17 +111,23 @@ def llama_cpp(real_gguf: Path) -> Iterator[Callable[[list[int]], dict[int, float
 
 def write_f16_gguf(source: Path, target: Path) -> None:
     """The same model with float16 matrices and float32 vectors."""
-    import gguf
+    from gguf import GGUFWriter
 
-    reader = gguf.GGUFReader(source)
-    writer = gguf.GGUFWriter(target, reader.fields["general.architecture"].contents())
-    for name, field in reader.fields.items():
-        if not name.startswith("GGUF.") and name != "general.architecture":
-            inner = field.types[-1] if len(field.types) > 1 else None
-            writer.add_key_value(name, field.contents(), field.types[0], inner)
-    for tensor in reader.tensors:
-        values = gguf.dequantize(tensor.data, tensor.tensor_type)
-        writer.add_tensor(tensor.name, values.astype(np.float16 if values.ndim > 1 else np.float32))
+    header = read_gguf(source)
+    writer = GGUFWriter(target, header.metadata.pop("general.architecture"))
+    add = {
+        bool: writer.add_bool,
+        int: writer.add_uint32,
+        float: writer.add_float32,
+        str: writer.add_string,
+        list: writer.add_array,
+    }
+    for name, value in header.metadata.items():
+        plain = value.tolist() if isinstance(value, np.ndarray) else value
+        add[type(plain)](name, plain)
+    for name, info in header.tensors.items():
+        values = read_rows(info, 0, info.shape[0])
+        writer.add_tensor(name, values.astype(np.float16 if values.ndim > 1 else np.float32))
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
