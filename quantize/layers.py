@@ -75,10 +75,9 @@ class CalibratedLayers:
     ) -> tuple[QuantTensor, QuantEntry]:
         self._progress.work(name)
         plan = self._plan.tensors[name]
-        method = plan.method
-        if factor is None:
-            # The statistics are no good (an activation overflowed, or all were zero).
-            method = "rtn"
+        method = plan.method if factor is not None else "rtn"
+        if factor is None:  # an activation overflowed, or all of them were zero
+            self._progress.note(f"{name}: no usable statistics, rounded to nearest")
             found = quantize_rtn(weight, plan.spec)
             error = weight_error(weight, found)
         else:
@@ -87,7 +86,5 @@ class CalibratedLayers:
             else:
                 found = quantize_rtn(weight, plan.spec, statistics.importance)
             error = output_error(weight, found, statistics.hessian)
-        if method != plan.method:
-            self._progress.note(f"{name}: no usable statistics, rounded to nearest")
         blocks = [checked(name, found)]
         return found, QuantEntry(name, found.shape, plan.spec, plan.layout, method, blocks, error)

@@ -179,6 +179,8 @@ def plan_of(config: GemmaConfig, options: QuantizeOptions) -> Plan:
     )
     if options.calibration is not None and not plan.calibrated:
         raise UsageError("--calibration: rounding to nearest uses no text; use --method gptq")
+    if options.calibration_tokens < 2:
+        raise UsageError(f"--calibration-tokens {options.calibration_tokens}: use 2 or more")
     return plan
 
 

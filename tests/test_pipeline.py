@@ -219,6 +219,7 @@ def test_an_existing_output_is_refused(tiny_checkpoint: Tiny, tmp_path: Path) ->
             QuantizeOptions(method="rtn", calibration="x.txt"),
             "--calibration: .*; use --method gptq",
         ),
+        (QuantizeOptions(calibration_tokens=1), "--calibration-tokens 1: use 2 or more"),
         (QuantizeOptions(calibration="none.txt"), "none.txt: cannot be read"),
     ],
 )
