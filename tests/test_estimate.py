@@ -20,7 +20,7 @@ MEMORY_FACTOR = 1.5  # how far the estimate may be off, up or down
 
 Tiny = Callable[..., Path]
 SCRIPT = """
-import json, resource, sys
+import json, sys
 from pathlib import Path
 from uq.formats.checkpoint import open_checkpoint
 from uq.quantize.estimate import estimate
@@ -28,7 +28,9 @@ from uq.quantize.pipeline import QuantizeOptions, quantize
 options = QuantizeOptions(**json.loads(sys.argv[3]))
 expected = estimate(open_checkpoint(sys.argv[1]), options).peak_memory
 quantize(open_checkpoint(sys.argv[1]), Path(sys.argv[2]), options)
-print(expected, 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+# ru_maxrss would begin with the size of the process that started this one.
+status = dict(line.split(":") for line in Path("/proc/self/status").read_text().splitlines())
+print(expected, 1024 * int(status["VmHWM"].split()[0]))
 """
 
 
