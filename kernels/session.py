@@ -1,4 +1,4 @@
-"""What every way of running a model offers: the float32 reference, the CPU, later Vulkan and NPU."""
+"""What every way of running a model offers: the float32 reference, the CPU, any later device."""
 
 from __future__ import annotations
 
