@@ -7,11 +7,11 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from uq.backends import open_session
 from uq.chat import CHAT_FILES, chat_prompt
 from uq.errors import UsageError
 from uq.formats.bundle import Bundle, open_bundle
 from uq.formats.tokenizer import Tokenizer
+from uq.kernels.backends import open_session
 from uq.kernels.session import Sampling
 
 GREEDY = Sampling()

@@ -15,7 +15,7 @@ import psutil
 from llvmlite import binding as llvm
 
 from uq import __version__
-from uq.backends import backends
+from uq.kernels.backends import backends
 
 DISTRIBUTION = "unicorn-quant"
 # The instruction sets that decide how fast the CPU kernels are.

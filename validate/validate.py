@@ -12,8 +12,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from uq import __version__
-from uq.backends import open_session
 from uq.errors import UsageError
+from uq.kernels.backends import open_session
 from uq.kernels.reference import ReferenceSession
 from uq.progress import Progress, SilentProgress
 from uq.validate.bandwidth import measure_bandwidth

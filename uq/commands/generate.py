@@ -6,8 +6,8 @@ import argparse
 import io
 import sys
 
-from uq.backends import DEVICES
 from uq.commands.arguments import bundle, real, whole
+from uq.kernels.backends import DEVICES
 
 
 def configure(parser: argparse.ArgumentParser) -> None:

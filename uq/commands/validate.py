@@ -7,9 +7,9 @@ import json
 import sys
 from pathlib import Path
 
-from uq.backends import DEVICES
 from uq.commands.arguments import bundle, real, whole
 from uq.errors import UsageError
+from uq.kernels.backends import DEVICES
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
