@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from uq.formats.layouts import LAYOUTS
 from uq.formats.spec import QuantTensor, Spec
 from uq.kernels.cpu.elementwise import Activations, quantize_rows
-from uq.kernels.cpu.gemm import SCRATCH_BASE, SCRATCH_PER_TOKEN, gemm
+from uq.kernels.cpu.gemm import gemm, gemm_scratch
 from uq.kernels.cpu.gemv import gemv
 from uq.kernels.cpu.layout import Arena, pack
 from uq.validate.bandwidth import measure_bandwidth
@@ -70,7 +70,7 @@ def random_source(rows: int, cols: int, spec: Spec) -> Repeated:
 def quantized(tokens: int, cols: int) -> Activations:
     x = Activations.empty(tokens, cols)
     values = np.random.default_rng(1).standard_normal((tokens, cols)).astype(np.float32)
-    quantize_rows(values, x.codes, x.scales, x.offsets)
+    quantize_rows(values, *x.arrays)
     return x
 
 
@@ -92,7 +92,7 @@ def decoding(arena: Arena, x: Activations, repeats: int) -> float:
 
     def run() -> None:
         for linear in linears:
-            gemv(arena.data, linear.parts, x.codes, x.scales, x.offsets, out)
+            gemv(arena.data, linear.parts, *x.arrays, out)
 
     return sum(linear.nbytes for linear in linears) / seconds(run, repeats) / 1e9
 
@@ -101,7 +101,7 @@ def prefill(arena: Arena, x: Activations, threads: int, repeats: int) -> float:
     """GFLOP/s of `gemm`."""
     linear = next(iter(arena.linears.values()))
     out = np.empty((TOKENS, linear.width), np.float32)
-    scratch = np.empty((threads, SCRATCH_BASE + SCRATCH_PER_TOKEN * TOKENS), np.float32)
+    scratch = np.empty((threads, gemm_scratch(TOKENS)), np.float32)
     time_of = seconds(
         lambda: gemm(arena.data, linear.parts, x.codes, x.scales, out, scratch), repeats
     )

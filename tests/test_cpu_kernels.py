@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from uq.formats.layouts import LAYOUTS
 from uq.formats.spec import BITS, GROUPS, QuantTensor, Spec
 from uq.kernels.cpu.elementwise import Activations, embed, quantize_rows
-from uq.kernels.cpu.gemm import SCRATCH_BASE, SCRATCH_PER_TOKEN, gemm
+from uq.kernels.cpu.gemm import gemm, gemm_scratch
 from uq.kernels.cpu.gemv import gemv
 from uq.kernels.cpu.intrinsics import PAIR_ORDER
 from uq.kernels.cpu.layout import SCALES, Arena, Linear, pack
@@ -64,14 +64,14 @@ def packed(*tensors: QuantTensor, layout: str = "igpu") -> tuple[Arena, Linear]:
 
 def quantized(x: Floats) -> Activations:
     result = Activations.empty(*x.shape)
-    quantize_rows(x, result.codes, result.scales, result.offsets)
+    quantize_rows(x, *result.arrays)
     return result
 
 
 def by_gemm(arena: Arena, linear: Linear, x: Activations) -> Floats:
     tokens = len(x.codes)
     out = np.full((tokens, linear.width), np.nan, np.float32)
-    scratch = np.full((os.cpu_count() or 1, SCRATCH_BASE + SCRATCH_PER_TOKEN * tokens), np.nan)
+    scratch = np.full((os.cpu_count() or 1, gemm_scratch(tokens)), np.nan)
     gemm(arena.data, linear.parts, x.codes, x.scales, out, scratch.astype(np.float32))
     return out
 

@@ -151,6 +151,12 @@ def test_scoring_leaves_the_cache_alone(gemma3: Source) -> None:
     np.testing.assert_array_equal(session.next_logits, expected)
 
 
+def test_scoring_is_not_bound_by_the_context(gemma3: Source) -> None:
+    tokens = random_tokens(gemma3.config, 1, 300)
+    expected = gemma3.session().score(tokens)
+    np.testing.assert_array_equal(gemma3.session(max_context=8).score(tokens), expected)
+
+
 def test_threads_change_no_bit(gemma3: Source) -> None:
     tokens = random_tokens(gemma3.config, LENGTH)
     one, two = (gemma3.session(threads=count) for count in (1, 2))

@@ -12,13 +12,21 @@ import numpy as np
 from numba import get_thread_id, prange
 from numpy.typing import NDArray
 
-from uq.kernels.cpu.intrinsics import TILE_LANES, TILE_ROWS, address, float_tile
+from uq.formats.config import GemmaConfig
+from uq.kernels.cpu.intrinsics import address
+from uq.kernels.cpu.tiles import TILE_LANES, TILE_ROWS, float_tile
 from uq.kernels.elementwise import FAST, exp32, kernel
 
 LANE_BYTES = 4 * TILE_LANES
 _ONE, _TWO = np.float32(1.0), np.float32(2.0)
 
 _wide, _narrow, _single = float_tile(TILE_ROWS), float_tile(4), float_tile(1)
+
+
+def attention_scratch(config: GemmaConfig, context: int) -> int:
+    """Float32 numbers of scratch that each thread needs."""
+    rows = max(TILE_ROWS, config.num_heads)
+    return rows * (context + 2 * TILE_LANES + config.head_dim + TILE_LANES)
 
 
 @kernel()
@@ -102,6 +110,53 @@ def _low(position: int, window: int) -> int:
     return max(0, position - window + 1)
 
 
+@kernel()
+def _attend_tile(
+    queries: NDArray[np.float32],
+    keys: NDArray[np.float32],
+    values: NDArray[np.float32],
+    first: int,
+    group: int,
+    position: int,
+    window: int,
+    scale: np.float32,
+    cap: np.float32,
+    scratch: NDArray[np.float32],
+) -> NDArray[np.float32]:
+    """Attention of a few queries (rows, dim) over one head; row r is that of token r // group.
+
+    Args:
+        first: row of the first query; `position`: of row 0.
+        scratch: (n,) float32; its end is the result.
+
+    Returns:
+        (rows, padded dim) float32.
+    """
+    rows, wide = queries.shape[0], values.shape[0] * TILE_LANES
+    start = _low(position + first // group, window)
+    base = start // TILE_LANES * TILE_LANES  # position of the first score
+    high = position + (first + rows - 1) // group + 1
+    span = -(-(high - base) // TILE_LANES) * TILE_LANES
+    scores = scratch[: rows * span].reshape(rows, span)
+    mixed = scratch[rows * span :][: rows * wide].reshape(rows, wide)
+    scores[:] = 0
+    mixed[:] = 0
+    for block in range(span // TILE_LANES):
+        out = address(scores) + block * LANE_BYTES
+        _score_block(base // TILE_LANES + block, queries, keys, out, 4 * span)
+    for row in range(rows):
+        own = position + (first + row) // group
+        low = _low(own, window)
+        scores[row, : low - base] = 0
+        _softmax(scores[row, low - base : own + 1 - base], scale, cap)
+        scores[row, own + 1 - base :] = 0
+    weights = address(scores) + 4 * (start - base)
+    for block in range(values.shape[0]):
+        out = address(mixed) + block * LANE_BYTES
+        _mix(rows, weights, 4 * span, start, high, values[block], out, 4 * wide)
+    return mixed
+
+
 @kernel(parallel=True)
 def attend_many(
     queries: NDArray[np.float32],
@@ -121,48 +176,24 @@ def attend_many(
         keys, values: a layer of the cache, as in `enter_attention`.
         position: of the first token.
         window: number of keys that a query sees, its own included.
-        scratch: (threads, n) float32; n >= TILE_ROWS * (keys seen + 64 + dim + 32).
+        scratch: (threads, attention_scratch) float32.
         context: (tokens, heads * dim) float32, out.
     """
     kv_heads, rows, dim = queries.shape
-    tokens = context.shape[0]
-    group = rows // tokens
+    group = rows // context.shape[0]
     per_head = -(-rows // TILE_ROWS)
     count = kv_heads * per_head
     for index in prange(count):
         # Later tokens see more keys: taking tiles from both ends in turn evens out the threads.
         item = index // 2 if index % 2 == 0 else count - 1 - index // 2
         head, first = item // per_head, item % per_head * TILE_ROWS
-        last = min(first + TILE_ROWS, rows)
-        low = _low(position + first // group, window) // TILE_LANES * TILE_LANES
-        high = position + (last - 1) // group + 1
-        blocks = -(-(high - low) // TILE_LANES)
-        mine = scratch[get_thread_id()]
-        span = blocks * TILE_LANES
-        scores = mine[: TILE_ROWS * span].reshape(TILE_ROWS, span)[: last - first]
-        wide = -(-dim // TILE_LANES) * TILE_LANES
-        mixed = mine[TILE_ROWS * span :][: TILE_ROWS * wide].reshape(TILE_ROWS, wide)
-        scores[:] = 0
-        mixed[:] = 0
-        for block in range(blocks):
-            out = address(scores) + block * LANE_BYTES
-            to = low // TILE_LANES + block
-            _score_block(to, queries[head, first:last], keys[head], out, 4 * span)
-        for row in range(first, last):
-            own = position + row // group
-            seen = _low(own, window) - low
-            mine_scores = scores[row - first]
-            mine_scores[:seen] = 0
-            _softmax(mine_scores[seen : own + 1 - low], scale, cap)
-            mine_scores[own + 1 - low :] = 0
-        start = _low(position + first // group, window)
-        at = address(scores) + 4 * (start - low)
-        for block in range(values.shape[1]):
-            to = address(mixed) + block * LANE_BYTES
-            _mix(last - first, at, 4 * span, start, high, values[head, block], to, 4 * wide)
-        for row in range(first, last):
-            column = (head * group + row % group) * dim
-            context[row // group, column : column + dim] = mixed[row - first, :dim]
+        tile, mine = queries[head, first : first + TILE_ROWS], scratch[get_thread_id()]
+        seen = (first, group, position, window)
+        mixed = _attend_tile(tile, keys[head], values[head], *seen, scale, cap, mine)
+        for row in range(tile.shape[0]):
+            token, member = (first + row) // group, (first + row) % group
+            column = (head * group + member) * dim
+            context[token, column : column + dim] = mixed[row, :dim]
 
 
 @kernel(parallel=True)
@@ -179,7 +210,7 @@ def attend_one(
 ) -> None:
     """`attend_many` for one token, parallel over keys and then over head dimensions.
 
-    scratch: (threads, n) as one array of at least heads * (keys seen + 64 + dim + 32).
+    The threads share the scratch.
     """
     kv_heads, group, dim = queries.shape
     start = _low(position, window)

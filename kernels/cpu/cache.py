@@ -6,7 +6,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from uq.formats.config import GemmaConfig
-from uq.kernels.cpu.intrinsics import TILE_LANES
+from uq.kernels.cpu.tiles import TILE_LANES
 
 Array = NDArray[np.float32]
 
@@ -48,7 +48,7 @@ class RopeTable:
         """cos and sin of positions `start:stop`, each (stop - start, dim / 2) float32."""
         known = len(self._cos)
         if stop > known:
-            angle = np.outer(np.arange(known, max(stop, known + 256)), self._frequency)
+            angle = np.outer(np.arange(known, max(stop, 2 * known, 256)), self._frequency)
             self._cos = np.concatenate([self._cos, np.cos(angle).astype(np.float32)])
             self._sin = np.concatenate([self._sin, np.sin(angle).astype(np.float32)])
         return self._cos[start:stop], self._sin[start:stop]

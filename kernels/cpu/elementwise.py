@@ -16,8 +16,10 @@ import numpy as np
 from numba import prange
 from numpy.typing import NDArray
 
-from uq.kernels.cpu.intrinsics import CHUNK, LANES, TILE_LANES, address, load_half, quantize_chunk
+from uq.kernels.cpu.intrinsics import address, load_half, quantize_chunk
 from uq.kernels.cpu.layout import BITS, CHUNKS_PER_GROUP, CODES, SCALES
+from uq.kernels.cpu.llvm import CHUNK, LANES
+from uq.kernels.cpu.tiles import TILE_LANES
 from uq.kernels.elementwise import FAST, exp32, kernel
 
 _ONE = np.float32(1.0)
@@ -66,8 +68,14 @@ class Activations:
         codes = np.empty((tokens, cols), np.int16)
         return cls(codes, np.empty(chunks, np.float32), np.empty(chunks, np.int32))
 
-    def first(self, tokens: int) -> Activations:
-        return Activations(self.codes[:tokens], self.scales[:tokens], self.offsets[:tokens])
+    def rows(self, start: int, stop: int) -> Activations:
+        """The activations of tokens `start:stop`."""
+        span = slice(start, stop)
+        return Activations(self.codes[span], self.scales[span], self.offsets[span])
+
+    @property
+    def arrays(self) -> tuple[NDArray[np.int16], NDArray[np.float32], NDArray[np.int32]]:
+        return self.codes, self.scales, self.offsets
 
 
 @kernel()

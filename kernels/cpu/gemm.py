@@ -13,12 +13,7 @@ from numpy.typing import NDArray
 
 from uq.kernels.cpu.gemv import LINE, X_CHUNK, find_part
 from uq.kernels.cpu.intrinsics import (
-    CHUNK,
-    LANES,
-    TILE_LANES,
-    TILE_ROWS,
     address,
-    chunk_tile,
     even_bytes,
     load_halves,
     load_words,
@@ -29,6 +24,8 @@ from uq.kernels.cpu.intrinsics import (
     subtract_eights,
 )
 from uq.kernels.cpu.layout import BITS, CHUNKS_PER_GROUP, CODES, FIRST_BLOCK, SCALES
+from uq.kernels.cpu.llvm import CHUNK, LANES
+from uq.kernels.cpu.tiles import TILE_LANES, TILE_ROWS, chunk_tile
 from uq.kernels.elementwise import kernel
 
 SPAN = 16  # chunks unpacked at a time: 32 KiB, which stay in the first cache
@@ -36,11 +33,12 @@ PAIRS = CHUNK // 2
 STEP = 4 * TILE_LANES  # bytes of one pair of channels in an unpacked tile
 CHUNK_TILE = PAIRS * STEP
 
-# Float32 numbers of scratch that each thread needs.
-SCRATCH_PER_TOKEN = TILE_LANES
-SCRATCH_BASE = SPAN * (TILE_LANES + CHUNK_TILE // 4)
-
 _wide, _narrow, _single = chunk_tile(TILE_ROWS), chunk_tile(4), chunk_tile(1)
+
+
+def gemm_scratch(tokens: int) -> int:
+    """Float32 numbers of scratch that each thread needs."""
+    return tokens * TILE_LANES + SPAN * (TILE_LANES + CHUNK_TILE // 4)
 
 
 @kernel()
@@ -125,7 +123,7 @@ def gemm(
         data, parts: the arena and a `Linear`'s weights in it.
         codes, scales: `Activations`: (tokens, cols), (tokens, chunks).
         out: (tokens, width) float32.
-        scratch: (threads, n) float32; n >= SCRATCH_BASE + SCRATCH_PER_TOKEN * tokens.
+        scratch: (threads, n) float32; n >= gemm_scratch(tokens).
     """
     tokens, chunks = scales.shape
     blocks = out.shape[1] // LANES

@@ -15,8 +15,6 @@ from numba import prange
 from numpy.typing import NDArray
 
 from uq.kernels.cpu.intrinsics import (
-    AHEAD,
-    LANES,
     add,
     address,
     dot,
@@ -34,6 +32,7 @@ from uq.kernels.cpu.intrinsics import (
     zero_ints,
 )
 from uq.kernels.cpu.layout import BITS, BLOCKS, CHUNKS_PER_GROUP, CODES, FIRST_BLOCK, SCALES
+from uq.kernels.cpu.llvm import AHEAD, LANES
 from uq.kernels.elementwise import kernel
 
 LINE = 64

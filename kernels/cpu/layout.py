@@ -14,7 +14,8 @@ All weights share one array: large pages, and one argument for any number of wei
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -24,7 +25,7 @@ from numpy.typing import NDArray
 
 from uq.formats.layouts import LAYOUTS
 from uq.formats.spec import Spec
-from uq.kernels.cpu.intrinsics import CHUNK, LANES
+from uq.kernels.cpu.llvm import CHUNK, LANES
 from uq.kernels.elementwise import kernel
 
 TILE = LAYOUTS["igpu"]
@@ -81,13 +82,13 @@ class Linear:
     def rows(self, start: int, stop: int) -> tuple[Linear, int]:
         """The row blocks of a single weight that hold rows `start:stop`, and the first's row."""
         first, last = start // LANES, -(-stop // LANES)
-        codes, scales, _, _, bits, per_group = self.parts[0].tolist()
+        part = self.parts[:1].copy()
         chunks = self.cols // CHUNK
-        codes += first * chunks * chunk_bytes(bits)
-        scales += first * chunks // per_group * 2 * LANES
-        blocks = last - first
-        parts = np.array([[codes, scales, 0, blocks, bits, per_group]])
-        return Linear(parts, self.cols, (0,), blocks * LANES, 0), first * LANES
+        part[0, CODES] += first * chunks * chunk_bytes(int(part[0, BITS]))
+        part[0, SCALES] += first * chunks // part[0, CHUNKS_PER_GROUP] * 2 * LANES
+        part[0, BLOCKS] = last - first
+        nbytes = self.nbytes * (last - first) // int(self.parts[0, BLOCKS])
+        return Linear(part, self.cols, (0,), (last - first) * LANES, nbytes), first * LANES
 
 
 @dataclass(frozen=True)
@@ -96,6 +97,38 @@ class Arena:
 
     data: NDArray[np.uint8]
     linears: Mapping[str, Linear]
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a weight lies: `codes` and `scales` are bytes from the start of the arena."""
+
+    record: Record
+    codes: int
+
+    @property
+    def blocks(self) -> int:
+        return -(-self.record.shape[0] // LANES)
+
+    @property
+    def words(self) -> tuple[int, int, int, int]:
+        """Shape of the codes: (blocks, chunks, words, lanes)."""
+        words = chunk_bytes(self.record.spec.bits) // (4 * LANES)
+        return self.blocks, self.record.shape[1] // CHUNK, words, LANES
+
+    @property
+    def halves(self) -> tuple[int, int, int]:
+        """Shape of the scales: (blocks, groups, lanes)."""
+        return self.blocks, self.record.shape[1] // self.record.spec.group, LANES
+
+    @property
+    def scales(self) -> int:
+        return self.codes + 4 * math.prod(self.words)
+
+    @property
+    def end(self) -> int:
+        """Behind the scales, at the next cache line."""
+        return -(-(self.scales + 2 * math.prod(self.halves)) // ALIGNMENT) * ALIGNMENT
 
 
 def chunk_bytes(bits: int) -> int:
@@ -109,77 +142,46 @@ def pack(source: WeightSource, joined: Mapping[str, Sequence[str]]) -> Arena:
     Args:
         joined: name of a `Linear` -> canonical names of the weights in it.
     """
-    records = {name: source.raw(name)[1] for names in joined.values() for name in names}
-    places = dict(zip(records, _places(records.values()), strict=True))
-    data = _aligned(sum(_nbytes(record) for record in records.values()))
-    for name, (codes, scales) in places.items():
-        _pack_one(source, name, data, codes, scales)
-    linears = {
-        key: _linear([records[name] for name in names], [places[name] for name in names])
-        for key, names in joined.items()
-    }
+    places: dict[str, Place] = {}
+    end = 0
+    for name in (name for names in joined.values() for name in names):
+        places[name] = Place(source.raw(name)[1], end)
+        end = places[name].end
+    data = _aligned(end)
+    for name, place in places.items():
+        _pack_one(source.raw(name)[0], place, data)
+    linears = {key: _linear([places[name] for name in names]) for key, names in joined.items()}
     return Arena(data, linears)
 
 
-def _linear(records: Sequence[Record], places: Sequence[tuple[int, int]]) -> Linear:
-    blocks = [_blocks(record) for record in records]
-    firsts = np.cumsum([0, *blocks])
-    parts = [
-        [codes, scales, first, count, record.spec.bits, record.spec.group // CHUNK]
-        for record, (codes, scales), first, count in zip(
-            records, places, firsts, blocks, strict=False
-        )
-    ]
+def _linear(places: Sequence[Place]) -> Linear:
+    parts, columns, first = [], [], 0
+    for place in places:
+        spec = place.record.spec
+        counts = (first, place.blocks, spec.bits, spec.group // CHUNK)
+        parts.append([place.codes, place.scales, *counts])
+        columns.append(first * LANES)
+        first += place.blocks
     return Linear(
         parts=np.array(parts, np.int64),
-        cols=records[0].shape[1],
-        columns=tuple(int(first) * LANES for first in firsts[:-1]),
-        width=int(firsts[-1]) * LANES,
-        nbytes=sum(record.spec.nbytes(*record.shape) for record in records),
+        cols=places[0].record.shape[1],
+        columns=tuple(columns),
+        width=first * LANES,
+        nbytes=sum(place.record.spec.nbytes(*place.record.shape) for place in places),
     )
 
 
-def _pack_one(
-    source: WeightSource, name: str, data: NDArray[np.uint8], codes: int, scales: int
-) -> None:
-    raw, record = source.raw(name)
-    cols, spec = record.shape[1], record.spec
-    if record.layout != TILE.name:
-        raw = TILE.tile(LAYOUTS[record.layout].untile(raw, record.shape, spec))
-    blocks, chunks, groups = _blocks(record), cols // CHUNK, cols // spec.group
-    tiles = raw.reshape(-1).view(TILE.block(cols, spec))["tiles"]  # (blocks, tiles)
-    shape = (blocks, chunks, chunk_bytes(spec.bits) // (4 * LANES), LANES)
-    words = data[codes : codes + 4 * int(np.prod(shape))].view(np.uint32).reshape(shape)
-    flip = np.uint32(0x88888888 if spec.bits == 4 else 0)
+def _pack_one(raw: NDArray[np.uint8], place: Place, data: NDArray[np.uint8]) -> None:
+    shape, spec = place.record.shape, place.record.spec
+    if place.record.layout != TILE.name:
+        raw = TILE.tile(LAYOUTS[place.record.layout].untile(raw, shape, spec))
+    tiles = raw.reshape(-1).view(TILE.block(shape[1], spec))["tiles"]  # (blocks, tiles)
+    words = data[place.codes : place.scales].view(np.uint32).reshape(place.words)
+    flip = np.uint32(0x88888888 if spec.bits == 4 else 0)  # two's complement to code + 8
     _transpose_words(_frozen(tiles["codes"].view("<u4")), flip, words)
-    halves = data[scales : scales + blocks * groups * LANES * 2].view(np.uint16)
-    halves = halves.reshape(blocks, groups, LANES)
+    stop = place.scales + 2 * math.prod(place.halves)
+    halves = data[place.scales : stop].view(np.uint16).reshape(place.halves)
     _transpose_scales(_frozen(tiles["scales"].view("<u2")), halves)
-
-
-def _blocks(record: Record) -> int:
-    return -(-record.shape[0] // LANES)
-
-
-def _sizes(record: Record) -> tuple[int, int]:
-    """Bytes of codes and of scales, each rounded up to whole cache lines."""
-    rows, cols = _blocks(record) * LANES, record.shape[1]
-    scales = rows * (cols // record.spec.group) * 2
-    return rows * cols * record.spec.bits // 8, -(-scales // ALIGNMENT) * ALIGNMENT
-
-
-def _nbytes(record: Record) -> int:
-    return sum(_sizes(record))
-
-
-def _places(records: Iterable[Record]) -> list[tuple[int, int]]:
-    """Offsets of codes and scales of weights that follow each other."""
-    places, end = [], 0
-    for record in records:
-        codes, scales = _sizes(record)
-        places.append((end, end + codes))
-        end += codes + scales
-    return places
 
 
 def _aligned(nbytes: int) -> NDArray[np.uint8]:
