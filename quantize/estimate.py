@@ -130,7 +130,7 @@ def _peak_memory(config: GemmaConfig, plan: Plan, tokens: int, threads: int) -> 
     """Bytes at the worst moment: the program, its tokenizer, and the larger of the two ways."""
     resident = int(psutil.Process().memory_info().rss)
     program = resident + TOKENIZER_BYTES * config.vocab_size
-    rounding = PIECE * (PIECES_AHEAD + 16 * threads)
+    rounding = PIECE * (PIECES_AHEAD + 12 * threads)
     if not plan.calibrated:
         return program + rounding
     paths = 2 if plan.corrected else 1

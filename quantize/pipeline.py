@@ -59,7 +59,7 @@ class QuantizeOptions:
     method: str = "auto"
     targets: tuple[str, ...] = ("igpu",)
     calibration: str | None = None
-    calibration_tokens: int = 16384
+    calibration_tokens: int = 32768
     threads: int | None = None
     resume: str = "auto"
 

@@ -22,8 +22,8 @@ from uq.formats.writer import QuantEntry
 from uq.quantize.plan import Plan, TensorPlan
 from uq.quantize.scales import checked, error_ratio, quantize_rtn, squared_error
 
-PIECE = 1 << 18  # weights; with codes and tiles it stays in a core's cache
-PIECES_AHEAD = 64  # 16 MB of codes; hides the pauses of the disk
+PIECE = 1 << 20  # weights
+PIECES_AHEAD = 16  # enough to hide the pauses of the disk
 
 Task = TypeVar("Task")
 Result = TypeVar("Result")

@@ -18,6 +18,7 @@ from uq.kernels.reference import CheckpointWeights
 from uq.quantize import calibrate
 from uq.quantize.calibrate import STAGES, Calibration
 from uq.quantize.gptq import Statistics
+from uq.quantize.pipeline import QuantizeOptions
 from uq.quantize.scales import quantize_rtn
 from uq.quantize.text import Text, read_text, token_sequences
 
@@ -170,7 +171,7 @@ def test_a_text_below_one_sequence_is_refused(folder: Path) -> None:
 
 def test_the_default_text_is_long_enough() -> None:
     text = read_text(None)
-    assert len(text.content.split()) > 16384
+    assert len(text.content.split()) > QuantizeOptions().calibration_tokens
     assert text.sha256 == read_text(None).sha256
 
 

@@ -18,6 +18,7 @@ from uq.formats.config import EMBEDDING, FINAL_NORM, HEAD, GemmaConfig, layer_te
 from uq.formats.tokenizer import Tokenizer
 
 TOKENIZER = "tokenizer.json"
+HASH_BLOCK = 1 << 24
 
 
 @dataclass(frozen=True)
@@ -147,9 +148,7 @@ class Checkpoint:
     def _fingerprint(self) -> dict[str, dict[str, int | str]]:
         found: dict[str, dict[str, int | str]] = {}
         for name, path in self.files().items():
-            with path.open("rb") as file:
-                digest = hashlib.file_digest(file, "sha256").hexdigest()
-            found[name] = {"size": path.stat().st_size, "sha256": digest}
+            found[name] = {"size": path.stat().st_size, "sha256": _hash(path)}
         return found
 
     @cached_property
@@ -161,6 +160,15 @@ class Checkpoint:
 
     def _gain(self, name: str, size: int) -> NDArray[np.float32]:
         return self._read(name, size) + self._norm_offset
+
+
+def _hash(path: Path) -> str:
+    """SHA-256 in hex; in large steps, which seldom wait for the interpreter's lock."""
+    digest, block = hashlib.sha256(), bytearray(HASH_BLOCK)
+    with path.open("rb", buffering=0) as file:
+        while count := file.readinto(block):
+            digest.update(memoryview(block)[:count])
+    return digest.hexdigest()
 
 
 def expected_shapes(config: GemmaConfig) -> dict[str, tuple[int, ...]]:

@@ -26,7 +26,7 @@ def concatenate(tokens: Sequence[bytes]) -> tuple[NDArray[np.uint8], Offsets]:
     return np.frombuffer(b"".join(tokens), np.uint8), np.concatenate(([0], ends))
 
 
-@njit(cache=True)
+@njit(nogil=True, cache=True)
 def all_splits(data: NDArray[np.uint8], offsets: Offsets) -> tuple[Ids, Ids, Ids]:
     """Every way to split a token into two tokens.
 
@@ -51,7 +51,7 @@ def all_splits(data: NDArray[np.uint8], offsets: Offsets) -> tuple[Ids, Ids, Ids
     return left[:count], right[:count], result[:count]
 
 
-@njit(cache=True)
+@njit(nogil=True, cache=True)
 def used_merges(
     data: NDArray[np.uint8], offsets: Offsets, left: Ids, right: Ids, result: Ids, rank: Ids
 ) -> NDArray[np.bool_]:
