@@ -124,6 +124,21 @@ def test_speeds_can_be_left_out(
     assert report.speed is None and report.reference_speed is None
 
 
+def test_kept_reference_states_give_the_same_report(
+    bundle: Bundle, checkpoint: Checkpoint, options: ValidateOptions, tmp_path: Path
+) -> None:
+    kept = replace(options, speed=False, states=tmp_path / "states.npz")
+    first = validate(bundle, checkpoint, kept)
+    assert kept.states is not None and kept.states.exists()
+    again = validate(bundle, checkpoint, kept)
+    assert (again.kld, again.perplexity) == (first.kld, first.perplexity)
+
+
+def test_states_for_a_missing_folder_are_refused_at_once(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="there is no such folder"):
+        ValidateOptions(states=tmp_path / "missing" / "states.npz")
+
+
 def test_relative_errors_are_those_of_float64(
     report: Report, bundle: Bundle, checkpoint: Checkpoint
 ) -> None:

@@ -32,7 +32,7 @@ from uq.validate.report import (
     TextFacts,
     Threshold,
 )
-from uq.validate.scoring import Scores, score
+from uq.validate.scoring import ReferenceStates, Scores, final_states, score, states_key
 from uq.validate.speed import Rates, measure_speed
 from uq.validate.text import chunks
 from uq.validate.weights import kind_sizes, weight_errors
@@ -56,6 +56,8 @@ class ValidateOptions:
         text: UTF-8 file; None is the text shipped with uq.
         context: tokens of a chunk, the BOS in front of each included; its second half is scored.
         max_chunks: None scores all of the text.
+        states: .npz file that keeps the reference's hidden states for the next bundle of the same
+            model and text; read if it is of these, else written.
         speed: whether tokens per second are measured, of `generate` tokens behind `prompt`.
         max_kld, max_ppl_ratio, min_tps: limits; None is no limit.
         command: the arguments that the user gave, for the report.
@@ -65,7 +67,8 @@ class ValidateOptions:
     threads: int | None = None
     text: Path | None = None
     context: int = 512
-    max_chunks: int | None = None
+    max_chunks: int | None = 40
+    states: Path | None = None
     speed: bool = True
     prompt: int = 512
     generate: int = 64
@@ -78,6 +81,8 @@ class ValidateOptions:
     def __post_init__(self) -> None:
         if self.min_tps is not None and not self.speed:
             raise UsageError("--min-tps needs a speed; leave --no-speed out")
+        if self.states is not None and not self.states.parent.is_dir():
+            raise UsageError(f"--reference-states {self.states}: there is no such folder; make it")
 
     @property
     def cache_length(self) -> int:
@@ -116,7 +121,8 @@ def validate(
     rates = _rates(session, options, options.repeats, "bundle", progress)
     alone = peak_memory()
     truth = ReferenceSession(checkpoint, max_context=options.cache_length)
-    scores = score(session, truth, tokens, progress)
+    states = _reference_states(truth, checkpoint, tokens, options.states, progress)
+    scores = score(session, truth, tokens, progress, reference_states=states)
     truth_rates = _rates(truth, options, REFERENCE_REPEATS, "reference", progress)
     errors = _errors(bundle, checkpoint, progress)
     memory = Memory(peak_memory(), alone)
@@ -145,6 +151,24 @@ def validate(
         environment=environment(options.command, numba.get_num_threads()),
         warnings=warnings,
     )
+
+
+def _reference_states(
+    truth: ReferenceSession,
+    checkpoint: Checkpoint,
+    tokens: NDArray[np.int32],
+    path: Path | None,
+    progress: Progress,
+) -> NDArray[np.float32]:
+    """Final hidden states of the reference, from `path` where an earlier run left them."""
+    if path is None:
+        return final_states(truth, tokens, progress, "reference")
+    key = states_key(checkpoint.fingerprint(), tokens)
+    stored = ReferenceStates.load(path, key)
+    if stored is None:
+        stored = ReferenceStates(key, final_states(truth, tokens, progress, "reference"))
+        stored.save(path)
+    return stored.hidden
 
 
 def _bundle_facts(bundle: Bundle) -> BundleFacts:

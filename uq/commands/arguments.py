@@ -24,6 +24,11 @@ def whole(minimum: int, maximum: float = math.inf) -> Callable[[str], int]:
     return parse
 
 
+def whole_or_all(text: str) -> int | None:
+    """A whole number above 0, or None for `all`."""
+    return None if text == "all" else whole(1)(text)
+
+
 def real(
     minimum: float, maximum: float = math.inf, *, above: bool = False
 ) -> Callable[[str], float]:

@@ -7,7 +7,7 @@ import json
 import sys
 from pathlib import Path
 
-from uq.commands.arguments import bundle, real, whole
+from uq.commands.arguments import bundle, real, whole, whole_or_all
 from uq.errors import UsageError
 from uq.kernels.backends import DEVICES
 
@@ -20,7 +20,14 @@ def configure(parser: argparse.ArgumentParser) -> None:
     add("--device", choices=DEVICES, default="auto", help="default: %(default)s")
     add("--text", type=Path, metavar="FILE", help="UTF-8 text; default: a text shipped with uq")
     add("--context", type=whole(2), default=512, metavar="N", help="window; default: %(default)s")
-    add("--chunks", type=whole(1), metavar="N", help="windows to score; default: all of the text")
+    add(
+        "--chunks", type=whole_or_all, default=40, metavar="N|all",
+        help="windows to score; default: %(default)s",
+    )  # fmt: skip
+    add(
+        "--reference-states", type=Path, metavar="FILE",
+        help="keep what the reference computes here (.npz), for the next bundle of the same model",
+    )  # fmt: skip
     add("--threads", type=whole(1), metavar="N", help="default: one per core")
     add("--max-kld", type=real(0), metavar="X", help="fail if the mean KL divergence is above")
     add("--max-ppl-ratio", type=real(0, above=True), metavar="X", help="fail if PPL ratio is above")
@@ -46,6 +53,7 @@ def run(args: argparse.Namespace) -> int:
         text=args.text,
         context=args.context,
         max_chunks=args.chunks,
+        states=args.reference_states,
         speed=not args.no_speed,
         max_kld=args.max_kld,
         max_ppl_ratio=args.max_ppl_ratio,
