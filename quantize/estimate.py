@@ -31,6 +31,7 @@ from uq.text import duration, size, table
 TOKENIZER_BYTES = 700  # per token, while a tokenizer.json is put together
 TOKENIZER_SECONDS = 4e-6  # per token, likewise
 SAMPLE = 512  # side of the sample matrices
+REPEATS = 8
 GPTQ_PRODUCTS = 11  # multiplications per weight and input channel, all parts of GPTQ together
 OVERHEAD = 1.5  # of a forward pass over its matrix products: norms, softmax, activation
 
@@ -206,10 +207,10 @@ def _rates(plan: Plan) -> tuple[float, float, float]:
 
 
 def _fastest(work: Callable[[], object]) -> float:
-    """Seconds of the better of two runs, behind one that compiles."""
+    """Seconds of the fastest of some runs, behind one that compiles: others may use the machine."""
     work()
     took = []
-    for _ in range(2):
+    for _ in range(REPEATS):
         began = time.perf_counter()
         work()
         took.append(time.perf_counter() - began)
