@@ -7,7 +7,7 @@ import platform
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from statistics import fmean
 from threading import Thread
@@ -48,7 +48,8 @@ class QuantizeOptions:
     Attributes:
         recipe: name in `RECIPES`.
         group, method, targets: as in `make_plan`.
-        calibration: as in `read_text`; None for the default text.
+        calibration: as in `read_text`; None for the default text. `rtn` is data-free without one
+            and searches its scales for the text's activations with one.
         calibration_tokens: about so many, in sequences of at most 512.
         threads: of everything but the matrix products; one per core when None.
         resume: `auto`, `restart` or `require`, as in `BundleWriter`.
@@ -177,11 +178,13 @@ def plan_of(config: GemmaConfig, options: QuantizeOptions) -> Plan:
         method=options.method,
         targets=options.targets,
     )
-    if options.calibration is not None and not plan.calibrated:
-        raise UsageError("--calibration: rounding to nearest uses no text; use --method gptq")
     if options.calibration_tokens < 2:
         raise UsageError(f"--calibration-tokens {options.calibration_tokens}: use 2 or more")
-    return plan
+    if options.calibration is None or plan.uses_gptq:
+        return plan
+    if all(tensor.spec.bits == 8 for tensor in plan.tensors.values()):
+        raise UsageError("--calibration: INT8 rounding uses no text; use --method gptq or INT4")
+    return replace(plan, weighted=True)
 
 
 def shard_tensors(config: GemmaConfig, index: int) -> list[str]:
@@ -248,7 +251,7 @@ def _manifest(
         name: FileRecord(int(file["size"]), str(file["sha256"]))
         for name, file in fingerprint.items()
     }
-    gptq = asdict(plan.gptq) if plan.calibrated else None
+    gptq = asdict(plan.gptq) if plan.uses_gptq else None
     return Manifest(
         model=checkpoint.config,
         recipe=plan.recipe,

@@ -128,7 +128,7 @@ def test_main_works_outside_the_main_thread(
         (["quantize", "m", "--bits", "5"], "invalid choice: 5 (choose from 4, 8)"),
         (["quantize", "m", "--group", "80"], "invalid choice: 80 (choose from 32, 64, 128)"),
         (["quantize", "m", "--method", "awq"], "'auto', 'rtn', 'gptq'"),
-        (["quantize", "m", "--recipe", "int3"], "int4-quality"),
+        (["quantize", "m", "--recipe", "int3"], "int4-small"),
         (["quantize", "m", "--bits", "4", "--recipe", "int8"], "not allowed with"),
         (["quantize", "m", "--resume", "--restart"], "not allowed with"),
         (["quantize", "m", "--target", "gpu"], "'gpu' is not one of igpu, npu"),

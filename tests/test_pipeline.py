@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -17,9 +18,11 @@ from uq.formats.checkpoint import open_checkpoint
 from uq.formats.config import EMBEDDING, FINAL_NORM, HEAD, layer_tensor
 from uq.formats.manifest import gain_name
 from uq.formats.spec import Spec
+from uq.kernels.reference import attention_input, embed
 from uq.progress import SilentProgress
 from uq.quantize.pipeline import QuantizeOptions, quantize
 from uq.quantize.scales import quantize_rtn, weight_error
+from uq.quantize.text import DEFAULT, read_text, token_sequences
 
 Tiny = Callable[..., Path]
 RTN = QuantizeOptions(method="rtn")
@@ -91,6 +94,26 @@ def test_gptq_follows_the_plan_and_lowers_the_output_error(
     )
     error = tensors[DOWN].relative_error
     assert error is not None and 0 < error < nearest
+
+
+def test_rounding_with_a_text_weighs_the_inputs(tiny_checkpoint: Tiny, tmp_path: Path) -> None:
+    folder = tiny_checkpoint()
+    options = replace(RTN, calibration=str(DEFAULT), calibration_tokens=400)
+    bundle = bundle_of(folder, tmp_path / "b", options)
+    checkpoint = open_checkpoint(folder)
+    tokens = token_sequences(checkpoint.tokenizer(), read_text(None), sequences=1, length=400)
+    rows = bundle.quant(EMBEDDING).dequantize()[tokens]
+    weights = checkpoint.layer(0)
+    x = attention_input(checkpoint.config, weights, embed(checkpoint.config, rows))
+    importance = np.square(x, dtype=np.float64).mean((0, 1)).astype(np.float32)
+    query = layer_tensor(0, "self_attn.q_proj")
+    expected = quantize_rtn(weights["self_attn.q_proj"], Spec(4, 32), importance)
+    stored = bundle.quant(query)
+    assert bundle.manifest.tensors[query].method == "rtn"
+    assert bundle.manifest.calibration is not None
+    # The sums behind the importance run in another order: a tie may fall the other way.
+    assert (stored.codes == expected.codes).mean() > 0.999
+    assert (stored.codes != bundle_of(folder, tmp_path / "c").quant(query).codes).any()
 
 
 class Killed(Exception):
@@ -216,8 +239,8 @@ def test_an_existing_output_is_refused(tiny_checkpoint: Tiny, tmp_path: Path) ->
             "self_attn.o_proj.weight: 192 columns .* use --group 32 or 64",
         ),
         (
-            QuantizeOptions(method="rtn", calibration="x.txt"),
-            "--calibration: .*; use --method gptq",
+            QuantizeOptions(recipe="int8", group=32, calibration="x.txt"),
+            "--calibration: INT8 rounding uses no text; use --method gptq or INT4",
         ),
         (QuantizeOptions(calibration_tokens=1), "--calibration-tokens 1: use 2 or more"),
         (QuantizeOptions(calibration="none.txt"), "none.txt: cannot be read"),
@@ -249,4 +272,4 @@ def test_the_real_model_keeps_sane_errors(real_gguf: Path, tmp_path: Path) -> No
     assert len(errors) == 1 + 18 * 7
     assert errors.pop(EMBEDDING) < 0.01  # type: ignore[operator]
     assert all(error is not None and 0.05 < error < 0.15 for error in errors.values())
-    assert bundle.bits_per_weight == pytest.approx((167.8 * 8.25 + 100.3 * 4.25) / 268.1, abs=0.01)
+    assert bundle.bits_per_weight == pytest.approx((167.8 * 8.25 + 100.3 * 4.5) / 268.1, abs=0.01)

@@ -44,7 +44,7 @@ def test_default_recipe_keeps_the_embedding_in_int8() -> None:
     plan = make_plan(CONFIG)
     assert plan.tensors[EMBEDDING].spec == Spec(8, 64)
     assert plan.tensors[EMBEDDING].method == "rtn"
-    assert plan.tensors[DOWN].spec == Spec(4, 64)
+    assert plan.tensors[DOWN].spec == Spec(4, 32)
     assert plan.tensors[DOWN].method == "gptq"
 
 
@@ -77,7 +77,7 @@ def test_group_that_does_not_divide_names_tensor_columns_and_remedy() -> None:
     config = replace(CONFIG, intermediate_size=224)
     message = "model.layers.0.mlp.down_proj.weight: 224 columns do not divide by group 64"
     with pytest.raises(UsageError, match=message + "; use --group 32$"):
-        make_plan(config)
+        make_plan(config, group=64)
 
 
 def test_columns_that_no_group_divides() -> None:

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 METHODS = ("auto", "rtn", "gptq")
 TARGETS = ("igpu", "npu", "npu-aie2", "npu-aie2p", "cpu")
-RECIPES = ("int4", "int4-quality", "int4-small", "int4-kv8", "int8")
+RECIPES = ("int4", "int4-small", "int4-kv8", "int8")
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -32,7 +32,11 @@ def configure(parser: argparse.ArgumentParser) -> None:
     grid.add_argument("--recipe", choices=RECIPES, metavar="NAME", help=" ".join(RECIPES))
     add("--group", type=int, choices=(32, 64, 128), help="default: the recipe's")
     add("--method", choices=METHODS, default="auto", help="default: the recipe's")
-    add("--calibration", metavar="FILE|hub:REPO/FILE", help="default: a text shipped with uq")
+    add(
+        "--calibration",
+        metavar="FILE|hub:REPO/FILE",
+        help="text; gptq has one of its own, rtn none",
+    )
     add(
         "--calibration-tokens",
         type=whole(1),
@@ -88,7 +92,7 @@ def read_options(args: argparse.Namespace) -> QuantizeOptions:
 
 
 def default_folder(model: str, options: QuantizeOptions) -> Path:
-    """`google/gemma-3-270m` becomes `gemma-3-270m-int4-g64` in the current folder."""
+    """`google/gemma-3-270m` becomes `gemma-3-270m-int4-g32` in the current folder."""
     from uq.quantize.plan import RECIPES
 
     name = Path(model.removeprefix("demo:")).resolve().name.removesuffix(".gguf")
