@@ -187,6 +187,14 @@ def rounded(weight: NDArray[np.float32], spec: Spec) -> QuantTensor:
     return QuantTensor(codes.reshape(weight.shape), scales, spec)
 
 
+@pytest.fixture(scope="session", autouse=True)
+def fresh_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """An empty cache: one of an earlier run may hold what other code made."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("UQ_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
 @pytest.fixture(scope="session")
 def real_gguf() -> Path:
     """The real Gemma 3 270M (Q4_K_M) from the packages of the extra `demo`."""

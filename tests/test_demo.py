@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from uq.errors import CheckpointError, ToolMissing
-from uq.formats.checkpoint import demo, open_checkpoint
+from uq.formats.checkpoint import cache, demo, open_checkpoint
 
 CONTENT = b"part one, part two"
 
@@ -90,7 +90,7 @@ def test_cache_folder(
 ) -> None:
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
-    assert demo.cache_folder() == Path(folder)
+    assert cache.cache_folder() == Path(folder)
 
 
 @pytest.mark.real

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import hashlib
-import os
 import tempfile
 from collections.abc import Iterable
 from pathlib import Path
 from typing import IO
 
 from uq.errors import CheckpointError, ToolMissing
+from uq.formats.checkpoint.cache import cache_folder
 
 DEMO = "demo:gemma-3-270m"
 FILE = "gemma-3-270m-q4_k_m.gguf"
@@ -17,15 +17,6 @@ SIZE = 253_113_024
 SHA256 = "a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818"
 LICENCES = ("GEMMA_TERMS.html", "NOTICE.md")
 BLOCK = 1 << 22
-
-
-def cache_folder() -> Path:
-    """`$UQ_CACHE`, else `$XDG_CACHE_HOME/uq`, else `~/.cache/uq`."""
-    if own := os.environ.get("UQ_CACHE"):
-        return Path(own)
-    if xdg := os.environ.get("XDG_CACHE_HOME"):
-        return Path(xdg) / "uq"
-    return Path.home() / ".cache" / "uq"
 
 
 def demo_gguf() -> Path:

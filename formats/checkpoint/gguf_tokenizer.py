@@ -6,6 +6,7 @@ has the best score, the leftmost of equals. A tokenizer.json has a list of merge
 
 from __future__ import annotations
 
+import hashlib
 import json
 from typing import Any
 
@@ -17,8 +18,24 @@ from uq.formats.checkpoint.gguf_file import GgufFile
 
 UNKNOWN, CONTROL, USER_DEFINED = 2, 3, 4
 SPACE = "▁"
+UNKNOWN_KEY = "tokenizer.ggml.unknown_token_id"
 # Gemma's markup tokens that converters store as plain user-defined ones.
 TURNS = ("<start_of_turn>", "<end_of_turn>")
+
+
+def vocabulary_key(file: GgufFile) -> str:
+    """SHA-256 of everything that `tokenizer_json` depends on.
+
+    Raises:
+        CheckpointError: as `tokenizer_json`.
+    """
+    raw, scores, types = _vocabulary(file)
+    lengths = np.array([len(token) for token in raw], "<i8")
+    parts = (lengths.tobytes(), b"".join(raw), scores.tobytes(), types.tobytes())
+    digest = hashlib.sha256(str(file.metadata.get(UNKNOWN_KEY)).encode())
+    for part in parts:
+        digest.update(part)
+    return digest.hexdigest()
 
 
 def tokenizer_json(file: GgufFile) -> bytes:
@@ -32,7 +49,7 @@ def tokenizer_json(file: GgufFile) -> bytes:
         tokens = [token.decode() for token in raw]
     except UnicodeDecodeError as error:
         raise CheckpointError(f"{file.path.name}: a token is not UTF-8: {error}") from error
-    unknown = int(file.metadata.get("tokenizer.ggml.unknown_token_id", 3))
+    unknown = int(file.metadata.get(UNKNOWN_KEY, 3))
     if unknown >= len(tokens):
         raise CheckpointError(
             f"{file.path.name}: unknown_token_id is {unknown}, but there are {len(tokens)} tokens"

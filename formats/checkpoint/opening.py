@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections import Counter
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
+from uq import __version__
 from uq.errors import CheckpointError, UsageError
+from uq.formats.checkpoint.cache import kept
 from uq.formats.checkpoint.checkpoint import TOKENIZER, Checkpoint, Source
 from uq.formats.checkpoint.compact import without_unused_merges
 from uq.formats.checkpoint.demo import DEMO, demo_gguf, demo_licences
 from uq.formats.checkpoint.gguf_config import gguf_config, gguf_names
 from uq.formats.checkpoint.gguf_file import GgufFile, read_gguf
-from uq.formats.checkpoint.gguf_tokenizer import tokenizer_json
+from uq.formats.checkpoint.gguf_tokenizer import tokenizer_json, vocabulary_key
 from uq.formats.checkpoint.hf_config import parse_config, read_json
 from uq.formats.checkpoint.hub import download, is_hub_id
 from uq.formats.checkpoint.safetensors_file import folder_tensors
@@ -158,11 +161,19 @@ def _folder_assets(folder: Path) -> dict[str, bytes]:
     names = [name for name in ASSETS if (folder / name).is_file()]
     names += sorted(path.name for pattern in LICENCES for path in folder.glob(pattern))
     assets = {name: (folder / name).read_bytes() for name in names}
-    return assets | {TOKENIZER: without_unused_merges(assets[TOKENIZER])}
+    original = assets[TOKENIZER]
+    kept_as = _tokenizer_file(hashlib.sha256(original).hexdigest())
+    return assets | {TOKENIZER: kept(kept_as, lambda: without_unused_merges(original))}
+
+
+def _tokenizer_file(key: str) -> str:
+    """Where the cache keeps a finished tokenizer: another version may make another one."""
+    return f"tokenizers/{__version__}-{key}.json"
 
 
 def _gguf_assets(file: GgufFile) -> dict[str, bytes]:
-    assets = {TOKENIZER: tokenizer_json(file)}
+    kept_as = _tokenizer_file(vocabulary_key(file))
+    assets = {TOKENIZER: kept(kept_as, lambda: tokenizer_json(file))}
     if template := file.metadata.get("tokenizer.chat_template"):
         assets["chat_template.jinja"] = template.encode()
     return assets
