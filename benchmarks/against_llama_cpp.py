@@ -153,7 +153,7 @@ def first_token_seconds(bundle: Path) -> float:
 
 def limit_rows(bundle: Path, calibrated: float | None, runs: int) -> list[str]:
     """Figures that have a limit instead of a peer."""
-    first_token_seconds(bundle)
+    first_token_seconds(bundle)  # warm-up
     figures = {
         "`import uq`": ([wall(sys.executable, "-c", "import uq") for _ in range(runs)], 0.2),
         "`uq --help`": ([wall("uq", "--help") for _ in range(runs)], 0.2),

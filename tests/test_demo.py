@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 from uq.errors import CheckpointError, ToolMissing
-from uq.formats.checkpoint import cache, demo, open_checkpoint
+from uq.formats.checkpoint import demo, open_checkpoint
+from uq.formats.checkpoint.cache import cache_folder
 
 CONTENT = b"part one, part two"
 
@@ -90,7 +91,7 @@ def test_cache_folder(
 ) -> None:
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
-    assert cache.cache_folder() == Path(folder)
+    assert cache_folder() == Path(folder)
 
 
 @pytest.mark.real
