@@ -61,6 +61,17 @@ def open_session(
     raise UsageError(f"--device {device} is not known; use {', '.join(DEVICES)}")
 
 
+def first_run_note(device: str) -> str | None:
+    """What a person should know before a long silence: the CPU kernels are compiled once."""
+    if device not in ("auto", "cpu"):
+        return None
+    from uq.kernels.cpu import kernels_are_compiled
+
+    if kernels_are_compiled():
+        return None
+    return "compiling the kernels for this processor, once; about half a minute"
+
+
 def _vulkan() -> Backend:
     return Backend("vulkan", "this version of uq has no Vulkan kernels")
 

@@ -17,6 +17,7 @@ from uq.cli import main
 from uq.commands import quantize
 from uq.formats.bundle import open_bundle
 from uq.formats.checkpoint import open_checkpoint
+from uq.kernels.backends import first_run_note
 from uq.quantize.plan import LAYOUT_OF_TARGET, METHODS, RECIPES
 
 TEXT = "the time of the world and the city in which they were not one of the first " * 30
@@ -249,3 +250,16 @@ def test_doctor_says_how_to_install_what_is_missing(
     monkeypatch.setattr("uq.machine._version", lambda name: None if name == "numba" else "1.0")
     out, _ = output("doctor", code=1)
     assert "MISSING; run: pip install numba" in out
+
+
+def test_a_first_run_announces_the_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert first_run_note("vulkan") is None
+    monkeypatch.setattr(Path, "glob", lambda folder, pattern: iter(()))
+    assert first_run_note("auto") == (
+        "compiling the kernels for this processor, once; about half a minute"
+    )
+
+
+def test_a_second_run_says_nothing(bundle: Path, output: Output) -> None:
+    output("generate", bundle, "-p", "the city", "--max-tokens", "1")
+    assert first_run_note("cpu") is None

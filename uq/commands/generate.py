@@ -29,9 +29,12 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     from uq.generation import generate
+    from uq.kernels.backends import first_run_note
     from uq.kernels.session import Sampling
     from uq.text import duration
 
+    if note := first_run_note(args.device):
+        print(note, file=sys.stderr)
     try:
         generated = generate(
             args.bundle,

@@ -40,6 +40,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     from uq.formats.bundle import open_bundle
     from uq.formats.checkpoint import open_checkpoint
+    from uq.kernels.backends import first_run_note
     from uq.progress import terminal_progress
     from uq.validate.files import HTML_NAME, save_report
     from uq.validate.table import format_report, wants_colour
@@ -62,6 +63,8 @@ def run(args: argparse.Namespace) -> int:
     )
     bundle = open_bundle(args.bundle)
     reference = open_checkpoint(args.reference, revision=args.revision) if args.reference else None
+    if note := first_run_note(args.device):
+        print(note, file=sys.stderr)
     report = validate(bundle, reference, options, terminal_progress())
     if not args.no_save:
         save_report(report, args.bundle)
