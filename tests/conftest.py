@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from itertools import count
@@ -193,6 +194,19 @@ def fresh_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("UQ_CACHE", str(tmp_path_factory.mktemp("cache")))
         yield
+
+
+@pytest.fixture(scope="session")
+def interruptible() -> list[str]:
+    """`uq` for a subprocess that SIGINT reaches, even if the tests run as a background job.
+
+    A shell starts those with SIGINT ignored, and Python leaves it so.
+    """
+    code = (
+        "import signal, sys, uq.cli; signal.signal(signal.SIGINT, signal.default_int_handler); "
+        "sys.exit(uq.cli.main())"
+    )
+    return [sys.executable, "-c", code]
 
 
 @pytest.fixture(scope="session")

@@ -9,7 +9,6 @@ import os
 import shutil
 import signal
 import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -224,10 +223,10 @@ def test_a_disk_that_is_too_small_is_refused_at_once(
 
 
 def test_ctrl_c_stops_with_one_line_and_the_run_can_go_on(
-    tiny_checkpoint: Callable[..., Path], tmp_path: Path
+    tiny_checkpoint: Callable[..., Path], interruptible: list[str], tmp_path: Path
 ) -> None:
     model = tiny_checkpoint(layers=24, hidden=256, ffn=1024)
-    argv = [sys.executable, "-m", "uq", "quantize", str(model), "--method", "rtn", "-o"]
+    argv = [*interruptible, "quantize", str(model), "--method", "rtn", "-o"]
     with subprocess.Popen(
         [*argv, str(tmp_path / "out")], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     ) as process:

@@ -158,8 +158,8 @@ def test_generate_applies_the_chat_template(bundle: Path, output: Output) -> Non
     assert output("generate", bundle, "--chat", "-p", "the time", *options)[0] == by_hand
 
 
-def test_ctrl_c_stops_a_text_between_two_tokens(bundle: Path) -> None:
-    argv = [sys.executable, "-m", "uq", "generate", str(bundle), "-p", "the"]
+def test_ctrl_c_stops_a_text_between_two_tokens(bundle: Path, interruptible: list[str]) -> None:
+    argv = [*interruptible, "generate", str(bundle), "-p", "the"]
     with subprocess.Popen(
         [*argv, "--max-tokens", "100000"], stdout=subprocess.PIPE, stderr=subprocess.PIPE
     ) as process:
@@ -167,7 +167,7 @@ def test_ctrl_c_stops_a_text_between_two_tokens(bundle: Path) -> None:
         assert process.stdout.read(1)
         process.send_signal(signal.SIGINT)
         assert process.stdout.read().endswith(b"\n")
-        assert process.stderr.read() == b"uq: interrupted\n"
+        assert process.stderr.read().endswith(b"uq: interrupted\n")
     assert process.returncode == 130
 
 
