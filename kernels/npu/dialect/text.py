@@ -1,0 +1,78 @@
+"""Pieces of text syntax that several operations share."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+
+from xdsl.dialects.builtin import (
+    DenseIntOrFPElementsAttr,
+    IntegerAttr,
+    MemRefType,
+    StringAttr,
+    SymbolRefAttr,
+    i32,
+)
+from xdsl.ir import Attribute, Block, Operation, Region
+from xdsl.irdl import IRDLOperation
+from xdsl.parser import Parser
+from xdsl.printer import Printer
+
+
+def parse_region(parser: Parser, arguments: Sequence[Parser.Argument] | None = None) -> Region:
+    """A region with at least one block: `{}` stands for an empty one."""
+    region = parser.parse_region(arguments)
+    if not region.blocks:
+        region.add_block(Block())
+    return region
+
+
+def parse_attributes(
+    parser: Parser, operation: type[IRDLOperation], written: Mapping[str, Attribute | None]
+) -> tuple[dict[str, Attribute], dict[str, Attribute]]:
+    """The attribute dictionary, split into properties (with those already `written`) and others."""
+    properties = {name: value for name, value in written.items() if value is not None}
+    attributes = {}
+    known = operation.get_irdl_definition().properties
+    for name, value in parser.parse_optional_attr_dict().items():
+        if name in properties:
+            parser.raise_error(f"{operation.name}: {name} is given twice")
+        (properties if name in known else attributes)[name] = value
+    return properties, attributes
+
+
+def print_attributes(printer: Printer, op: Operation, written: Collection[str] = ()) -> None:
+    """Everything that is not in the custom part of the syntax, as one dictionary."""
+    printer.print_op_attributes(
+        {**op.properties, **op.attributes},
+        reserved_attr_names={*written, "operandSegmentSizes"},
+    )
+
+
+def parse_i32(parser: Parser) -> IntegerAttr:
+    return IntegerAttr(parser.parse_integer(allow_boolean=False), i32)
+
+
+def parse_dense(parser: Parser, kind: Attribute) -> DenseIntOrFPElementsAttr:
+    """`dense<[...]>` without a type of its own: that of the buffer before it holds."""
+    if not isinstance(kind, MemRefType):
+        parser.raise_error("an initial value needs a memref type before it")
+    parser.parse_keyword("dense")
+    return parser.parse_dense_int_or_fp_elements_attr(kind)
+
+
+def print_dense(printer: Printer, value: DenseIntOrFPElementsAttr) -> None:
+    value.print_without_type(printer)
+
+
+def print_region(printer: Printer, region: Region, *, arguments: bool = True) -> None:
+    printer.print_string(" ")
+    printer.print_region(region, print_entry_block_args=arguments, print_empty_block=False)
+
+
+def flat(symbol: SymbolRefAttr | StringAttr) -> str:
+    return symbol.data if isinstance(symbol, StringAttr) else symbol.string_value()
+
+
+def integer(attribute: Attribute | None) -> int | None:
+    """The value of an integer attribute; None where there is none or it is another kind."""
+    return attribute.value.data if isinstance(attribute, IntegerAttr) else None
