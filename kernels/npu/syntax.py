@@ -7,19 +7,20 @@ from dataclasses import dataclass
 from typing import Literal
 
 from xdsl.dialects.builtin import IntegerAttr, ModuleOp, StringAttr, i32
-from xdsl.dialects.func import Call, FuncOp
+from xdsl.dialects.func import CallOp, FuncOp
 from xdsl.ir import Operation
 
 from uq.errors import DesignError
+from uq.kernels.npu.dialect.streams import ShimDmaAllocation
 from uq.kernels.npu.dialect.structure import (
     Core,
     Device,
     LegacyRuntimeSequence,
     RuntimeSequence,
     SequenceOperation,
-    ShimDmaAllocation,
     Tile,
 )
+from uq.kernels.npu.dialect.text import flat
 
 
 @dataclass(frozen=True)
@@ -120,8 +121,8 @@ def _respell_links(device: Device, syntax: Syntax) -> None:
 def called(core: Operation) -> Iterator[str]:
     """Names of the functions that a core calls."""
     for op in core.walk():
-        if isinstance(op, Call):
-            yield op.callee.string_value()
+        if isinstance(op, CallOp):
+            yield flat(op.callee)
 
 
 def _link_functions(core: Core, functions: Mapping[str, FuncOp]) -> None:

@@ -16,10 +16,12 @@ from uq.kernels.npu.dialect.dma import DMA
 from uq.kernels.npu.dialect.fifo import FIFO
 from uq.kernels.npu.dialect.memref import Global
 from uq.kernels.npu.dialect.sequence import SEQUENCE
+from uq.kernels.npu.dialect.streams import STREAMS
 from uq.kernels.npu.dialect.structure import STRUCTURE
+from uq.kernels.npu.dialect.tasks import TASKS
 
-AIE = Dialect("aie", [*STRUCTURE, *FIFO, *DMA], ATTRIBUTES)
-AIEX = Dialect("aiex", SEQUENCE, [])
+AIE = Dialect("aie", [*STRUCTURE, *STREAMS, *FIFO, *DMA], ATTRIBUTES)
+AIEX = Dialect("aiex", [*SEQUENCE, *TASKS], [])
 MEMREF = Dialect(
     "memref",
     [op for op in MemRef.operations if op.name != Global.name] + [Global],

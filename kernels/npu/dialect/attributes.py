@@ -7,7 +7,13 @@ from typing import NamedTuple
 
 from xdsl.dialects.builtin import MemRefType
 from xdsl.dialects.utils.enum_attribute import EnumAttribute
-from xdsl.ir import Data, ParametrizedAttribute, SpacedOpaqueSyntaxAttribute, TypeAttribute
+from xdsl.ir import (
+    Attribute,
+    Data,
+    ParametrizedAttribute,
+    SpacedOpaqueSyntaxAttribute,
+    TypeAttribute,
+)
 from xdsl.irdl import irdl_attr_definition
 from xdsl.parser import AttrParser
 from xdsl.printer import Printer
@@ -181,7 +187,7 @@ def _print_pairs(
     printer.print_string(f"[{', '.join(items)}]")
 
 
-ATTRIBUTES = [
+ATTRIBUTES: list[type[Attribute]] = [
     DirectionAttr,
     PortAttr,
     ActionAttr,

@@ -10,7 +10,7 @@ from xdsl.dialects.builtin import (
     i1,
     i32,
 )
-from xdsl.ir import Attribute
+from xdsl.ir import Attribute, Operation
 from xdsl.irdl import (
     IRDLOperation,
     ParsePropInAttrDict,
@@ -161,7 +161,7 @@ class DmaBd(IRDLOperation):
 
     def _positional(self) -> list[str]:
         """Arguments are written by position up to the first that is missing."""
-        names = []
+        names: list[str] = []
         for name in ("offset", "len", "dimensions", "pad_dimensions"):
             if name not in self.properties:
                 break
@@ -177,4 +177,4 @@ class DmaBdPacket(IRDLOperation):
     assembly_format = "`(` $packet_type `,` $packet_id `)` attr-dict"
 
 
-DMA: list[type[IRDLOperation]] = [DmaStart, NextBd, Dma, DmaBd, DmaBdPacket]
+DMA: list[type[Operation]] = [DmaStart, NextBd, Dma, DmaBd, DmaBdPacket]

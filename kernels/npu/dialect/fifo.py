@@ -16,10 +16,11 @@ from xdsl.dialects.builtin import (
     i32,
     i64,
 )
-from xdsl.ir import Attribute, SSAValue
+from xdsl.ir import Attribute, Operation, SSAValue
 from xdsl.irdl import (
     IRDLOperation,
     ParsePropInAttrDict,
+    base,
     irdl_op_definition,
     operand_def,
     opt_prop_def,
@@ -42,7 +43,6 @@ from uq.kernels.npu.dialect.structure import Device
 from uq.kernels.npu.dialect.text import (
     parse_attributes,
     parse_dense,
-    parse_i32,
     print_attributes,
     print_dense,
 )
@@ -60,7 +60,7 @@ class ObjectFifo(IRDLOperation):
 
     name = "aie.objectfifo"
     sym_name = prop_def(SymbolNameConstraint())
-    depth = prop_def(IntegerAttr | ArrayAttr[IntegerAttr], prop_name="elemNumber")
+    depth = prop_def(base(IntegerAttr) | base(ArrayAttr[IntegerAttr]), prop_name="elemNumber")
     fifo_type = prop_def(ObjectFifoType, prop_name="elemType")
     to_stream = prop_def(DimensionsAttr, prop_name="dimensionsToStream")
     from_stream = prop_def(ArrayAttr[DimensionsAttr], prop_name="dimensionsFromStreamPerConsumer")
@@ -216,4 +216,4 @@ def _print_init(printer: Printer, value: Attribute) -> None:
         print_dense(printer, value)
 
 
-FIFO: list[type[IRDLOperation]] = [ObjectFifo, Link, Acquire, Release, Access]
+FIFO: list[type[Operation]] = [ObjectFifo, Link, Acquire, Release, Access]

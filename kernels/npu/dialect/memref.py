@@ -10,7 +10,7 @@ from xdsl.dialects.builtin import (
     UnitAttr,
 )
 from xdsl.ir import Attribute
-from xdsl.irdl import IRDLOperation, irdl_op_definition, opt_prop_def, prop_def, traits_def
+from xdsl.irdl import IRDLOperation, base, irdl_op_definition, opt_prop_def, prop_def, traits_def
 from xdsl.parser import Parser
 from xdsl.printer import Printer
 from xdsl.traits import SymbolOpInterface
@@ -31,7 +31,7 @@ class Global(IRDLOperation):
     sym_name = prop_def(SymbolNameConstraint())
     sym_visibility = opt_prop_def(StringAttr)
     type = prop_def(MemRefType)
-    initial_value = opt_prop_def(UnitAttr | DenseIntOrFPElementsAttr)
+    initial_value = opt_prop_def(base(UnitAttr) | base(DenseIntOrFPElementsAttr))
     constant = opt_prop_def(UnitAttr)
     traits = traits_def(SymbolOpInterface())
 

@@ -1,4 +1,4 @@
-"""`aiex` operations: what a runtime sequence does to the array, and the tasks it runs there."""
+"""`aiex` operations: what a runtime sequence does to the array, one command each."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from xdsl.dialects.builtin import (
     i32,
     i64,
 )
-from xdsl.ir import Attribute, SSAValue
+from xdsl.ir import Attribute, Operation, SSAValue
 from xdsl.irdl import (
     IRDLOperation,
     ParsePropInAttrDict,
@@ -22,17 +22,13 @@ from xdsl.irdl import (
     operand_def,
     opt_prop_def,
     prop_def,
-    region_def,
-    result_def,
-    traits_def,
     var_operand_def,
 )
 from xdsl.parser import Parser
 from xdsl.printer import Printer
-from xdsl.traits import SingleBlockImplicitTerminator, ensure_terminator
 
 from uq.kernels.npu.dialect.attributes import DirectionAttr, PacketInfoAttr
-from uq.kernels.npu.dialect.structure import End, LegacyRuntimeSequence
+from uq.kernels.npu.dialect.structure import LegacyRuntimeSequence
 from uq.kernels.npu.dialect.text import flat, parse_attributes, parse_i32, print_attributes
 
 NUMBER = IntegerAttr.constr(type=i32)
@@ -236,58 +232,6 @@ class Preempt(IRDLOperation):
     irdl_options = (ParsePropInAttrDict(),)
 
 
-class TaskOperation(IRDLOperation):
-    """A chain of BDs, configured now and started later."""
-
-    issue_token = opt_prop_def(BoolAttr)
-    repeat_count = opt_prop_def(IntegerAttr)
-    body = region_def()
-    result = result_def(IndexType())
-    traits = traits_def(SingleBlockImplicitTerminator(End))
-    irdl_options = (ParsePropInAttrDict(),)
-
-    def __post_init__(self) -> None:
-        if len(self.body.blocks) == 1:
-            ensure_terminator(self, SingleBlockImplicitTerminator(End))
-
-
-@irdl_op_definition
-class ConfigureTask(TaskOperation):
-    name = "aiex.dma_configure_task"
-    tile = operand_def(IndexType())
-    direction = prop_def(DirectionAttr)
-    channel = prop_def(NUMBER)
-    assembly_format = "`(` $tile `,` $direction `,` $channel `)` $body attr-dict"
-
-
-@irdl_op_definition
-class ConfigureTaskFor(TaskOperation):
-    name = "aiex.dma_configure_task_for"
-    alloc = prop_def(SymbolRefAttr)
-    assembly_format = "$alloc $body attr-dict"
-
-
-@irdl_op_definition
-class StartTask(IRDLOperation):
-    name = "aiex.dma_start_task"
-    task = operand_def(IndexType())
-    assembly_format = "`(` $task `)` attr-dict"
-
-
-@irdl_op_definition
-class AwaitTask(IRDLOperation):
-    name = "aiex.dma_await_task"
-    task = operand_def(IndexType())
-    assembly_format = "`(` $task `)` attr-dict"
-
-
-@irdl_op_definition
-class FreeTask(IRDLOperation):
-    name = "aiex.dma_free_task"
-    task = operand_def(IndexType())
-    assembly_format = "`(` $task `)` attr-dict"
-
-
 def _parse_list(parser: Parser, dynamic: list[SSAValue]) -> DenseArrayBase:
     def item() -> int:
         if (operand := parser.parse_optional_unresolved_operand()) is None:
@@ -306,7 +250,7 @@ def _print_value(printer: Printer, value: object, dynamic: Iterator[SSAValue]) -
         printer.print_string(str(value))
 
 
-SEQUENCE: list[type[IRDLOperation]] = [
+SEQUENCE: list[type[Operation]] = [
     MemcpyNd,
     DmaWait,
     Sync,
@@ -319,10 +263,5 @@ SEQUENCE: list[type[IRDLOperation]] = [
     SetLock,
     LoadPdi,
     Preempt,
-    ConfigureTask,
-    ConfigureTaskFor,
-    StartTask,
-    AwaitTask,
-    FreeTask,
     LegacyRuntimeSequence,
 ]

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
+from typing import cast
 
 from xdsl.dialects.builtin import (
     DenseIntOrFPElementsAttr,
     IntegerAttr,
     MemRefType,
-    StringAttr,
     SymbolRefAttr,
     i32,
 )
-from xdsl.ir import Attribute, Block, Operation, Region
+from xdsl.ir import Attribute, Block, Operation, Region, SSAValue
 from xdsl.irdl import IRDLOperation
 from xdsl.parser import Parser
 from xdsl.printer import Printer
@@ -31,7 +31,7 @@ def parse_attributes(
 ) -> tuple[dict[str, Attribute], dict[str, Attribute]]:
     """The attribute dictionary, split into properties (with those already `written`) and others."""
     properties = {name: value for name, value in written.items() if value is not None}
-    attributes = {}
+    attributes: dict[str, Attribute] = {}
     known = operation.get_irdl_definition().properties
     for name, value in parser.parse_optional_attr_dict().items():
         if name in properties:
@@ -69,10 +69,16 @@ def print_region(printer: Printer, region: Region, *, arguments: bool = True) ->
     printer.print_region(region, print_entry_block_args=arguments, print_empty_block=False)
 
 
-def flat(symbol: SymbolRefAttr | StringAttr) -> str:
-    return symbol.data if isinstance(symbol, StringAttr) else symbol.string_value()
+def flat(symbol: SymbolRefAttr) -> str:
+    """The name of a symbol, without its `@`."""
+    return symbol.root_reference.data
 
 
 def integer(attribute: Attribute | None) -> int | None:
     """The value of an integer attribute; None where there is none or it is another kind."""
     return attribute.value.data if isinstance(attribute, IntegerAttr) else None
+
+
+def memref_type(value: SSAValue) -> MemRefType[Attribute]:
+    """The type of an operand that its operation declares as a memref."""
+    return cast("MemRefType[Attribute]", value.type)
