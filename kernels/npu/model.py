@@ -75,7 +75,8 @@ class FifoLink:
         """The tile where all FIFOs meet: all inputs end there and all outputs begin."""
         places = {fifo.producer for fifo in self.outputs}
         shared = places.pop() if len(places) == 1 else None
-        return shared if all(shared in fifo.consumers for fifo in self.inputs) else None
+        met = self.inputs and all(shared in fifo.consumers for fifo in self.inputs)
+        return shared if met else None
 
     @property
     def parts(self) -> int:
@@ -227,7 +228,8 @@ def _fifo(op: ObjectFifo) -> Fifo:
         name=op.sym_name.data,
         producer=place_of(op.producer),
         consumers=tuple(place_of(tile) for tile in op.consumers),
-        depths=tuple(depth.value.data for depth in depths if isinstance(depth, IntegerAttr)),
+        depths=tuple(depth.value.data for depth in depths if isinstance(depth, IntegerAttr))
+        or (0,),
         element=op.fifo_type.element,
     )
 

@@ -12,6 +12,7 @@ from xdsl.context import Context
 from xdsl.dialects.builtin import ModuleOp
 from xdsl.ir import Operation
 from xdsl.parser import Parser
+from xdsl.parser.core import ForwardDeclaredValue
 from xdsl.printer import Printer
 from xdsl.utils.exceptions import DiagnosticException, ParseError
 
@@ -63,6 +64,9 @@ def parse_design(text: str, name: str = "design") -> Source:
         line, column = _position(text, parser.pos if parser else 0)
         raise DesignError(f"{name}:{line}:{column}: {_one_line(str(error))}") from None
     starts = _line_starts(text)
+    for op, start in parser.starts.items():
+        if any(isinstance(operand, ForwardDeclaredValue) for operand in op.operands):
+            raise DesignError(f"{name}:{starts(start)}: {op.name} uses a value that is not defined")
     return Source(name, module, {op: starts(start) for op, start in parser.starts.items()})
 
 

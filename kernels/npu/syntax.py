@@ -32,18 +32,20 @@ class Syntax:
         four_columns: the name of the NPU of Phoenix and Hawk Point, with 4 columns.
         allocation: a shim channel is named by its tile or by its column.
         link_with: the object file of a kernel stands on the core or on the function.
+        device_names: a device may have a name; it is dropped where there is none.
     """
 
     sequence: type[SequenceOperation]
     four_columns: Literal["npu1", "npu1_4col"]
     allocation: Literal["tile", "column"]
     link_with: Literal["core", "function"]
+    device_names: bool
 
 
 SYNTAXES: Mapping[str, Syntax] = {
-    "1.0": Syntax(LegacyRuntimeSequence, "npu1_4col", "column", "core"),
-    "1.1": Syntax(LegacyRuntimeSequence, "npu1", "column", "core"),
-    "2026": Syntax(RuntimeSequence, "npu1", "tile", "function"),
+    "1.0": Syntax(LegacyRuntimeSequence, "npu1_4col", "column", "core", False),
+    "1.1": Syntax(LegacyRuntimeSequence, "npu1", "column", "core", False),
+    "2026": Syntax(RuntimeSequence, "npu1", "tile", "function", True),
 }
 FOUR_COLUMNS = ("npu1", "npu1_4col")
 
@@ -58,6 +60,8 @@ def to_syntax(module: ModuleOp, syntax: Syntax) -> ModuleOp:
     for device in [op for op in copy.walk() if isinstance(op, Device)]:
         if device.device.data in FOUR_COLUMNS:
             device.device = StringAttr(syntax.four_columns)
+        if not syntax.device_names:
+            device.properties.pop("sym_name", None)
         for op in list(device.body.block.ops):
             if isinstance(op, SequenceOperation):
                 _respell_sequence(op, syntax)

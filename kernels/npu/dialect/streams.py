@@ -21,11 +21,10 @@ from xdsl.traits import (
     HasParent,
     SingleBlockImplicitTerminator,
     SymbolOpInterface,
-    ensure_terminator,
 )
 
 from uq.kernels.npu.dialect.attributes import BundleAttr, DirectionAttr
-from uq.kernels.npu.dialect.structure import End
+from uq.kernels.npu.dialect.structure import End, close_region
 from uq.kernels.npu.dialect.text import parse_attributes, parse_i32, print_attributes
 
 CHANNEL = IntegerAttr.constr(type=i32)
@@ -60,7 +59,7 @@ class PacketFlow(IRDLOperation):
     irdl_options = (ParsePropInAttrDict(),)
 
     def __post_init__(self) -> None:
-        ensure_terminator(self, SingleBlockImplicitTerminator(End))
+        close_region(self, self.ports)
 
 
 @irdl_op_definition

@@ -13,7 +13,7 @@ from xdsl.dialects.builtin import (
     SymbolNameConstraint,
     i32,
 )
-from xdsl.ir import Operation
+from xdsl.ir import Operation, Region
 from xdsl.irdl import (
     IRDLOperation,
     ParsePropInAttrDict,
@@ -32,7 +32,9 @@ from xdsl.traits import (
     IsTerminator,
     NoTerminator,
     OptionalSymbolOpInterface,
+    SingleBlockImplicitTerminator,
     SymbolTable,
+    ensure_terminator,
 )
 
 from uq.kernels.npu.dialect.attributes import (
@@ -56,6 +58,12 @@ class End(IRDLOperation):
     name = "aie.end"
     traits = traits_def(IsTerminator())
     assembly_format = "attr-dict"
+
+
+def close_region(op: Operation, region: Region) -> None:
+    """Add the `aie.end` that the text may leave out. A copy is made with empty regions first."""
+    if len(region.blocks) == 1 and region.block.ops:
+        ensure_terminator(op, SingleBlockImplicitTerminator(End))
 
 
 @irdl_op_definition

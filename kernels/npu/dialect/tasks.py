@@ -15,10 +15,10 @@ from xdsl.irdl import (
     result_def,
     traits_def,
 )
-from xdsl.traits import SingleBlockImplicitTerminator, ensure_terminator
+from xdsl.traits import SingleBlockImplicitTerminator
 
 from uq.kernels.npu.dialect.attributes import DirectionAttr
-from uq.kernels.npu.dialect.structure import End
+from uq.kernels.npu.dialect.structure import End, close_region
 
 NUMBER = IntegerAttr.constr(type=i32)
 
@@ -34,8 +34,7 @@ class TaskOperation(IRDLOperation):
     irdl_options = (ParsePropInAttrDict(),)
 
     def __post_init__(self) -> None:
-        if len(self.body.blocks) == 1:
-            ensure_terminator(self, SingleBlockImplicitTerminator(End))
+        close_region(self, self.body)
 
 
 @irdl_op_definition

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 from xdsl.dialects.func import CallOp
-from xdsl.ir import Operation
+from xdsl.ir import Block, Operation
 from xdsl.utils.exceptions import VerifyException
 
 from uq.errors import DesignError
@@ -86,7 +86,12 @@ def _verify(source: Source, op: Device, name: str, reserved: int) -> Report:
 
 def _broken(source: Source, device: Device) -> Iterator[Finding]:
     """Operations that are not what their definition says. Calls have rules of their own."""
+    seen: set[Operation | Block] = set()
     for op in device.walk():
+        seen.update((op, *(block for region in op.regions for block in region.blocks)))
+        if any(operand.owner not in seen for operand in op.operands):
+            message = f"{op.name} uses a value before its definition"
+            yield Finding(_line(source, op), *_id(IR_RULE), message, AIE_VERIFIER)
         if isinstance(op, CallOp):
             continue
         try:
