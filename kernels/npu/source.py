@@ -3,13 +3,21 @@
 from __future__ import annotations
 
 import io
+import re
 from bisect import bisect_right
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from xdsl.context import Context
-from xdsl.dialects.builtin import ModuleOp
+from xdsl.dialects.builtin import (
+    AnyFloat,
+    ComplexType,
+    IndexType,
+    IntegerType,
+    ModuleOp,
+    RankedStructure,
+)
 from xdsl.ir import Operation
 from xdsl.parser import Parser
 from xdsl.parser.core import ForwardDeclaredValue
@@ -18,7 +26,11 @@ from xdsl.utils.exceptions import DiagnosticException, ParseError
 
 from uq.errors import DesignError
 from uq.kernels.npu.dialect import npu_context
+from uq.kernels.npu.dialect.text import check_dense
 
+DenseType = RankedStructure[IntegerType | IndexType | AnyFloat | ComplexType]
+# Comments and well-formed strings; a quote outside of them never ends.
+CLOSED = re.compile(r'//.*|"(?:[^"\\\v\f]|\\(?:["nt\\]|[0-9A-Fa-f]{2}))*"')
 MAX_BYTES = 64 << 20  # designs are generated; the largest known has 0.1 MB
 
 
@@ -35,12 +47,25 @@ class _LocatingParser(Parser):
     def __init__(self, context: Context, text: str, name: str) -> None:
         super().__init__(context, text, name)
         self.starts: dict[Operation, int] = {}
+        self.start = self._current_token.span
+
+    def _parse_dense_literal_type(self) -> DenseType:
+        kind = super()._parse_dense_literal_type()
+        check_dense(self, kind)
+        return kind
 
     def parse_operation(self) -> Operation:
-        start = self._current_token.span.start
+        self.start = self._current_token.span
+        start = self.start.start
         op = super().parse_operation()
         self.starts[op] = start
         return op
+
+    def _get_op_by_name(self, name: str) -> type[Operation]:
+        stack = self._parser_state.dialect_stack
+        if (known := self.ctx.get_optional_op(name, dialect_stack=stack)) is None:
+            self.raise_error(f"unknown operation {name}", at_position=self.start)
+        return known
 
 
 def parse_design(text: str, name: str = "design") -> Source:
@@ -51,6 +76,7 @@ def parse_design(text: str, name: str = "design") -> Source:
     """
     if len(text) > MAX_BYTES:
         raise DesignError(f"{name}: {len(text)} characters; a design has at most {MAX_BYTES}")
+    _refuse_open_strings(text, name)
     parser = None
     try:
         parser = _LocatingParser(npu_context(), text, name)
@@ -87,6 +113,13 @@ def print_design(module: Operation) -> str:
     stream = io.StringIO()
     Printer(stream).print_op(module)
     return stream.getvalue() + "\n"
+
+
+def _refuse_open_strings(text: str, name: str) -> None:
+    """The lexer of xDSL takes exponential time over a string that does not end."""
+    for number, line in enumerate(text.split("\n"), start=1):
+        if '"' in CLOSED.sub("", line):
+            raise DesignError(f"{name}:{number}: a string that does not end, or a wrong escape")
 
 
 def _position(text: str, offset: int) -> tuple[int, int]:

@@ -191,7 +191,7 @@ class Access(IRDLOperation):
 
 
 def _parse_end(parser: Parser, keyword: str) -> tuple[SSAValue, DimensionsAttr]:
-    tile = parser.parse_operand()
+    tile = parser.parse_operand(IndexType())
     if parser.parse_optional_keyword(keyword) is None:
         return tile, DimensionsAttr(())
     return tile, DimensionsAttr(DimensionsAttr.parse_parameter(parser))

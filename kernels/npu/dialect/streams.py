@@ -107,7 +107,7 @@ class ShimDmaAllocation(IRDLOperation):
     def parse(cls, parser: Parser) -> ShimDmaAllocation:
         written: dict[str, Attribute | None] = {"sym_name": parser.parse_symbol_name()}
         with parser.in_parens():
-            if (tile := parser.parse_optional_operand()) is not None:
+            if (tile := parser.parse_optional_operand(IndexType())) is not None:
                 parser.parse_punctuation(",")
             written["channel_dir"] = DirectionAttr(DirectionAttr.parse_parameter(parser))
             parser.parse_punctuation(",")

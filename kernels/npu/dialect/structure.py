@@ -116,7 +116,7 @@ class TileRegion(IRDLOperation):
     @classmethod
     def parse(cls, parser: Parser) -> TileRegion:
         with parser.in_parens():
-            tile = parser.parse_operand()
+            tile = parser.parse_operand(IndexType())
         body = parse_region(parser)
         properties, attributes = parse_attributes(parser, cls, {})
         return cls.create(
@@ -174,7 +174,7 @@ class Buffer(IRDLOperation):
     @classmethod
     def parse(cls, parser: Parser) -> Buffer:
         with parser.in_parens():
-            tile = parser.parse_operand()
+            tile = parser.parse_operand(IndexType())
         properties, attributes = parse_attributes(parser, cls, {})
         parser.parse_punctuation(":")
         kind = parser.parse_type()

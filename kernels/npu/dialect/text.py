@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
+from math import prod
 from typing import cast
 
 from xdsl.dialects.builtin import (
     DenseIntOrFPElementsAttr,
     IntegerAttr,
     MemRefType,
+    ShapedType,
     SymbolRefAttr,
     i32,
 )
 from xdsl.ir import Attribute, Block, Operation, Region, SSAValue
 from xdsl.irdl import IRDLOperation
-from xdsl.parser import Parser
+from xdsl.parser import AttrParser, Parser
 from xdsl.printer import Printer
+
+MAX_DENSE = 1 << 24
 
 
 def parse_region(parser: Parser, arguments: Sequence[Parser.Argument] | None = None) -> Region:
@@ -56,8 +60,15 @@ def parse_dense(parser: Parser, kind: Attribute) -> DenseIntOrFPElementsAttr:
     """`dense<[...]>` without a type of its own: that of the buffer before it holds."""
     if not isinstance(kind, MemRefType):
         parser.raise_error("an initial value needs a memref type before it")
+    check_dense(parser, kind)
     parser.parse_keyword("dense")
     return parser.parse_dense_int_or_fp_elements_attr(kind)
+
+
+def check_dense(parser: AttrParser, kind: ShapedType) -> None:
+    """A splat is as long as its type says: refuse what would fill the memory."""
+    if prod(kind.get_shape()) > MAX_DENSE:
+        parser.raise_error(f"a dense value of more than {MAX_DENSE} elements")
 
 
 def print_dense(printer: Printer, value: DenseIntOrFPElementsAttr) -> None:
