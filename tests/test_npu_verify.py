@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -224,3 +226,13 @@ def test_command_line_refuses_what_is_no_design(
     path.write_text("module {")
     assert main(["npu", "verify", str(path)]) == 1
     assert capsys.readouterr().err.startswith(f"uq: {path}:1:")
+
+
+def test_command_line_without_xdsl_says_what_to_install() -> None:
+    run = "import sys; sys.modules['xdsl'] = None; from uq.cli import main; sys.exit(main())"
+    command = [sys.executable, "-c", run, "npu", "verify", str(PASS)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert done.stderr == (
+        "uq: uq npu needs the package xdsl; run: pip install 'unicorn-quant[npu]'\n"
+    )

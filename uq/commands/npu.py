@@ -50,7 +50,7 @@ def run_verify(args: argparse.Namespace) -> int:
         from uq.kernels.npu.source import read_design
         from uq.kernels.npu.verify import verify
     except ModuleNotFoundError as error:
-        if error.name != "xdsl":
+        if (error.name or "").partition(".")[0] != "xdsl":
             raise
         advice = "run: pip install 'unicorn-quant[npu]'"
         raise ToolMissing(f"uq npu needs the package xdsl; {advice}") from None
