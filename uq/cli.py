@@ -20,7 +20,7 @@ from types import FrameType
 from typing import NoReturn
 
 from uq import __version__
-from uq.commands import doctor, generate, inspect, quantize, validate
+from uq.commands import doctor, generate, inspect, npu, quantize, validate
 from uq.errors import UqError, UsageError
 
 COMMANDS = {
@@ -28,6 +28,7 @@ COMMANDS = {
     "validate": (validate, "compare a bundle with its float32 reference"),
     "generate": (generate, "continue a text with a bundle"),
     "inspect": (inspect, "show what is in a checkpoint or a bundle"),
+    "npu": (npu, "check designs for the NPU"),
     "doctor": (doctor, "show what this machine offers"),
 }
 DEFECT, INTERRUPTED, PIPE_CLOSED = 70, 130, 141

@@ -4,6 +4,7 @@ UqError
 ├── UsageError        the command or an argument; the message names the allowed values
 ├── CheckpointError   the source model: file, tensor, what was expected
 ├── BundleError       the bundle: file, field, what was expected
+├── DesignError       an NPU design: file, line, what is wrong there
 ├── DeviceError       a device, a driver or a disk: what was tried, how to get further
 ├── ToolMissing       an optional package or tool: the exact command that installs it
 ├── HubError          token, licence, name, network: with the URL to open
@@ -29,6 +30,10 @@ class CheckpointError(UqError):
 
 class BundleError(UqError):
     """The bundle is broken, incomplete or newer than this version understands."""
+
+
+class DesignError(UqError):
+    """A design for the NPU is not valid MLIR, or it does not say what it must say."""
 
 
 class DeviceError(UqError):

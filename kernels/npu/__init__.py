@@ -1,0 +1,1 @@
+"""Designs for the NPU in the dialects of mlir-aie: read, print and verify them."""

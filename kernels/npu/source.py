@@ -1,0 +1,137 @@
+"""Read and write designs as text; every fault of the text is one line with its place."""
+
+from __future__ import annotations
+
+import io
+import re
+from bisect import bisect_right
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from xdsl.context import Context
+from xdsl.dialects.builtin import (
+    AnyFloat,
+    ComplexType,
+    IndexType,
+    IntegerType,
+    ModuleOp,
+    RankedStructure,
+)
+from xdsl.ir import Operation
+from xdsl.parser import Parser
+from xdsl.parser.core import ForwardDeclaredValue
+from xdsl.printer import Printer
+from xdsl.utils.exceptions import DiagnosticException, ParseError
+
+from uq.errors import DesignError
+from uq.kernels.npu.dialect import npu_context
+from uq.kernels.npu.dialect.text import check_dense
+
+DenseType = RankedStructure[IntegerType | IndexType | AnyFloat | ComplexType]
+# Comments and well-formed strings; a quote outside of them never ends.
+CLOSED = re.compile(r'//.*|"(?:[^"\\\v\f]|\\(?:["nt\\]|[0-9A-Fa-f]{2}))*"')
+MAX_BYTES = 64 << 20  # designs are generated; the largest known has 0.1 MB
+
+
+@dataclass(frozen=True)
+class Source:
+    """A parsed design and the line on which each of its operations begins."""
+
+    name: str
+    module: ModuleOp
+    lines: Mapping[Operation, int]
+
+
+class _LocatingParser(Parser):
+    def __init__(self, context: Context, text: str, name: str) -> None:
+        super().__init__(context, text, name)
+        self.starts: dict[Operation, int] = {}
+        self.start = self._current_token.span
+
+    def _parse_dense_literal_type(self) -> DenseType:
+        kind = super()._parse_dense_literal_type()
+        check_dense(self, kind)
+        return kind
+
+    def parse_operation(self) -> Operation:
+        self.start = self._current_token.span
+        start = self.start.start
+        op = super().parse_operation()
+        self.starts[op] = start
+        return op
+
+    def _get_op_by_name(self, name: str) -> type[Operation]:
+        stack = self._parser_state.dialect_stack
+        if (known := self.ctx.get_optional_op(name, dialect_stack=stack)) is None:
+            self.raise_error(f"unknown operation {name}", at_position=self.start)
+        return known
+
+
+def parse_design(text: str, name: str = "design") -> Source:
+    """Parse MLIR text.
+
+    Raises:
+        DesignError: with `name:line:column` and what was found there.
+    """
+    if len(text) > MAX_BYTES:
+        raise DesignError(f"{name}: {len(text)} characters; a design has at most {MAX_BYTES}")
+    _refuse_open_strings(text, name)
+    parser = None
+    try:
+        parser = _LocatingParser(npu_context(), text, name)
+        module = parser.parse_module()
+    except ParseError as error:
+        line, column = _position(text, error.span.start)
+        raise DesignError(f"{name}:{line}:{column}: {_one_line(error.msg)}") from None
+    except RecursionError:
+        raise DesignError(f"{name}: nested too deeply to be a design") from None
+    except (DiagnosticException, ValueError, OverflowError) as error:
+        line, column = _position(text, parser.pos if parser else 0)
+        raise DesignError(f"{name}:{line}:{column}: {_one_line(str(error))}") from None
+    starts = _line_starts(text)
+    for op, start in parser.starts.items():
+        if any(isinstance(operand, ForwardDeclaredValue) for operand in op.operands):
+            raise DesignError(f"{name}:{starts(start)}: {op.name} uses a value that is not defined")
+    return Source(name, module, {op: starts(start) for op, start in parser.starts.items()})
+
+
+def read_design(path: Path) -> Source:
+    """Parse a file.
+
+    Raises:
+        DesignError: the file is not UTF-8 text or not a design.
+        OSError: the file cannot be read.
+    """
+    try:
+        return parse_design(path.read_text(encoding="utf-8"), str(path))
+    except UnicodeDecodeError as error:
+        raise DesignError(f"{path}: byte {error.start} is not UTF-8 text") from None
+
+
+def print_design(module: Operation) -> str:
+    stream = io.StringIO()
+    Printer(stream).print_op(module)
+    return stream.getvalue() + "\n"
+
+
+def _refuse_open_strings(text: str, name: str) -> None:
+    """The lexer of xDSL takes exponential time over a string that does not end."""
+    for number, line in enumerate(text.split("\n"), start=1):
+        if '"' in CLOSED.sub("", line):
+            raise DesignError(f"{name}:{number}: a string that does not end, or a wrong escape")
+
+
+def _position(text: str, offset: int) -> tuple[int, int]:
+    """Line and column, from 1."""
+    before = text[:offset]
+    return before.count("\n") + 1, offset - (before.rfind("\n") + 1) + 1
+
+
+def _line_starts(text: str) -> Callable[[int], int]:
+    breaks = [place for place, character in enumerate(text) if character == "\n"]
+    return lambda offset: bisect_right(breaks, offset) + 1
+
+
+def _one_line(message: str) -> str:
+    return " ".join(message.split())[:300]

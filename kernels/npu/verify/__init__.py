@@ -1,0 +1,113 @@
+"""The hardware verifier: rules over a design, and what it finds."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+from xdsl.dialects.func import CallOp
+from xdsl.ir import Block, Operation
+from xdsl.utils.exceptions import VerifyException
+
+from uq.errors import DesignError
+from uq.kernels.npu.dialect.structure import Device
+from uq.kernels.npu.model import gather
+from uq.kernels.npu.resources import Usage, usage
+from uq.kernels.npu.source import Source
+from uq.kernels.npu.target import COLUMNS, Place, Target
+from uq.kernels.npu.verify import (
+    commands,
+    cores,
+    descriptors,
+    fifos,
+    sequences,
+    streams,
+    tiles,
+)
+from uq.kernels.npu.verify.rule import AIE_VERIFIER, TARGET_MODEL, Finding, Rule, Severity
+
+RULES: tuple[Rule, ...] = tuple(
+    rule
+    for module in (tiles, streams, descriptors, fifos, cores, sequences, commands)
+    for rule in module.RULES
+)
+# Two rules come before the others: without them there is nothing to gather.
+IR_RULE = ("ir.operation", "An operation has the operands, attributes and parents it needs.")
+DEVICE_RULE = ("device.name", "The device is an NPU, or a part of one.")
+
+
+@dataclass(frozen=True)
+class Report:
+    """What `verify` found in one device, errors and warnings in the order of the lines."""
+
+    device: str
+    findings: tuple[Finding, ...]
+    usage: Mapping[Place, Usage]
+
+    @property
+    def accepted(self) -> bool:
+        return not any(finding.severity == "error" for finding in self.findings)
+
+
+def verify(source: Source, *, device: str | None = None, reserved: int = 0) -> list[Report]:
+    """Check every device of a design.
+
+    Args:
+        device: checks for this device in place of the one that the design names.
+        reserved: bytes of every core that tables and constants of its kernels take.
+
+    Raises:
+        DesignError: there is no aie.device, or no device of that name.
+    """
+    if device is not None and device not in COLUMNS:
+        raise DesignError(f"unknown device {device}; use {', '.join(COLUMNS)}")
+    devices = [op for op in source.module.walk() if isinstance(op, Device)]
+    if not devices:
+        raise DesignError(f"{source.name}: there is no aie.device in it")
+    return [_verify(source, op, device or op.device.data, reserved) for op in devices]
+
+
+def _verify(source: Source, op: Device, name: str, reserved: int) -> Report:
+    if broken := list(_broken(source, op)):
+        return Report(name, tuple(broken), {})
+    if name not in COLUMNS:
+        message = f"{name} is not an NPU; use {', '.join(COLUMNS)}"
+        return Report(
+            name, (Finding(source.lines[op], *_id(DEVICE_RULE), message, TARGET_MODEL),), {}
+        )
+    design = gather(op, Target(name, COLUMNS[name]), reserved=reserved)
+    findings = [
+        Finding(source.lines[problem.op], rule.id, rule.severity, problem.message, rule.source)
+        for rule in RULES
+        for problem in rule.check(design)
+    ]
+    return Report(name, tuple(sorted(findings, key=lambda f: f.line)), usage(design))
+
+
+def _broken(source: Source, device: Device) -> Iterator[Finding]:
+    """Operations that are not what their definition says. Calls have rules of their own."""
+    seen: set[Operation | Block] = set()
+    for op in device.walk():
+        seen.update((op, *(block for region in op.regions for block in region.blocks)))
+        if any(operand.owner not in seen for operand in op.operands):
+            message = f"{op.name} uses a value before its definition"
+            yield Finding(_line(source, op), *_id(IR_RULE), message, AIE_VERIFIER)
+        if isinstance(op, CallOp):
+            continue
+        try:
+            op.verify(verify_nested_ops=False)
+        except VerifyException as error:
+            message = f"{op.name}: {' '.join(str(error).split())}"[:300]
+            yield Finding(_line(source, op), *_id(IR_RULE), message, AIE_VERIFIER)
+
+
+def _line(source: Source, op: Operation) -> int:
+    """Its line; that of its parent for a terminator that the text leaves out."""
+    parent: Operation | None = op
+    while parent is not None and parent not in source.lines:
+        parent = parent.parent_op()
+    return source.lines[parent] if parent is not None else 1
+
+
+def _id(rule: tuple[str, str]) -> tuple[str, Severity]:
+    return rule[0], "error"
