@@ -19,7 +19,7 @@ from uq.formats.config import GemmaConfig
 from uq.kernels.attention import KVCache, attend, rope_tables
 from uq.kernels.elementwise import gelu_product, rms_norm_rows, rotate
 from uq.kernels.sampling import sample
-from uq.kernels.session import Device, Sampling
+from uq.kernels.session import Device, Sampling, check_room, check_tokens
 
 Array = NDArray[np.float32]
 Weights = Mapping[str, Array]
@@ -192,7 +192,7 @@ class ReferenceSession:
         return self._cache.position
 
     def score(self, tokens: NDArray[np.int32]) -> Array:
-        self._check(tokens)
+        check_tokens(tokens, self.config.vocab_size)
         hidden = embed(self.config, self._weights.embedding(tokens))
         step = max(1, TOKEN_BLOCK // tokens.shape[1])
         for layer in range(self.config.num_layers):
@@ -215,13 +215,8 @@ class ReferenceSession:
 
     def prefill(self, tokens: Sequence[int]) -> None:
         ids = np.asarray(tokens, np.int32).reshape(1, -1)
-        self._check(ids)
-        room = self.max_context - self.position
-        if ids.size > room:
-            raise UsageError(
-                f"{ids.size} tokens do not fit behind {self.position} in a context of "
-                f"{self.max_context}; shorten the text or raise the maximum context"
-            )
+        check_tokens(ids, self.config.vocab_size)
+        check_room(ids.size, self.position, self.max_context)
         hidden = embed(self.config, self._weights.embedding(ids))
         for layer in range(self.config.num_layers):
             weights = self._weights.layer(layer)
@@ -246,13 +241,3 @@ class ReferenceSession:
         starts = range(0, vocab, VOCAB_BLOCK)
         blocks = [self.logits(hidden, i, min(i + VOCAB_BLOCK, vocab))[0] for i in starts]
         return np.concatenate(blocks)
-
-    def _check(self, tokens: NDArray[np.int32]) -> None:
-        if tokens.size == 0:
-            raise UsageError("there are no tokens to run; give at least one")
-        outside = tokens[(tokens < 0) | (tokens >= self.config.vocab_size)]
-        if outside.size:
-            raise UsageError(
-                f"token {outside[0]} is not in the vocabulary of {self.config.vocab_size}; "
-                "use the model's own tokenizer"
-            )

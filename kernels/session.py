@@ -9,6 +9,7 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from uq.errors import UsageError
 from uq.formats.config import GemmaConfig
 
 
@@ -103,3 +104,32 @@ class Session(Protocol):
         End-of-sequence tokens are yielded like any other: stopping is the caller's decision.
         """
         ...
+
+
+def check_tokens(tokens: NDArray[np.int32], vocab_size: int) -> None:
+    """Refuse what no session can run.
+
+    Raises:
+        UsageError: there is no token, or one is not in the vocabulary.
+    """
+    if tokens.size == 0:
+        raise UsageError("there are no tokens to run; give at least one")
+    outside = tokens[(tokens < 0) | (tokens >= vocab_size)]
+    if outside.size:
+        raise UsageError(
+            f"token {outside[0]} is not in the vocabulary of {vocab_size}; "
+            "use the model's own tokenizer"
+        )
+
+
+def check_room(count: int, position: int, max_context: int) -> None:
+    """Refuse to grow a context past its end.
+
+    Raises:
+        UsageError: `count` more tokens do not fit behind `position`.
+    """
+    if count > max_context - position:
+        raise UsageError(
+            f"{count} tokens do not fit behind {position} in a context of {max_context}; "
+            "shorten the text or raise the maximum context"
+        )

@@ -36,7 +36,7 @@ from uq.kernels.cpu.layout import Linear, WeightSource
 from uq.kernels.cpu.llvm import features
 from uq.kernels.cpu.model import Array, Layer, Work, load, workspace
 from uq.kernels.sampling import sample
-from uq.kernels.session import Device, Sampling
+from uq.kernels.session import Device, Sampling, check_room, check_tokens
 
 BLOCK = 512  # tokens that run through the layers together
 
@@ -126,12 +126,7 @@ class CpuSession:
     def prefill(self, tokens: Sequence[int]) -> None:
         ids = np.asarray(tokens, np.int32)
         self._begin(ids)
-        room = self.max_context - self.position
-        if ids.size > room:
-            raise UsageError(
-                f"{ids.size} tokens do not fit behind {self.position} in a context of "
-                f"{self.max_context}; shorten the text or raise the maximum context"
-            )
+        check_room(ids.size, self.position, self.max_context)
         for first in range(0, ids.size, self._block):
             work = self._forward(ids[first : first + self._block], self.cache)
         tokens_in_block = len(work.hidden)
@@ -212,14 +207,7 @@ class CpuSession:
     def _begin(self, tokens: NDArray[np.int32]) -> None:
         """Claim the threads; refuse token ids that do not exist."""
         numba.set_num_threads(self._threads)
-        if tokens.size == 0:
-            raise UsageError("there are no tokens to run; give at least one")
-        outside = tokens[(tokens < 0) | (tokens >= self.config.vocab_size)]
-        if outside.size:
-            raise UsageError(
-                f"token {outside[0]} is not in the vocabulary of {self.config.vocab_size}; "
-                "use the model's own tokenizer"
-            )
+        check_tokens(tokens, self.config.vocab_size)
 
 
 def _checked_threads(threads: int | None) -> int:
