@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from enum import IntEnum
 
-from uq.formats.xdna.records import Record, U32, Window, inverted_sum, pack_words
+from uq.formats.xdna.records import U32, Record, Window, inverted_sum, pack_words
 
 MAGIC = 0x004F4443  # "CDO"
 VERSION = 0x0200
@@ -126,11 +126,11 @@ def read_cdo(window: Window) -> tuple[Cdo, int]:
     window.expect("magic", 4, header.magic, MAGIC)
     window.expect("version", 8, header.version, VERSION)
     window.expect("checksum", 16, header.checksum, inverted_sum(window.data[:16]))
-    body = window.part(Header.size(), 4 * header.length, "commands")
+    body = window.part(Header.nbytes(), 4 * header.length, "commands")
     cdo = Cdo(bytes(body.data))
     for _ in cdo.commands(body.where):
         pass
-    return cdo, Header.size() + len(cdo.body)
+    return cdo, Header.nbytes() + len(cdo.body)
 
 
 def _command(window: Window, offset: int) -> tuple[Command, int]:

@@ -8,7 +8,9 @@ from dataclasses import dataclass
 from enum import IntEnum
 from typing import Annotated, TypeVar
 
-from uq.formats.xdna.records import U16, U32, U64, Record, Window, pad
+from uq.formats.xdna.records import U32, U64, Record, Window, pack_numbers, pad
+
+R = TypeVar("R", bound=Record)
 
 ALIGNMENT = 8
 PRE_CDO_CODE = "Q"  # the C header says u32; xclbinutil writes 64 bits
@@ -118,4 +120,109 @@ class AiePartition:
             pdi_offset=pdis,
             kernel_commit_id=commit,
         )
-        return head.pack() + heap.data
+        return head.pack() + bytes(heap.data)
+
+
+def parse_partition(window: Window) -> AiePartition:
+    """The section in `window`.
+
+    Raises:
+        BundleError: an item lies outside, or the items together are larger than the section.
+    """
+    head = window.record(Head, 0, "head")
+    items = _Items(window)
+    pdis = items.records(PdiHead, head.pdi_count, head.pdi_offset, "PDIs")
+    return AiePartition(
+        column_width=head.column_width,
+        start_columns=items.numbers("H", head.start_count, head.start_offset, "start columns"),
+        pdis=tuple(_read_pdi(items, pdi, f"PDI {i}") for i, pdi in enumerate(pdis)),
+        name=items.text(head.name, "name"),
+        kernel_commit_id=items.text(head.kernel_commit_id, "kernel commit id"),
+        schema=head.schema,
+        operations_per_cycle=head.operations_per_cycle,
+        inference_fingerprint=head.inference_fingerprint,
+        pre_post_fingerprint=head.pre_post_fingerprint,
+    )
+
+
+class _Heap:
+    """What follows the head, written item by item."""
+
+    def __init__(self) -> None:
+        self.data = bytearray()
+
+    def put(self, item: bytes) -> int:
+        """The offset of `item` in the section."""
+        offset = Head.nbytes() + len(self.data)
+        self.data += pad(item, ALIGNMENT)
+        return offset
+
+    def text(self, text: str) -> int:
+        return self.put(text.encode() + b"\0")
+
+    def numbers(self, code: str, values: Sequence[int]) -> int:
+        return self.put(pack_numbers(code, values))
+
+
+def _pack_pdi(heap: _Heap, pdi: PdiEntry) -> bytes:
+    image = heap.put(pdi.image)
+    groups = heap.put(b"".join([_pack_group(heap, group) for group in pdi.groups]))
+    return PdiHead(pdi.uuid, len(pdi.image), image, len(pdi.groups), groups).pack()
+
+
+def _pack_group(heap: _Heap, group: Group) -> bytes:
+    return GroupHead(
+        name=heap.text(group.name),
+        type=group.type,
+        pdi_id=group.pdi_id,
+        kernel_count=len(group.kernel_ids),
+        kernel_offset=heap.numbers("Q", group.kernel_ids),
+        pre_count=len(group.pre_groups),
+        pre_offset=heap.numbers(PRE_CDO_CODE, group.pre_groups),
+    ).pack()
+
+
+class _Items:
+    """Reads the items of a section. An honest section stores each once, so that all of them
+    together are no larger than it; more is refused before it is copied."""
+
+    def __init__(self, window: Window) -> None:
+        self.window = window
+        self.left = len(window.data)
+
+    def take(self, size: int, offset: int, what: str) -> memoryview:
+        data = self.window.take(offset, size, what)
+        self.left -= size
+        if self.left < 0:
+            self.window.refuse(what, offset, f"{size} bytes were read before as something else")
+        return data
+
+    def records(self, kind: type[R], count: int, offset: int, what: str) -> tuple[R, ...]:
+        if count == 0:
+            return ()
+        self.take(count * kind.nbytes(), offset, what)
+        return self.window.records(kind, offset, count, what)
+
+    def numbers(self, code: str, count: int, offset: int, what: str) -> tuple[int, ...]:
+        if count == 0:
+            return ()
+        data = self.take(count * struct.calcsize(code), offset, what)
+        return struct.unpack(f"<{count}{code}", data)
+
+    def text(self, offset: int, what: str) -> str:
+        text = self.window.text(offset, what)
+        self.take(len(text.encode()), offset, what)
+        return text
+
+
+def _read_pdi(items: _Items, head: PdiHead, what: str) -> PdiEntry:
+    image = bytes(items.take(head.image_size, head.image_offset, f"{what} image"))
+    groups = items.records(GroupHead, head.group_count, head.group_offset, f"{what} CDO groups")
+    read = (_read_group(items, group, f"{what} group {i}") for i, group in enumerate(groups))
+    return PdiEntry(image, tuple(read), head.uuid)
+
+
+def _read_group(items: _Items, head: GroupHead, what: str) -> Group:
+    kernels = items.numbers("Q", head.kernel_count, head.kernel_offset, f"{what} kernel ids")
+    before = items.numbers(PRE_CDO_CODE, head.pre_count, head.pre_offset, f"{what} pre groups")
+    return Group(head.pdi_id, kernels, items.text(head.name, f"{what} name"), head.type, before)

@@ -99,7 +99,7 @@ class Pdi:
         return b"".join(headers + data)
 
     def _table(self) -> TableHeader:
-        image = (len(SMAP) + TableHeader.size() + 4) // 4
+        image = (len(SMAP) + TableHeader.nbytes() + 4) // 4
         return TableHeader(
             version=VERSION,
             images=1,
@@ -122,7 +122,7 @@ class Pdi:
         for i, (partition, padded) in enumerate(zip(self.partitions, data, strict=True)):
             yield PartitionHeader(
                 encrypted_length=len(padded) // 4,
-                length=(Header.size() + len(partition.cdo.body)) // 4,
+                length=(Header.nbytes() + len(partition.cdo.body)) // 4,
                 total_length=len(padded) // 4,
                 next_header=first + step * (i + 1) if i + 1 < count else 0,
                 load_address_low=NO_ADDRESS,
@@ -206,7 +206,7 @@ def _marker(payload: bytes) -> bytes:
 
 def _padding(offset: int, write: Command) -> bytes:
     """The NOP before a DMA write that starts at byte `offset` of a file's commands."""
-    data = Header.size() + offset + 4 * (3 if write.length < LONG else 4)
+    data = Header.nbytes() + offset + 4 * (3 if write.length < LONG else 4)
     destination = write.words[1]
     missing = (destination // 4 - data // 4) % 4
     return Command(Opcode.NOP, bytes(4 * (missing - 1))).to_bytes() if missing else b""
@@ -237,7 +237,7 @@ def parse_pdi(data: bytes, name: str = "PDI") -> Pdi:
 
 def _partitions(window: Window, table: TableHeader) -> Iterator[Partition]:
     """Partitions follow each other without holes, so that no byte is read twice."""
-    start, step = 4 * table.partition_offset, PartitionHeader.size() + 4
+    start, step = 4 * table.partition_offset, PartitionHeader.nbytes() + 4
     window.take(start, step * table.partitions, "partition headers")
     end = start + step * table.partitions
     for i in range(table.partitions):
@@ -262,11 +262,11 @@ def _partition(window: Window, header: PartitionHeader, what: str) -> Partition:
 
 def _first_header() -> int:
     """Word offset of the first partition header."""
-    return (len(SMAP) + TableHeader.size() + 4 + ImageHeader.size() + 4) // 4
+    return (len(SMAP) + TableHeader.nbytes() + 4 + ImageHeader.nbytes() + 4) // 4
 
 
 def _header_words() -> int:
-    return (PartitionHeader.size() + 4) // 4
+    return (PartitionHeader.nbytes() + 4) // 4
 
 
 def _sealed(header: Record) -> bytes:
@@ -277,7 +277,7 @@ def _sealed(header: Record) -> bytes:
 def _unsealed(window: Window, kind: type[H], offset: int, what: str) -> H:
     """A header whose last word is its checksum."""
     header = window.record(kind, offset, what)
-    end = offset + kind.size()
+    end = offset + kind.nbytes()
     (checksum,) = window.words(end, 1, f"{what} checksum")
     window.expect(f"{what} checksum", end, checksum, inverted_sum(window.data[offset:end]))
     return header

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import struct
+from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cache
-from typing import Annotated, NoReturn, Self, TypeVar, get_args, get_type_hints
+from typing import Annotated, ClassVar, NoReturn, Self, TypeVar, get_args, get_type_hints
 
 from uq.errors import BundleError
 from uq.formats.decode import printable
@@ -16,6 +16,7 @@ U32 = Annotated[int, "I"]
 I32 = Annotated[int, "i"]
 U64 = Annotated[int, "Q"]
 
+MAX_TEXT = 4096
 R = TypeVar("R", bound="Record")
 
 
@@ -26,36 +27,32 @@ class Record:
     (`"B6x"`). A `str` field is UTF-8, filled up with zeros.
     """
 
+    _fields: ClassVar[dict[str, tuple[type, str]]]  # type and struct code
+    _layout: ClassVar[struct.Struct]
+
+    def __init_subclass__(cls) -> None:
+        hints = get_type_hints(cls, include_extras=True)
+        cls._fields = {name: get_args(hints[name]) for name in cls.__annotations__}
+        cls._layout = struct.Struct("<" + "".join(code for _, code in cls._fields.values()))
+
     @classmethod
-    def size(cls) -> int:
+    def nbytes(cls) -> int:
         """Bytes of one record."""
-        return _layout(cls).size
+        return cls._layout.size
 
     @classmethod
     def unpack(cls, data: bytes | memoryview, where: str) -> Self:
         """Raises BundleError: a text is not UTF-8."""
-        values = zip(_fields(cls).values(), _layout(cls).unpack(data), strict=True)
+        values = zip(cls._fields.values(), cls._layout.unpack(data), strict=True)
         return cls(*(_text(value, where) if kind is str else value for (kind, _), value in values))
 
     def pack(self) -> bytes:
         """Raises BundleError: a number or a text does not fit into its field."""
-        kind = type(self)
+        kind = type(self).__name__
         return b"".join(
-            _pack_field(f"{kind.__name__}.{name}", code, getattr(self, name))
-            for name, (_, code) in _fields(kind).items()
+            _pack_field(f"{kind}.{name}", code, getattr(self, name))
+            for name, (_, code) in self._fields.items()
         )
-
-
-@cache
-def _fields(kind: type[Record]) -> dict[str, tuple[type, str]]:
-    """Type and `struct` code of each field."""
-    hints = get_type_hints(kind, include_extras=True)
-    return {name: get_args(hint) for name, hint in hints.items()}
-
-
-@cache
-def _layout(kind: type[Record]) -> struct.Struct:
-    return struct.Struct("<" + "".join(code for _, code in _fields(kind).values()))
 
 
 def _pack_field(where: str, code: str, value: int | str | bytes) -> bytes:
@@ -98,19 +95,26 @@ class Window:
         return self.data[offset : offset + size]
 
     def record(self, kind: type[R], offset: int, what: str) -> R:
-        return kind.unpack(self.take(offset, kind.size(), what), f"{self.where}: {what}")
+        return kind.unpack(self.take(offset, kind.nbytes(), what), f"{self.where}: {what}")
 
     def records(self, kind: type[R], offset: int, count: int, what: str) -> tuple[R, ...]:
         """`count` records one after the other; none is read if not all are there."""
         if count < 0:
             self.refuse(what, offset, f"count {count} is negative")
-        self.take(offset, count * kind.size(), what)
-        starts = range(offset, offset + count * kind.size(), kind.size())
+        self.take(offset, count * kind.nbytes(), what)
+        starts = range(offset, offset + count * kind.nbytes(), kind.nbytes())
         return tuple(self.record(kind, start, f"{what}[{i}]") for i, start in enumerate(starts))
 
     def words(self, offset: int, count: int, what: str) -> tuple[int, ...]:
         """`count` unsigned 32-bit words."""
         return struct.unpack(f"<{count}I", self.take(offset, 4 * count, what))
+
+    def text(self, offset: int, what: str) -> str:
+        """UTF-8 up to a zero byte."""
+        data = bytes(self.take(offset, min(MAX_TEXT, self._left(offset)), what))
+        if b"\0" not in data:
+            self.refuse(what, offset, f"no end of the text in {len(data)} bytes")
+        return _text(data, f"{self.where}: {what}")
 
     def part(self, offset: int, size: int, what: str) -> Window:
         return Window(self.take(offset, size, what), f"{self.where}: {what}")
@@ -131,13 +135,23 @@ def pack_words(*values: int) -> bytes:
     """Unsigned 32-bit words.
 
     Raises:
-        BundleError: a value is negative or has more than 32 bits.
+        BundleError: a value is negative or too large.
+    """
+    return pack_numbers("I", values)
+
+
+def pack_numbers(code: str, values: Sequence[int]) -> bytes:
+    """Numbers of one `struct` code.
+
+    Raises:
+        BundleError: a value is negative or too large.
     """
     try:
-        return struct.pack(f"<{len(values)}I", *values)
+        return struct.pack(f"<{len(values)}{code}", *values)
     except struct.error as error:
-        worst = next(value for value in values if not 0 <= value < 1 << 32)
-        raise BundleError(f"{worst:#x} does not fit into 32 bits") from error
+        bits = 8 * struct.calcsize(f"<{code}")
+        worst = next(value for value in values if not 0 <= value < 1 << bits)
+        raise BundleError(f"{worst:#x} is no unsigned number of {bits} bits") from error
 
 
 def pad(data: bytes, alignment: int) -> bytes:
@@ -147,4 +161,5 @@ def pad(data: bytes, alignment: int) -> bytes:
 
 def inverted_sum(data: bytes | memoryview) -> int:
     """Checksum of PDI and CDO headers: one's complement of the sum of the words, modulo 2^32."""
-    return ~sum(struct.unpack(f"<{len(data) // 4}I", data)) & 0xFFFFFFFF
+    words: tuple[int, ...] = struct.unpack(f"<{len(data) // 4}I", data)
+    return ~sum(words) & 0xFFFFFFFF

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any
 
 from uq.errors import BundleError
 from uq.formats.xdna.records import U8, U16, U32, Record, Window, pack_words
@@ -101,55 +101,57 @@ class Patch:
 Operation = Write | BlockWrite | MaskWrite | Preempt | LoadPdi | Sync | Patch
 
 
-class Bits(NamedTuple):
-    """A field in a word."""
+@dataclass(frozen=True)
+class Bits:
+    """A field in a part of a word."""
 
     name: str
     shift: int = 0
     width: int = 32
 
 
-# The words of each operation, each made of constants and fields; the first constant is the code.
-# The data of a block write follow its words.
-FORMS: dict[type[Operation], tuple[tuple[int | Bits, ...], ...]] = {
-    Write: ((0,), (0,), (Bits("address"),), (0,), (Bits("value"),), (24,)),
-    BlockWrite: (
-        (1,),
-        (Bits("column", 0, 8), Bits("row", 8, 8)),
-        (Bits("address"),),
-        (Bits("size"),),
-    ),
-    MaskWrite: ((3,), (0,), (Bits("address"),), (0,), (Bits("value"),), (Bits("mask"),), (28,)),
+Part = int | Bits
+Word = int | str | tuple[Part, ...]
+
+
+def _parts(word: Word) -> tuple[Part, ...]:
+    if isinstance(word, tuple):
+        return word
+    return (Bits(word) if isinstance(word, str) else word,)
+
+
+# The words of each operation: constants, names of fields, or parts. The first has the code. The
+# data of a block write follow its words.
+FORMS: dict[type[Operation], tuple[Word, ...]] = {
+    Write: (0, 0, "address", 0, "value", 24),
+    BlockWrite: (1, (Bits("column", 0, 8), Bits("row", 8, 8)), "address", "size"),
+    MaskWrite: (3, 0, "address", 0, "value", "mask", 28),
     Preempt: ((6, Bits("level", 8, 8)),),
-    LoadPdi: (
-        (8, Bits("id", 16, 16)),
-        (Bits("size"),),
-        (Bits("address_low"),),
-        (Bits("address_high"),),
-    ),
+    LoadPdi: ((8, Bits("id", 16, 16)), "size", "address_low", "address_high"),
     Sync: (
-        (0x80,),
-        (16,),
+        0x80,
+        16,
         (Bits("direction", 0, 8), Bits("row", 8, 8), Bits("column", 16, 8)),
         (Bits("rows", 8, 8), Bits("columns", 16, 8), Bits("channel", 24, 8)),
     ),
-    Patch: (
-        *((0x81,), (48,), (0,), (0,), (0,)),
-        (Bits("action"),),
-        (Bits("address"),),
-        (0,),
-        (Bits("argument"),),
-        (0,),
-        (Bits("offset"),),
-        (0,),
-    ),
+    Patch: (0x81, 48, 0, 0, 0, "action", "address", 0, "argument", 0, "offset", 0),
 }
-KINDS = {form[0][0]: kind for kind, form in FORMS.items()}
+KINDS = {_parts(form[0])[0]: kind for kind, form in FORMS.items()}
 UNREAD = {  # operations that have a name, but no known form
-    **{2: "BLOCKSET", 4: "MASKPOLL", 5: "NOOP", 7: "MASKPOLL_BUSY", 9: "LOAD_PM_START"},
-    **{10: "CREATE_SCRATCHPAD", 11: "UPDATE_STATE_TABLE", 12: "UPDATE_REG"},
-    **{13: "UPDATE_SCRATCH", 14: "CONFIG_SHIMDMA_BD", 15: "CONFIG_SHIMDMA_BD"},
-    **{0x82: "READ_REGS", 0x83: "RECORD_TIMER", 0x84: "MERGE_SYNC"},
+    2: "BLOCKSET",
+    4: "MASKPOLL",
+    5: "NOOP",
+    7: "MASKPOLL_BUSY",
+    9: "LOAD_PM_START",
+    10: "CREATE_SCRATCHPAD",
+    11: "UPDATE_STATE_TABLE",
+    12: "UPDATE_REG",
+    13: "UPDATE_SCRATCH",
+    14: "CONFIG_SHIMDMA_BD",
+    15: "CONFIG_SHIMDMA_BD",
+    0x82: "READ_REGS",
+    0x83: "RECORD_TIMER",
+    0x84: "MERGE_SYNC",
 }
 
 
@@ -174,14 +176,14 @@ class Transaction:
             memory_rows=self.memory_rows,
             reserved=0,
             count=len(self.operations),
-            size=Header.size() + len(body),
+            size=Header.nbytes() + len(body),
         )
         return header.pack() + body
 
 
 def encode(operation: Operation) -> bytes:
     """Raises BundleError: a field does not fit into its bits."""
-    words = (_word(operation, parts) for parts in FORMS[type(operation)])
+    words = (_word(operation, _parts(word)) for word in FORMS[type(operation)])
     data = operation.data if isinstance(operation, BlockWrite) else ()
     return pack_words(*words, *data)
 
@@ -199,7 +201,7 @@ def parse_txn(data: bytes, name: str = "insts.bin") -> Transaction:
     window.expect("reserved bits", 6, header.reserved, 0)
     window.expect("size", 12, header.size, len(data))
     operations = []
-    offset = Header.size()
+    offset = Header.nbytes()
     while offset < len(data):
         operation = _operation(window, offset)
         operations.append(operation)
@@ -222,9 +224,9 @@ def _operation(window: Window, offset: int) -> Operation:
         window.refuse("operation", offset, f"the form of code {code:#x} ({name}) is not known")
     form = FORMS[kind]
     words = window.words(offset, len(form), kind.__name__)
-    fields: dict[str, int | tuple[int, ...]] = {
+    fields: dict[str, Any] = {
         part.name: word >> part.shift & (1 << part.width) - 1
-        for parts, word in zip(form, words, strict=True)
+        for parts, word in zip(map(_parts, form), words, strict=True)
         for part in parts
         if isinstance(part, Bits)
     }
@@ -245,7 +247,7 @@ def _data(window: Window, offset: int, size: int) -> tuple[int, ...]:
     return window.words(offset + size - 4 * count, count, "BlockWrite data")
 
 
-def _word(operation: Operation, parts: tuple[int | Bits, ...]) -> int:
+def _word(operation: Operation, parts: tuple[Part, ...]) -> int:
     word = 0
     for part in parts:
         if isinstance(part, int):
