@@ -255,7 +255,7 @@ def _partition(window: Window, header: PartitionHeader, what: str) -> Partition:
     window.expect(f"{what} encrypted length", offset, header.encrypted_length, header.total_length)
     part = window.part(offset, 4 * header.total_length, what)
     cdo, end = read_cdo(part)
-    part.expect("length", 0, end, 4 * header.length)
+    part.expect("length", 0, 4 * header.length, end)
     part.expect("padding", end, len(part.data) - end, -end % ALIGNMENT)
     return Partition(cdo, header.id)
 
