@@ -37,23 +37,28 @@ def describe(path: str | Path) -> Description:
         data = path.read_bytes()
     except OSError as error:
         raise UsageError(f"{path}: {error.strerror}") from error
-    kind, read = _reader(data, path.name)
-    return {"format": kind, "size": len(data)} | read(data, path.name)
+    return describe_bytes(data, path.name)
 
 
-def is_npu_file(data: bytes) -> bool:
-    """Whether a file that starts with `data` (at least 16 bytes) has one of the formats."""
-    return _find(data) is not None
+def describe_bytes(data: bytes, name: str) -> Description:
+    """The same of a file in memory.
 
-
-def _reader(data: bytes, name: str) -> tuple[str, Callable[[bytes, str], Description]]:
+    Raises:
+        BundleError: the file is broken, or of none of these formats.
+    """
     found = _find(data)
     if found is None:
         start = data[:8].hex(" ")
         raise BundleError(
             f"{printable(name)}: no xclbin, PDI, CDO or instruction stream; it starts with {start}"
         )
-    return found
+    kind, read = found
+    return {"format": kind, "size": len(data)} | read(data, name)
+
+
+def is_npu_file(data: bytes) -> bool:
+    """Whether a file that starts with `data` (at least 16 bytes) has one of the formats."""
+    return _find(data) is not None
 
 
 def _find(data: bytes) -> tuple[str, Callable[[bytes, str], Description]] | None:

@@ -142,7 +142,7 @@ def _get(element: ET.Element, name: str, convert: Callable[[str], T], where: str
         return convert(value)
     except ValueError as error:
         where = f"{where}: {printable(element.tag)}.{name}"
-        raise BundleError(f"{where}: '{printable(value)}' is no number") from error
+        raise BundleError(f"{where}: {value[:40]!r} is no number") from error
 
 
 def _number(text: str) -> int:
