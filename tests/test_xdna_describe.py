@@ -1,6 +1,10 @@
+import json
 import struct
 from pathlib import Path
 
+import pytest
+
+from uq.cli import main
 from uq.formats.xdna.build import build_xclbin, npu_kernel
 from uq.formats.xdna.cdo import Cdo, Command, Opcode
 from uq.formats.xdna.describe import describe
@@ -89,3 +93,32 @@ def test_raw_kernel_in_both_byte_orders(tmp_path: Path) -> None:
             "byte order": name,
             "words after the magic": ["0x00000001", "0x00abcdef"],
         }
+
+
+def test_inspect_prints_an_outline(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["inspect", str(saved(tmp_path, PDI))]) == 0
+    assert capsys.readouterr().out.splitlines() == [
+        "format: PDI",
+        "size: 384",
+        "image: aie_image",
+        "id: 0x1c000000",
+        "id code: 0x14ca8093",
+        "partitions:",
+        "  - id: 7",
+        "    size: 24",
+        "    commands:",
+        "      WRITE: 2",
+    ]
+
+
+def test_inspect_prints_json(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = saved(tmp_path, CDO.to_bytes())
+    assert main(["inspect", "--json", str(path)]) == 0
+    assert json.loads(capsys.readouterr().out) == describe(path)
+
+
+def test_inspect_reports_a_broken_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["inspect", str(saved(tmp_path, PDI[:100]))]) == 1
+    assert capsys.readouterr().err == (
+        "uq: file: table at 0x10: needs 124 bytes, but 84 are left\n"
+    )

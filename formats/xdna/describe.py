@@ -22,6 +22,7 @@ from uq.formats.xdna.xclbin import Kind, Section
 Description = dict[str, Any]  # JSON: str, int, list, dict
 
 CDO_MAGIC = bytes.fromhex("04000000 43444f00")
+START = 16  # bytes that tell the formats apart
 DEVICES = {txn.NPU1: "NPU1", txn.NPU2: "NPU2"}
 
 
@@ -56,9 +57,13 @@ def describe_bytes(data: bytes, name: str) -> Description:
     return {"format": kind, "size": len(data)} | read(data, name)
 
 
-def is_npu_file(data: bytes) -> bool:
-    """Whether a file that starts with `data` (at least 16 bytes) has one of the formats."""
-    return _find(data) is not None
+def is_npu_file(path: str | Path) -> bool:
+    """Whether there is a file that starts like one of the formats."""
+    try:
+        with Path(path).open("rb") as file:
+            return _find(file.read(START)) is not None
+    except OSError:
+        return False
 
 
 def _find(data: bytes) -> tuple[str, Callable[[bytes, str], Description]] | None:
