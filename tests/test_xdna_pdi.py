@@ -52,7 +52,7 @@ def any_command(rng: random.Random) -> Command:
         length = rng.choice(LENGTHS[opcode])
     else:
         length = rng.choice([1, 2, 3, 4])
-    return Command.of(opcode, *(rng.getrandbits(rng.choice([0, 8, 32])) for _ in range(length)))
+    return Command.of(opcode, *(rng.getrandbits(rng.choice([0, 8, 31])) for _ in range(length)))
 
 
 def any_file(rng: random.Random) -> Cdo:
@@ -75,6 +75,7 @@ CASES = {
     "padded": one(WRITE, Command(Opcode.NOP)),
     "long": one(dma(252), dma(253), dma(300)),
     "aligned": one(WRITE, dma(4, 0x20000), dma(4, 0x20004), dma(4, 0x20008), dma(4, 0x2000C)),
+    "above-npi": one(dma(2, 0xF8000000), dma(2, 0xF6000000, high=1), dma(1, 0xF6000000)),
     "one-word": one(dma(1), dma(1, high=1), dma(0)),
     "narrowed": one(
         Command.of(Opcode.WRITE64, 0, 1, 2),
@@ -140,6 +141,7 @@ def test_what_bootgen_wrote_is_read(name: str) -> None:
         ([END, WRITE], "a CDO without commands"),
         ([WRITE, Command.of(Opcode.KEYHOLE, 1, 2, 3)], "cannot pack command KEYHOLE with 3 words"),
         ([Command.of(Opcode.WRITE, 1)], "cannot pack command WRITE with 1 words"),
+        ([dma(2, 0xF6000000)], "DMA_WRITE to 0xf6000000, which is no address of an NPU"),
         ([Command.of(0x205, 1)], "cannot pack command 0x205 with 1 words"),
     ],
 )

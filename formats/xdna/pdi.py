@@ -21,6 +21,7 @@ CDO_ATTRIBUTES = 0x02000006
 CDO_TYPE = 2
 NO_ADDRESS = 0xFFFFFFFF
 MAX_EXTENDED_ID = 0x3F
+NPI = range(0xF6000000, 0xF8000000)  # registers outside of the NPU, to which bootgen splits writes
 
 
 @dataclass(frozen=True)
@@ -143,7 +144,7 @@ def merge(cdos: Iterable[Cdo]) -> Cdo:
     data so that offset in its own file and destination agree in their lowest four bits.
 
     Raises:
-        BundleError: a command whose treatment by bootgen is not known, or no command at all.
+        BundleError: a command or an address whose treatment by bootgen is not known, or no command.
     """
     bodies = [_normal_body(cdo) for cdo in cdos]
     if not bodies or not all(bodies):
@@ -184,8 +185,12 @@ def _normal(command: Command) -> Command:
         return command
     if opcode == Opcode.MARKER and words:
         return Command(opcode, _marker(command.payload))
+    if opcode == Opcode.DMA_WRITE and len(words) == 3:
+        return _narrow(Opcode.WRITE64, words)
     if opcode == Opcode.DMA_WRITE and len(words) >= 2:
-        return _narrow(Opcode.WRITE64, words) if len(words) == 3 else command
+        if words[0] == 0 and words[1] in NPI:
+            raise BundleError(f"PDI: DMA_WRITE to {words[1]:#x}, which is no address of an NPU")
+        return command
     if opcode in LENGTHS and len(words) in LENGTHS[Opcode(opcode)]:
         optional = len(words) > LENGTHS[Opcode(opcode)][0]
         return _narrow(Opcode(opcode), words[:-1] if optional and words[-1] == 0 else words)
