@@ -1,4 +1,4 @@
-"""`uq inspect`: show what is in a checkpoint or a bundle."""
+"""`uq inspect`: show what is in a checkpoint, a bundle or a binary of an NPU."""
 
 from __future__ import annotations
 
@@ -15,19 +15,41 @@ if TYPE_CHECKING:
 def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "model",
-        metavar="MODEL|BUNDLE",
-        help="bundle folder, checkpoint folder, GGUF file, Hub id owner/name or demo:gemma-3-270m",
+        metavar="MODEL|BUNDLE|FILE",
+        help="bundle folder, checkpoint folder, GGUF file, Hub id owner/name, demo:gemma-3-270m, "
+        "or an xclbin, PDI, CDO or instruction stream of an NPU",
     )
     parser.add_argument("--revision", metavar="R", help="branch, tag or commit of a Hub id")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
 
 
 def run(args: argparse.Namespace) -> int:
+    from uq.formats.xdna import describe as npu
     from uq.inspection import inspect
 
+    if npu.is_npu_file(args.model):
+        description = npu.describe(args.model)
+        print(json.dumps(description, indent=2) if args.json else "\n".join(outline(description)))
+        return 0
     contents = inspect(args.model, revision=args.revision)
     print(json.dumps(asdict(contents), indent=2) if args.json else describe(contents))
     return 0
+
+
+def outline(data: dict[str, Any]) -> Iterator[str]:
+    """Nested objects and lists, two spaces a level; every item of a list starts with a dash."""
+    for key, value in data.items():
+        if isinstance(value, dict):
+            yield f"{key}:"
+            yield from (f"  {line}" for line in outline(value))
+        elif isinstance(value, list):
+            yield f"{key}:"
+            for item in value:
+                first, *rest = outline(item) if isinstance(item, dict) else [str(item)]
+                yield f"  - {first}"
+                yield from (f"    {line}" for line in rest)
+        else:
+            yield f"{key}: {value}".rstrip()
 
 
 def describe(contents: Contents) -> str:
