@@ -197,13 +197,12 @@ def test_a_disk_that_fills_up_on_the_way_is_one_line(
 
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A real file system of 256 KiB for root; for others a disk said to be that small."""
+    """A real file system of 256 KiB where we may mount one, else a disk said to be that small."""
     folder = tmp_path / "disk"
     folder.mkdir()
-    if os.geteuid() == 0:
-        subprocess.run(
-            ["mount", "-t", "tmpfs", "-o", "size=256k", "tmpfs", str(folder)], check=True
-        )
+    mount = ["mount", "-t", "tmpfs", "-o", "size=256k", "tmpfs", str(folder)]
+    # Root in a container may often not mount.
+    if os.geteuid() == 0 and subprocess.run(mount, capture_output=True).returncode == 0:
         yield folder
         subprocess.run(["umount", str(folder)], check=True)
     else:
