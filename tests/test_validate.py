@@ -236,6 +236,16 @@ def test_another_setting_is_a_warning_when_given(bundle: Bundle, checkpoint: Che
     assert warnings == ("reference: rope_theta is 1000000.0, but 500000.0 in the bundle",)
 
 
+def test_files_compared_by_size_alone_are_a_warning(
+    bundle: Bundle, checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    manifest = made_from(bundle.manifest, checkpoint)
+    assert find_reference(manifest, checkpoint)[1] == ()
+    monkeypatch.setattr("uq.validate.origin.HASHED_BYTES", 0)
+    (warning,) = find_reference(manifest, checkpoint)[1]
+    assert warning.endswith("compared by name and size alone")
+
+
 def test_absent_devices_say_so(
     bundle: Bundle, checkpoint: Checkpoint, options: ValidateOptions
 ) -> None:
