@@ -1,0 +1,65 @@
+"""Every SPIR-V module that uq ships: which GLSL file, compiled with which macros, needing what.
+
+Types and switches are macros (a module each); sizes are specialization constants, fixed when a
+pipeline is created. A module's name is the name of its row here and of its `.spv`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from types import MappingProxyType
+
+# What a device must be able to do, by the SPIR-V capabilities that stand for it. Numbers: SPIR-V
+# specification, section 3.2.31.
+FEATURES: Mapping[str, frozenset[int]] = MappingProxyType(
+    {
+        "fp16": frozenset({9, 4433, 4434}),  # Float16, 16-bit storage
+        "int8": frozenset({39, 4448, 4449}),  # Int8, 8-bit storage
+        "int16": frozenset({22}),
+        "int64": frozenset({11}),
+        "subgroup": frozenset({61, 62, 63, 64, 65, 66}),  # basic, vote, arithmetic, shuffles
+        "int8dot": frozenset({6018, 6019}),  # dot product of four packed 8-bit integers
+        "coopmat": frozenset({6022}),  # KHR cooperative matrix
+        "bfloat16": frozenset({5116, 5118}),
+    }
+)
+# Shader, the Vulkan memory model and buffer device addresses: every device that uq runs on.
+BASE_CAPABILITIES = frozenset({1, 5345, 5346, 5347})
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One module.
+
+    Attributes:
+        name: of the module; letters, digits and `_`.
+        source: file in `shaders/`.
+        macros: `#define`s put behind the source's `#version` line.
+        features: keys of `FEATURES`, all that the module needs and nothing else.
+        spec_constants: names of the specialization constants; the position is the `constant_id`.
+        target: `vulkan1.2` (SPIR-V 1.5), or `vulkan1.3` (1.6) for a workgroup whose size is a
+            specialization constant: `LocalSizeId` is not allowed before.
+    """
+
+    name: str
+    source: str
+    macros: Mapping[str, str | int] = field(default_factory=dict)
+    features: tuple[str, ...] = ()
+    spec_constants: tuple[str, ...] = ()
+    target: str = "vulkan1.2"
+
+
+def _table(*rows: Variant) -> Mapping[str, Variant]:
+    table = {row.name: row for row in rows}
+    if len(table) != len(rows):
+        raise ValueError("two variants of one name")
+    return MappingProxyType(table)
+
+
+VARIANTS: Mapping[str, Variant] = _table(
+    *(
+        Variant(f"dequantize_int{bits}", "dequantize.comp", {"BITS": bits}, (), ("GROUP",))
+        for bits in (4, 8)
+    ),
+)

