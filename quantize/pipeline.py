@@ -51,6 +51,7 @@ class QuantizeOptions:
         calibration: as in `read_text`; None for the default text. `rtn` is data-free without one
             and searches its scales for the text's activations with one.
         calibration_tokens: about so many, in sequences of at most 512.
+        calibration_seed: as in `token_sequences`; None spreads the sequences evenly over the text.
         threads: of everything but the matrix products; one per core when None.
         resume: `auto`, `restart` or `require`, as in `BundleWriter`.
     """
@@ -61,6 +62,7 @@ class QuantizeOptions:
     targets: tuple[str, ...] = ("igpu",)
     calibration: str | None = None
     calibration_tokens: int = 32768
+    calibration_seed: int | None = None
     threads: int | None = None
     resume: str = "auto"
 
@@ -212,7 +214,13 @@ def _calibration_text(plan: Plan, options: QuantizeOptions) -> Text | None:
 def _tokens(checkpoint: Checkpoint, text: Text, options: QuantizeOptions) -> NDArray[np.int32]:
     length = min(SEQUENCE, options.calibration_tokens)
     sequences = options.calibration_tokens // length
-    return token_sequences(checkpoint.tokenizer(), text, sequences=sequences, length=length)
+    return token_sequences(
+        checkpoint.tokenizer(),
+        text,
+        sequences=sequences,
+        length=length,
+        seed=options.calibration_seed,
+    )
 
 
 def worker_threads(options: QuantizeOptions) -> int:
@@ -235,7 +243,7 @@ def _identity(
 
 def _recorded(options: QuantizeOptions) -> dict[str, object]:
     """The options that the bytes depend on, but for the text, which has its own record."""
-    names = ("recipe", "group", "method", "targets", "calibration_tokens")
+    names = ("recipe", "group", "method", "targets", "calibration_tokens", "calibration_seed")
     return {name: getattr(options, name) for name in names}
 
 

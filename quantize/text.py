@@ -52,13 +52,14 @@ def read_text(source: str | None) -> Text:
 
 
 def token_sequences(
-    tokenizer: Tokenizer, text: Text, *, sequences: int, length: int
+    tokenizer: Tokenizer, text: Text, *, sequences: int, length: int, seed: int | None = None
 ) -> NDArray[np.int32]:
-    """Windows spread evenly over the text, each behind its own `<bos>`.
+    """Windows of the text that do not overlap, each behind its own `<bos>`.
 
     Args:
         sequences: at most this many windows; fewer when the text is shorter.
         length: tokens of a window, `<bos>` included; at least 2.
+        seed: None spreads the windows evenly, a number draws their places at random.
 
     Returns:
         (windows, length) int32.
@@ -74,9 +75,17 @@ def token_sequences(
             f"{text.name}: {len(tokens)} tokens are less than one calibration sequence of "
             f"{length}; give a longer text"
         )
-    starts = np.linspace(0, len(tokens) - width, count).astype(np.int64)
+    starts = _starts(len(tokens), width, count, seed)
     windows = tokens[starts[:, None] + np.arange(width)]
     return np.insert(windows, 0, tokenizer.bos, axis=1)
+
+
+def _starts(tokens: int, width: int, count: int, seed: int | None) -> NDArray[np.int64]:
+    """First tokens of the windows, rising: `count * width` is at most `tokens`."""
+    if seed is None:
+        return np.linspace(0, tokens - width, count).astype(np.int64)
+    gaps = np.random.default_rng(seed).integers(0, tokens - count * width, count, endpoint=True)
+    return np.sort(gaps) + width * np.arange(count)
 
 
 def _download(source: str) -> Path:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -154,6 +155,22 @@ def test_sequences_are_spread_over_the_text_behind_bos(folder: Path) -> None:
     assert (found[:, 0] == tokenizer.bos).all()
     np.testing.assert_array_equal(found[0, 1:], all_tokens[:49])
     np.testing.assert_array_equal(found[2, 1:], all_tokens[-49:])
+
+
+def test_drawn_sequences_do_not_overlap(folder: Path) -> None:
+    tokenizer = open_checkpoint(folder).tokenizer()
+    text = Text("letters", "".join(chr(33 + i * i % 89) for i in range(400)))
+    tokens = np.array(tokenizer.encode(text.content, bos=False))
+    whole = token_sequences(tokenizer, text, sequences=8, length=len(tokens) // 8 + 1, seed=5)
+    np.testing.assert_array_equal(whole[:, 1:].reshape(-1), tokens[: len(tokens) // 8 * 8])
+
+
+def test_another_seed_draws_other_sequences(folder: Path) -> None:
+    tokenizer = open_checkpoint(folder).tokenizer()
+    text = Text("letters", "".join(chr(33 + i * i % 89) for i in range(400)))
+    draw = partial(token_sequences, tokenizer, text, sequences=4, length=20)
+    np.testing.assert_array_equal(draw(seed=1), draw(seed=1))
+    assert len({draw(seed=seed).tobytes() for seed in (None, 0, 1, 2)}) == 4
 
 
 def test_a_short_text_gives_fewer_sequences(folder: Path) -> None:

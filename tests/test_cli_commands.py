@@ -86,6 +86,14 @@ def test_quantize_takes_a_calibration_text(model: Path, tmp_path: Path, output: 
     assert calibration.name.endswith("text.txt") and calibration.tokens <= 64
 
 
+def test_quantize_draws_other_calibration_windows(
+    model: Path, tmp_path: Path, output: Output
+) -> None:
+    limits = ("--calibration-tokens", 64, "--method", "gptq", "--calibration-seed", 3)
+    output("quantize", model, "-o", tmp_path / "b", *limits)
+    assert open_bundle(tmp_path / "b").manifest.options["calibration_seed"] == 3
+
+
 def test_a_dry_run_writes_nothing(model: Path, tmp_path: Path, output: Output) -> None:
     out, _ = output("quantize", model, "-o", tmp_path / "b", "--dry-run")
     assert "memory" in out and "disk" in out

@@ -44,6 +44,12 @@ def configure(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="default: %(default)s",
     )
+    add(
+        "--calibration-seed",
+        type=whole(0),
+        metavar="N",
+        help="draw other windows of the text; default: spread evenly over it",
+    )
     add("--target", type=names(TARGETS), default=("igpu",), metavar="T,T", help="default: igpu")
     add("--revision", metavar="R", help="branch, tag or commit of a Hub id")
     add("--threads", type=whole(1), metavar="N", help="default: one per core")
@@ -86,6 +92,7 @@ def read_options(args: argparse.Namespace) -> QuantizeOptions:
         targets=args.target,
         calibration=args.calibration,
         calibration_tokens=args.calibration_tokens,
+        calibration_seed=args.calibration_seed,
         threads=args.threads,
         resume="require" if args.resume else "restart" if args.restart else "auto",
     )
