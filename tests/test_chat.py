@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from transformers import PreTrainedTokenizerFast
 
-from uq.chat import chat_prompt
+from uq.chat import ChatTemplate, Message
 from uq.errors import BundleError, UsageError
 
 # What real templates use: white space control, loop controls, filters, tests, errors.
@@ -28,6 +28,15 @@ TEMPLATE = """{{ bos_token }}
     {{ '<start_of_turn>model\n' }}
 {%- endif -%}
 """
+
+
+def user(message: str) -> list[Message]:
+    return [{"role": "user", "content": message}]
+
+
+def chat_prompt(assets: dict[str, bytes], message: str) -> str:
+    with ChatTemplate.from_assets(assets) as template:
+        return template.render(user(message))
 
 
 def config(template: object) -> dict[str, bytes]:
@@ -92,3 +101,56 @@ def test_a_broken_or_hostile_template_is_one_error(template: str) -> None:
 def test_a_broken_configuration_is_named(data: bytes) -> None:
     with pytest.raises(BundleError, match=r"^tokenizer_config\.json: "):
         chat_prompt({"tokenizer_config.json": data}, "x")
+
+
+CONVERSATION: list[Message] = [
+    {"role": "system", "content": "be brief"},
+    {"role": "user", "content": "one"},
+    {"role": "assistant", "content": " two "},
+    {"role": "user", "content": "three"},
+]
+
+
+def test_a_conversation_renders_as_in_transformers(tiny_checkpoint: Callable[..., Path]) -> None:
+    oracle = PreTrainedTokenizerFast(
+        tokenizer_file=str(tiny_checkpoint() / "tokenizer.json"), bos_token="<bos>"
+    )
+    expected = oracle.apply_chat_template(
+        CONVERSATION, chat_template=TEMPLATE, tokenize=False, add_generation_prompt=True
+    )
+    with ChatTemplate.from_assets(config(TEMPLATE)) as template:
+        assert [template.render(CONVERSATION) for _ in range(2)] == [expected] * 2
+
+
+@pytest.mark.parametrize(
+    ("template", "reason"),
+    [
+        (
+            "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}",
+            "longer",
+        ),
+        ("{{ 'a' * 10 ** 10 }}", "(MemoryError|longer)"),
+        ("{{ '%1000000000d' % 1 }}", "(MemoryError|longer)"),
+        ("{% macro f() %}{{ f() }}{{ f() }}{% endmacro %}{{ f() }}", "(longer|Recursion)"),
+    ],
+)
+def test_a_template_that_eats_the_machine_is_stopped(template: str, reason: str) -> None:
+    with (
+        ChatTemplate(template, {}, seconds=0.5) as hostile,
+        pytest.raises(BundleError, match=f"^chat template: .*{reason}"),
+    ):
+        hostile.render(user("x"))
+
+
+def test_a_stopped_template_can_be_asked_again() -> None:
+    slow = "{% if messages[0].content == 'x' %}{% for a in range(99999) %}"
+    slow += "{% for b in range(99999) %}{% endfor %}{% endfor %}{% endif %}fine"
+    with ChatTemplate(slow, {}, seconds=1) as template:
+        with pytest.raises(BundleError, match="longer than 1 s"):
+            template.render(user("x"))
+        assert template.render(user("y")) == "fine"
+
+
+def test_an_endless_template_is_refused_unread() -> None:
+    with pytest.raises(BundleError, match="2000000 characters"):
+        ChatTemplate("x" * 2_000_000, {})

@@ -1,49 +1,133 @@
-"""A user's message as the model was trained to see it: the chat template of a bundle."""
+"""Messages as the model was trained to see them: the chat template of a bundle."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
-from typing import Any, NoReturn
-
-from jinja2 import TemplateError
-from jinja2.sandbox import ImmutableSandboxedEnvironment
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from multiprocessing.connection import Connection, Pipe
+from types import TracebackType
+from typing import Any, TypedDict
 
 from uq.errors import BundleError, UsageError
+from uq.formats.bundle import Bundle
 
 TEMPLATE = "chat_template.jinja"
 CONFIG = "tokenizer_config.json"
 CHAT_FILES = (TEMPLATE, CONFIG)
+SECONDS = 10.0  # for one rendering, which takes milliseconds
+MAX_SOURCE = 1 << 20
+MAX_TEXT = 64 << 20  # bytes of a rendered text
 
 
-def chat_prompt(assets: Mapping[str, bytes], message: str) -> str:
-    """Text of a conversation that holds one user message and asks the model to answer.
+class Message(TypedDict):
+    """`role` is `system`, `user` or `assistant`."""
 
-    The template comes with the model, so it runs in a sandbox: it can neither import nor change
-    anything. Its variables are those of Hugging Face's `apply_chat_template`.
+    role: str
+    content: str
 
-    Args:
-        assets: file name -> content; the template is `chat_template.jinja`, else the key
-            `chat_template` of `tokenizer_config.json`.
 
-    Raises:
-        UsageError: there is no template: a base model, most likely.
-        BundleError: the template or `tokenizer_config.json` is broken.
+class ChatTemplate:
+    """A chat template, running in a process that it can neither leave nor fill; close it after use.
+
+    Its variables are those of Hugging Face's `apply_chat_template`.
     """
-    config = _tokenizer_config(assets)
-    template = _find_template(assets, config)
-    tokens = {name: _piece(config.get(name)) for name in ("bos_token", "eos_token")}
-    environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
-    )
-    environment.globals["raise_exception"] = _refuse
-    messages = [{"role": "user", "content": message}]
-    try:
-        return environment.from_string(template).render(
-            messages=messages, add_generation_prompt=True, **tokens
-        )
-    except Exception as error:  # the template is foreign code and may raise anything
-        raise BundleError(f"chat template: {type(error).__name__}: {error}") from error
+
+    def __init__(self, source: str, tokens: Mapping[str, str], *, seconds: float = SECONDS) -> None:
+        """
+        Args:
+            source: the template.
+            tokens: `bos_token` and `eos_token`, as text.
+            seconds: how long a rendering may take.
+
+        Raises:
+            BundleError: the template is longer than any real one.
+        """
+        if len(source) > MAX_SOURCE:
+            raise BundleError(f"chat template: {len(source)} characters, more than {MAX_SOURCE}")
+        self._source, self._tokens, self._seconds = source, dict(tokens), seconds
+        self._worker: subprocess.Popen[bytes] | None = None
+        self._pipe: Connection | None = None
+
+    @classmethod
+    def from_assets(cls, assets: Mapping[str, bytes], source: str | None = None) -> ChatTemplate:
+        """The template among the files of a model.
+
+        Args:
+            assets: file name -> content; the template is `chat_template.jinja`, else the key
+                `chat_template` of `tokenizer_config.json`.
+            source: a template to take in place of the model's own.
+
+        Raises:
+            UsageError: there is no template: a base model, most likely.
+            BundleError: `tokenizer_config.json` is broken.
+        """
+        config = _tokenizer_config(assets)
+        tokens = {name: _piece(config.get(name)) for name in ("bos_token", "eos_token")}
+        return cls(_find_template(assets, config) if source is None else source, tokens)
+
+    @classmethod
+    def of(cls, bundle: Bundle, source: str | None = None) -> ChatTemplate:
+        """`from_assets` with the files of a bundle."""
+        names = (name for name in CHAT_FILES if name in bundle.manifest.files)
+        return cls.from_assets({name: bundle.asset(name) for name in names}, source)
+
+    def start(self) -> None:
+        """Start the process now, so that the first rendering need not wait for it."""
+        if self._worker is not None:
+            return
+        self._pipe, theirs = Pipe()
+        with theirs:
+            command = [sys.executable, "-m", "uq.sandbox", str(theirs.fileno())]
+            # A session of its own: Ctrl-C stops the answer and must not stop this process.
+            self._worker = subprocess.Popen(
+                command, pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL,
+                stderr=subprocess.DEVNULL, start_new_session=True,
+            )  # fmt: skip
+        self._pipe.send_bytes(json.dumps(self._source).encode())
+
+    def render(self, messages: Sequence[Message]) -> str:
+        """Text of a conversation that asks the model to answer.
+
+        Raises:
+            BundleError: the template is broken, refuses these messages, or takes too much time or
+                memory.
+        """
+        self.start()
+        assert self._pipe is not None
+        variables = {"messages": messages, "add_generation_prompt": True, **self._tokens}
+        try:
+            self._pipe.send_bytes(json.dumps(variables).encode())
+            if not self._pipe.poll(self._seconds):
+                self.close()
+                raise BundleError(f"chat template: took longer than {self._seconds:g} s")
+            answer = json.loads(self._pipe.recv_bytes(MAX_TEXT))
+        except (OSError, EOFError):  # the process ended, or its answer was too long
+            self.close()
+            raise BundleError("chat template: took more memory than a text needs") from None
+        if "error" in answer:
+            raise BundleError(f"chat template: {answer['error']}")
+        return str(answer["text"])
+
+    def close(self) -> None:
+        """End the process; a later rendering starts a new one."""
+        if self._worker is not None and self._pipe is not None:
+            self._pipe.close()
+            self._worker.kill()
+            self._worker.wait()
+            self._worker = self._pipe = None
+
+    def __enter__(self) -> ChatTemplate:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
 
 
 def _tokenizer_config(assets: Mapping[str, bytes]) -> dict[str, Any]:
@@ -66,7 +150,10 @@ def _find_template(assets: Mapping[str, bytes], config: Mapping[str, Any]) -> st
         named = [entry for entry in template if isinstance(entry, dict)]
         template = next((e.get("template") for e in named if e.get("name") == "default"), None)
     if not isinstance(template, str):
-        raise UsageError("the bundle has no chat template (a base model?); run it without --chat")
+        raise UsageError(
+            "the bundle has no chat template: a base model, which continues texts and does not "
+            "answer; use uq generate without --chat, or give a template with uq chat --template"
+        )
     return template
 
 
@@ -75,7 +162,3 @@ def _piece(token: Any) -> str:
     if isinstance(token, dict):
         token = token.get("content")
     return token if isinstance(token, str) else ""
-
-
-def _refuse(message: str) -> NoReturn:
-    raise TemplateError(message)

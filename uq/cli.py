@@ -20,13 +20,14 @@ from types import FrameType
 from typing import NoReturn
 
 from uq import __version__
-from uq.commands import doctor, generate, inspect, npu, quantize, validate
+from uq.commands import chat, doctor, generate, inspect, npu, quantize, validate
 from uq.errors import UqError, UsageError
 
 COMMANDS = {
     "quantize": (quantize, "read a Gemma checkpoint and write a quantized bundle"),
     "validate": (validate, "compare a bundle with its float32 reference"),
     "generate": (generate, "continue a text with a bundle"),
+    "chat": (chat, "talk to a bundle in the terminal"),
     "inspect": (inspect, "show what is in a checkpoint or a bundle"),
     "npu": (npu, "check designs for the NPU"),
     "doctor": (doctor, "show what this machine offers"),

@@ -7,9 +7,9 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from uq.chat import CHAT_FILES, chat_prompt
+from uq.chat import ChatTemplate
 from uq.errors import UsageError
-from uq.formats.bundle import Bundle, open_bundle
+from uq.formats.bundle import open_bundle
 from uq.formats.tokenizer import Tokenizer
 from uq.kernels.backends import open_session
 from uq.kernels.session import Sampling
@@ -60,7 +60,10 @@ def generate(
     """
     bundle = open_bundle(path)
     tokenizer = bundle.tokenizer()
-    tokens = tokenizer.encode(chat_prompt(_chat_files(bundle), prompt) if chat else prompt)
+    if chat:
+        with ChatTemplate.of(bundle) as template:
+            prompt = template.render([{"role": "user", "content": prompt}])
+    tokens = tokenizer.encode(prompt)
     context = len(tokens) + max_tokens
     _check_context(context, bundle.config.max_position_embeddings)
     session = open_session(bundle, device, max_context=context, threads=threads)
@@ -92,7 +95,3 @@ def _check_context(needed: int, limit: int) -> None:
         raise UsageError(
             f"prompt and --max-tokens need {needed} tokens, but the model's context has {limit}"
         )
-
-
-def _chat_files(bundle: Bundle) -> dict[str, bytes]:
-    return {name: bundle.asset(name) for name in CHAT_FILES if name in bundle.manifest.files}

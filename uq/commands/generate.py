@@ -6,8 +6,8 @@ import argparse
 import io
 import sys
 
-from uq.commands.arguments import bundle, real, whole
-from uq.kernels.backends import DEVICES
+from uq.commands.arguments import bundle, whole
+from uq.commands.sampling import add_device, add_sampling, read_sampling
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -16,21 +16,13 @@ def configure(parser: argparse.ArgumentParser) -> None:
     add("-p", "--prompt", required=True, metavar="TEXT", help="text to continue; - reads stdin")
     add("--chat", action="store_true", help="put the text into the model's chat template")
     add("--max-tokens", type=whole(1), default=256, metavar="N", help="default: %(default)s")
-    add(
-        "--temperature", type=real(0), default=0.0, metavar="T",
-        help="0 (default): always the likeliest token; above: sample",
-    )  # fmt: skip
-    add("--top-k", type=whole(0), default=0, metavar="K", help="0 (default): all tokens")
-    add("--top-p", type=real(0, 1, above=True), default=1.0, metavar="P", help="default: 1")
-    add("--seed", type=whole(0, 2**63 - 1), default=0, metavar="S", help="default: %(default)s")
-    add("--device", choices=DEVICES, default="auto", help="default: %(default)s")
-    add("--threads", type=whole(1), metavar="N", help="default: one per core")
+    add_sampling(parser)
+    add_device(parser)
 
 
 def run(args: argparse.Namespace) -> int:
     from uq.generation import generate
     from uq.kernels.backends import first_run_note
-    from uq.kernels.session import Sampling
     from uq.text import duration
 
     if note := first_run_note(args.device):
@@ -41,7 +33,7 @@ def run(args: argparse.Namespace) -> int:
             read_stdin() if args.prompt == "-" else args.prompt,
             chat=args.chat,
             max_tokens=args.max_tokens,
-            sampling=Sampling(args.temperature, args.top_k, args.top_p, args.seed),
+            sampling=read_sampling(args),
             device=args.device,
             threads=args.threads,
             write=write,

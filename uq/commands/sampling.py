@@ -1,0 +1,34 @@
+"""Options of every command that lets a model write: how a token is chosen, and where it runs."""
+
+from __future__ import annotations
+
+import argparse
+from typing import TYPE_CHECKING
+
+from uq.commands.arguments import real, whole
+from uq.kernels.backends import DEVICES
+
+if TYPE_CHECKING:
+    from uq.kernels.session import Sampling
+
+
+def add_sampling(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add(
+        "--temperature", type=real(0), default=0.0, metavar="T",
+        help="0 (default): always the likeliest token; above: sample",
+    )  # fmt: skip
+    add("--top-k", type=whole(0), default=0, metavar="K", help="0 (default): all tokens")
+    add("--top-p", type=real(0, 1, above=True), default=1.0, metavar="P", help="default: 1")
+    add("--seed", type=whole(0, 2**63 - 1), default=0, metavar="S", help="default: %(default)s")
+
+
+def read_sampling(args: argparse.Namespace) -> Sampling:
+    from uq.kernels.session import Sampling
+
+    return Sampling(args.temperature, args.top_k, args.top_p, args.seed)
+
+
+def add_device(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--device", choices=DEVICES, default="auto", help="default: %(default)s")
+    parser.add_argument("--threads", type=whole(1), metavar="N", help="default: one per core")
