@@ -64,7 +64,7 @@ class Row:
         )
 
 
-def run(*command: str | Path | int) -> str:
+def run(*command: object) -> str:
     """The command's stdout; its stderr goes to the terminal when it fails."""
     done = subprocess.run([str(part) for part in command], capture_output=True, text=True)
     if done.returncode:
@@ -72,7 +72,7 @@ def run(*command: str | Path | int) -> str:
     return done.stdout
 
 
-def wall(*command: str | Path | int) -> float:
+def wall(*command: object) -> float:
     start = time.perf_counter()
     run(*command)
     return time.perf_counter() - start
@@ -134,9 +134,9 @@ def quantize_row(binary: Path, f16: Path, work: Path, threads: int, pairs: int) 
         peer_out.unlink(missing_ok=True)
         return wall(binary / "llama-quantize", f16, peer_out, "Q4_0", threads)
 
-    return Row(
-        "quantize F16 to 4 bits, rtn, whole command", "s", *alternate(pairs, ours, peer), False
-    )
+    name = "quantize F16 to 4 bits, rtn, whole command"
+    seconds, peer_seconds = alternate(pairs, ours, peer)
+    return Row(name, "s", seconds, peer_seconds, False)
 
 
 def first_token_seconds(bundle: Path) -> float:

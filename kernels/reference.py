@@ -8,13 +8,13 @@ Shapes: hidden (batch, length, hidden); weights by role, linears (out, in), norm
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from typing import Protocol
 
 import numpy as np
 import psutil
 from numpy.typing import NDArray
 
 from uq.errors import UsageError
-from uq.formats.checkpoint import Checkpoint
 from uq.formats.config import GemmaConfig
 from uq.kernels.attention import KVCache, attend, rope_tables
 from uq.kernels.elementwise import gelu_product, rms_norm_rows, rotate
@@ -121,10 +121,32 @@ def rms_norm(x: Array, gain: Array, eps: float) -> Array:
     return out
 
 
+class WeightSource(Protocol):
+    """Float32 weights of a model, read in parts: a `Checkpoint`, or what stands in for one."""
+
+    config: GemmaConfig
+
+    def layer(self, index: int) -> Weights:
+        """Role -> (out, in) linear, or (size,) norm gain."""
+        ...
+
+    def embedding(self, start: int, stop: int) -> Array:
+        """Rows `start:stop`, not multiplied by the embedding's scale."""
+        ...
+
+    def head(self, start: int, stop: int) -> Array:
+        """Rows `start:stop` of the output matrix; the embedding's where they are tied."""
+        ...
+
+    def final_norm(self) -> Array:
+        """Gain of the norm in front of the head: (hidden,)."""
+        ...
+
+
 class CheckpointWeights:
     """Float32 weights of a checkpoint: read anew at each use, or kept once read."""
 
-    def __init__(self, checkpoint: Checkpoint, *, resident: bool) -> None:
+    def __init__(self, checkpoint: WeightSource, *, resident: bool) -> None:
         self._checkpoint = checkpoint
         self._resident = resident
         self._layers: dict[int, Weights] = {}
@@ -167,7 +189,7 @@ class ReferenceSession:
     """
 
     def __init__(
-        self, checkpoint: Checkpoint, *, max_context: int = 4096, resident: bool | None = None
+        self, checkpoint: WeightSource, *, max_context: int = 4096, resident: bool | None = None
     ) -> None:
         self.config = checkpoint.config
         if resident is None:

@@ -1,0 +1,1 @@
+"""The quantizers that are compared, one per file."""

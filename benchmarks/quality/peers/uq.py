@@ -1,0 +1,57 @@
+"""uq itself, by its command line."""
+
+from __future__ import annotations
+
+import hashlib
+import sys
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+import uq.formats
+import uq.formats.checkpoint
+import uq.kernels
+import uq.quantize
+from benchmarks.quality.calibration import Draw
+from benchmarks.quality.models import Model, open_bundle_model
+from benchmarks.quality.rows import Row
+from benchmarks.quality.source import Reference
+from benchmarks.quality.steps import OUT, Step
+
+PACKAGES = (uq.formats, uq.formats.checkpoint, uq.kernels, uq.quantize)
+
+
+@dataclass(frozen=True)
+class Uq:
+    reference: Reference
+    calibration_tokens: int
+
+    def missing(self, row: Row) -> str | None:
+        return None
+
+    def steps(self, row: Row, draw: Draw) -> tuple[Step, ...]:
+        options = [*row.arguments]
+        if row.calibrated:
+            options += ["--calibration-tokens", str(self.calibration_tokens)]
+            options += [] if draw.seed is None else ["--calibration-seed", str(draw.seed)]
+        command = (sys.executable, "-m", "uq", "quantize", str(self.reference.folder))
+        identity = {
+            "uq": source_hash(),
+            "reference": self.reference.sha256,
+            "options": options,
+            "calibration": draw.sha256 if row.calibrated else None,
+        }
+        return (Step(row.name, (*command, "-o", OUT, "--restart", *options), identity),)
+
+    def open(self, output: Path) -> Model:
+        return open_bundle_model(output, self.reference.checkpoint)
+
+
+@cache
+def source_hash() -> str:
+    """Of the modules that decide the bytes of a bundle."""
+    digest = hashlib.sha256()
+    for package in PACKAGES:
+        for path in sorted(Path(package.__path__[0]).glob("*.py")):
+            digest.update(path.name.encode() + path.read_bytes())
+    return digest.hexdigest()

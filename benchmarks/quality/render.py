@@ -1,0 +1,119 @@
+"""Results as Markdown, and the Markdown between the markers of a page."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from benchmarks.quality.results import DrawResult, Results, RowResult, TextScores
+from uq.errors import UsageError
+
+BEGIN, END = "<!-- quality: begin -->", "<!-- quality: end -->"
+Number = Callable[[DrawResult], float]
+
+
+def markdown(results: Results) -> str:
+    """All tables of one run."""
+    measured = [row for row in results.rows if row.draws]
+    names = [text.name for text in results.texts]
+    parts = [_preface(results), "### Mean KL divergence", _losses(measured, names)]
+    for name in names:
+        parts += [f"### {name}", _text(measured, name)]
+    parts += ["### Cost and grids", _costs(measured)]
+    if skipped := [row for row in results.rows if not row.draws]:
+        parts += ["### Not run", "\n".join(f"- {row.name}: {row.not_run}" for row in skipped)]
+    return "\n\n".join(parts) + "\n"
+
+
+def splice(page: Path, content: str) -> None:
+    """Replace what stands between the markers of a page.
+
+    Raises:
+        UsageError: the page has no such markers.
+    """
+    text = page.read_text("utf-8") if page.is_file() else ""
+    before, begin, rest = text.partition(BEGIN)
+    _, end, after = rest.partition(END)
+    if not begin or not end:
+        raise UsageError(f"{page}: has no lines {BEGIN} and {END} to write the tables between")
+    page.write_text(f"{before}{BEGIN}\n{content}{END}{after}", "utf-8")
+
+
+def _preface(results: Results) -> str:
+    texts = ", ".join(f"{text.name} ({text.windows} windows)" for text in results.texts)
+    return (
+        f"Measured on {results.date}, {results.machine}, uq {results.uq}. Reference: "
+        f"{results.reference} in float16. Windows of {results.context} tokens: {texts}. "
+        f"Calibrated rows: {results.calibration_tokens:,} tokens, mean of up to "
+        f"{results.draws} draws (smallest to largest)."
+    )
+
+
+def _losses(rows: Sequence[RowResult], texts: Sequence[str]) -> str:
+    def cells(row: RowResult) -> list[str]:
+        return [
+            row.name,
+            _mean(row, lambda draw: draw.sizes.body_bits, ".3f"),
+            _mean(row, lambda draw: draw.sizes.bits, ".3f"),
+            _mean(row, lambda draw: draw.sizes.nbytes / 1e6, ".1f") + _computed(row),
+            *(_kld(row, name) for name in texts),
+        ]
+
+    head = ["row", "bits, linears", "bits, all", "MB", *(f"KL {name}" for name in texts)]
+    return _table(head, [cells(row) for row in rows])
+
+
+def _text(rows: Sequence[RowResult], name: str) -> str:
+    def cells(row: RowResult) -> list[str]:
+        def figure(value: Callable[[TextScores], float], form: str) -> str:
+            return _mean(row, lambda draw: value(draw.texts[name]), form)
+
+        error = max(draw.texts[name].perplexity_ratio.stderr for draw in row.draws)
+        return [
+            row.name,
+            _kld(row, name),
+            figure(lambda text: text.kld_p99_9, ".3f"),
+            figure(lambda text: text.same_top_percent.value, ".2f"),
+            figure(lambda text: text.perplexity_ratio.value, ".4f") + f" ± {error:.4f}",
+        ]
+
+    head = ["row", "KL", "KL, 99.9 %", "same top, %", "perplexity ratio"]
+    return _table(head, [cells(row) for row in rows])
+
+
+def _costs(rows: Sequence[RowResult]) -> str:
+    def cells(row: RowResult) -> list[str]:
+        sizes = row.draws[0].sizes
+        return [
+            row.name,
+            _mean(row, lambda draw: draw.cost.seconds / 60, ".2f"),
+            _mean(row, lambda draw: draw.cost.peak_bytes / 2**20, ".0f"),
+            sizes.body,
+            sizes.embedding,
+            row.draws[0].cost.machine,
+        ]
+
+    head = ["row", "minutes", "peak MiB", "linears", "embedding and head", "machine"]
+    return _table(head, [cells(row) for row in rows])
+
+
+def _kld(row: RowResult, name: str) -> str:
+    """Mean KL; the error is the largest of the draws', the spread that between them."""
+    error = max(draw.texts[name].kld.stderr for draw in row.draws)
+    values = [draw.texts[name].kld.value for draw in row.draws]
+    spread = f" ({min(values):.4f} to {max(values):.4f})" if len(values) > 1 else ""
+    return f"{sum(values) / len(values):.4f} ± {error:.4f}{spread}"
+
+
+def _mean(row: RowResult, number: Number, form: str) -> str:
+    values = [number(draw) for draw in row.draws]
+    return format(sum(values) / len(values), form)
+
+
+def _computed(row: RowResult) -> str:
+    return " (computed)" if row.draws[0].sizes.computed else ""
+
+
+def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = [head, ["---", *("---:" for _ in head[1:])], *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)

@@ -1,0 +1,88 @@
+"""The rows of the table, as data."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from uq.cli import Parser
+from uq.commands import quantize as command
+from uq.errors import UsageError
+from uq.formats.config import GemmaConfig
+from uq.quantize.pipeline import plan_of
+from uq.quantize.plan import RECIPES
+
+UQ, LLAMA = "uq", "llama.cpp"
+
+
+@dataclass(frozen=True)
+class Row:
+    """One way of quantizing.
+
+    Attributes:
+        peer: which quantizer of `peers` makes it.
+        arguments: for that quantizer.
+        calibrated: it is repeated for every calibration draw.
+    """
+
+    name: str
+    peer: str
+    arguments: tuple[str, ...]
+    calibrated: bool = False
+
+
+def llama_row(grid: str, calibrated: bool) -> Row:
+    name = f"llama.cpp {grid}" + (" + imatrix" if calibrated else "")
+    return Row(name, LLAMA, (grid,), calibrated)
+
+
+LLAMA_ROWS = (
+    *(llama_row(grid, matrix) for grid in ("Q4_0", "IQ4_NL", "Q4_1") for matrix in (False, True)),
+    *(llama_row("Q4_K_M", matrix) for matrix in (False, True)),
+    *(llama_row(grid, False) for grid in ("Q5_0", "Q6_K", "Q8_0")),
+)
+
+
+def uq_rows(config: GemmaConfig) -> tuple[Row, ...]:
+    """Rounding to nearest, and every recipe that uq has now."""
+    recipes = {f"uq {name}": ("--recipe", name) for name in RECIPES}
+    arguments = {"uq rtn": ("--method", "rtn")} | recipes
+    return tuple(uq_row(name, words, config) for name, words in arguments.items())
+
+
+def uq_row(name: str, arguments: Sequence[str], config: GemmaConfig) -> Row:
+    """A row from arguments of `uq quantize`.
+
+    Raises:
+        UsageError: uq refuses the arguments, or they do not fit the model.
+    """
+    parser = Parser(prog=f"row {name!r}", allow_abbrev=False)
+    command.configure(parser)
+    options = command.read_options(parser.parse_args(["MODEL", *arguments]))
+    return Row(name, UQ, tuple(arguments), plan_of(config, options).calibrated)
+
+
+def extra_row(text: str, config: GemmaConfig) -> Row:
+    """`NAME=ARGUMENTS of uq quantize`.
+
+    Raises:
+        UsageError: there is no name, or uq refuses the arguments.
+    """
+    name, equals, arguments = text.partition("=")
+    if not name or not equals:
+        raise UsageError(f"--row {text!r}: expected NAME=ARGUMENTS, such as 'g64=--group 64'")
+    return uq_row(name, shlex.split(arguments), config)
+
+
+def all_rows(config: GemmaConfig, extra: Sequence[str]) -> tuple[Row, ...]:
+    """Every row, the user's last.
+
+    Raises:
+        UsageError: two rows have one name, or one of the user's is refused.
+    """
+    rows = (*LLAMA_ROWS, *uq_rows(config), *(extra_row(text, config) for text in extra))
+    names = [row.name for row in rows]
+    if twice := next((name for name in names if names.count(name) > 1), None):
+        raise UsageError(f"--row: there is already a row {twice!r}; give it another name")
+    return rows

@@ -1,0 +1,96 @@
+"""One protocol for every row: dequantized weights, float32, the reference beside it."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from benchmarks.quality.models import Model
+from benchmarks.quality.results import Figure, TextScores
+from benchmarks.quality.steps import write_json
+from benchmarks.quality.texts import CONTEXT, EvaluationText
+from uq.formats.checkpoint import Checkpoint
+from uq.kernels.reference import ReferenceSession
+from uq.progress import Progress
+from uq.validate.scores import Scores, estimate
+from uq.validate.scoring import ReferenceStates, compare, final_states, states_key
+from uq.validate.text import targets
+
+PROTOCOL = 1  # raise it when the same weights would score otherwise
+
+
+@dataclass(frozen=True)
+class Scorer:
+    """Scores models on texts and keeps what it found in `work`."""
+
+    reference: Checkpoint
+    work: Path
+    progress: Progress
+
+    def kept(self, content: str, text: EvaluationText) -> TextScores | None:
+        """What an earlier run found for a model, by the hash of its content."""
+        path = self._path(content, text)
+        return TextScores.from_json(json.loads(path.read_text())) if path.is_file() else None
+
+    def score(self, model: Model, text: EvaluationText) -> TextScores:
+        """Score a model now.
+
+        Raises:
+            DeviceError: a hidden state is not finite.
+        """
+        truth = ReferenceSession(self.reference, max_context=CONTEXT)
+        session = ReferenceSession(model.weights, max_context=CONTEXT)
+        truth_states = self._reference_states(truth, text)
+        states = final_states(session, text.windows, self.progress, "model")
+        found = compare(session, states, truth, truth_states, targets(text.windows), self.progress)
+        scores = summary(found, len(text.windows))
+        write_json(self._path(model.content, text), asdict(scores))
+        return scores
+
+    def _reference_states(
+        self, truth: ReferenceSession, text: EvaluationText
+    ) -> NDArray[np.float32]:
+        key = states_key(self.reference.fingerprint(), text.windows)
+        path = self._folder("states") / f"{key[:16]}.npz"
+        kept = ReferenceStates.load(path, key)
+        if kept is None:
+            hidden = final_states(truth, text.windows, self.progress, "reference")
+            kept = ReferenceStates(key, hidden)
+            kept.save(path)
+        return kept.hidden
+
+    def _path(self, content: str, text: EvaluationText) -> Path:
+        key = states_key(self.reference.fingerprint(), text.windows)
+        digest = hashlib.sha256(f"{PROTOCOL} {content} {key}".encode()).hexdigest()
+        return self._folder("scores") / f"{digest[:32]}.json"
+
+    def _folder(self, name: str) -> Path:
+        folder = self.work / name
+        folder.mkdir(parents=True, exist_ok=True)
+        return folder
+
+
+def summary(scores: Scores, windows: int) -> TextScores:
+    """Figures of a text; errors are those of means over windows, whose tokens are not independent.
+
+    The perplexity ratio's error is that of the paired differences, to first order.
+    """
+
+    def figure(values: NDArray[np.float64]) -> Figure:
+        mean = estimate(values.reshape(windows, -1).mean(1))
+        return Figure(mean.value, mean.stderr)
+
+    difference = figure(scores.nll - scores.nll_reference)
+    ratio = float(np.exp(difference.value))
+    return TextScores(
+        kld=figure(scores.kld),
+        kld_p99_9=float(np.percentile(scores.kld, 99.9)),
+        same_top_percent=figure(100 * scores.same_top.astype(np.float64)),
+        perplexity_ratio=Figure(ratio, ratio * difference.stderr),
+        kld_windows=tuple(scores.kld.reshape(windows, -1).mean(1).tolist()),
+    )
