@@ -71,6 +71,17 @@ class Journal:
         return replace(self, shards=tuple(good))
 
 
+def begun_revision(folder: Path, repository: str) -> str | None:
+    """The commit that unfinished work in `folder` was begun with, if it is of this repository."""
+    try:
+        identity = Journal.load(folder).identity
+    except (BundleError, OSError):
+        return None
+    revision = identity.get("revision")
+    same = identity.get("repository") == repository
+    return revision if same and isinstance(revision, str) else None
+
+
 def _flat(value: object, name: str = "") -> dict[str, object]:
     """Nested objects with dotted names: {"a": {"b": 1}} -> {"a.b": 1}."""
     if not isinstance(value, dict):

@@ -70,7 +70,7 @@ class BundleWriter:
         _require_new(out)
         self._out = out
         self._count = shard_count
-        self._work = out.with_name(out.name + ".partial")
+        self._work = work_folder(out)
         self._finished = False
         with disk_errors(self._work, 0):
             _require_ours(self._work)
@@ -205,6 +205,11 @@ class BundleWriter:
         _clear(self._work, keep={LOCK, JOURNAL, *(shard.file for shard in journal.shards)})
         journal.save(self._work)
         return journal
+
+
+def work_folder(out: Path) -> Path:
+    """Where the bundle `out` is while it is being written."""
+    return out.with_name(out.name + ".partial")
 
 
 def _contents(header: bytes, entries: Sequence[Entry]) -> Iterator[bytes | memoryview]:

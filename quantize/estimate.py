@@ -91,7 +91,7 @@ def estimate(checkpoint: Checkpoint, options: QuantizeOptions) -> Estimate:
     gains = 4 * sum(width for (width,) in expected_tensors(config)[1].values())
     nbytes = gains + sum(kind.nbytes for kind in kinds)
     threads = worker_threads(options)
-    source = sum(path.stat().st_size for path in checkpoint.files().values())
+    source = sum(file.size for file in checkpoint.files().values())
     seconds = _rounding_seconds(checkpoint, plan) + _hashing_seconds(source + nbytes)
     seconds = TOKENIZER_SECONDS * config.vocab_size + seconds / threads
     if plan.calibrated:
@@ -101,7 +101,8 @@ def estimate(checkpoint: Checkpoint, options: QuantizeOptions) -> Estimate:
         kinds=kinds,
         nbytes=nbytes,
         bits_per_weight=8 * nbytes / config.num_parameters(),
-        peak_memory=_peak_memory(config, plan, options.calibration_tokens, threads),
+        peak_memory=checkpoint.buffered
+        + _peak_memory(config, plan, options.calibration_tokens, threads),
         free_memory=psutil.virtual_memory().available,
         seconds=seconds,
     )

@@ -17,7 +17,7 @@ import numba
 import numpy as np
 from numpy.typing import NDArray
 
-from uq.errors import UsageError
+from uq.errors import HubError, UsageError
 from uq.formats.checkpoint import Checkpoint
 from uq.formats.config import EMBEDDING, FINAL_NORM, HEAD, GemmaConfig, layer_tensor
 from uq.formats.disk import require_free
@@ -87,7 +87,8 @@ def quantize(
     Raises:
         UsageError: the options do not fit the model or each other, or `out` exists.
         CheckpointError: a weight is not finite; a kept part of the work can be continued.
-        HubError: the calibration text cannot be downloaded.
+        HubError: the calibration text or a part of the checkpoint cannot be downloaded; what is
+            finished is kept and can be continued.
         DeviceError: the disk is full or broken.
     """
     config = checkpoint.config
@@ -233,9 +234,11 @@ def _identity(
     checkpoint: Checkpoint, text: Text | None, options: QuantizeOptions
 ) -> dict[str, object]:
     """What fixes the bytes of the bundle. The source is hashed later, beside the work."""
-    stats = {name: path.stat() for name, path in checkpoint.files().items()}
+    revision, files = checkpoint.source.revision, checkpoint.files()
     return {
-        "source": {name: [stat.st_size, stat.st_mtime_ns] for name, stat in stats.items()},
+        "repository": checkpoint.source.id if revision else None,
+        "revision": revision,
+        "source": {name: [file.size, revision or file.version] for name, file in files.items()},
         "options": _recorded(options),
         "calibration": None if text is None else text.sha256,
     }
@@ -287,10 +290,10 @@ def _mean_error(entries: Sequence[Entry]) -> float:
 
 @contextmanager
 def _explained_interrupt(out: Path, writer: BundleWriter, progress: Progress) -> Iterator[None]:
-    """Ctrl-C drops the shard in work; say what is kept and how to go on."""
+    """Ctrl-C or a lost network drops the shard in work; say what is kept and how to go on."""
     try:
         yield
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, HubError):
         progress.close()
         if writer.committed:
             progress.note(

@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 from dataclasses import dataclass
 from pathlib import Path
-from typing import cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -90,17 +89,14 @@ def _starts(tokens: int, width: int, count: int, seed: int | None) -> NDArray[np
 
 def _download(source: str) -> Path:
     from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import HfHubHTTPError
 
-    from uq.formats.checkpoint.hub import explain
+    from uq.formats.checkpoint.hub import explain, http_error
 
     parts = source.removeprefix(HUB_PREFIX).split("/")
     if len(parts) < 3 or not all(parts):
         raise UsageError(f"{source}: not of the form hub:OWNER/DATASET/FILE")
     repo, file = "/".join(parts[:2]), "/".join(parts[2:])
-    # Base class of every error of the HTTP client, which differs between versions of the library.
-    http_error = cast(type[Exception], HfHubHTTPError.__mro__[1])
     try:
         return Path(hf_hub_download(repo, file, repo_type="dataset"))
-    except (http_error, OSError, ValueError) as error:
+    except (http_error(), OSError, ValueError) as error:
         raise HubError(explain(f"datasets/{repo}", None, error)) from error

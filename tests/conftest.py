@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import sys
+import threading
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from itertools import count
@@ -17,8 +19,10 @@ from tokenizers import AddedToken, Tokenizer, decoders, normalizers, pre_tokeniz
 from tokenizers.models import BPE
 from tokenizers.processors import TemplateProcessing
 
+from tests.hub_server.server import HubServer
 from uq.formats.checkpoint import open_checkpoint
 from uq.formats.checkpoint.demo import demo_gguf
+from uq.formats.checkpoint.read_ahead import THREAD
 from uq.formats.config import EMBEDDING, FINAL_NORM, HEAD, layer_tensor
 from uq.formats.manifest import Manifest, Provenance, gain_name
 from uq.formats.spec import QuantTensor, Spec
@@ -194,6 +198,44 @@ def fresh_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("UQ_CACHE", str(tmp_path_factory.mktemp("cache")))
         yield
+
+
+@pytest.fixture
+def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[HubServer]:
+    """A Hub on the loopback that the client of this process, and of its children, talks to."""
+    from huggingface_hub import close_session, constants
+
+    with HubServer() as server:
+        template = server.url + "/{repo_id}/resolve/{revision}/{filename}"
+        monkeypatch.setattr(constants, "ENDPOINT", server.url)
+        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub-cache"))
+        monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "no-token"))
+        monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+        monkeypatch.setenv("HF_ENDPOINT", server.url)
+        monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "hub-cache"))
+        monkeypatch.setenv("HF_HUB_DISABLE_XET", "1")
+        monkeypatch.setenv("NO_PROXY", "127.0.0.1,localhost")
+        monkeypatch.delenv("HF_TOKEN", raising=False)
+        close_session()
+        yield server
+        end_of_fetching()
+        close_session()
+
+
+def end_of_fetching() -> None:
+    """Wait for what checkpoints that are gone still fetch ahead."""
+    gc.collect()
+    for thread in [thread for thread in threading.enumerate() if thread.name == THREAD]:
+        thread.join(timeout=5)
+
+
+@pytest.fixture
+def pauses(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """Seconds that the client wanted to wait before it asked again; none is waited."""
+    waited: list[float] = []
+    monkeypatch.setattr("huggingface_hub.utils._http.time.sleep", waited.append)
+    return waited
 
 
 @pytest.fixture(scope="session")

@@ -11,6 +11,7 @@ import pytest
 from uq.errors import CheckpointError, ToolMissing
 from uq.formats.checkpoint import demo, open_checkpoint
 from uq.formats.checkpoint.cache import cache_folder
+from uq.formats.checkpoint.weight_file import LocalFile
 
 CONTENT = b"part one, part two"
 
@@ -98,7 +99,7 @@ def test_cache_folder(
 def test_real_demo_model_opens_with_its_licence(real_gguf: Path) -> None:
     checkpoint = open_checkpoint("demo:gemma-3-270m")
     assert (checkpoint.source.kind, checkpoint.source.id) == ("demo", "demo:gemma-3-270m")
-    assert checkpoint.files() == {real_gguf.name: real_gguf}
+    assert checkpoint.files() == {real_gguf.name: LocalFile(real_gguf)}
     assert {"tokenizer.json", "GEMMA_TERMS.html", "NOTICE.md"} <= set(checkpoint.assets())
 
 

@@ -92,7 +92,7 @@ def inspect(source: str, *, revision: str | None = None) -> Contents:
     """
     if (Path(source) / MANIFEST).is_file():
         return _bundle_contents(open_bundle(source, verify="lazy"))
-    return _checkpoint_contents(open_checkpoint(source, revision=revision))
+    return _checkpoint_contents(open_checkpoint(source, revision=revision, stream=True))
 
 
 def _checkpoint_contents(checkpoint: Checkpoint) -> Contents:
@@ -100,7 +100,7 @@ def _checkpoint_contents(checkpoint: Checkpoint) -> Contents:
         Tensor(name, info.shape, info.nbytes, info.dtype)
         for name, info in checkpoint.tensors.items()
     ]
-    files = {name: path.stat().st_size for name, path in checkpoint.files().items()}
+    files = {name: file.size for name, file in checkpoint.files().items()}
     return _contents(
         "checkpoint",
         checkpoint.source.id,

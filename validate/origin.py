@@ -48,7 +48,7 @@ def find_reference(
 
 
 def _nbytes(checkpoint: Checkpoint) -> int:
-    return sum(path.stat().st_size for path in checkpoint.files().values())
+    return sum(file.size for file in checkpoint.files().values())
 
 
 def _open_origin(origin: Provenance) -> Checkpoint:
@@ -81,7 +81,7 @@ def _config_differences(ours: GemmaConfig, theirs: GemmaConfig) -> list[str]:
 
 def _file_differences(origin: Provenance, checkpoint: Checkpoint) -> list[str]:
     """At most one sentence. Hashes are compared where reading the files takes seconds."""
-    sizes = {name: path.stat().st_size for name, path in checkpoint.files().items()}
+    sizes = {name: file.size for name, file in checkpoint.files().items()}
     expected = {name: record.size for name, record in origin.files.items()}
     if sizes != expected:
         return ["its weight files differ in name or size from those the bundle was made from"]

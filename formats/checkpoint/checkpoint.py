@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
 from typing import Literal
 
 import numpy as np
@@ -14,11 +12,11 @@ from numpy.typing import NDArray
 
 from uq.errors import CheckpointError
 from uq.formats.checkpoint.tensors import TensorInfo, is_readable, read_rows
+from uq.formats.checkpoint.weight_file import WeightFile
 from uq.formats.config import EMBEDDING, FINAL_NORM, HEAD, GemmaConfig, layer_tensor
 from uq.formats.tokenizer import Tokenizer
 
 TOKENIZER = "tokenizer.json"
-HASH_BLOCK = 1 << 24
 
 
 @dataclass(frozen=True)
@@ -39,6 +37,7 @@ class Checkpoint:
     """The text model of a Gemma checkpoint.
 
     Attributes:
+        buffered: bytes that reading ahead of a slow source may hold in memory, at most.
         dtype: of the linears and embeddings, for people: `bf16`, `q4_k_m`, `bf16 mixed`.
         left_out: one sentence for each part of the source that is not read.
         tensors: canonical name -> where it lies in the source.
@@ -59,6 +58,7 @@ class Checkpoint:
         self.source = source
         self.config = config
         self.tensors = needed_tensors(config, tensors)
+        self.buffered = 0
         self.dtype = dtype
         self.left_out = left_out
         self._norm_offset = np.float32(norm_offset)
@@ -120,13 +120,14 @@ class Checkpoint:
         """
         return self._gain(FINAL_NORM, self.config.hidden_size)
 
-    def files(self) -> dict[str, Path]:
+    def files(self) -> dict[str, WeightFile]:
         """Weight files by name."""
-        paths = {info.file for info in self.tensors.values()}
-        return {path.name: path for path in sorted(paths)}
+        files = {info.file.name: info.file for info in self.tensors.values()}
+        return dict(sorted(files.items()))
 
     def fingerprint(self) -> dict[str, dict[str, int | str]]:
-        """Size and sha256 of every weight file; hashed once per object."""
+        """Size and sha256 of every weight file; hashed once per object; the Hub keeps
+        the hashes of its files."""
         return self._fingerprint
 
     def assets(self) -> dict[str, bytes]:
@@ -146,10 +147,10 @@ class Checkpoint:
 
     @cached_property
     def _fingerprint(self) -> dict[str, dict[str, int | str]]:
-        found: dict[str, dict[str, int | str]] = {}
-        for name, path in self.files().items():
-            found[name] = {"size": path.stat().st_size, "sha256": _hash(path)}
-        return found
+        return {
+            name: {"size": file.size, "sha256": file.sha256()}
+            for name, file in self.files().items()
+        }
 
     @cached_property
     def _assets(self) -> dict[str, bytes]:
@@ -160,15 +161,6 @@ class Checkpoint:
 
     def _gain(self, name: str, size: int) -> NDArray[np.float32]:
         return self._read(name, size) + self._norm_offset
-
-
-def _hash(path: Path) -> str:
-    """SHA-256 in hex; in large steps, which seldom wait for the interpreter's lock."""
-    digest, block = hashlib.sha256(), bytearray(HASH_BLOCK)
-    with path.open("rb", buffering=0) as file:
-        while count := file.readinto(block):
-            digest.update(memoryview(block)[:count])
-    return digest.hexdigest()
 
 
 def expected_shapes(config: GemmaConfig) -> dict[str, tuple[int, ...]]:

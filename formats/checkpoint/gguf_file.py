@@ -19,6 +19,7 @@ from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 
 from uq.errors import CheckpointError
 from uq.formats.checkpoint.tensors import TensorInfo
+from uq.formats.checkpoint.weight_file import LocalFile
 
 MAGIC = b"GGUF"
 VERSIONS = (2, 3)
@@ -185,4 +186,4 @@ def _tensor(
             f"{path.name}: {size} bytes, but {name} ends at {offset + nbytes}: the file is cut "
             "short; copy or download it again"
         )
-    return TensorInfo(name, path, offset, shape, dtype.name.lower(), nbytes)
+    return TensorInfo(name, LocalFile(path), offset, shape, dtype.name.lower(), nbytes)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+import os
 import re
 import sys
 from collections.abc import Sequence
@@ -10,7 +12,7 @@ from typing import cast
 
 from uq.errors import CheckpointError, HubError
 from uq.formats.checkpoint.hf_config import parse_config, read_json
-from uq.formats.checkpoint.safetensors_file import INDEX, SINGLE, index_shards
+from uq.formats.checkpoint.safetensors_file import weight_names
 
 HUB = "https://huggingface.co"
 TOKENS = f"{HUB}/settings/tokens"
@@ -32,11 +34,10 @@ def is_hub_id(name: str) -> bool:
     return bool(ID.fullmatch(name)) and not name.endswith((".gguf", ".safetensors", ".json"))
 
 
-def download(repo: str, revision: str | None) -> Path:
-    """Folder in the Hugging Face cache with the files of the text model; its name is the commit.
+def download_small(repo: str, revision: str | None) -> Path:
+    """Folder in the Hugging Face cache with all files but the weights; its name is the commit.
 
-    Small files come first: a model of another architecture is refused before its weights are
-    downloaded. Token, cache folder and offline mode are those of `huggingface_hub`.
+    Token, cache folder and offline mode are those of `huggingface_hub`.
 
     Raises:
         HubError: no token, licence not accepted, wrong id or revision, offline, or network.
@@ -47,14 +48,37 @@ def download(repo: str, revision: str | None) -> Path:
     if not (folder / "config.json").is_file():
         raise CheckpointError(f"{repo}: has no config.json; see {HUB}/{repo}/tree/main")
     parse_config(read_json(folder / "config.json"), f"{repo}: config.json")
-    index = folder / INDEX
-    weights = sorted(set(index_shards(index).values())) if index.is_file() else [SINGLE]
-    return _snapshot(repo, folder.name, weights)
+    return folder
+
+
+def download_weights(repo: str, folder: Path) -> None:
+    """Put the weight files into the folder that `download_small` gave.
+
+    Raises:
+        HubError: as there.
+    """
+    _snapshot(repo, folder.name, weight_names(folder))
+
+
+def has_weights(folder: Path) -> bool:
+    """Whether an earlier download left all weight files in the cache."""
+    return all((folder / name).is_file() for name in weight_names(folder))
+
+
+def http_error() -> type[Exception]:
+    """Base class of every error of the HTTP client, which differs between versions of the Hub's."""
+    from huggingface_hub.errors import HfHubHTTPError
+
+    return cast(type[Exception], HfHubHTTPError.__mro__[1])
 
 
 def _quiet_unless_terminal() -> None:
+    """No bars in a log; no line for each attempt of a request: the last one is explained."""
     from huggingface_hub import constants
     from huggingface_hub.utils.tqdm import disable_progress_bars
+
+    if "HF_HUB_VERBOSITY" not in os.environ:
+        logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
 
     if not sys.stderr.isatty() and constants.HF_HUB_DISABLE_PROGRESS_BARS is None:
         disable_progress_bars()
@@ -62,13 +86,10 @@ def _quiet_unless_terminal() -> None:
 
 def _snapshot(repo: str, revision: str | None, patterns: Sequence[str]) -> Path:
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError
 
-    # Base class of every error of the HTTP client, which differs between versions of the library.
-    http_error = cast(type[Exception], HfHubHTTPError.__mro__[1])
     try:
         return Path(snapshot_download(repo, revision=revision, allow_patterns=list(patterns)))
-    except (http_error, OSError, ValueError) as error:
+    except (http_error(), OSError, ValueError) as error:
         raise HubError(explain(repo, revision, error)) from error
 
 
@@ -96,12 +117,12 @@ def explain(repo: str, revision: str | None, error: BaseException) -> str:
             return f"{repo}: no such model on the Hub, or it is private ({page}){other_ids(repo)}"
         case RevisionNotFoundError():
             return f"{repo}: no revision {revision!r}; see {page}/tree/main for those that exist"
-        case LocalEntryNotFoundError() if _offline(error):
+        case LocalEntryNotFoundError() | OfflineModeIsEnabled() if _offline(error):
             return (
                 f"{repo}: not in the local cache, and HF_HUB_OFFLINE is set; unset it, or give "
                 f"the folder of a copy of {page}"
             )
-        case LocalEntryNotFoundError() | OfflineModeIsEnabled():
+        case LocalEntryNotFoundError():
             cause = error.__cause__ or error
             return f"{repo}: cannot reach the Hub ({_line(cause)}) to get {page}; try again"
         case HfHubHTTPError():
@@ -122,7 +143,7 @@ def other_ids(repo: str) -> str:
 def _offline(error: BaseException) -> bool:
     from huggingface_hub.errors import OfflineModeIsEnabled
 
-    return isinstance(error.__cause__, OfflineModeIsEnabled)
+    return isinstance(error.__cause__ or error, OfflineModeIsEnabled)
 
 
 def _line(error: BaseException) -> str:

@@ -17,13 +17,21 @@ from uq.formats.checkpoint.gguf_config import gguf_config, gguf_names
 from uq.formats.checkpoint.gguf_file import GgufFile, read_gguf
 from uq.formats.checkpoint.gguf_tokenizer import tokenizer_json, vocabulary_key
 from uq.formats.checkpoint.hf_config import parse_config, read_json
-from uq.formats.checkpoint.hub import download, is_hub_id
-from uq.formats.checkpoint.safetensors_file import folder_tensors
+from uq.formats.checkpoint.hub import (
+    download_small,
+    download_weights,
+    has_weights,
+    is_hub_id,
+)
+from uq.formats.checkpoint.hub_file import hub_files
+from uq.formats.checkpoint.read_ahead import BLOCK, WORKERS, read_ahead
+from uq.formats.checkpoint.safetensors_file import folder_tensors, stored_tensors, weight_names
 from uq.formats.checkpoint.tensors import TensorInfo
 from uq.formats.config import EMBEDDING, HEAD
 
 PREFIXES = ("language_model.model.", "model.language_model.", "model.")
 HEADS = ("lm_head.weight", "language_model.lm_head.weight")
+LAYERS = "model.layers."
 VISION = ("vision_tower.", "multi_modal_projector.")
 ASSETS = (
     TOKENIZER,
@@ -37,13 +45,17 @@ ASSETS = (
 LICENCES = ("LICENSE*", "LICENCE*", "NOTICE*", "GEMMA_TERMS*", "USE_POLICY*")
 
 
-def open_checkpoint(source: str | Path, *, revision: str | None = None) -> Checkpoint:
+def open_checkpoint(
+    source: str | Path, *, revision: str | None = None, stream: bool = False
+) -> Checkpoint:
     """Open a model without reading its weights.
 
     Args:
         source: folder with config.json and safetensors, GGUF file, Hub id `owner/name`, or
             `demo:gemma-3-270m`.
-        revision: branch, tag or commit; for a Hub id only.
+        revision: branch, tag or commit; for a Hub id only. It is pinned to its commit now.
+        stream: leave the weights of a Hub id on the Hub, unless they are in the cache already, and
+            fetch what is read; otherwise they are downloaded into the Hugging Face cache.
 
     Raises:
         UsageError: the source is none of these, or a revision is given for a local one.
@@ -60,15 +72,43 @@ def open_checkpoint(source: str | Path, *, revision: str | None = None) -> Check
             raise UsageError(f"{name}: give the folder that holds it and its config.json")
         return _open_demo() if name == DEMO else _open_gguf(path, Source("gguf", name))
     if is_hub_id(name):
-        folder = download(name, revision)
-        return _open_folder(folder, Source("hub", name, folder.name))
+        return _open_hub(name, revision, stream)
     raise UsageError(
         f"{name}: no such folder or file; a model is a folder with config.json and safetensors, "
         f"a GGUF file, a Hub id such as google/gemma-3-1b-it, or {DEMO}"
     )
 
 
-def _open_folder(folder: Path, source: Source) -> Checkpoint:
+def _open_hub(repo: str, revision: str | None, stream: bool) -> Checkpoint:
+    folder = download_small(repo, revision)
+    source = Source("hub", repo, folder.name)
+    if stream and not has_weights(folder):
+        files = hub_files(repo, folder.name, weight_names(folder))
+        if files is not None:
+            return _streamed(_open_folder(folder, source, stored_tensors(folder, files)))
+    download_weights(repo, folder)
+    return _open_folder(folder, source)
+
+
+def _streamed(checkpoint: Checkpoint) -> Checkpoint:
+    """The same checkpoint, fetching a layer ahead of the one that is read."""
+    names = list(checkpoint.tensors)
+    tables = [[name] for name in names if not name.startswith(LAYERS)]
+    layers = [
+        [name for name in names if name.startswith(f"{LAYERS}{index}.")]
+        for index in range(checkpoint.config.num_layers)
+    ]
+    sizes = [sum(checkpoint.tensors[name].nbytes for name in layer) for layer in layers]
+    ahead = max(*sizes, WORKERS * BLOCK)
+    checkpoint.buffered = 2 * ahead
+    checkpoint.tensors = read_ahead(checkpoint.tensors, [*tables, *layers], ahead)
+    return checkpoint
+
+
+def _open_folder(
+    folder: Path, source: Source, stored: dict[str, TensorInfo] | None = None
+) -> Checkpoint:
+    """`stored` are the tensors of files that do not lie in the folder."""
     config_file = folder / "config.json"
     if not config_file.is_file():
         gguf = next(iter(sorted(folder.glob("*.gguf"))), None)
@@ -78,7 +118,7 @@ def _open_folder(folder: Path, source: Source) -> Checkpoint:
     config = parse_config(
         read_json(config_file), generation=read_json(generation) if generation.is_file() else {}
     )
-    stored = folder_tensors(folder)
+    stored = folder_tensors(folder) if stored is None else stored
     tensors = canonical_names(stored)
     return Checkpoint(
         source,

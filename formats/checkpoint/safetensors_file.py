@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from uq.errors import CheckpointError
 from uq.formats.checkpoint.tensors import TensorInfo
+from uq.formats.checkpoint.weight_file import LocalFile, WeightFile
 
 ITEM_BYTES = {"bf16": 2, "f16": 2, "f32": 4}
 INDEX = "model.safetensors.index.json"
@@ -22,23 +24,52 @@ def folder_tensors(folder: Path) -> dict[str, TensorInfo]:
     Raises:
         CheckpointError: no weights, a shard of the index is missing, or a file is broken.
     """
-    if (folder / INDEX).is_file():
-        return _indexed_tensors(folder)
-    if (folder / SINGLE).is_file():
-        return file_tensors(folder / SINGLE)
-    raise CheckpointError(f"{folder}: has no weights; expected {SINGLE} or {INDEX}")
+    files = [LocalFile(folder / name) for name in weight_names(folder)]
+    for file in files:
+        if not file.path.is_file() and (folder / INDEX).is_file():
+            raise CheckpointError(f"{folder}: shard {file.name} is missing, but {INDEX} names it")
+        if not file.path.is_file():
+            raise CheckpointError(f"{folder}: has no weights; expected {SINGLE} or {INDEX}")
+    return stored_tensors(folder, files)
 
 
-def file_tensors(path: Path) -> dict[str, TensorInfo]:
+def weight_names(folder: Path) -> list[str]:
+    """The weight files that belong to a folder, by its index where it has one.
+
+    Raises:
+        CheckpointError: the index is broken.
+    """
+    index = folder / INDEX
+    return sorted(set(index_shards(index).values())) if index.is_file() else [SINGLE]
+
+
+def stored_tensors(folder: Path, files: Iterable[WeightFile]) -> dict[str, TensorInfo]:
+    """All tensors of `files`, which need not lie in the folder that has their index.
+
+    Raises:
+        CheckpointError: a file is broken, or lacks a tensor that the index names.
+    """
+    tensors = {name: info for file in files for name, info in file_tensors(file).items()}
+    index = folder / INDEX
+    shards = index_shards(index) if index.is_file() else {}
+    if missing := sorted(set(shards) - set(tensors)):
+        raise CheckpointError(
+            f"{shards[missing[0]]}: {missing[0]} is missing, but {INDEX} says it is there "
+            f"({len(missing)} such tensors)"
+        )
+    return tensors
+
+
+def file_tensors(file: WeightFile) -> dict[str, TensorInfo]:
     """Tensors of one file.
 
     Raises:
         CheckpointError: the header is broken, or it and the size of the file disagree.
     """
-    header, data_start = _header(path)
-    size = path.stat().st_size
+    header, data_start = _header(file)
+    size = file.size
     tensors = {
-        name: _tensor(path, name, entry, data_start)
+        name: _tensor(file, name, entry, data_start)
         for name, entry in header.items()
         if name != "__metadata__"
     }
@@ -46,7 +77,7 @@ def file_tensors(path: Path) -> dict[str, TensorInfo]:
     if end > size:
         last = max(tensors.values(), key=lambda t: t.offset)
         raise CheckpointError(
-            f"{path.name}: {size} bytes, but {last.name} ends at {end}: the file is cut short; "
+            f"{file.name}: {size} bytes, but {last.name} ends at {end}: the file is cut short; "
             "copy or download it again"
         )
     return tensors
@@ -69,56 +100,40 @@ def index_shards(path: Path) -> dict[str, str]:
     return items
 
 
-def _indexed_tensors(folder: Path) -> dict[str, TensorInfo]:
-    shards = index_shards(folder / INDEX)
-    tensors: dict[str, TensorInfo] = {}
-    for file in sorted(set(shards.values())):
-        if not (folder / file).is_file():
-            raise CheckpointError(f"{folder}: shard {file} is missing, but {INDEX} names it")
-        tensors |= file_tensors(folder / file)
-    if missing := sorted(set(shards) - set(tensors)):
-        raise CheckpointError(
-            f"{shards[missing[0]]}: {missing[0]} is missing, but {INDEX} says it is there "
-            f"({len(missing)} such tensors)"
-        )
-    return tensors
-
-
-def _header(path: Path) -> tuple[dict[str, Any], int]:
+def _header(file: WeightFile) -> tuple[dict[str, Any], int]:
     """JSON header and the offset of the data behind it."""
-    size = path.stat().st_size
-    with path.open("rb") as file:
-        length = int.from_bytes(file.read(8), "little")
-        if size < 8 or length > min(size - 8, MAX_HEADER):
-            raise CheckpointError(
-                f"{path.name}: header of {length} bytes in a file of {size}: not a safetensors "
-                "file, or cut short"
-            )
-        text = file.read(length)
+    size = file.size
+    length = int.from_bytes(file.read(0, 8).tobytes(), "little") if size >= 8 else 0
+    if size < 8 or length > min(size - 8, MAX_HEADER):
+        raise CheckpointError(
+            f"{file.name}: header of {length} bytes in a file of {size}: not a safetensors "
+            "file, or cut short"
+        )
+    text = file.read(8, length).tobytes() if length else b""
     try:
         header = json.loads(text)
     except ValueError as error:
-        raise CheckpointError(f"{path.name}: header is not JSON: {error}") from error
+        raise CheckpointError(f"{file.name}: header is not JSON: {error}") from error
     if not isinstance(header, dict):
-        raise CheckpointError(f"{path.name}: header is not a JSON object")
+        raise CheckpointError(f"{file.name}: header is not a JSON object")
     return header, 8 + length
 
 
-def _tensor(path: Path, name: str, entry: Any, data_start: int) -> TensorInfo:
+def _tensor(file: WeightFile, name: str, entry: Any, data_start: int) -> TensorInfo:
     try:
         dtype = str(entry["dtype"]).lower()
         shape = tuple(int(size) for size in entry["shape"])
         start, stop = (int(offset) for offset in entry["data_offsets"])
     except (KeyError, TypeError, ValueError) as error:
-        raise CheckpointError(f"{path.name}: {name}: broken header entry: {error!r}") from error
+        raise CheckpointError(f"{file.name}: {name}: broken header entry: {error!r}") from error
     nbytes = stop - start
     if start < 0 or nbytes < 0 or min(shape, default=0) < 0:
         raise CheckpointError(
-            f"{path.name}: {name}: data offsets {start}:{stop}, shape {shape}: out of range"
+            f"{file.name}: {name}: data offsets {start}:{stop}, shape {shape}: out of range"
         )
     if dtype in ITEM_BYTES and nbytes != math.prod(shape) * ITEM_BYTES[dtype]:
         raise CheckpointError(
-            f"{path.name}: {name}: {nbytes} bytes, but shape {shape} of {dtype} takes "
+            f"{file.name}: {name}: {nbytes} bytes, but shape {shape} of {dtype} takes "
             f"{math.prod(shape) * ITEM_BYTES[dtype]}"
         )
-    return TensorInfo(name, path, data_start + start, shape, dtype, nbytes)
+    return TensorInfo(name, file, data_start + start, shape, dtype, nbytes)

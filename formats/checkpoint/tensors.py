@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cache
-from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
 from uq.errors import CheckpointError
+from uq.formats.checkpoint.weight_file import WeightFile
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,7 @@ class TensorInfo:
     """
 
     name: str
-    file: Path
+    file: WeightFile
     offset: int
     shape: tuple[int, ...]
     dtype: str
@@ -41,14 +41,12 @@ class TensorInfo:
 def read_rows(info: TensorInfo, start: int, stop: int) -> NDArray[np.float32]:
     """Rows `start:stop` of a tensor, widened or dequantized to float32.
 
-    The bytes are memory-mapped for the time of the call only, so that pages of a large file do not
-    count as memory of the process afterwards.
-
     Returns:
         (stop - start, ...) float32, a new array.
 
     Raises:
         CheckpointError: a value is NaN or infinite, or the file was cut after it was opened.
+        HubError: the file is on the Hub, and the network failed.
     """
     row_bytes = info.nbytes // info.shape[0]
     if not 0 <= start <= stop <= info.shape[0]:
@@ -56,12 +54,8 @@ def read_rows(info: TensorInfo, start: int, stop: int) -> NDArray[np.float32]:
     if start == stop:
         return np.empty((0, *info.shape[1:]), np.float32)
     count = stop - start
-    try:
-        raw = np.memmap(
-            info.file, np.uint8, "r", info.offset + start * row_bytes, (count, row_bytes)
-        )
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{info.where}: cannot read {count} rows: {error}") from error
+    raw = info.file.read(info.offset + start * row_bytes, count * row_bytes)
+    raw = raw.reshape(count, row_bytes)
     decode = DECODERS.get(info.dtype)
     rows = decode(raw) if decode else _dequantize(raw, info.dtype)
     rows = rows.reshape(count, *info.shape[1:])

@@ -52,6 +52,11 @@ def configure(parser: argparse.ArgumentParser) -> None:
     )
     add("--target", type=names(TARGETS), default=("igpu",), metavar="T,T", help="default: igpu")
     add("--revision", metavar="R", help="branch, tag or commit of a Hub id")
+    add(
+        "--keep", action="store_true",
+        help="download the whole Hub checkpoint into the Hugging Face cache; default: fetch layer "
+        "by layer and keep nothing",
+    )  # fmt: skip
     add("--threads", type=whole(1), metavar="N", help="default: one per core")
     add("--dry-run", action="store_true", help="print plan, memory, disk and time, write nothing")
     again = parser.add_mutually_exclusive_group()
@@ -63,14 +68,19 @@ def configure(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     from uq.formats.bundle import open_bundle
     from uq.formats.checkpoint import open_checkpoint
+    from uq.formats.journal import begun_revision
+    from uq.formats.writer import work_folder
     from uq.progress import terminal_progress
     from uq.quantize.estimate import estimate
     from uq.quantize.pipeline import quantize
 
     began = time.perf_counter()
     options = read_options(args)
-    checkpoint = open_checkpoint(args.model, revision=args.revision)
     out = args.output or default_folder(args.model, options)
+    revision = args.revision
+    if revision is None and not args.restart:  # the branch may have moved since
+        revision = begun_revision(work_folder(out), args.model)
+    checkpoint = open_checkpoint(args.model, revision=revision, stream=not args.keep)
     if args.dry_run:
         found = estimate(checkpoint, options)
         print(json.dumps(found.to_json(), indent=2) if args.json else f"output: {out}\n{found}")

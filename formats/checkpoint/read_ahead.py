@@ -1,0 +1,195 @@
+"""Tensors whose bytes are slow to get, fetched in blocks ahead of use by a few threads.
+
+The blocks follow the order in which a model is read, not that of its files. Reading on from one
+block to the next starts the fetching of what comes behind it.
+"""
+
+from __future__ import annotations
+
+import weakref
+from bisect import bisect_right
+from collections import OrderedDict
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass, replace
+from queue import SimpleQueue
+from threading import Lock, Thread
+
+import numpy as np
+from numpy.typing import NDArray
+
+from uq.formats.checkpoint.tensors import TensorInfo
+from uq.formats.checkpoint.weight_file import WeightFile
+
+BLOCK = 16 << 20  # bytes of one request: long beside its latency, short beside a retry
+WORKERS = 8
+THREAD = "uq-fetch"
+
+Bytes = NDArray[np.uint8]
+
+
+@dataclass(frozen=True)
+class Block:
+    """Bytes `start:stop` of a file."""
+
+    file: WeightFile
+    start: int
+    stop: int
+
+    @property
+    def size(self) -> int:
+        return self.stop - self.start
+
+    def fetch(self) -> Bytes:
+        return self.file.read(self.start, self.size)
+
+
+def read_ahead(
+    tensors: Mapping[str, TensorInfo], steps: Sequence[Sequence[str]], ahead: int
+) -> dict[str, TensorInfo]:
+    """The same tensors, fetched ahead of use.
+
+    Args:
+        steps: names of tensors that are read together, in the order of reading.
+        ahead: bytes to fetch ahead, and to keep behind.
+    """
+    blocks = [block for step in steps for block in cut([tensors[name] for name in step])]
+    reader = BlockReader(blocks, ahead)
+    return {
+        name: replace(info, file=AheadFile(info.file, reader)) for name, info in tensors.items()
+    }
+
+
+def cut(tensors: Sequence[TensorInfo]) -> Iterator[Block]:
+    """The bytes of some tensors as blocks; tensors that touch in their file share blocks."""
+    spans: list[Block] = []
+    for info in sorted(tensors, key=lambda info: (info.file.name, info.offset)):
+        stop = info.offset + info.nbytes
+        if spans and spans[-1].file.name == info.file.name and spans[-1].stop == info.offset:
+            spans[-1] = replace(spans[-1], stop=stop)
+        else:
+            spans.append(Block(info.file, info.offset, stop))
+    for span in spans:
+        for start in range(span.start, span.stop, BLOCK):
+            yield replace(span, start=start, stop=min(start + BLOCK, span.stop))
+
+
+@dataclass(frozen=True)
+class AheadFile:
+    """A weight file read through a `BlockReader`."""
+
+    file: WeightFile
+    reader: BlockReader
+
+    @property
+    def name(self) -> str:
+        return self.file.name
+
+    @property
+    def size(self) -> int:
+        return self.file.size
+
+    @property
+    def version(self) -> str:
+        return self.file.version
+
+    def sha256(self) -> str:
+        return self.file.sha256()
+
+    def read(self, offset: int, nbytes: int) -> Bytes:
+        return self.reader.read(self.name, offset, nbytes)
+
+
+class BlockReader:
+    """Blocks in their order of use; at most about `2 * ahead` bytes are held.
+
+    Threads may read at the same time.
+    """
+
+    def __init__(self, blocks: Sequence[Block], ahead: int) -> None:
+        self._blocks = blocks
+        self._ahead = ahead
+        self._held: OrderedDict[int, Future[Bytes]] = OrderedDict()  # the last used is last
+        self._lock = Lock()
+        self._tasks: SimpleQueue[tuple[Block, Future[Bytes]] | None] = SimpleQueue()
+        self._places: dict[str, list[tuple[int, int]]] = {}  # file -> (start, index), ascending
+        for index, block in enumerate(blocks):
+            self._places.setdefault(block.file.name, []).append((block.start, index))
+        for places in self._places.values():
+            places.sort()
+        for _ in range(WORKERS):
+            Thread(target=work, name=THREAD, args=(self._tasks,), daemon=True).start()
+        weakref.finalize(self, stop, self._tasks)
+
+    def read(self, file: str, offset: int, nbytes: int) -> Bytes:
+        """Bytes of a file; they must lie in blocks.
+
+        Raises:
+            CheckpointError, HubError: as reading the file does.
+        """
+        wanted = self._covering(file, offset, offset + nbytes)
+        with self._lock:
+            futures = [self._want(index) for index in wanted]
+            if len(wanted) > 1 or wanted[0] == 0 or wanted[0] - 1 in self._held:
+                self._fetch_behind(wanted[-1])
+            self._forget(keep=wanted)
+        out = np.empty(nbytes, np.uint8)
+        for index, future in zip(wanted, futures, strict=True):
+            block, data = self._blocks[index], future.result()
+            first, last = max(offset, block.start), min(offset + nbytes, block.stop)
+            out[first - offset : last - offset] = data[first - block.start : last - block.start]
+        return out
+
+    def _covering(self, file: str, start: int, stop: int) -> list[int]:
+        """Indices of the blocks that hold bytes `start:stop`."""
+        places = self._places[file]
+        first = bisect_right(places, (start, len(self._blocks))) - 1
+        behind = bisect_right(places, (stop - 1, len(self._blocks)))
+        return [index for _, index in places[first:behind]]
+
+    def _want(self, index: int) -> Future[Bytes]:
+        """The block's bytes, asked for if they are not held or could not be fetched before."""
+        future = self._held.get(index)
+        if future is None or (future.done() and future.exception() is not None):
+            future = self._held[index] = Future()
+            self._tasks.put((self._blocks[index], future))
+        self._held.move_to_end(index)
+        return future
+
+    def _fetch_behind(self, index: int) -> None:
+        room = self._ahead
+        for following in range(index + 1, len(self._blocks)):
+            room -= self._blocks[following].size
+            if room < 0:
+                return
+            if following not in self._held:
+                self._want(following)
+
+    def _forget(self, keep: Sequence[int]) -> None:
+        """Drop what was not used for longest; what is still being fetched stays."""
+        held = sum(self._blocks[index].size for index in self._held)
+        for index in list(self._held):
+            if held <= 2 * self._ahead:
+                return
+            if index not in keep and self._held[index].done():
+                held -= self._blocks[index].size
+                del self._held[index]
+
+
+def work(tasks: SimpleQueue[tuple[Block, Future[Bytes]] | None]) -> None:
+    """Fetch block after block until told to stop; ends with the program at the latest."""
+    while (task := tasks.get()) is not None:
+        fulfil(*task)
+        del task  # a failure holds its traceback, and that the reader
+
+
+def fulfil(block: Block, future: Future[Bytes]) -> None:
+    try:
+        future.set_result(block.fetch())
+    except BaseException as error:
+        future.set_exception(error)
+
+
+def stop(tasks: SimpleQueue[tuple[Block, Future[Bytes]] | None]) -> None:
+    for _ in range(WORKERS):
+        tasks.put(None)

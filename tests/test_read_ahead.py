@@ -1,0 +1,108 @@
+"""Blocks fetched ahead of use: the same bytes, little held, failures forgotten."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+
+import numpy as np
+import pytest
+from numpy.testing import assert_array_equal
+from numpy.typing import NDArray
+
+from uq.errors import HubError
+from uq.formats.checkpoint import read_ahead as module
+from uq.formats.checkpoint.read_ahead import BlockReader, cut, read_ahead
+from uq.formats.checkpoint.tensors import TensorInfo
+
+CONTENT = np.random.default_rng(0).integers(0, 256, 10_000, np.uint8)
+
+
+@dataclass
+class Slow:
+    """A file in memory that remembers what was asked of it, and fails while told to."""
+
+    name: str = "weights"
+    asked: list[tuple[int, int]] = field(default_factory=list)
+    down: bool = False
+    size: int = CONTENT.size
+    version: str = ""
+
+    def read(self, offset: int, nbytes: int) -> NDArray[np.uint8]:
+        if self.down:
+            raise HubError("the network is down")
+        self.asked.append((offset, nbytes))
+        return CONTENT[offset : offset + nbytes]
+
+    def sha256(self) -> str:
+        raise NotImplementedError
+
+
+@pytest.fixture(autouse=True)
+def small_blocks(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.setattr(module, "BLOCK", 100)
+    yield
+
+
+def tensor(file: Slow, name: str, offset: int, nbytes: int) -> TensorInfo:
+    return TensorInfo(name, file, offset, (nbytes,), "bf16", nbytes)
+
+
+def reader_of(file: Slow, ahead: int) -> BlockReader:
+    return BlockReader(list(cut([tensor(file, "all", 0, file.size)])), ahead)
+
+
+def test_any_bytes_are_those_of_the_file() -> None:
+    reader, rng = reader_of(Slow(), 500), np.random.default_rng(1)
+    spans = np.sort(rng.integers(0, CONTENT.size, (300, 2)), axis=1)
+    with ThreadPoolExecutor(8) as pool:
+        parts = pool.map(lambda span: reader.read("weights", span[0], span[1] - span[0] + 1), spans)
+        for (start, stop), part in zip(spans, parts, strict=True):
+            assert_array_equal(part, CONTENT[start : stop + 1])
+
+
+def test_reading_on_fetches_each_block_once() -> None:
+    file = Slow()
+    reader = reader_of(file, 500)
+    for start in range(0, CONTENT.size, 40):
+        reader.read("weights", start, 40)
+    assert sorted(file.asked) == [(start, 100) for start in range(0, CONTENT.size, 100)]
+
+
+def test_blocks_follow_the_order_of_reading() -> None:
+    file = Slow()
+    late, early = tensor(file, "late", 0, 250), tensor(file, "early", 250, 150)
+    tensors = read_ahead({"late": late, "early": early}, [["early"], ["late"]], ahead=300)
+    tensors["early"].file.read(250, 10)
+    tensors["late"].file.read(0, 250)
+    assert set(file.asked) == {(250, 100), (350, 50), (0, 100), (100, 100), (200, 50)}
+
+
+def test_a_single_look_fetches_nothing_ahead() -> None:
+    file = Slow()
+    reader_of(file, 5000).read("weights", 4321, 10)
+    assert file.asked == [(4300, 100)]
+
+
+def test_little_is_held() -> None:
+    reader = reader_of(Slow(), 500)
+    for start in range(0, CONTENT.size, 100):
+        reader.read("weights", start, 100)
+        done = [future for future in reader._held.values() if future.done()]
+        assert 100 * len(done) <= 2 * 500 + 100
+
+
+def test_failed_block_is_asked_for_again() -> None:
+    file = Slow(down=True)
+    reader = reader_of(file, 500)
+    with pytest.raises(HubError, match="network is down"):
+        reader.read("weights", 0, 150)
+    file.down = False
+    assert_array_equal(reader.read("weights", 0, 150), CONTENT[:150])
+
+
+def test_tensors_that_touch_share_blocks() -> None:
+    file = Slow()
+    parts = [tensor(file, "a", 0, 30), tensor(file, "b", 30, 30), tensor(file, "c", 70, 30)]
+    assert [(block.start, block.stop) for block in cut(parts)] == [(0, 60), (70, 100)]
