@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import is_dataclass
+from dataclasses import fields, is_dataclass
 from functools import cache
 from types import UnionType
 from typing import Any, NoReturn, TypeVar, Union, get_args, get_origin, get_type_hints
@@ -14,6 +14,7 @@ from uq.errors import BundleError
 
 T = TypeVar("T")
 
+OPTIONAL = {"optional": True}  # metadata of a dataclass field that may be missing in JSON
 SCALARS = {int: "an integer", float: "a finite number", str: "a string", bool: "true or false"}
 
 
@@ -34,7 +35,8 @@ def decode(kind: type[T], value: object, where: str) -> T:
 
     Args:
         kind: a dataclass whose fields are int, float, str, bool, object (any JSON), `X | None`,
-            `tuple[X, ...]`, `tuple[X, Y]`, `Mapping[str, X]` or dataclasses of these.
+            `tuple[X, ...]`, `tuple[X, Y]`, `Mapping[str, X]` or dataclasses of these. A field with
+            metadata `OPTIONAL` may be missing and has its default then.
         where: what the message begins with, e.g. the name of the file.
 
     Raises:
@@ -66,11 +68,11 @@ def _decode(kind: Any, value: Any, where: str) -> Any:
 def _dataclass(kind: Any, value: Any, where: str) -> Any:
     items = _expect(dict, "an object", value, where)
     hints = _hints(kind)
-    if missing := [name for name in hints if name not in items]:
+    if missing := [name for name in _required(kind) if name not in items]:
         raise BundleError(f"{where}field {missing[0]!r} is missing")
     if unknown := [name for name in items if name not in hints]:
         raise BundleError(f"{where}field '{printable(unknown[0])}' is not known")
-    return kind(**{k: _decode(hint, items[k], _inner(where, k)) for k, hint in hints.items()})
+    return kind(**{k: _decode(hints[k], item, _inner(where, k)) for k, item in items.items()})
 
 
 def _tuple(arguments: tuple[Any, ...], value: Any, where: str) -> tuple[Any, ...]:
@@ -113,6 +115,11 @@ def _inner(where: str, key: str) -> str:
 @cache
 def _hints(kind: Any) -> dict[str, Any]:
     return get_type_hints(kind)
+
+
+@cache
+def _required(kind: Any) -> list[str]:
+    return [field.name for field in fields(kind) if "optional" not in field.metadata]
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -36,7 +36,7 @@ class QuantEntry:
 
     @property
     def alignment(self) -> int:
-        return LAYOUTS[self.layout].alignment
+        return LAYOUTS[self.layout].alignment(self.spec)
 
     @property
     def stored_shape(self) -> tuple[int, ...]:
@@ -69,6 +69,7 @@ class QuantEntry:
             method=self.method,
             relative_error=None if error is None else float(error),
             file=file,
+            zero_point=self.spec.zero_point,
         )
 
 

@@ -1,13 +1,10 @@
-"""The order in which codes and scales lie in a bundle: permutations that a kernel reads directly.
+"""The order in which codes, scales and zero points lie in a bundle; kernels read it directly.
 
-Every layout cuts a weight into row blocks and stores them one after the other, so a tensor can be
-written and read in pieces of whole row blocks. A block is described by a numpy dtype: its fields
-are the plane of codes and the plane of scales. Formulas: `formats/README.md`.
+Formulas: `formats/README.md`.
 """
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any
@@ -15,117 +12,32 @@ from typing import Any
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
-from uq.formats.pack import pack_pairs, pack_quads, unpack_pairs, unpack_quads
+from uq.formats.layout import Blocks, Layout
+from uq.formats.pack import (
+    join_planes,
+    pack_fields,
+    pack_masks,
+    pack_pairs,
+    pack_quads,
+    unpack_fields,
+    unpack_masks,
+    unpack_pairs,
+    unpack_quads,
+)
 from uq.formats.spec import QuantTensor, Spec
 
-CHUNK = 1 << 18  # codes permuted at a time, so that the temporaries stay in the cache
+PIECE = 32  # columns: the smallest group
 
 Codes = NDArray[np.int8]
-Scales = NDArray[np.float16]
-
-
-class Layout(ABC):
-    """An invertible order of codes and scales: `untile(tile(t)) == t`, bit for bit.
-
-    Attributes:
-        name: how the manifest calls it.
-        alignment: of a tensor's first byte in its file; a block's size is a multiple of it.
-    """
-
-    name: str
-    alignment: int
-
-    @abstractmethod
-    def row_block(self, spec: Spec) -> int:
-        """Rows of one block."""
-
-    @abstractmethod
-    def padded(self, cols: int) -> int:
-        """Columns stored for `cols` columns."""
-
-    @abstractmethod
-    def block(self, cols: int, spec: Spec) -> np.dtype[np.void]:
-        """One block of rows as a packed structure."""
-
-    @abstractmethod
-    def _fill(self, blocks: NDArray[np.void], codes: Codes, scales: Scales, spec: Spec) -> None:
-        """Permute padded (rows, cols) codes and (rows, groups) scales into (n,) blocks."""
-
-    @abstractmethod
-    def _read(self, blocks: NDArray[np.void], spec: Spec) -> tuple[Codes, Scales]:
-        """Inverse of `_fill`, padding included."""
-
-    def block_count(self, rows: int, spec: Spec) -> int:
-        return -(-rows // self.row_block(spec))
-
-    def nbytes(self, rows: int, cols: int, spec: Spec) -> int:
-        """Bytes of a tiled (rows, cols) weight, padding included."""
-        return self.block_count(rows, spec) * self.block(cols, spec).itemsize
-
-    def tile(self, tensor: QuantTensor) -> NDArray[np.uint8]:
-        """Codes and scales in this layout's order.
-
-        `tile` of rows `a:b` followed by `tile` of rows `b:c` is `tile` of rows `a:c` when `a` and
-        `b` are multiples of `row_block`.
-
-        Returns:
-            (block_count, bytes of a block) uint8.
-
-        Raises:
-            ValueError: the columns do not divide by the group, or a code is off the grid.
-        """
-        spec, (rows, cols) = tensor.spec, tensor.shape
-        height, wide = self.row_block(spec), self.padded(cols)
-        if cols % spec.group:
-            raise ValueError(f"{cols} columns do not divide by group {spec.group}")
-        block = self.block(cols, spec)
-        blocks = np.empty(self.block_count(rows, spec), block)
-        step = self._chunk(cols, spec)
-        for start in range(0, len(blocks), step):
-            part = blocks[start : start + step]
-            span = slice(start * height, (start + step) * height)
-            codes = _pad(tensor.codes[span], len(part) * height, wide)
-            if codes.min() < spec.qmin or codes.max() > spec.qmax:
-                raise ValueError(f"codes outside {spec.qmin}..{spec.qmax}")
-            scales = _pad(tensor.scales[span], len(part) * height, wide // spec.group)
-            self._fill(part, codes, scales, spec)
-        return blocks.view(np.uint8).reshape(len(blocks), block.itemsize)
-
-    def untile(self, data: NDArray[np.uint8], shape: tuple[int, int], spec: Spec) -> QuantTensor:
-        """Inverse of `tile`.
-
-        Args:
-            data: the bytes of a whole (rows, cols) weight, of any shape; may be read-only.
-
-        Raises:
-            ValueError: `data` is not `nbytes` long.
-        """
-        rows, cols = shape
-        height, groups = self.row_block(spec), cols // spec.group
-        blocks: NDArray[np.void] = data.reshape(-1).view(self.block(cols, spec))
-        if len(blocks) != self.block_count(rows, spec):
-            raise ValueError(f"{data.size} bytes, not {self.nbytes(rows, cols, spec)}")
-        codes = np.empty(shape, np.int8)
-        scales = np.empty((rows, groups), np.float16)
-        step = self._chunk(cols, spec)
-        for start in range(0, len(blocks), step):
-            span = slice(start * height, min((start + step) * height, rows))
-            count = span.stop - span.start
-            part_codes, part_scales = self._read(blocks[start : start + step], spec)
-            codes[span] = part_codes[:count, :cols]
-            scales[span] = part_scales[:count, :groups]
-        return QuantTensor(codes, scales, spec)
-
-    def _chunk(self, cols: int, spec: Spec) -> int:
-        """Blocks permuted at a time."""
-        return max(1, CHUNK // (self.row_block(spec) * cols))
 
 
 class RowLayout(Layout):
     """Each row by itself: its codes in order, then its scales. For tools and row look-up."""
 
     name = "row"
-    alignment = 2
+
+    def alignment(self, spec: Spec) -> int:
+        return 2
 
     def row_block(self, spec: Spec) -> int:
         return 1
@@ -134,31 +46,40 @@ class RowLayout(Layout):
         return cols
 
     def block(self, cols: int, spec: Spec) -> np.dtype[np.void]:
+        groups = cols // spec.group
         return _struct(
-            codes=("u1", (cols * spec.bits // 8,)),
-            scales=("<f2", (cols // spec.group,)),
+            codes=("u1", (cols * _low_bits(spec) // 8,)),
+            high=("u1", (cols * spec.high_bits // 8,)),
+            scales=("<f2", (groups,)),
+            zeros=("u1", (2 * -(-groups // 4) * spec.zero_point,)),
         )
 
-    def _fill(self, blocks: NDArray[np.void], codes: Codes, scales: Scales, spec: Spec) -> None:
-        blocks["codes"] = pack_pairs(codes) if spec.bits == 4 else codes.view(np.uint8)
-        blocks["scales"] = scales
+    def _fill(self, blocks: Blocks, tensor: QuantTensor) -> None:
+        _pack_in_order(tensor.codes, tensor.spec, blocks)
+        blocks["scales"] = tensor.scales
+        if tensor.zeros is not None:
+            _pack_zeros(tensor.zeros, tensor.spec, blocks["zeros"])
 
-    def _read(self, blocks: NDArray[np.void], spec: Spec) -> tuple[Codes, Scales]:
-        codes = blocks["codes"]
-        return unpack_pairs(codes) if spec.bits == 4 else codes.view(np.int8), blocks["scales"]
+    def _read(self, blocks: Blocks, spec: Spec) -> QuantTensor:
+        codes, scales = _unpack_in_order(blocks, spec), blocks["scales"]
+        zeros = _unpack_zeros(blocks["zeros"], spec, scales.shape[1])
+        return QuantTensor(codes, scales, spec, zeros)
 
 
 class LaneLayout(Layout):
     """Tiles of 16 rows x 128 columns for 64 lanes that load 16 bytes each, scales in the tile.
 
     Lane `4 * row + j` owns columns `32 * j .. 32 * j + 31` of its row: one load for INT4, two for
-    INT8, whose second half lies in a second panel so that both loads are contiguous over the lanes.
+    INT8, whose second half lies in a second panel so that both loads are contiguous over the lanes,
+    and for INT5 and INT6 a second load of 4 or 8 bytes.
     """
 
     name = "igpu"
-    alignment = 32
     rows = 16
     cols = 128
+
+    def alignment(self, spec: Spec) -> int:
+        return 16 if spec.zero_point else 32
 
     def row_block(self, spec: Spec) -> int:
         return self.rows
@@ -167,26 +88,42 @@ class LaneLayout(Layout):
         return -(-cols // self.cols) * self.cols
 
     def block(self, cols: int, spec: Spec) -> np.dtype[np.void]:
+        groups = self.cols // spec.group
         tile = _struct(
-            codes=("V16", (spec.bits // 4, self.rows, 4)),  # panel, row, 32-column piece
-            scales=("<f2", (self.rows, self.cols // spec.group)),
+            codes=("V16", (_low_bits(spec) // 4, self.rows, 4)),  # panel, row, 32-column piece
+            high=("<u4", (self.rows, 4, spec.high_bits)),
+            scales=("<f2", (self.rows, groups)),
+            zeros=("u1", (max(16, 8 * groups) * spec.zero_point,)),
         )
         return _struct(tiles=(tile, (self.padded(cols) // self.cols,)))
 
-    def _fill(self, blocks: NDArray[np.void], codes: Codes, scales: Scales, spec: Spec) -> None:
-        tiles = blocks["tiles"]  # (blocks, tiles)
-        loads = (pack_quads(codes) if spec.bits == 4 else codes).view("V16")
-        loads = loads.reshape(len(tiles), self.rows, tiles.shape[1], 4, -1)
+    def _fill(self, blocks: Blocks, tensor: QuantTensor) -> None:
+        tiles, spec = blocks["tiles"], tensor.spec  # (blocks, tiles)
+        shape = (len(tiles), self.rows, tiles.shape[1])
+        codes = tensor.codes
+        loads = (codes if spec.bits == 8 else pack_quads(codes)).view("V16").reshape(*shape, 4, -1)
         tiles["codes"] = loads.transpose(0, 2, 4, 1, 3)  # (blocks, tiles, panels, rows, pieces)
-        scales = scales.reshape(len(tiles), self.rows, tiles.shape[1], -1)
-        tiles["scales"] = scales.transpose(0, 2, 1, 3)  # (blocks, tiles, rows, groups)
+        tiles["scales"] = _by_tile(tensor.scales, shape)
+        if spec.high_bits:
+            words = pack_fields(codes, spec.high_bits).reshape(*shape, 4, -1)
+            tiles["high"] = words.transpose(0, 2, 1, 3, 4)
+        if tensor.zeros is not None:
+            zeros = _by_tile(tensor.zeros, shape)  # (blocks, tiles, rows, groups)
+            _pack_zeros(zeros.reshape(*tiles.shape, -1), spec, tiles["zeros"])
 
-    def _read(self, blocks: NDArray[np.void], spec: Spec) -> tuple[Codes, Scales]:
+    def _read(self, blocks: Blocks, spec: Spec) -> QuantTensor:
         tiles = blocks["tiles"]  # (blocks, tiles)
         rows = len(tiles) * self.rows
         loads = np.ascontiguousarray(tiles["codes"].transpose(0, 3, 1, 4, 2)).reshape(rows, -1)
-        codes = unpack_quads(loads.view(np.uint8)) if spec.bits == 4 else loads.view(np.int8)
-        return codes, tiles["scales"].transpose(0, 2, 1, 3).reshape(rows, -1)
+        codes = loads.view(np.int8) if spec.bits == 8 else unpack_quads(loads.view(np.uint8))
+        if spec.high_bits:
+            words = tiles["high"].transpose(0, 2, 1, 3, 4).reshape(rows, -1)
+            join_planes(codes, unpack_fields(words, spec.high_bits), spec.high_bits)
+        scales = tiles["scales"]  # (blocks, tiles, rows, groups)
+        zeros = _unpack_zeros(tiles["zeros"], spec, self.rows * scales.shape[3])
+        if zeros is not None:
+            zeros = _by_row(zeros.reshape(scales.shape))
+        return QuantTensor(codes, _by_row(scales), spec, zeros)
 
 
 class OperandLayout(Layout):
@@ -194,41 +131,53 @@ class OperandLayout(Layout):
 
     One row block is all that a core reads for N outputs: the scales first, then the codes, so that
     it can take the codes in pieces of any length. Blocks that follow each other along K are one
-    k-major matrix, so the order does not depend on K.
+    k-major matrix, so the order does not depend on K. The high bits of INT5 and INT6 come behind
+    the nibbles of every 32 columns, as the masks with which the engine selects lanes.
     """
 
-    alignment = 16
-
-    def __init__(self, name: str, outputs: Mapping[int, int]) -> None:
-        """`outputs`: bits -> N of the multiply."""
+    def __init__(self, name: str, nibble_outputs: int) -> None:
+        """`nibble_outputs`: N of the multiply that takes four-bit codes; INT8's is 8."""
         self.name = name
-        self._outputs = outputs
+        self._nibble_outputs = nibble_outputs
+
+    def alignment(self, spec: Spec) -> int:
+        return 16
 
     def row_block(self, spec: Spec) -> int:
-        return self._outputs[spec.bits]
+        return 8 if spec.bits == 8 else self._nibble_outputs
 
     def padded(self, cols: int) -> int:
         return cols  # a group is a multiple of every K
 
     def block(self, cols: int, spec: Spec) -> np.dtype[np.void]:
-        n = self._outputs[spec.bits]
+        n, groups = self.row_block(spec), cols // spec.group
+        piece = _struct(
+            codes=("u1", (PIECE * n * _low_bits(spec) // 8,)),
+            high=("u1", (PIECE * n * spec.high_bits // 8,)),
+        )
         return _struct(
-            scales=("<f2", (cols // spec.group, n)),
-            codes=("u1", (cols, n * spec.bits // 8)),
+            scales=("<f2", (groups, n)),
+            zeros=("u1", (16 * -(-groups * n // 32) * spec.zero_point,)),
+            pieces=(piece, (cols // PIECE,)),
         )
 
-    def _fill(self, blocks: NDArray[np.void], codes: Codes, scales: Scales, spec: Spec) -> None:
-        shape = (len(blocks), self.row_block(spec), -1)
-        operand = np.ascontiguousarray(codes.reshape(shape).transpose(0, 2, 1))  # (blocks, in, n)
-        blocks["codes"] = pack_pairs(operand) if spec.bits == 4 else operand.view(np.uint8)
-        blocks["scales"] = scales.reshape(shape).transpose(0, 2, 1)
+    def _fill(self, blocks: Blocks, tensor: QuantTensor) -> None:
+        pieces = blocks["pieces"]  # (blocks, pieces)
+        shape = (len(blocks), self.row_block(tensor.spec), -1)
+        operand = np.ascontiguousarray(tensor.codes.reshape(shape).transpose(0, 2, 1))
+        _pack_in_order(operand.reshape(*pieces.shape, -1), tensor.spec, pieces)
+        blocks["scales"] = tensor.scales.reshape(shape).transpose(0, 2, 1)
+        if tensor.zeros is not None:
+            zeros = tensor.zeros.reshape(shape).transpose(0, 2, 1)  # (blocks, groups, n)
+            _pack_zeros(zeros.reshape(len(blocks), -1), tensor.spec, blocks["zeros"])
 
-    def _read(self, blocks: NDArray[np.void], spec: Spec) -> tuple[Codes, Scales]:
-        rows = len(blocks) * self.row_block(spec)
-        stored = blocks["codes"]  # (blocks, in, bytes of n)
-        operand = unpack_pairs(stored) if spec.bits == 4 else stored.view(np.int8)
-        codes = operand.transpose(0, 2, 1).reshape(rows, -1)
-        return codes, blocks["scales"].transpose(0, 2, 1).reshape(rows, -1)
+    def _read(self, blocks: Blocks, spec: Spec) -> QuantTensor:
+        n, scales = self.row_block(spec), blocks["scales"]  # (blocks, groups, n)
+        operand = _unpack_in_order(blocks["pieces"], spec).reshape(len(blocks), -1, n)
+        zeros = _unpack_zeros(blocks["zeros"], spec, scales.shape[1] * n)
+        if zeros is not None:
+            zeros = _outputs_first(zeros.reshape(scales.shape))
+        return QuantTensor(_outputs_first(operand), _outputs_first(scales), spec, zeros)
 
 
 LAYOUTS: Mapping[str, Layout] = MappingProxyType(
@@ -237,22 +186,67 @@ LAYOUTS: Mapping[str, Layout] = MappingProxyType(
         for layout in (
             RowLayout(),
             LaneLayout(),
-            OperandLayout("npu-aie2", {4: 8, 8: 8}),  # multiplies 4x16x8 and 4x8x8
-            OperandLayout("npu-aie2p", {4: 16, 8: 8}),  # multiplies 4x16x16 and 8x8x8
+            OperandLayout("npu-aie2", 8),  # multiplies 4x16x8 and 4x8x8
+            OperandLayout("npu-aie2p", 16),  # multiplies 4x16x16 and 8x8x8
         )
     }
 )
 
 
 def _struct(**planes: tuple[DTypeLike, tuple[int, ...]]) -> np.dtype[np.void]:
-    """A packed structure of arrays: name -> (element, shape)."""
+    """A packed structure of arrays: name -> (element, shape). Empty ones are fields of no bytes."""
     return np.dtype([(name, element, shape) for name, (element, shape) in planes.items()])
 
 
-def _pad(values: NDArray[Any], rows: int, cols: int) -> NDArray[Any]:
-    """Zeros below and to the right; C-contiguous. Nothing is copied when nothing is missing."""
-    if values.shape == (rows, cols):
-        return np.ascontiguousarray(values)
-    padded = np.zeros((rows, cols), values.dtype)
-    padded[: values.shape[0], : values.shape[1]] = values
-    return padded
+def _low_bits(spec: Spec) -> int:
+    """Bits of a code in the plane `codes`."""
+    return spec.bits - spec.high_bits
+
+
+def _pack_in_order(codes: Codes, spec: Spec, out: Blocks) -> None:
+    """Fill the planes `codes` and `high` with codes (..., n) as they follow each other."""
+    out["codes"] = codes.view(np.uint8) if spec.bits == 8 else pack_pairs(codes)
+    if spec.high_bits:
+        out["high"] = pack_masks(codes, spec.high_bits)
+
+
+def _unpack_in_order(planes: Blocks, spec: Spec) -> Codes:
+    """Inverse of `_pack_in_order`."""
+    if spec.bits == 8:
+        whole: Codes = planes["codes"].view(np.int8)
+        return whole
+    codes = unpack_pairs(planes["codes"])
+    if spec.high_bits:
+        join_planes(codes, unpack_masks(planes["high"], spec.high_bits), spec.high_bits)
+    return codes
+
+
+def _pack_zeros(zeros: Codes, spec: Spec, out: NDArray[np.uint8]) -> None:
+    """Zero points (..., n) as nibbles in units of the step, filled up with zero bytes."""
+    nibbles = np.zeros((*out.shape[:-1], 2 * out.shape[-1]), np.int8)
+    nibbles[..., : zeros.shape[-1]] = zeros // spec.zero_step
+    out[...] = pack_pairs(nibbles)
+
+
+def _unpack_zeros(packed: NDArray[np.uint8], spec: Spec, count: int) -> Codes | None:
+    """Inverse of `_pack_zeros`: the first `count` zero points."""
+    if not spec.zero_point:
+        return None
+    return unpack_pairs(packed)[..., :count] * np.int8(spec.zero_step)
+
+
+def _by_tile(values: NDArray[Any], shape: tuple[int, int, int]) -> NDArray[Any]:
+    """(rows, groups) -> (blocks, tiles, rows and groups of a tile); `shape` ends with the tiles."""
+    return values.reshape(*shape, -1).transpose(0, 2, 1, 3)
+
+
+def _by_row(values: NDArray[Any]) -> NDArray[Any]:
+    """Inverse of `_by_tile`."""
+    blocks, _, rows, _ = values.shape
+    return values.transpose(0, 2, 1, 3).reshape(blocks * rows, -1)
+
+
+def _outputs_first(values: NDArray[Any]) -> NDArray[Any]:
+    """(blocks, inputs or groups, n) -> (blocks * n, inputs or groups)."""
+    blocks, inner, n = values.shape
+    return values.transpose(0, 2, 1).reshape(blocks * n, inner)

@@ -23,11 +23,13 @@ from uq.formats.config import (
     GemmaConfig,
     layer_tensor,
 )
-from uq.formats.decode import decode, parse_json, printable
-from uq.formats.layouts import LAYOUTS, Layout
-from uq.formats.spec import BITS, GROUPS, Spec
+from uq.formats.decode import OPTIONAL, decode, parse_json, printable
+from uq.formats.layout import Layout
+from uq.formats.layouts import LAYOUTS
+from uq.formats.spec import BITS, GROUPS, ZERO_POINT_BITS, Spec
 
-SCHEMA = 1
+SCHEMA = 2  # the newest; a bundle has the oldest that can say what it holds
+FIRST_BITS = (4, 8)  # of schema 1, which has no zero points
 MANIFEST = "manifest.json"
 CHECKSUM = "manifest.sha256"
 REPORT_FILES = ("report.json", "report.html", "README.md")
@@ -56,14 +58,24 @@ class TensorRecord:
     method: str
     relative_error: float | None
     file: str
+    zero_point: bool = field(default=False, metadata=OPTIONAL)
 
     @property
     def spec(self) -> Spec:
-        return Spec(self.bits, self.group)
+        return Spec(self.bits, self.group, self.zero_point)
 
     @property
     def order(self) -> Layout:
         return LAYOUTS[self.layout]
+
+    @property
+    def schema(self) -> int:
+        """The oldest schema that can describe the tensor."""
+        return 1 if self.bits in FIRST_BITS and not self.zero_point else 2
+
+    @property
+    def alignment(self) -> int:
+        return self.order.alignment(self.spec)
 
     @property
     def stored_shape(self) -> tuple[int, int]:
@@ -103,9 +115,9 @@ class Calibration:
 
 @dataclass(frozen=True, kw_only=True)
 class Manifest:
-    """Everything about a bundle but the weights. The writer fills in the last three fields."""
+    """All about a bundle but the weights; the writer fills in `schema` and the last three."""
 
-    schema: int = SCHEMA
+    schema: int = 1
     uq: str = __version__
     model: GemmaConfig
     recipe: str
@@ -120,7 +132,11 @@ class Manifest:
     files: Mapping[str, FileRecord] = field(default_factory=dict)
 
     def to_bytes(self) -> bytes:
-        text = json.dumps(asdict(self), indent=1, ensure_ascii=False, allow_nan=False)
+        tree = asdict(self)
+        for tensor in tree["tensors"].values():
+            if not tensor["zero_point"]:
+                del tensor["zero_point"]  # schema 1 does not know it
+        text = json.dumps(tree, indent=1, ensure_ascii=False, allow_nan=False)
         return text.encode() + b"\n"
 
 
@@ -149,8 +165,8 @@ def check_manifest(manifest: Manifest) -> None:
     Raises:
         BundleError: names the field.
     """
-    if manifest.schema != SCHEMA:
-        raise BundleError(f"{MANIFEST}: schema: expected {SCHEMA}, found {manifest.schema}")
+    if not 1 <= manifest.schema <= SCHEMA:
+        raise BundleError(f"{MANIFEST}: schema: expected 1 to {SCHEMA}, found {manifest.schema}")
     if unknown := sorted(set(manifest.required_kernels) - KERNELS):
         raise BundleError(f"{MANIFEST}: required_kernels: {unknown[0]!r} is not known; update uq")
     _check_model(manifest.model)
@@ -160,7 +176,7 @@ def check_manifest(manifest: Manifest) -> None:
     _check_names("tensors", manifest.tensors, weights)
     _check_names("arrays", manifest.arrays, gains)
     for name, tensor in manifest.tensors.items():
-        _check_tensor(f"{MANIFEST}: tensors.{name}", tensor, weights[name])
+        _check_tensor(f"{MANIFEST}: tensors.{name}", tensor, weights[name], manifest.schema)
         _check_shard(f"{MANIFEST}: tensors.{name}", tensor.file, manifest.files)
     for name, array in manifest.arrays.items():
         where = f"{MANIFEST}: arrays.{name}"
@@ -263,8 +279,12 @@ def _check_names(
         )
 
 
-def _check_tensor(where: str, record: TensorRecord, shape: tuple[int, int]) -> None:
-    _one_of(f"{where}.bits", record.bits, BITS)
+def _check_tensor(where: str, record: TensorRecord, shape: tuple[int, int], schema: int) -> None:
+    _one_of(f"{where}.bits", record.bits, FIRST_BITS if schema == 1 else BITS)
+    if record.zero_point and schema == 1:
+        raise BundleError(f"{where}.zero_point: schema 1 has no zero points")
+    if record.zero_point and record.bits not in ZERO_POINT_BITS:
+        raise BundleError(f"{where}.zero_point: INT{record.bits} has no zero points")
     _one_of(f"{where}.group", record.group, GROUPS)
     _one_of(f"{where}.layout", record.layout, tuple(LAYOUTS))
     _check_shape(where, record.shape, shape)

@@ -8,35 +8,65 @@ import numpy as np
 from numpy.typing import NDArray
 
 GROUPS = (32, 64, 128)
-BITS = (4, 8)
+BITS = (4, 5, 6, 8)
+ZERO_POINT_BITS = (4, 5, 6)  # widths that may have zero points
+NIBBLE = 4  # bits of the low plane of a code, and of a stored zero point
 
 
 @dataclass(frozen=True)
 class Spec:
-    """Symmetric integer grid: `weight = code * scale`, one signed float16 scale per group.
+    """Integer grid: `weight = (code - zero) * scale`, one signed float16 scale per group.
 
-    A group is `group` consecutive input channels of one row. INT4 codes are -8..7; INT8 codes are
-    -127..127, so that a code can be negated in eight bits.
+    A group is `group` consecutive input channels of one row. Codes are -8..7, -16..15, -32..31 with
+    4, 5, 6 bits; INT8 codes are -127..127, so that a code can be negated in eight bits. Without
+    zero points `zero` is 0. With them every group has one: a multiple of `zero_step` from `qmin`
+    on, 16 values, so that four bits store it.
+
+    `str(spec)` is its short name: `int4 g32`, or `int4z g32` with zero points.
     """
 
     bits: int
     group: int
+    zero_point: bool = False
+
+    def __str__(self) -> str:
+        return f"int{self.bits}{'z' * self.zero_point} g{self.group}"
 
     @property
     def qmin(self) -> int:
-        return -8 if self.bits == 4 else -127
+        return -127 if self.bits == 8 else -(1 << (self.bits - 1))
 
     @property
     def qmax(self) -> int:
-        return 7 if self.bits == 4 else 127
+        return (1 << (self.bits - 1)) - 1
+
+    @property
+    def high_bits(self) -> int:
+        """Bits of a code above its nibble that lie in a plane of their own; INT8 has no planes."""
+        return 0 if self.bits == 8 else self.bits - NIBBLE
+
+    @property
+    def zero_step(self) -> int:
+        """Distance of two zero points that can be told apart."""
+        return 1 << self.high_bits
 
     @property
     def bits_per_weight(self) -> float:
-        return self.bits + 16 / self.group
+        """Codes, scales and zero points, without padding of any layout."""
+        return self.bits + (16 + NIBBLE * self.zero_point) / self.group
 
     def nbytes(self, rows: int, cols: int) -> int:
-        """Bytes of codes and scales, without padding of any layout."""
-        return rows * cols * self.bits // 8 + rows * (cols // self.group) * 2
+        """Bytes of codes, scales and zero points, without padding of any layout."""
+        groups = rows * (cols // self.group)
+        return rows * cols * self.bits // 8 + 2 * groups + (groups + 1) // 2 * self.zero_point
+
+
+SPECS = tuple(
+    Spec(bits, group, zero_point)
+    for bits in BITS
+    for zero_point in (False, True)[: 1 + (bits in ZERO_POINT_BITS)]
+    for group in GROUPS
+)
 
 
 @dataclass(frozen=True)
@@ -46,20 +76,34 @@ class QuantTensor:
     Attributes:
         codes: (out, in) int8, C order.
         scales: (out, in // group) float16, C order.
+        zeros: (out, in // group) int8, C order, the zero points; None where the spec has none.
     """
 
     codes: NDArray[np.int8]
     scales: NDArray[np.float16]
     spec: Spec
+    zeros: NDArray[np.int8] | None = None
 
     @property
     def shape(self) -> tuple[int, int]:
         rows, cols = self.codes.shape
         return rows, cols
 
+    def rows(self, start: int, stop: int) -> QuantTensor:
+        """Rows `start:stop`."""
+        zeros = None if self.zeros is None else self.zeros[start:stop]
+        return QuantTensor(self.codes[start:stop], self.scales[start:stop], self.spec, zeros)
+
+    def levels(self) -> NDArray[np.int8]:
+        """(out, in) int8: `codes - zeros`, the weight in units of its scale."""
+        if self.zeros is None:
+            return self.codes
+        grouped = self.codes.reshape(*self.zeros.shape, self.spec.group) - self.zeros[:, :, None]
+        return grouped.reshape(self.shape)
+
     def dequantize(self) -> NDArray[np.float32]:
-        """(out, in) float32: `codes * scales`, exact in float32."""
+        """(out, in) float32: `(codes - zeros) * scales`, exact in float32."""
         rows, cols = self.shape
-        grouped = self.codes.reshape(rows, -1, self.spec.group).astype(np.float32)
+        grouped = self.levels().reshape(rows, -1, self.spec.group).astype(np.float32)
         grouped *= self.scales.astype(np.float32)[:, :, None]
         return grouped.reshape(rows, cols)

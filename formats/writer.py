@@ -163,9 +163,11 @@ class BundleWriter:
         for name in assets:
             _check_asset(name)
         files |= {name: self._write(name, data) for name, data in sorted(assets.items())}
+        tensors = {name: record for s in shards for name, record in s.tensors.items()}
         manifest = replace(
             manifest,
-            tensors={name: record for s in shards for name, record in s.tensors.items()},
+            schema=max(record.schema for record in tensors.values()),
+            tensors=tensors,
             arrays={name: record for s in shards for name, record in s.arrays.items()},
             files=files,
         )

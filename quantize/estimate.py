@@ -43,8 +43,7 @@ class Kind:
     name: str
     tensors: int
     weights: int
-    bits: int
-    group: int
+    format: str
     method: str
     layout: str
     nbytes: int
@@ -66,7 +65,7 @@ class Estimate:
         return asdict(self)
 
     def __str__(self) -> str:
-        head = ("tensors", "count", "weights", "bits", "group", "method", "layout", "size")
+        head = ("tensors", "count", "weights", "format", "method", "layout", "size")
         rows = [(*list(asdict(kind).values())[:-1], size(kind.nbytes)) for kind in self.kinds]
         memory = f"about {size(self.peak_memory)} of {size(self.free_memory)} free"
         return "\n".join(
@@ -120,8 +119,7 @@ def _kinds(config: GemmaConfig, plan: Plan) -> Iterator[Kind]:
             name=kind,
             tensors=len(members),
             weights=len(members) * rows * cols,
-            bits=tensor.spec.bits,
-            group=tensor.spec.group,
+            format=str(tensor.spec),
             method=tensor.method,
             layout=tensor.layout,
             nbytes=len(members) * LAYOUTS[tensor.layout].nbytes(rows, cols, tensor.spec),

@@ -11,7 +11,7 @@ Index spaces: `col` counts a weight's own columns, `place` counts columns in the
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numba import njit, prange
@@ -113,11 +113,11 @@ def quantize_gptq(
     if statistics.cross is not None and options.correction > 0:
         target += options.correction * _correction(target, statistics.cross, factor)
     start = quantize_rtn(target.astype(np.float32), spec, statistics.importance)
-    codes = _round_columns(target, start.scales, factor, spec)
-    scales = start.scales
+    found = replace(start, codes=_round_columns(target, start, factor))
     if options.refit:
-        scales = refit_scales(target, codes, scales, statistics.hessian)
-    return QuantTensor(codes, scales, spec)
+        scales = refit_scales(target, found.levels(), found.scales, statistics.hessian)
+        found = replace(found, scales=scales)
+    return found
 
 
 def output_error(weight: NDArray[np.float32], quantized: QuantTensor, hessian: Matrix) -> float:
@@ -158,13 +158,12 @@ def _correction(weight: Matrix, cross: Matrix, factor: Factor) -> Matrix:
     return step
 
 
-def _round_columns(
-    target: Matrix, scales: NDArray[np.float16], factor: Factor, spec: Spec
-) -> NDArray[np.int8]:
-    """Codes (rows, n) on fixed scales (rows, n // group)."""
+def _round_columns(target: Matrix, grid: QuantTensor, factor: Factor) -> NDArray[np.int8]:
+    """Codes (rows, n) on the scales and zero points of `grid`."""
     rows, n = target.shape
+    spec, scales = grid.spec, grid.scales.astype(np.float64)
+    zeros = np.zeros(scales.shape, np.int8) if grid.zeros is None else grid.zeros
     by_place = np.ascontiguousarray(target[:, factor.order])
-    grid = scales.astype(np.float64)
     codes = np.empty((rows, n), np.int8)
     for start in range(0, n, BLOCK):
         stop = min(start + BLOCK, n)
@@ -172,7 +171,7 @@ def _round_columns(
         upper = np.ascontiguousarray(factor.upper[start:stop, start:stop])
         columns = factor.order[start:stop]
         errors = np.empty_like(block)
-        _round_block(block, upper, columns, grid, spec.group, spec.qmin, spec.qmax, errors, codes)
+        _round_block(block, upper, columns, scales, zeros, spec.qmin, spec.qmax, errors, codes)
         by_place[:, stop:] -= errors @ factor.upper[start:stop, stop:]
     return codes
 
@@ -182,8 +181,8 @@ def _round_block(
     block: Matrix,
     upper: Matrix,
     columns: NDArray[np.intp],
-    grid: Matrix,
-    group: int,
+    scales: Matrix,
+    zeros: NDArray[np.int8],
     qmin: int,
     qmax: int,
     errors: Matrix,
@@ -194,35 +193,38 @@ def _round_block(
     Args:
         block: (rows, places) current weights.
         upper: (places, places) diagonal block of U.
+        scales, zeros: (rows, groups).
         errors: (rows, places), out: rounding error over U's diagonal.
         codes: (rows, n), out, by column.
     """
     rows, places = block.shape
-    low, high = np.float64(qmin), np.float64(qmax)
+    group = codes.shape[1] // scales.shape[1]
     for row in prange(rows):
         weight = block[row]
         for place in range(places):
-            scale = grid[row, columns[place] // group]
-            code = 0.0
+            g = columns[place] // group
+            scale, zero = scales[row, g], np.float64(zeros[row, g])
+            level = 0.0
             if scale != 0:
-                code = min(max(np.rint(weight[place] / scale), low), high)
-            codes[row, columns[place]] = np.int8(code)
-            error = (weight[place] - code * scale) / upper[place, place]
+                level = min(max(np.rint(weight[place] / scale), qmin - zero), qmax - zero)
+            codes[row, columns[place]] = np.int8(level + zero)
+            error = (weight[place] - level * scale) / upper[place, place]
             errors[row, place] = error
             for later in range(place + 1, places):
                 weight[later] -= error * upper[place, later]
 
 
 def refit_scales(
-    target: Matrix, codes: NDArray[np.int8], scales: NDArray[np.float16], hessian: Matrix
+    target: Matrix, levels: NDArray[np.int8], scales: NDArray[np.float16], hessian: Matrix
 ) -> NDArray[np.float16]:
     """Scales that fit the target's outputs best when the codes stay as they are.
 
-    Per row, with L_g the codes of group g: sum_h (L_g^T H_gh L_h) s_h = L_g^T (H w)_g, with a small
-    ridge towards the old scales, which also keeps rows of zero codes solvable.
+    Per row, with L_g the levels (codes less zero points) of group g:
+    sum_h (L_g^T H_gh L_h) s_h = L_g^T (H w)_g, with a small ridge towards the old scales, which
+    also keeps rows of zero levels solvable.
 
     Args:
-        target: (rows, n) float64; codes: (rows, n); scales: (rows, groups) float16.
+        target: (rows, n) float64; levels: (rows, n); scales: (rows, groups) float16.
 
     Returns:
         (rows, groups) float16.
@@ -232,15 +234,15 @@ def refit_scales(
     step = max(1, REFIT_NUMBERS // (groups**2 + 4 * target.shape[1]))
     for start in range(0, rows, step):
         here = slice(start, min(start + step, rows))
-        new[here] = _refit_rows(target[here], codes[here], scales[here], hessian)
+        new[here] = _refit_rows(target[here], levels[here], scales[here], hessian)
     return new
 
 
 def _refit_rows(
-    target: Matrix, codes: NDArray[np.int8], scales: NDArray[np.float16], hessian: Matrix
+    target: Matrix, levels: NDArray[np.int8], scales: NDArray[np.float16], hessian: Matrix
 ) -> NDArray[np.float16]:
     rows, groups = scales.shape
-    grouped = codes.reshape(rows, groups, -1).astype(np.float64)  # (rows, groups, group)
+    grouped = levels.reshape(rows, groups, -1).astype(np.float64)  # (rows, groups, group)
     group = grouped.shape[2]
     system = np.empty((rows, groups, groups))
     for g in range(groups):

@@ -186,7 +186,9 @@ def plan_of(config: GemmaConfig, options: QuantizeOptions) -> Plan:
     if options.calibration is None or plan.uses_gptq:
         return plan
     if all(tensor.spec.bits == 8 for tensor in plan.tensors.values()):
-        raise UsageError("--calibration: INT8 rounding uses no text; use --method gptq or INT4")
+        raise UsageError(
+            "--calibration: INT8 rounding uses no text; use --method gptq or fewer bits"
+        )
     return replace(plan, weighted=True)
 
 

@@ -63,6 +63,8 @@ class Recipe:
 # spent: with one KV head they are 6 % of the linears' parameters.
 RECIPES: Mapping[str, Recipe] = {
     "int4": Recipe("INT4 linears, group 32", Spec(4, 32), "gptq"),
+    "int5": Recipe("INT5 linears, group 32", Spec(5, 32), "gptq"),
+    "int6": Recipe("INT6 linears, group 32", Spec(6, 32), "gptq"),
     "int4-small": Recipe("INT4 linears, group 128", Spec(4, 128), "gptq"),
     "int4-kv8": Recipe(
         "INT4 linears, group 32, with INT8 keys and values",
@@ -72,7 +74,7 @@ RECIPES: Mapping[str, Recipe] = {
     ),
     "int8": Recipe("INT8 everywhere, group 64", Spec(8, 64), "rtn"),
 }
-RECIPE_OF_BITS = {4: "int4", 8: "int8"}
+RECIPE_OF_BITS = {4: "int4", 5: "int5", 6: "int6", 8: "int8"}
 
 
 @dataclass(frozen=True)

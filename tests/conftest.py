@@ -6,9 +6,9 @@ import gc
 import json
 import sys
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import count
+from itertools import count, cycle
 from pathlib import Path
 from typing import Any
 
@@ -118,13 +118,7 @@ class Parts:
         """Canonical name -> weight, in one piece."""
         entries = (entry for shard in self.shards for entry in shard)
         return {
-            entry.name: QuantTensor(
-                np.concatenate([block.codes for block in entry.blocks]),
-                np.concatenate([block.scales for block in entry.blocks]),
-                entry.spec,
-            )
-            for entry in entries
-            if isinstance(entry, QuantEntry)
+            entry.name: joined(entry.blocks) for entry in entries if isinstance(entry, QuantEntry)
         }
 
 
@@ -132,13 +126,21 @@ class Parts:
 def bundle_parts(tiny_checkpoint: Callable[..., Path]) -> Callable[..., Parts]:
     """Factory of the parts of a bundle: a tiny checkpoint, rounded to nearest."""
 
-    def make(layout: str = "igpu", bits: int = 4, group: int = 32, **options: Any) -> Parts:
+    def make(
+        layout: str = "igpu",
+        bits: int = 4,
+        group: int = 32,
+        specs: Sequence[Spec] = (),
+        **options: Any,
+    ) -> Parts:
+        """`specs`: taken in turn by one tensor after the other, instead of `bits` and `group`."""
         checkpoint = open_checkpoint(tiny_checkpoint(**options))
-        config, spec = checkpoint.config, Spec(bits, group)
+        config, turns = checkpoint.config, cycle(specs or [Spec(bits, group)])
 
         def entry(name: str, weight: NDArray[np.float32]) -> Entry:
             if weight.ndim == 1:
                 return ArrayEntry(gain_name(name), weight)
+            spec = next(turns)
             rows = [weight[start : start + 64] for start in range(0, len(weight), 64)]
             blocks = [rounded(piece, spec) for piece in rows]
             return QuantEntry(name, weight.shape, spec, layout, "rtn", blocks, 0.125)
@@ -183,13 +185,30 @@ def tiny_bundle(
     return write
 
 
+def joined(pieces: Iterable[QuantTensor]) -> QuantTensor:
+    """Consecutive rows in one tensor."""
+    pieces = list(pieces)
+    codes, scales = (np.concatenate([getattr(p, f) for p in pieces]) for f in ("codes", "scales"))
+    zeros = [piece.zeros for piece in pieces if piece.zeros is not None]
+    return QuantTensor(codes, scales, pieces[0].spec, np.concatenate(zeros) if zeros else None)
+
+
 def rounded(weight: NDArray[np.float32], spec: Spec) -> QuantTensor:
-    """Round to nearest on the grid whose largest code is the group's largest weight."""
+    """Round to nearest on the grid that just holds the group's largest weight, or its range."""
     grouped = weight.reshape(len(weight), -1, spec.group)
-    scales = (np.abs(grouped).max(axis=2) / spec.qmax).astype(np.float16)
-    codes = np.rint(grouped / scales[:, :, None].astype(np.float32))
+    if not spec.zero_point:
+        scales = (np.abs(grouped).max(axis=2) / spec.qmax).astype(np.float16)
+        zeros = np.zeros(scales.shape, np.int8)
+    else:
+        low, high = np.minimum(grouped.min(axis=2), 0), np.maximum(grouped.max(axis=2), 0)
+        scales = ((high - low) / (spec.qmax - spec.qmin)).astype(np.float16)
+        nibbles = np.rint((spec.qmin - low / scales.astype(np.float32)) / spec.zero_step)
+        zeros = nibbles.clip(-8, 7).astype(np.int8) * np.int8(spec.zero_step)
+    codes = np.rint(grouped / scales[:, :, None].astype(np.float32)) + zeros[:, :, None]
     codes = codes.clip(spec.qmin, spec.qmax).astype(np.int8)
-    return QuantTensor(codes.reshape(weight.shape), scales, spec)
+    return QuantTensor(
+        codes.reshape(weight.shape), scales, spec, zeros if spec.zero_point else None
+    )
 
 
 @pytest.fixture(scope="session", autouse=True)

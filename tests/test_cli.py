@@ -125,7 +125,7 @@ def test_main_works_outside_the_main_thread(
         ([], "COMMAND; see uq --help"),
         (["fly"], "invalid choice: 'fly'"),
         (["quantize"], "MODEL; see uq quantize --help"),
-        (["quantize", "m", "--bits", "5"], "invalid choice: 5 (choose from 4, 8)"),
+        (["quantize", "m", "--bits", "3"], "invalid choice: 3 (choose from 4, 5, 6, 8)"),
         (["quantize", "m", "--group", "80"], "invalid choice: 80 (choose from 32, 64, 128)"),
         (["quantize", "m", "--method", "awq"], "'auto', 'rtn', 'gptq'"),
         (["quantize", "m", "--recipe", "int3"], "int4-small"),
@@ -180,7 +180,7 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
     assert capsys.readouterr().out == f"uq {__version__}\n"
 
 
-@pytest.mark.parametrize("argv", ["['--help']", "['quantize']", "['quantize', 'm', '--bits', '5']"])
+@pytest.mark.parametrize("argv", ["['--help']", "['quantize']", "['quantize', 'm', '--bits', '3']"])
 def test_help_and_usage_errors_import_nothing_heavy(argv: str) -> None:
     code = f"""
 import sys

@@ -119,7 +119,7 @@ def test_inspect_shows_a_bundle(bundle: Path, output: Output) -> None:
     opened = open_bundle(bundle)
     out, _ = output("inspect", bundle)
     assert out.startswith("bundle tiny: ")
-    assert "INT4 group 32 igpu rtn" in out and opened.sha256 in out
+    assert "int4 g32 igpu rtn" in out and opened.sha256 in out
 
     contents = json.loads(output("inspect", bundle, "--json")[0])
     assert contents["plan"]["recipe"] == "int4"

@@ -1,74 +1,139 @@
 """Layouts against the formulas of formats/README.md, spelled out one code at a time."""
 
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
+from numpy.typing import NDArray
 
-from uq.formats.layouts import LAYOUTS, Layout
-from uq.formats.spec import BITS, GROUPS, QuantTensor, Spec
+from uq.formats.layout import Layout
+from uq.formats.layouts import LAYOUTS
+from uq.formats.spec import BITS, SPECS, QuantTensor, Spec
 
 README = Path(__file__).parents[1] / "formats" / "README.md"
-OUTPUTS = {("npu-aie2", 4): 8, ("npu-aie2", 8): 8, ("npu-aie2p", 4): 16, ("npu-aie2p", 8): 8}
-SPECS = [Spec(bits, group) for bits in BITS for group in GROUPS]
 SHAPES = [(1, 128), (8, 256), (16, 128), (17, 384), (32, 640), (33, 1152)]
 
 each_layout = pytest.mark.parametrize("layout", LAYOUTS.values(), ids=list(LAYOUTS))
-each_spec = pytest.mark.parametrize("spec", SPECS, ids=lambda s: f"int{s.bits}g{s.group}")
+each_spec = pytest.mark.parametrize("spec", SPECS, ids=str)
+
+Field = tuple[int, int, int, int]  # byte, its lowest bit, lowest bit of the code, number of bits
 
 
 def random_tensor(shape: tuple[int, int], spec: Spec, seed: int = 0) -> QuantTensor:
-    """Codes over the whole grid; scales of any bits but NaN, negative ones included."""
+    """Codes and zero points over the whole grid; scales of any bits but NaN, negative ones too."""
     rng = np.random.default_rng(seed)
-    rows, cols = shape
+    groups = (shape[0], shape[1] // spec.group)
     codes = rng.integers(spec.qmin, spec.qmax + 1, shape, dtype=np.int8)
-    scales = rng.standard_normal((rows, cols // spec.group)).astype(np.float16)
-    return QuantTensor(codes, scales, spec)
+    scales = rng.standard_normal(groups).astype(np.float16)
+    zeros = rng.integers(-8, 8, groups, dtype=np.int8) * np.int8(spec.zero_step)
+    return QuantTensor(codes, scales, spec, zeros if spec.zero_point else None)
 
 
-def place_code(name: str, spec: Spec, cols: int, r: int, c: int) -> tuple[int, int]:
-    """Offset and nibble of code (r, c)."""
-    bits, group = spec.bits, spec.group
+def outputs(name: str, spec: Spec) -> int:
+    """N of an NPU layout."""
+    return 16 if name == "npu-aie2p" and spec.bits < 8 else 8
+
+
+def zero_bytes(name: str, spec: Spec, cols: int) -> int:
+    """Z, the size of a plane of zero points."""
+    groups = cols // spec.group
+    if not spec.zero_point:
+        return 0
     if name == "row":
-        start = r * (cols * bits // 8 + 2 * (cols // group))
-        return (start + c // 2, c % 2) if bits == 4 else (start + c, 0)
+        return 2 * -(-groups // 4)
     if name == "igpu":
-        t = (256 * bits + 2 * 16 * (128 // group)) * (r // 16 * -(-cols // 128) + c // 128)
-        lane, k = 4 * (r % 16) + c % 128 // 32, c % 32
-        if bits == 4:
-            return t + 16 * lane + 4 * (k // 8) + k % 4, k // 4 % 2
-        return t + 1024 * (k // 16) + 16 * lane + k % 16, 0
-    n = OUTPUTS[name, bits]
-    start = n * (2 * (cols // group) + cols * bits // 8) * (r // n) + 2 * n * (cols // group)
-    e = n * c + r % n
-    return (start + e // 2, e % 2) if bits == 4 else (start + e, 0)
+        return max(16, 1024 // spec.group)
+    return 16 * -(-outputs(name, spec) * groups // 32)
 
 
-def place_scale(name: str, spec: Spec, cols: int, r: int, g: int) -> int:
-    """Offset of scale (r, g)."""
+def tile_start(spec: Spec, cols: int, r: int, c: int) -> int:
+    """t of `igpu`."""
+    size = 256 * spec.bits + 4096 // spec.group + zero_bytes("igpu", spec, cols)
+    return size * (r // 16 * -(-cols // 128) + c // 128)
+
+
+def block_bytes(name: str, spec: Spec, cols: int) -> int:
+    """S of `row` and of the NPU layouts."""
+    n = 1 if name == "row" else outputs(name, spec)
+    return n * (cols * spec.bits // 8 + 2 * (cols // spec.group)) + zero_bytes(name, spec, cols)
+
+
+def masks(start: int, h: int, e: int) -> list[Field]:
+    """Bits 4 and up of code number e."""
+    return [(start + 4 * h * (e // 32) + 4 * j + e % 32 // 8, e % 8, 4 + j, 1) for j in range(h)]
+
+
+def place_code(name: str, spec: Spec, cols: int, r: int, c: int) -> list[Field]:
+    """Where the bits of code (r, c) lie."""
+    bits, h = spec.bits, spec.high_bits
+    if name == "row":
+        start = r * block_bytes(name, spec, cols)
+        if bits == 8:
+            return [(start + c, 0, 0, 8)]
+        return [(start + c // 2, 4 * (c % 2), 0, 4), *masks(start + cols // 2, h, c)]
+    if name == "igpu":
+        t, lane, k = tile_start(spec, cols, r, c), 4 * (r % 16) + c % 128 // 32, c % 32
+        if bits == 8:
+            return [(t + 1024 * (k // 16) + 16 * lane + k % 16, 0, 0, 8)]
+        low = (t + 16 * lane + 4 * (k // 8) + k % 4, 4 * (k // 4 % 2), 0, 4)
+        m = h * (k // 4)
+        return [low, (t + 1024 + 4 * h * lane + 4 * (m // 8) + k % 4, m % 8, 4, h)]
+    n = outputs(name, spec)
+    start = block_bytes(name, spec, cols) * (r // n) + zero_bytes(name, spec, cols)
+    start += 2 * n * (cols // spec.group) + 4 * n * bits * (c // 32)
+    e = n * (c % 32) + r % n
+    if bits == 8:
+        return [(start + e, 0, 0, 8)]
+    return [(start + e // 2, 4 * (e % 2), 0, 4), *masks(start + 16 * n, h, e)]
+
+
+def place_scale(name: str, spec: Spec, cols: int, r: int, g: int) -> tuple[int, int]:
+    """Offset of the scales that scale (r, g) is one of, and its number there."""
     bits, group = spec.bits, spec.group
     if name == "row":
-        return r * (cols * bits // 8 + 2 * (cols // group)) + cols * bits // 8 + 2 * g
+        return r * block_bytes(name, spec, cols) + cols * bits // 8, g
     if name == "igpu":
         c = g * group
-        t = (256 * bits + 2 * 16 * (128 // group)) * (r // 16 * -(-cols // 128) + c // 128)
-        return t + 256 * bits + 2 * (r % 16 * (128 // group) + c % 128 // group)
-    n = OUTPUTS[name, bits]
-    return n * (2 * (cols // group) + cols * bits // 8) * (r // n) + 2 * (n * g + r % n)
+        number = r % 16 * (128 // group) + c % 128 // group
+        return tile_start(spec, cols, r, c) + 256 * bits, number
+    n = outputs(name, spec)
+    return block_bytes(name, spec, cols) * (r // n), n * g + r % n
+
+
+def place_zero(name: str, spec: Spec, cols: int, r: int, g: int) -> tuple[int, int]:
+    """Offset and nibble of zero point (r, g)."""
+    start, number = place_scale(name, spec, cols, r, g)
+    scales = {"row": cols // spec.group, "igpu": 2048 // spec.group}
+    count = scales.get(name, outputs(name, spec) * (cols // spec.group))
+    return start + 2 * count + number // 2, number % 2
 
 
 def tile_slowly(name: str, tensor: QuantTensor) -> bytes:
-    """Every code and scale put where the specification says; the rest stays zero."""
+    """Every code, scale and zero point put where the specification says; the rest stays zero."""
     spec, (rows, cols) = tensor.spec, tensor.shape
     image = bytearray(LAYOUTS[name].nbytes(rows, cols, spec))
     for (r, c), code in np.ndenumerate(tensor.codes):
-        offset, nibble = place_code(name, spec, cols, r, c)
-        image[offset] |= (int(code) & (0xF if spec.bits == 4 else 0xFF)) << (4 * nibble)
+        for offset, bit, first, width in place_code(name, spec, cols, r, c):
+            image[offset] |= (int(code) >> first & ((1 << width) - 1)) << bit
     for (r, g), scale in np.ndenumerate(tensor.scales):
-        offset = place_scale(name, spec, cols, r, g)
+        start, number = place_scale(name, spec, cols, r, g)
+        offset = start + 2 * number
         image[offset : offset + 2] = scale.astype("<f2").tobytes()
+    if tensor.zeros is not None:
+        for (r, g), zero in np.ndenumerate(tensor.zeros):
+            offset, nibble = place_zero(name, spec, cols, r, g)
+            image[offset] |= (int(zero) // spec.zero_step & 15) << (4 * nibble)
     return bytes(image)
+
+
+def equal(found: QuantTensor, expected: QuantTensor) -> None:
+    np.testing.assert_array_equal(found.codes, expected.codes)
+    np.testing.assert_array_equal(found.scales.view("u2"), expected.scales.view("u2"))
+    assert (found.zeros is None) == (expected.zeros is None)
+    if found.zeros is not None:
+        np.testing.assert_array_equal(found.zeros, expected.zeros)
 
 
 @each_layout
@@ -82,14 +147,12 @@ def test_bytes_are_where_the_formulas_put_them(
 
 
 @each_layout
-@pytest.mark.parametrize("bits", BITS)
+@pytest.mark.parametrize("spec", [spec for spec in SPECS if spec.group == 32], ids=str)
 @pytest.mark.parametrize("cols", [32, 96, 160])
-def test_columns_beside_whole_tiles(layout: Layout, bits: int, cols: int) -> None:
-    tensor = random_tensor((19, cols), Spec(bits, 32))
+def test_columns_beside_whole_tiles(layout: Layout, spec: Spec, cols: int) -> None:
+    tensor = random_tensor((19, cols), spec)
     assert layout.tile(tensor).tobytes() == tile_slowly(layout.name, tensor)
-    np.testing.assert_array_equal(
-        layout.untile(layout.tile(tensor), tensor.shape, tensor.spec).codes, tensor.codes
-    )
+    equal(layout.untile(layout.tile(tensor), tensor.shape, spec), tensor)
 
 
 @each_layout
@@ -99,9 +162,7 @@ def test_untile_inverts_tile(layout: Layout, spec: Spec, shape: tuple[int, int])
     tensor = random_tensor(shape, spec)
     tiled = layout.tile(tensor)
     tiled.flags.writeable = False
-    back = layout.untile(tiled, shape, spec)
-    np.testing.assert_array_equal(back.codes, tensor.codes)
-    np.testing.assert_array_equal(back.scales.view(np.uint16), tensor.scales.view(np.uint16))
+    equal(layout.untile(tiled, shape, spec), tensor)
     assert tiled.size == layout.nbytes(*shape, spec)
 
 
@@ -109,13 +170,13 @@ def test_untile_inverts_tile(layout: Layout, spec: Spec, shape: tuple[int, int])
 @each_spec
 def test_tile_inverts_untile(layout: Layout, spec: Spec) -> None:
     """Without padding a layout is a permutation: it keeps arbitrary bytes, too."""
-    shape = (32, 256)
+    shape = (32, 1024)
     noise = np.random.default_rng(3).bytes(layout.nbytes(*shape, spec))
     data = np.frombuffer(noise, np.uint8)
-    if spec.bits == 8:
+    if spec.bits == 8 or spec.zero_point:
         tensor = layout.untile(data, shape, spec)
-        np.maximum(tensor.codes, -127, out=tensor.codes)  # -128 is off the grid
-        data = layout.tile(tensor)
+        np.maximum(tensor.codes, spec.qmin, out=tensor.codes)  # -128 is off the grid
+        data = layout.tile(tensor)  # without the padding of zero points
     assert layout.tile(layout.untile(data, shape, spec)).tobytes() == data.tobytes()
 
 
@@ -124,40 +185,55 @@ def test_tile_inverts_untile(layout: Layout, spec: Spec) -> None:
 def test_row_blocks_can_be_tiled_one_after_the_other(layout: Layout, spec: Spec) -> None:
     tensor = random_tensor((70, 256), spec)
     cuts = [0, 16, 64, 70]
-    pieces = [
-        layout.tile(QuantTensor(tensor.codes[a:b], tensor.scales[a:b], spec))
-        for a, b in zip(cuts, cuts[1:], strict=False)
-    ]
+    pieces = [layout.tile(tensor.rows(a, b)) for a, b in zip(cuts, cuts[1:], strict=False)]
     assert b"".join(piece.tobytes() for piece in pieces) == layout.tile(tensor).tobytes()
 
 
 @each_layout
-def test_tensors_larger_than_a_chunk(layout: Layout) -> None:
-    tensor = random_tensor((3000, 640), Spec(8, 64))
-    back = layout.untile(layout.tile(tensor), tensor.shape, tensor.spec)
-    np.testing.assert_array_equal(back.codes, tensor.codes)
-    np.testing.assert_array_equal(back.scales, tensor.scales)
+@pytest.mark.parametrize("spec", [Spec(8, 64), Spec(6, 32, True)], ids=str)
+def test_tensors_larger_than_a_chunk(layout: Layout, spec: Spec) -> None:
+    tensor = random_tensor((3000, 640), spec)
+    equal(layout.untile(layout.tile(tensor), tensor.shape, spec), tensor)
 
 
 @each_layout
 @each_spec
 def test_blocks_keep_the_alignment(layout: Layout, spec: Spec) -> None:
     for cols in (128, 640, 1152):
-        assert layout.block(cols, spec).itemsize % layout.alignment == 0
+        assert layout.block(cols, spec).itemsize % layout.alignment(spec) == 0
 
 
 @each_layout
 @each_spec
 def test_real_shapes_are_stored_without_padding(layout: Layout, spec: Spec) -> None:
-    assert layout.nbytes(2048, 640, spec) == spec.nbytes(2048, 640)
+    stored, counted = layout.nbytes(2048, 640, spec), spec.nbytes(2048, 640)
+    # Planes of zero points are filled up to the layout's alignment.
+    assert counted <= stored <= counted + 0.0625 / 8 * 2048 * 640 * spec.zero_point
 
 
 @each_layout
-@pytest.mark.parametrize(("bits", "code"), [(4, 8), (4, -9), (8, -128)])
+@pytest.mark.parametrize(("bits", "code"), [(4, 8), (4, -9), (5, 16), (6, -33), (8, -128)])
 def test_codes_off_the_grid_are_refused(layout: Layout, bits: int, code: int) -> None:
     tensor = random_tensor((16, 128), Spec(bits, 64))
     tensor.codes[7, 100] = code
     with pytest.raises(ValueError, match="codes outside"):
+        layout.tile(tensor)
+
+
+@each_layout
+@pytest.mark.parametrize("zeros", [None, np.full((16, 2), 9, "i1"), np.full((16, 2), 3, "i1")])
+def test_zero_points_off_the_grid_are_refused(
+    layout: Layout, zeros: NDArray[np.int8] | None
+) -> None:
+    tensor = replace(random_tensor((16, 128), Spec(5, 64)), spec=Spec(5, 64, True), zeros=zeros)
+    with pytest.raises(ValueError, match="zero points (missing|outside)"):
+        layout.tile(tensor)
+
+
+@each_layout
+def test_zero_points_without_a_place_are_refused(layout: Layout) -> None:
+    tensor = replace(random_tensor((16, 128), Spec(5, 64, True)), spec=Spec(5, 64))
+    with pytest.raises(ValueError, match="zero points given with int5 g64"):
         layout.tile(tensor)
 
 
@@ -179,18 +255,24 @@ def test_data_of_another_length_is_refused(layout: Layout) -> None:
 def example_tensor(shape: tuple[int, int], spec: Spec) -> QuantTensor:
     """The tensor of the worked examples in the specification."""
     r, c = np.indices(shape)
-    codes = (3 * r + c) % 16 - 8 if spec.bits == 4 else (16 * r + c) % 255 - 127
+    step = 16 if spec.bits == 8 else 3
+    codes = (step * r + c) % (spec.qmax - spec.qmin + 1) + spec.qmin
     r, g = np.indices((shape[0], shape[1] // spec.group))
     scales = (0x3C00 + 16 * r + g).astype(np.uint16).view(np.float16)
-    return QuantTensor(codes.astype(np.int8), scales, spec)
+    zeros = ((r + g) % 16 - 8) * spec.zero_step if spec.zero_point else None
+    return QuantTensor(
+        codes.astype(np.int8), scales, spec, None if zeros is None else zeros.astype(np.int8)
+    )
 
 
 def test_worked_examples_of_the_specification() -> None:
-    line = r"\| `([\w-]+)` \| (\d) \| (\d+) \| (\d+) x (\d+) \| (\d+) \| `([0-9a-f ]+)` \|"
+    line = r"\| `([\w-]+)` \| (\d)(z?) \| (\d+) \| (\d+) x (\d+) \| (\d+) \| `([0-9a-f ]+)` \|"
     examples = re.findall(line, README.read_text())
     assert {name for name, *_ in examples} == set(LAYOUTS)
-    for name, bits, group, rows, cols, offset, expected in examples:
-        tensor = example_tensor((int(rows), int(cols)), Spec(int(bits), int(group)))
+    assert {(int(bits), z) for _, bits, z, *_ in examples} >= {(b, "") for b in BITS} | {(4, "z")}
+    for name, bits, z, group, rows, cols, offset, expected in examples:
+        spec = Spec(int(bits), int(group), z == "z")
+        tensor = example_tensor((int(rows), int(cols)), spec)
         tiled = LAYOUTS[name].tile(tensor).tobytes()
         found = tiled[int(offset) :][: len(bytes.fromhex(expected))]
-        assert found.hex(" ") == expected, (name, bits, offset)
+        assert found.hex(" ") == expected, (name, spec, offset)

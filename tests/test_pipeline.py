@@ -240,7 +240,7 @@ def test_an_existing_output_is_refused(tiny_checkpoint: Tiny, tmp_path: Path) ->
         ),
         (
             QuantizeOptions(recipe="int8", group=32, calibration="x.txt"),
-            "--calibration: INT8 rounding uses no text; use --method gptq or INT4",
+            "--calibration: INT8 rounding uses no text; use --method gptq or fewer bits",
         ),
         (QuantizeOptions(calibration_tokens=1), "--calibration-tokens 1: use 2 or more"),
         (QuantizeOptions(calibration="none.txt"), "none.txt: cannot be read"),

@@ -8,7 +8,7 @@ import pytest
 
 from uq.errors import UsageError
 from uq.formats.config import EMBEDDING, FULL, HEAD, GemmaConfig, layer_tensor
-from uq.formats.spec import Spec
+from uq.formats.spec import BITS, Spec
 from uq.quantize.plan import RECIPES, choose_recipe, make_plan
 
 CONFIG = GemmaConfig(
@@ -113,8 +113,10 @@ def test_unknown_choices_are_refused(asked: dict[str, object], message: str) -> 
 def test_bits_choose_a_recipe() -> None:
     assert choose_recipe(None, None) == "int4"
     assert choose_recipe(None, 8) == "int8"
-    with pytest.raises(UsageError, match="--bits 5 is not offered; use 4 or 8"):
-        choose_recipe(None, 5)
+    for bits in BITS:
+        assert RECIPES[choose_recipe(None, bits)].linear.bits == bits
+    with pytest.raises(UsageError, match="--bits 3 is not offered; use 4, 5, 6 or 8"):
+        choose_recipe(None, 3)
     with pytest.raises(UsageError, match="recipe 'int3' is not known"):
         choose_recipe("int3", None)
     with pytest.raises(UsageError, match="exclude each other"):

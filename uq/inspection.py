@@ -21,7 +21,7 @@ class Tensor:
     """One stored tensor.
 
     Attributes:
-        format: `bf16`, `q4_k`, `INT4 group 64`...
+        format: `bf16`, `q4_k`, `int4 g64`...
         layout, method, relative_error: of a bundle's quantized tensors, else None.
     """
 
@@ -133,7 +133,7 @@ def _bundle_tensors(manifest: Manifest) -> Iterable[Tensor]:
             name,
             record.shape,
             prod(record.stored_shape),
-            f"INT{record.bits} group {record.group}",
+            str(record.spec),
             record.layout,
             record.method,
             record.relative_error,

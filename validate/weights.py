@@ -81,13 +81,9 @@ def _table_errors(bundle: Bundle, checkpoint: Checkpoint) -> Iterator[LayerError
         tensor, error, size = bundle.quant(name), 0.0, 0.0
         for start in range(0, tensor.shape[0], ROWS):
             stop = min(start + ROWS, tensor.shape[0])
-            squares = _squares(read(start, stop), _rows(tensor, start, stop).dequantize())
+            squares = _squares(read(start, stop), tensor.rows(start, stop).dequantize())
             error, size = error + squares[0], size + squares[1]
         yield _entry(name, tensor, error, size)
-
-
-def _rows(tensor: QuantTensor, start: int, stop: int) -> QuantTensor:
-    return type(tensor)(tensor.codes[start:stop], tensor.scales[start:stop], tensor.spec)
 
 
 def _squares(weight: Array, approximation: Array) -> tuple[float, float]:

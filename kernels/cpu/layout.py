@@ -23,6 +23,7 @@ import numpy as np
 from numba import prange
 from numpy.typing import NDArray
 
+from uq.errors import DeviceError
 from uq.formats.layouts import LAYOUTS
 from uq.formats.spec import Spec
 from uq.kernels.cpu.llvm import CHUNK, LANES
@@ -145,6 +146,9 @@ def pack(source: WeightSource, joined: Mapping[str, Sequence[str]]) -> Arena:
     places: dict[str, Place] = {}
     end = 0
     for name in (name for names in joined.values() for name in names):
+        spec = source.raw(name)[1].spec
+        if spec.bits not in (4, 8) or spec.zero_point:
+            raise DeviceError(f"{name}: the CPU backend does not run {spec}; use 4 or 8 bits")
         places[name] = Place(source.raw(name)[1], end)
         end = places[name].end
     data = _aligned(end)

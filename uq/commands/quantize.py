@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 METHODS = ("auto", "rtn", "gptq")
 TARGETS = ("igpu", "npu", "npu-aie2", "npu-aie2p", "cpu")
-RECIPES = ("int4", "int4-small", "int4-kv8", "int8")
+RECIPES = ("int4", "int5", "int6", "int4-small", "int4-kv8", "int8")
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -28,7 +28,9 @@ def configure(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     add("-o", "--output", type=Path, metavar="DIR", help="default: MODEL-RECIPE-gGROUP, here")
     grid = parser.add_mutually_exclusive_group()
-    grid.add_argument("--bits", type=int, choices=(4, 8), help="short for --recipe int4 or int8")
+    grid.add_argument(
+        "--bits", type=int, choices=(4, 5, 6, 8), help="short for --recipe int4, int5, int6 or int8"
+    )
     grid.add_argument("--recipe", choices=RECIPES, metavar="NAME", help=" ".join(RECIPES))
     add("--group", type=int, choices=(32, 64, 128), help="default: the recipe's")
     add("--method", choices=METHODS, default="auto", help="default: the recipe's")
