@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import subprocess
+import sysconfig
 from pathlib import Path
 
 import pytest
@@ -19,6 +20,7 @@ from uq.kernels.vulkan.layout_header import layout_header
 from uq.kernels.vulkan.spirv import load
 from uq.kernels.vulkan.variants import VARIANTS, Variant
 
+VALIDATOR = Path(sysconfig.get_path("scripts")) / "spirv-val"
 CONSTANT = (
     "#version 460\nlayout(local_size_x = 1) in;\nlayout(constant_id = 0) const uint N = 1u;\n"
 )
@@ -49,7 +51,7 @@ def test_every_module_is_valid(built: Path, target: str) -> None:
     files = [built / f"{name}.spv" for name, row in VARIANTS.items() if row.target == target]
     for file in files:
         done = subprocess.run(
-            ["spirv-val", "--target-env", target, file], capture_output=True, text=True
+            [VALIDATOR, "--target-env", target, file], capture_output=True, text=True
         )
         assert done.returncode == 0, f"{file.stem}: {done.stdout}{done.stderr}"
 

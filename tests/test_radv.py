@@ -1,0 +1,87 @@
+"""Every kernel through Mesa's AMD compiler, for chips that are not in this machine."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from uq.errors import DeviceError, ToolMissing
+from uq.kernels.vulkan import amd, radv
+from uq.kernels.vulkan.amd import CHIPS, Case, Chip, cases, compile_cases, problems, write_page
+from uq.kernels.vulkan.radv import Compiled, find_driver
+from uq.kernels.vulkan.variants import VARIANTS, Variant
+
+PAGE = Path(__file__).parents[1] / "docs" / "amd.md"
+DRIVER = find_driver()  # here, because the tests have a cache folder of their own
+NEAT = {"Spilled SGPRs": 0, "Spilled VGPRs": 0, "Scratch size": 0}
+
+
+@pytest.mark.parametrize("chip", CHIPS, ids=lambda chip: chip.family)
+def test_no_kernel_spills_and_each_uses_its_instructions(chip: Chip) -> None:
+    made = zip(cases(), compile_cases(chip, DRIVER), strict=True)
+    assert [line for pair in made for line in problems(*pair)] == []
+
+
+def test_every_module_is_compiled() -> None:
+    assert {case.module for case in cases()} == set(VARIANTS)
+
+
+def test_the_page_lists_every_pipeline_of_every_chip() -> None:
+    """If this fails: python -m uq.kernels.vulkan.amd --write docs/amd.md"""
+    rows = [line.split(" | ")[0] for line in PAGE.read_text().splitlines() if "| " in line]
+    pipelines = [row.removeprefix("| ") for row in rows if row != "| pipeline"]
+    assert pipelines == [case.label for case in cases()] * len(CHIPS)
+
+
+def test_a_chip_that_the_driver_does_not_know() -> None:
+    with pytest.raises(DeviceError, match=r"Radeon 1 \(NONE\): .*NONE.*scripts/mesa fetches it"):
+        compile_cases(Chip("Radeon 1", "NONE"), DRIVER)
+
+
+def test_no_driver(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("UQ_CACHE", str(tmp_path))
+    monkeypatch.setattr(radv, "SYSTEM_DRIVERS", tmp_path)
+    with pytest.raises(ToolMissing, match="scripts/mesa"):
+        find_driver()
+
+
+def test_the_cache_of_uq_comes_before_the_system(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("UQ_CACHE", str(tmp_path))
+    manifest = tmp_path / "mesa" / "radeon_icd.json"
+    manifest.parent.mkdir()
+    manifest.touch()
+    assert find_driver() == manifest
+
+
+@pytest.mark.parametrize("name", sorted(NEAT))
+def test_spills_are_problems(name: str) -> None:
+    compiled = Compiled(64, {**NEAT, name: 4}, {})
+    assert problems(Case("dequantize_int4"), compiled) == [f"dequantize_int4: 4 {name.lower()}"]
+
+
+@pytest.mark.parametrize(("feature", "opcode"), [("int8dot", "v_dot4"), ("coopmat", "v_wmma")])
+def test_a_missing_instruction_is_a_problem(
+    feature: str, opcode: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    row = Variant("one", "one.comp", features=(feature,))
+    monkeypatch.setattr(amd, "VARIANTS", {"one": row})
+    without = Compiled(64, NEAT, {"v_add_f32": 3})
+    assert problems(Case("one"), without) == [f"one: no {opcode} instruction"]
+    assert problems(Case("one"), replace(without, opcodes={f"{opcode}_i32_iu8": 1})) == []
+
+
+def test_the_page_keeps_what_is_around_the_tables(tmp_path: Path) -> None:
+    page = tmp_path / "page.md"
+    page.write_text(f"before\n{amd.BEGIN}\nold\n{amd.END}\nafter\n")
+    write_page(page, ["one", "two"])
+    assert page.read_text() == f"before\n{amd.BEGIN}\n\none\n\ntwo\n\n{amd.END}\nafter\n"
+
+
+def test_an_unusable_driver_is_one_line(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    assert amd.main(["--driver", str(tmp_path / "none.json")]) == 1
+    assert capsys.readouterr().err.startswith("error: ")
+    assert capsys.readouterr().err.count("\n") <= 1
