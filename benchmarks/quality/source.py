@@ -14,6 +14,7 @@ from safetensors.numpy import save_file
 
 from benchmarks.quality.errors import NotRun
 from uq.formats.checkpoint import Checkpoint, open_checkpoint
+from uq.formats.checkpoint.weight_file import LocalFile
 from uq.formats.config import EMBEDDING, FINAL_NORM, HEAD, GemmaConfig, layer_tensor
 
 ARCHITECTURES = {
@@ -52,7 +53,7 @@ def prepare(model: str, work: Path) -> Reference:
         UqError: the model cannot be opened.
     """
     source = open_checkpoint(model)
-    files = list(source.files().values())
+    files = [file.path for file in source.files().values() if isinstance(file, LocalFile)]
     if len(files) != 1 or files[0].suffix != ".gguf":
         return Reference(model, files[0].parent, source, None)
     (digest,) = (str(file["sha256"]) for file in source.fingerprint().values())
