@@ -21,6 +21,7 @@ from benchmarks.quality.calibration import draw
 from benchmarks.quality.errors import NotRun
 from benchmarks.quality.measure import Bench, total
 from benchmarks.quality.models import BundleWeights, Model, open_bundle_model, open_gguf_model
+from benchmarks.quality.peers.foreign import CHILDREN, Foreign
 from benchmarks.quality.peers.llama_cpp import LlamaCpp
 from benchmarks.quality.peers.uq import Uq
 from benchmarks.quality.render import BEGIN, END, markdown, splice
@@ -43,8 +44,11 @@ from uq.formats.bundle import open_bundle
 from uq.formats.checkpoint import Checkpoint, open_checkpoint
 from uq.formats.checkpoint.hf_config import parse_config
 from uq.formats.config import EMBEDDING, FINAL_NORM, layer_tensor
+from uq.formats.spec import Spec
+from uq.kernels.reference import ReferenceSession
 from uq.progress import SilentProgress
 from uq.quantize.plan import RECIPES
+from uq.quantize.scales import quantize_rtn
 from uq.validate.scores import Scores
 
 Tiny = Callable[..., Path]
@@ -166,6 +170,22 @@ def test_an_exported_reference_is_the_model_in_float16(
     np.testing.assert_array_equal(written.layer(1)["mlp.up_proj"], exact)
     with pytest.raises(NotRun, match="q_proj.weight: the F16 GGUF holds other weights"):
         require_same_weights(source, written)
+
+
+@pytest.mark.parametrize("family", ["gemma", "gemma2", "gemma3"])
+def test_transformers_reads_an_exported_reference(
+    family: str, tiny_checkpoint: Tiny, tmp_path: Path
+) -> None:
+    """The packages that are compared load it with transformers."""
+    import torch
+    from transformers import AutoModel
+
+    export(open_checkpoint(tiny_checkpoint(family=family, dtype="f16")), tmp_path)
+    model = AutoModel.from_pretrained(tmp_path, dtype=torch.float32, attn_implementation="eager")
+    with torch.no_grad():
+        theirs = model(torch.from_numpy(WINDOWS).long()).last_hidden_state.numpy()
+    ours = ReferenceSession(open_checkpoint(tmp_path)).score(WINDOWS)
+    np.testing.assert_allclose(ours, theirs, rtol=0, atol=1e-4 * np.abs(theirs).max())
 
 
 # Draws, and what is kept
@@ -345,6 +365,65 @@ def test_llama_cpp_needs_its_folder_and_a_gguf_file(llama: LlamaCpp, bench: Benc
     assert "--llama-bin" in str(replace(llama, tools=None).missing(row))
     folder_alone = replace(llama, reference=replace(llama.reference, gguf=None))
     assert "starts from a GGUF file" in str(folder_alone.missing(row))
+
+
+# Other packages, played by numpy
+
+CHILD = """
+import sys
+from pathlib import Path
+import numpy as np
+from shared import reference_linears, write
+reference, out, tokens, scale = Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3], sys.argv[4]
+assert np.load(tokens).shape == (1, 128)
+write(out, {n: w * float(scale) for n, w in reference_linears(reference)}, 4.5, "INT4 g32")
+"""
+
+
+@pytest.fixture
+def foreign(bench: Bench, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Foreign:
+    """A "quantizer" that multiplies the linears by its argument."""
+    monkeypatch.setenv("PYTHONPATH", str(CHILDREN))
+    (tmp_path / "child.py").write_text(CHILD)
+    reference = prepare(str(folder), tmp_path)
+    return Foreign("numpy", str(tmp_path / "child.py"), reference, sys.executable)
+
+
+def test_linears_of_a_package_replace_the_references(
+    foreign: Foreign, bench: Bench, folder: Path
+) -> None:
+    row = Row("double", "numpy", ("2",), calibrated=True)
+    assert foreign.missing(row) is None
+    (only,) = foreign.steps(row, bench.draws[0])
+    model, reference = foreign.open(run(only, bench.work, "here")), open_checkpoint(folder)
+    for role, weight in reference.layer(1).items():
+        factor = np.float32(2 if weight.ndim == 2 else 1)
+        np.testing.assert_array_equal(model.weights.layer(1)[role], factor * weight)
+    table = quantize_rtn(reference.embedding(0, 512), Spec(8, 64)).dequantize()
+    np.testing.assert_array_equal(model.weights.embedding(5, 70), table[5:70])
+    np.testing.assert_array_equal(model.weights.head(5, 70), table[5:70])
+
+
+def test_sizes_of_a_package_count_the_embedding_both_ways(
+    foreign: Foreign, bench: Bench, folder: Path
+) -> None:
+    (only,) = foreign.steps(Row("r", "numpy", ("1",), calibrated=True), bench.draws[0])
+    sizes = foreign.open(run(only, bench.work, "here")).sizes
+    config = open_checkpoint(folder).config
+    linears = config.num_layers * sum(a * b for a, b in config.linear_shapes().values())
+    table = config.vocab_size * config.hidden_size
+    norms = config.num_parameters() - linears - table
+    total_bits = 4.5 * linears + 8.25 * table + 32 * norms
+    assert sizes.bits == pytest.approx(total_bits / config.num_parameters())
+    assert sizes.computed and sizes.nbytes == round(total_bits / 8)
+    own = (total_bits + (16 - 8.25) * table) / config.num_parameters()
+    assert f"{own:.3f} bits over all" in sizes.embedding
+
+
+def test_a_missing_package_is_the_reason(foreign: Foreign) -> None:
+    reason = replace(foreign, package="no-such-package").missing(ROUNDED)
+    assert reason is not None and "pip install no-such-package" in reason
+    assert replace(foreign, python="no/such/python").missing(ROUNDED) is not None
 
 
 # Rows and tables

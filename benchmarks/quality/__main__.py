@@ -15,12 +15,13 @@ import numpy as np
 from benchmarks import quality
 from benchmarks.quality.calibration import draw
 from benchmarks.quality.measure import Bench
+from benchmarks.quality.peers.foreign import Foreign
 from benchmarks.quality.peers.llama_cpp import LlamaCpp
 from benchmarks.quality.peers.peer import Peer
 from benchmarks.quality.peers.uq import Uq
 from benchmarks.quality.render import markdown, splice
 from benchmarks.quality.results import Results, RowResult, TextFacts
-from benchmarks.quality.rows import LLAMA, UQ, Row, all_rows
+from benchmarks.quality.rows import AUTO_ROUND, GPTQ, HQQ, LLAMA, UQ, Row, all_rows
 from benchmarks.quality.scoring import Scorer
 from benchmarks.quality.source import Reference, prepare
 from benchmarks.quality.steps import write_json
@@ -49,6 +50,10 @@ def parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("--model", default=DEMO, help="what `uq quantize` takes; default: %(default)s")
     add("--llama-bin", type=Path, metavar="DIR", help="folder of llama-quantize, llama-imatrix")
+    add(
+        "--peer-python", default=sys.executable, metavar="FILE",
+        help="Python that has auto-round, hqq, gptqmodel; default: this one",
+    )  # fmt: skip
     add("--texts", type=Path, default=TEXTS, metavar="DIR", help="*.txt; default: %(default)s")
     add("--text", type=re.compile, metavar="PATTERN", help="score only texts of such a name")
     add("--windows", type=whole(1), default=24, metavar="N", help="per text; default: %(default)s")
@@ -106,8 +111,11 @@ def open_bench(args: argparse.Namespace, work: Path, reference: Reference) -> Be
     machine = examine()
     where = f"{machine.cpu}, {machine.threads} threads"
     peers: dict[str, Peer] = {
-        LLAMA: LlamaCpp(reference, args.llama_bin, work, where),
         UQ: Uq(reference, args.calibration_tokens),
+        LLAMA: LlamaCpp(reference, args.llama_bin, work, where),
+        AUTO_ROUND: Foreign("auto-round", "auto_round_child.py", reference, args.peer_python),
+        HQQ: Foreign("hqq", "hqq_child.py", reference, args.peer_python),
+        GPTQ: Foreign("gptqmodel", "gptqmodel_child.py", reference, args.peer_python),
     }
     return Bench(
         peers=peers,

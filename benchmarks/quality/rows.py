@@ -13,7 +13,8 @@ from uq.formats.config import GemmaConfig
 from uq.quantize.pipeline import plan_of
 from uq.quantize.plan import RECIPES
 
-UQ, LLAMA = "uq", "llama.cpp"
+UQ, LLAMA, AUTO_ROUND, HQQ, GPTQ = "uq", "llama.cpp", "AutoRound", "HQQ", "GPTQModel"
+AUTO_ROUND_ITERATIONS = 50  # its default, 200, takes hours on two cores
 
 
 @dataclass(frozen=True)
@@ -41,6 +42,24 @@ LLAMA_ROWS = (
     *(llama_row(grid, matrix) for grid in ("Q4_0", "IQ4_NL", "Q4_1") for matrix in (False, True)),
     *(llama_row("Q4_K_M", matrix) for matrix in (False, True)),
     *(llama_row(grid, False) for grid in ("Q5_0", "Q6_K", "Q8_0")),
+)
+
+
+PACKAGE_ROWS = (
+    *(
+        Row(
+            f"AutoRound g{group}, {AUTO_ROUND_ITERATIONS} iterations",
+            AUTO_ROUND,
+            (str(group), str(AUTO_ROUND_ITERATIONS)),
+            calibrated=True,
+        )
+        for group in (32, 128)
+    ),
+    *(Row(f"HQQ g{group}", HQQ, (str(group),)) for group in (32, 64, 128)),
+    *(
+        Row(f"GPTQ (GPTQModel) g{group}", GPTQ, (str(group),), calibrated=True)
+        for group in (32, 64, 128)
+    ),
 )
 
 
@@ -81,7 +100,8 @@ def all_rows(config: GemmaConfig, extra: Sequence[str]) -> tuple[Row, ...]:
     Raises:
         UsageError: two rows have one name, or one of the user's is refused.
     """
-    rows = (*LLAMA_ROWS, *uq_rows(config), *(extra_row(text, config) for text in extra))
+    own = (extra_row(text, config) for text in extra)
+    rows = (*uq_rows(config), *LLAMA_ROWS, *PACKAGE_ROWS, *own)
     names = [row.name for row in rows]
     if twice := next((name for name in names if names.count(name) > 1), None):
         raise UsageError(f"--row: there is already a row {twice!r}; give it another name")

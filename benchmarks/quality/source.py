@@ -99,7 +99,7 @@ def hf_config(config: GemmaConfig) -> dict[str, Any]:
         "num_key_value_heads": config.num_kv_heads,
         "head_dim": config.head_dim,
         "rms_norm_eps": config.rms_norm_eps,
-        "query_pre_attn_scalar": config.query_pre_attn_scalar,
+        "query_pre_attn_scalar": round(config.query_pre_attn_scalar),
         "sliding_window": config.sliding_window,
         "layer_types": list(config.layer_types),
         "rope_theta": config.rope_theta,

@@ -1,0 +1,37 @@
+"""GPTQ by GPTQModel: `gptqmodel_child.py REFERENCE OUT TOKENS.npy GROUP`."""
+
+import os
+import sys
+from pathlib import Path
+
+os.environ.setdefault("GPTQMODEL_CPU_WORKERS", "2")  # its own default fails on two cores
+
+import numpy as np
+import torch
+from gptqmodel import BACKEND, GPTQModel, QuantizeConfig
+from shared import is_linear, write
+
+BITS = 4
+
+
+def main() -> None:
+    reference, out, tokens, group = (*map(Path, sys.argv[1:4]), int(sys.argv[4]))
+    windows = torch.from_numpy(np.load(tokens)).long()
+    calibration = [
+        {"input_ids": row[None], "attention_mask": torch.ones_like(row)[None]} for row in windows
+    ]
+    config = QuantizeConfig(
+        bits=BITS, group_size=group, sym=True, desc_act=False, device="cpu", offload_to_disk=False
+    )
+    model = GPTQModel.load(str(reference), config, dtype=torch.float32)
+    model.quantize(calibration, batch_size=1, backend=BACKEND.TORCH)
+    weights = {}
+    for name, module in model.model.named_modules():
+        if is_linear(f"{name}.weight"):
+            weights[f"{name}.weight"] = module.dequantize_weight().T.float()
+    # float16 scales and packed zero-points
+    write(out, weights, BITS + (16 + BITS) / group, f"INT4 g{group}")
+
+
+if __name__ == "__main__":
+    main()
