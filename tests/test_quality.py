@@ -103,11 +103,19 @@ def test_a_bundle_gives_its_dequantized_weights(
         np.testing.assert_allclose(weights.layer(1)[role], weight, rtol=0, atol=limit)
 
 
+def test_a_bundle_with_zero_points_gives_its_dequantized_weights(
+    tiny_bundle: Callable[..., Path],
+) -> None:
+    bundle = open_bundle(tiny_bundle(specs=[Spec(4, 32, zero_point=True)]))
+    table = bundle.quant(EMBEDDING).dequantize()
+    np.testing.assert_array_equal(BundleWeights(bundle).embedding(3, 9), table[3:9])
+
+
 def test_sizes_of_a_bundle(tiny_bundle: Callable[..., Path], folder: Path) -> None:
     path = tiny_bundle(layout="row")
     sizes = open_bundle_model(path, open_checkpoint(folder)).sizes
     assert sizes.body_bits == 4.5
-    assert (sizes.body, sizes.embedding) == ("INT4 g32", "INT4 g32")
+    assert (sizes.body, sizes.embedding) == ("int4 g32", "int4 g32")
     assert sizes.nbytes == open_bundle(path).nbytes
 
 
@@ -199,7 +207,7 @@ def test_rows_are_measured(measured: list[RowResult]) -> None:
     for result in (*rounded.draws, *calibrated.draws):
         assert 0 < result.texts["words"].kld.value < 1
         assert result.cost.seconds > 0 and result.cost.peak_bytes > 2**24
-        assert result.sizes.body == "INT4 g32"
+        assert result.sizes.body == "int4 g32"
 
 
 def test_nothing_is_made_twice(
@@ -392,16 +400,23 @@ def foreign(bench: Bench, folder: Path, tmp_path: Path, monkeypatch: pytest.Monk
 def test_linears_of_a_package_replace_the_references(
     foreign: Foreign, bench: Bench, folder: Path
 ) -> None:
-    row = Row("double", "numpy", ("2",), calibrated=True)
+    row = Row("larger", "numpy", ("1.125",), calibrated=True)
     assert foreign.missing(row) is None
     (only,) = foreign.steps(row, bench.draws[0])
     model, reference = foreign.open(run(only, bench.work, "here")), open_checkpoint(folder)
     for role, weight in reference.layer(1).items():
-        factor = np.float32(2 if weight.ndim == 2 else 1)
-        np.testing.assert_array_equal(model.weights.layer(1)[role], factor * weight)
+        factor = np.float32(1.125 if weight.ndim == 2 else 1)
+        expected = (factor * weight).astype(np.float16 if weight.ndim == 2 else np.float32)
+        np.testing.assert_array_equal(model.weights.layer(1)[role], expected)
     table = quantize_rtn(reference.embedding(0, 512), Spec(8, 64)).dequantize()
     np.testing.assert_array_equal(model.weights.embedding(5, 70), table[5:70])
     np.testing.assert_array_equal(model.weights.head(5, 70), table[5:70])
+
+
+def test_wrong_weights_are_not_scored(foreign: Foreign, bench: Bench) -> None:
+    (only,) = foreign.steps(Row("double", "numpy", ("2",), calibrated=True), bench.draws[0])
+    with pytest.raises(NotRun, match="q_proj of layer 0 is 100% off the reference"):
+        foreign.open(run(only, bench.work, "here"))
 
 
 def test_sizes_of_a_package_count_the_embedding_both_ways(

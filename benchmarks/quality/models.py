@@ -59,9 +59,7 @@ class BundleWeights:
     def _rows(self, name: str, start: int, stop: int) -> Array:
         if name not in self._tables:
             self._tables[name] = self._bundle.quant(name)
-        table = self._tables[name]
-        rows = QuantTensor(table.codes[start:stop], table.scales[start:stop], table.spec)
-        return rows.dequantize()
+        return self._tables[name].rows(start, stop).dequantize()
 
 
 def open_bundle_model(path: Path, reference: Checkpoint) -> Model:
@@ -69,7 +67,7 @@ def open_bundle_model(path: Path, reference: Checkpoint) -> Model:
     bundle = open_bundle(path)
     sizes = {kind.kind: kind for kind in kind_sizes(bundle.manifest, reference)}
     body = [sizes["attention"], sizes["mlp"]]
-    specs = {name: f"INT{t.bits} g{t.group}" for name, t in bundle.manifest.tensors.items()}
+    specs = {name: str(record.spec) for name, record in bundle.manifest.tensors.items()}
     return Model(
         BundleWeights(bundle),
         bundle.sha256,

@@ -31,8 +31,8 @@ def main() -> None:
     )
     model, _ = rounding.quantize()
     weights = {name: value for name, value in model.state_dict().items() if is_linear(name)}
-    # float16 scales and packed zero-points
-    write(out, weights, BITS + (16 + BITS) / group, f"INT4 g{group}")
+    # float16 scales, and the zero points that the format keeps for symmetric grids, too
+    write(out, weights, BITS + (16 + BITS) / group, f"int4 g{group}")
 
 
 if __name__ == "__main__":

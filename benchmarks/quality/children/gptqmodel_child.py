@@ -21,7 +21,12 @@ def main() -> None:
         {"input_ids": row[None], "attention_mask": torch.ones_like(row)[None]} for row in windows
     ]
     config = QuantizeConfig(
-        bits=BITS, group_size=group, sym=True, desc_act=False, device="cpu", offload_to_disk=False
+        bits=BITS,
+        group_size=group,
+        sym=True,
+        format="gptq_v2",  # version 1 keeps its zero-points one too small, and dequantizes them so
+        device="cpu",
+        offload_to_disk=False,
     )
     model = GPTQModel.load(str(reference), config, dtype=torch.float32)
     model.quantize(calibration, batch_size=1, backend=BACKEND.TORCH)
@@ -29,8 +34,8 @@ def main() -> None:
     for name, module in model.model.named_modules():
         if is_linear(f"{name}.weight"):
             weights[f"{name}.weight"] = module.dequantize_weight().T.float()
-    # float16 scales and packed zero-points
-    write(out, weights, BITS + (16 + BITS) / group, f"INT4 g{group}")
+    # float16 scales, and the zero points that the format keeps for symmetric grids, too
+    write(out, weights, BITS + (16 + BITS) / group, f"int4 g{group}")
 
 
 if __name__ == "__main__":

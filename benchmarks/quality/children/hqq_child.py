@@ -23,7 +23,7 @@ def dequantized(weight: torch.Tensor, group: int) -> torch.Tensor:
 def main() -> None:
     reference, out, group = Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3])
     weights = {name: dequantized(weight, group) for name, weight in reference_linears(reference)}
-    write(out, weights, BITS + 32 / group, f"INT4 g{group} with zero-point")
+    write(out, weights, BITS + 32 / group, f"int4z g{group}, float zero points")
 
 
 if __name__ == "__main__":
