@@ -10,11 +10,12 @@ from uq.errors import DeviceError, UsageError
 
 if TYPE_CHECKING:
     from uq.formats.bundle import Bundle
-    from uq.kernels.session import Session
+    from uq.kernels.session import BatchSession, Session
 
 
 DEVICES = ("auto", "vulkan", "npu", "cpu")
 Opener = Callable[["Bundle", int, int | None], "Session"]
+BatchOpener = Callable[["Bundle", int, int, int | None], "BatchSession"]
 
 
 @dataclass(frozen=True)
@@ -24,11 +25,14 @@ class Backend:
     Attributes:
         reason: one sentence, for `uq doctor` and for the error when it is asked for in vain.
         opener: (bundle, max_context, threads) -> Session; None when it is not available.
+        batch_opener: (bundle, slots, max_context, threads) -> BatchSession; None when it runs one
+            sequence at a time only.
     """
 
     name: str
     reason: str
     opener: Opener | None = None
+    batch_opener: BatchOpener | None = None
 
     @property
     def available(self) -> bool:
@@ -37,7 +41,7 @@ class Backend:
 
 def backends() -> tuple[Backend, ...]:
     """All backends, the fastest first."""
-    return (_vulkan(), _npu(), Backend("cpu", "it runs on every machine", _open_cpu))
+    return (_vulkan(), _npu(), _cpu())
 
 
 def open_session(
@@ -61,6 +65,33 @@ def open_session(
     raise UsageError(f"--device {device} is not known; use {', '.join(DEVICES)}")
 
 
+def open_batch(
+    bundle: Bundle,
+    device: str = "auto",
+    *,
+    slots: int,
+    max_context: int,
+    threads: int | None = None,
+) -> BatchSession:
+    """Run several sequences of a bundle together, as `open_session` chooses the device.
+
+    Args:
+        slots: sequences at a time.
+        max_context: tokens that each of their KV caches can hold.
+
+    Raises:
+        DeviceError: the device is not available, or runs one sequence at a time only.
+        UsageError: no such device, or too many slots.
+    """
+    for backend in backends():
+        if backend.batch_opener is not None and device in ("auto", backend.name):
+            return backend.batch_opener(bundle, slots, max_context, threads)
+        if device == backend.name:
+            reason = "it runs one sequence at a time" if backend.available else backend.reason
+            raise DeviceError(f"--device {device}: {reason}; use cpu")
+    raise UsageError(f"--device {device} is not known; use {', '.join(DEVICES)}")
+
+
 def first_run_note(device: str) -> str | None:
     """What a person should know before a long silence: the CPU kernels are compiled once."""
     if device not in ("auto", "cpu"):
@@ -80,7 +111,20 @@ def _npu() -> Backend:
     return Backend("npu", "this version of uq has no NPU kernels")
 
 
+def _cpu() -> Backend:
+    return Backend("cpu", "it runs on every machine", _open_cpu, _open_cpu_batch)
+
+
 def _open_cpu(bundle: Bundle, max_context: int, threads: int | None) -> Session:
     from uq.kernels.cpu import open_cpu
 
     return open_cpu(bundle, max_context=max_context, threads=threads)
+
+
+def _open_cpu_batch(
+    bundle: Bundle, slots: int, max_context: int, threads: int | None
+) -> BatchSession:
+    import uq.kernels.cpu  # noqa: F401  # before numba: it says how threads wait
+    from uq.kernels.cpu.batch import CpuBatch
+
+    return CpuBatch(bundle.config, bundle, slots=slots, max_context=max_context, threads=threads)

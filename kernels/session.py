@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -103,6 +103,68 @@ class Session(Protocol):
 
         End-of-sequence tokens are yielded like any other: stopping is the caller's decision.
         """
+        ...
+
+
+class Piece(NamedTuple):
+    """New tokens of the sequence in `slot`."""
+
+    slot: int
+    tokens: Sequence[int]
+
+
+class BatchSession(Protocol):
+    """An opened model with several sequences, each in a slot with a KV cache of its own.
+
+    What a sequence gets does not depend on the others, nor on how its tokens are cut into pieces.
+
+    Attributes:
+        slots: number of sequences.
+        block: tokens that one `extend` takes at most.
+        max_context: tokens that each KV cache can hold.
+    """
+
+    slots: int
+    block: int
+    max_context: int
+
+    @property
+    def config(self) -> GemmaConfig: ...
+
+    @property
+    def device(self) -> Device: ...
+
+    @property
+    def cache_bytes(self) -> int:
+        """Size of all KV caches when they are full."""
+        ...
+
+    def length(self, slot: int) -> int:
+        """Number of tokens in a KV cache."""
+        ...
+
+    def rewind(self, slot: int, length: int) -> int:
+        """Forget the tokens from `length` on, or all where a sliding window needs lost ones.
+
+        Returns:
+            The number of tokens that are left: `length` or 0.
+        """
+        ...
+
+    def extend(self, pieces: Sequence[Piece]) -> NDArray[np.float32]:
+        """Append tokens to several sequences, of each slot one piece at most.
+
+        Returns:
+            (tokens of all pieces, hidden) float32 after the final norm, in the order of the pieces;
+            valid until the next call.
+
+        Raises:
+            UsageError: a token is not in the vocabulary, or they do not fit.
+        """
+        ...
+
+    def logits(self, hidden: NDArray[np.float32], start: int, stop: int) -> NDArray[np.float32]:
+        """As `Session.logits`."""
         ...
 
 

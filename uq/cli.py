@@ -20,7 +20,7 @@ from types import FrameType
 from typing import NoReturn
 
 from uq import __version__
-from uq.commands import chat, doctor, generate, inspect, npu, quantize, validate
+from uq.commands import chat, doctor, generate, inspect, npu, quantize, serve, validate
 from uq.errors import UqError, UsageError
 
 COMMANDS = {
@@ -28,6 +28,7 @@ COMMANDS = {
     "validate": (validate, "compare a bundle with its float32 reference"),
     "generate": (generate, "continue a text with a bundle"),
     "chat": (chat, "talk to a bundle in the terminal"),
+    "serve": (serve, "answer HTTP requests with a bundle, as OpenAI's API does"),
     "inspect": (inspect, "show what is in a checkpoint or a bundle"),
     "npu": (npu, "check designs for the NPU"),
     "doctor": (doctor, "show what this machine offers"),

@@ -111,7 +111,7 @@ def _low(position: int, window: int) -> int:
 
 
 @kernel()
-def _attend_tile(
+def attend_tile(
     queries: NDArray[np.float32],
     keys: NDArray[np.float32],
     values: NDArray[np.float32],
@@ -189,7 +189,7 @@ def attend_many(
         head, first = item // per_head, item % per_head * TILE_ROWS
         tile, mine = queries[head, first : first + TILE_ROWS], scratch[get_thread_id()]
         seen = (first, group, position, window)
-        mixed = _attend_tile(tile, keys[head], values[head], *seen, scale, cap, mine)
+        mixed = attend_tile(tile, keys[head], values[head], *seen, scale, cap, mine)
         for row in range(tile.shape[0]):
             token, member = (first + row) // group, (first + row) % group
             column = (head * group + member) * dim

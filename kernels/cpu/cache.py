@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -11,25 +13,46 @@ from uq.kernels.cpu.tiles import TILE_LANES
 Array = NDArray[np.float32]
 
 
+@dataclass
 class KVCache:
     """Keys (after norm and RoPE) and values of one sequence in float32, as `attention` reads them.
 
     A layer with a window has a ring of slots: as many as its window and one block of new tokens.
+
+    Attributes:
+        keys, values: of each layer, in the shapes of `layer_shapes`.
+        position: number of tokens.
     """
 
-    def __init__(self, config: GemmaConfig, capacity: int, block: int) -> None:
+    keys: list[Array]
+    values: list[Array]
+    position: int = 0
+
+    @classmethod
+    def empty(cls, config: GemmaConfig, capacity: int, block: int) -> KVCache:
         """`block`: tokens that are added at once, at most."""
-        self.position = 0
-        self.keys: list[Array] = []
-        self.values: list[Array] = []
-        heads, dim = config.num_kv_heads, config.head_dim
-        for layer in range(config.num_layers):
-            window = config.window(layer)
-            needed = capacity if window is None else min(capacity, window - 1 + block)
-            blocks = -(-needed // TILE_LANES)
-            self.keys.append(np.zeros((heads, blocks, dim, TILE_LANES), np.float32))
-            shape = (heads, -(-dim // TILE_LANES), blocks * TILE_LANES, TILE_LANES)
-            self.values.append(np.zeros(shape, np.float32))
+        keys, values = layer_shapes(config, capacity, block)
+        return cls(
+            [np.zeros(shape, np.float32) for shape in keys],
+            [np.zeros(shape, np.float32) for shape in values],
+        )
+
+
+Shape = tuple[int, ...]
+
+
+def layer_shapes(config: GemmaConfig, capacity: int, block: int) -> tuple[list[Shape], list[Shape]]:
+    """Shapes of each layer's keys and of its values."""
+    keys: list[Shape] = []
+    values: list[Shape] = []
+    heads, dim = config.num_kv_heads, config.head_dim
+    for layer in range(config.num_layers):
+        window = config.window(layer)
+        needed = capacity if window is None else min(capacity, window - 1 + block)
+        blocks = -(-needed // TILE_LANES)
+        keys.append((heads, blocks, dim, TILE_LANES))
+        values.append((heads, -(-dim // TILE_LANES), blocks * TILE_LANES, TILE_LANES))
+    return keys, values
 
 
 class RopeTable:

@@ -250,6 +250,37 @@ def _head_row(
         out[half + i] = high * cos[i] + low * sin[i]
 
 
+@kernel()
+def enter_token(
+    token: int,
+    qkv: NDArray[np.float32],
+    columns: tuple[int, int, int],
+    gains: tuple[NDArray[np.float32], NDArray[np.float32]],
+    eps: np.float32,
+    turn: tuple[NDArray[np.float32], NDArray[np.float32]],
+    position: int,
+    queries: NDArray[np.float32],
+    keys: NDArray[np.float32],
+    values: NDArray[np.float32],
+) -> None:
+    """`enter_attention` of row `token`: `turn` is its cos and sin, (dim / 2,) each."""
+    kv_heads, blocks, dim, _ = keys.shape
+    slot = position % (blocks * TILE_LANES)
+    group = queries.shape[1] // qkv.shape[0]
+    for head in range(kv_heads):
+        for member in range(group):
+            at = columns[0] + (head * group + member) * dim
+            out = queries[head, token * group + member]
+            _head_row(qkv[token, at : at + dim], gains[0], eps, turn[0], turn[1], out)
+        k = qkv[token, columns[1] + head * dim : columns[1] + (head + 1) * dim]
+        _head_row(k, gains[1], eps, turn[0], turn[1], k)
+        for i in range(dim):
+            keys[head, slot // TILE_LANES, i, slot % TILE_LANES] = k[i]
+        at = columns[2] + head * dim
+        for i in range(dim):
+            values[head, i // TILE_LANES, slot, i % TILE_LANES] = qkv[token, at + i]
+
+
 @per_token
 def enter_attention(
     qkv: NDArray[np.float32],
@@ -275,23 +306,10 @@ def enter_attention(
         keys: (kv_heads, slots / 32, dim, 32) and values (kv_heads, dim / 32, slots, 32): a layer of
             the cache; position p lies in slot p % slots.
     """
-    kv_heads, blocks, dim, _ = keys.shape
-    tokens, slots = qkv.shape[0], blocks * TILE_LANES
-    group = queries.shape[1] // tokens
+    tokens, gains = qkv.shape[0], (q_gain, k_gain)
     for token in prange(tokens):
-        c, s, slot = cos[token], sin[token], (position + token) % slots
-        for head in range(kv_heads):
-            for member in range(group):
-                at = columns[0] + (head * group + member) * dim
-                out = queries[head, token * group + member]
-                _head_row(qkv[token, at : at + dim], q_gain, eps, c, s, out)
-            k = qkv[token, columns[1] + head * dim : columns[1] + (head + 1) * dim]
-            _head_row(k, k_gain, eps, c, s, k)
-            for i in range(dim):
-                keys[head, slot // TILE_LANES, i, slot % TILE_LANES] = k[i]
-            at = columns[2] + head * dim
-            for i in range(dim):
-                values[head, i // TILE_LANES, slot, i % TILE_LANES] = qkv[token, at + i]
+        turn = (cos[token], sin[token])
+        enter_token(token, qkv, columns, gains, eps, turn, position + token, queries, keys, values)
 
 
 @kernel(parallel=True, fastmath=FAST)

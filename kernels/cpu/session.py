@@ -7,7 +7,8 @@ linear is 16-bit fixed point, scaled for each 32 channels (`elementwise.Activati
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 
 import llvmlite.binding
@@ -40,6 +41,8 @@ from uq.kernels.session import Device, Sampling, check_room, check_tokens
 
 BLOCK = 512  # tokens that run through the layers together
 
+Attend = Callable[[Layer, int, Work], None]  # of layer number ..., from work.qkv to work.context
+
 
 class CpuSession:
     """A quantized model on the CPU with one KV cache. See `uq.kernels.session.Session`.
@@ -69,7 +72,7 @@ class CpuSession:
         self._work = workspace(config, self._model.layers[0], self._block)
         self._one = self._work.first(1)
         self._scratch = self._scratch_for(max_context)
-        self.cache = KVCache(config, max_context, self._block)
+        self.cache = KVCache.empty(config, max_context, self._block)
         self.device = _device(self._threads)
         self._logits: Array | None = None
 
@@ -99,12 +102,12 @@ class CpuSession:
         if length > self.max_context:
             self._scratch = self._scratch_for(length)
         out = np.empty((batch, length, self.config.hidden_size), np.float32)
-        cache = KVCache(self.config, length, self._block)
+        cache = KVCache.empty(self.config, length, self._block)
         for sequence, hidden in zip(np.ascontiguousarray(tokens, np.int32), out, strict=True):
             cache.position = 0
             for first in range(0, length, self._block):
                 block = slice(first, first + self._block)
-                hidden[block] = self._forward(sequence[block], cache).normed
+                hidden[block] = self._extend(sequence[block], cache).normed
         return out
 
     def logits(self, hidden: Array, start: int, stop: int) -> Array:
@@ -128,7 +131,7 @@ class CpuSession:
         self._begin(ids)
         check_room(ids.size, self.position, self.max_context)
         for first in range(0, ids.size, self._block):
-            work = self._forward(ids[first : first + self._block], self.cache)
+            work = self._extend(ids[first : first + self._block], self.cache)
         tokens_in_block = len(work.hidden)
         out = np.empty((1, self._model.head.width), np.float32)
         self._linear(self._model.head, work.x.rows(tokens_in_block - 1, tokens_in_block), out)
@@ -144,26 +147,37 @@ class CpuSession:
             self.prefill([token])
             yield token
 
-    def _forward(self, tokens: NDArray[np.int32], cache: KVCache) -> Work:
-        """Run tokens (n,) through all layers and the final norm, and add them to the cache."""
+    def _extend(self, tokens: NDArray[np.int32], cache: KVCache) -> Work:
+        """Run tokens (n,) through the model and add them to the cache."""
+        work = self._forward(tokens, partial(self._attend, cache))
+        cache.position += tokens.size
+        return work
+
+    def _forward(self, tokens: NDArray[np.int32], attend: Attend) -> Work:
+        """Run tokens (n,) through all layers and the final norm."""
         work = self._one if tokens.size == 1 else self._work.first(tokens.size)
         model, eps = self._model, np.float32(self.config.rms_norm_eps)
         factor = np.float32(self.config.embed_scale)
         embed(tokens, model.data, model.table.parts, factor, work.hidden)
         norm(work.hidden, model.first_gain, eps, work.normed, *work.x.arrays)
         for index, layer in enumerate(model.layers):
-            self._attention(layer, index, cache, work)
+            self._attention(layer, index, attend, work)
             self._add_branch(layer.attention_gain, layer.mlp_gain, work)
             self._mlp(layer, work)
             self._add_branch(layer.branch_gain, layer.next_gain, work)
-        cache.position += tokens.size
         return work
 
-    def _attention(self, layer: Layer, index: int, cache: KVCache, work: Work) -> None:
+    def _attention(self, layer: Layer, index: int, attend: Attend, work: Work) -> None:
         """work.branch = attention of work.x."""
+        self._linear(layer.qkv, work.x, work.qkv)
+        attend(layer, index, work)
+        quantize_rows(work.context, *work.context_x.arrays)
+        self._linear(layer.out, work.context_x, work.branch)
+
+    def _attend(self, cache: KVCache, layer: Layer, index: int, work: Work) -> None:
+        """work.context = attention of work.qkv, whose keys and values enter the cache."""
         config, position, tokens = self.config, cache.position, len(work.hidden)
         keys, values = cache.keys[index], cache.values[index]
-        self._linear(layer.qkv, work.x, work.qkv)
         # (kv_heads, tokens * group, dim): the queries that share a key head lie together
         queries = work.queries.reshape(config.num_kv_heads, -1, config.head_dim)
         turn = layer.rope.rows(position, position + tokens)
@@ -174,8 +188,6 @@ class CpuSession:
         scale, cap = np.float32(config.attention_scale), np.float32(config.attn_softcap or 0.0)
         seen = (position, layer.window)
         attend(queries, keys, values, *seen, scale, cap, self._scratch, work.context)
-        quantize_rows(work.context, *work.context_x.arrays)
-        self._linear(layer.out, work.context_x, work.branch)
 
     def _mlp(self, layer: Layer, work: Work) -> None:
         """work.branch = MLP of work.x."""

@@ -1,0 +1,445 @@
+"""The server over HTTP: real clients, wrong requests, clients that leave."""
+
+from __future__ import annotations
+
+import http.client
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import openai
+import pytest
+from numpy.typing import NDArray
+
+from uq.cli import main
+from uq.formats.bundle import Bundle, open_bundle
+from uq.formats.writer import BundleWriter
+from uq.kernels.cpu.session import CpuSession
+from uq.kernels.session import Sampling
+from uq.serve import app
+from uq.serve.server import ServeOptions, Server, listening, running, web_server
+
+KEY = "a-key"
+HARNESS = Path(__file__).with_name("harness")
+Reply = tuple[int, dict[str, str], Any]
+
+
+@dataclass(frozen=True)
+class Site:
+    """A server that runs in this process."""
+
+    port: int
+    server: Server
+
+    @property
+    def client(self) -> openai.OpenAI:
+        url = f"http://127.0.0.1:{self.port}/v1"
+        return openai.OpenAI(base_url=url, api_key=KEY, max_retries=0)
+
+    def send(self, method: str, path: str, body: object = None, **headers: str) -> Reply:
+        """Status, headers and body, which is JSON where the headers say so."""
+        data = body if isinstance(body, bytes) else json.dumps(body).encode()
+        with self.request(method, path, data, **headers) as answer:
+            read = answer.read()
+            found = {name.lower(): value for name, value in answer.getheaders()}
+            is_json = found.get("content-type") == "application/json"
+            return answer.status, found, json.loads(read) if is_json else read.decode()
+
+    @contextmanager
+    def request(
+        self, method: str, path: str, data: bytes, **headers: str
+    ) -> Iterator[http.client.HTTPResponse]:
+        sent = {"Content-Type": "application/json", "Authorization": f"Bearer {KEY}"}
+        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=60)
+        connection.request(method, path, data or None, sent | headers)
+        with connection.getresponse() as answer:
+            yield answer
+        connection.close()
+
+    def metric(self, name: str) -> float:
+        lines = self.send("GET", "/metrics")[2].splitlines()
+        return float(next(line.split()[-1] for line in lines if line.startswith(f"{name} ")))
+
+
+@contextmanager
+def site(bundle: Bundle, **options: Any) -> Iterator[Site]:
+    chosen = ServeOptions(port=0, **options)
+    with listening(chosen) as listener, running(bundle, chosen) as server:
+        web = web_server(server.application)
+        thread = threading.Thread(target=web.run, kwargs={"sockets": [listener]}, daemon=True)
+        thread.start()
+        try:
+            yield Site(listener.getsockname()[1], server)
+        finally:
+            web.should_exit = True
+            thread.join()
+
+
+@pytest.fixture(scope="module")
+def model(tiny_checkpoint: Callable[..., Path]) -> Path:
+    return tiny_checkpoint()
+
+
+@pytest.fixture(scope="module")
+def bundle(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+    out = tmp_path_factory.mktemp("bundles") / "tiny"
+    assert main(["quantize", str(model), "-o", str(out), "--method", "rtn"]) == 0
+    return open_bundle(out)
+
+
+@pytest.fixture(scope="module")
+def local(bundle: Bundle) -> Iterator[Site]:
+    with site(bundle, key=KEY, parallel=8, queue=400, context=600) as local:
+        yield local
+
+
+@pytest.fixture(scope="module")
+def expected(bundle: Bundle) -> Callable[[str, int, Sampling], str]:
+    session = CpuSession(bundle.config, bundle, max_context=600)
+    tokenizer = bundle.tokenizer()
+
+    def text(prompt: str, count: int, sampling: Sampling) -> str:
+        session.reset()
+        session.prefill(tokenizer.encode(prompt))
+        tokens: list[int] = []
+        for token in session.decode(count, sampling):
+            if token in tokenizer.eos:
+                break
+            tokens.append(token)
+        return tokenizer.decode(tokens)
+
+    return text
+
+
+Expected = Callable[[str, int, Sampling], str]
+
+
+def test_openai_completes_a_text(local: Site, expected: Expected) -> None:
+    options: dict[str, Any] = {"max_tokens": 20, "temperature": 1.5, "top_p": 0.9, "seed": 3}
+    text = expected("the time", 20, Sampling(1.5, 0, 0.9, 3))
+    whole = local.client.completions.create(model="tiny", prompt="the time", **options)
+    assert whole.choices[0].text == text
+    assert whole.usage is not None and whole.usage.completion_tokens <= 20
+    pieces = list(
+        local.client.completions.create(model="tiny", prompt="the time", stream=True, **options)
+    )
+    assert "".join(piece.choices[0].text for piece in pieces) == text
+    assert pieces[-1].choices[0].finish_reason == whole.choices[0].finish_reason
+
+
+def test_openai_chats(local: Site, expected: Expected) -> None:
+    messages: list[Any] = [{"role": "user", "content": [{"type": "text", "text": "the time"}]}]
+    prompt = "<bos><start_of_turn>user\nthe time<end_of_turn>\n<start_of_turn>model\n"
+    text = expected(prompt, 12, Sampling(1.0, seed=5))
+    options: dict[str, Any] = {"max_completion_tokens": 12, "seed": 5, "messages": messages}
+    whole = local.client.chat.completions.create(
+        model="tiny", logprobs=True, top_logprobs=2, **options
+    )
+    assert whole.choices[0].message.content == text
+    logprobs = whole.choices[0].logprobs
+    assert logprobs is not None and logprobs.content is not None and whole.usage is not None
+    assert len(logprobs.content) == whole.usage.completion_tokens
+    assert len(logprobs.content[0].top_logprobs) == 2
+    usage = {"include_usage": True}
+    *pieces, last = local.client.chat.completions.create(
+        model="tiny", stream=True, stream_options=usage, **options
+    )  # type: ignore[call-overload]
+    assert pieces[0].choices[0].delta.role == "assistant"
+    assert "".join(piece.choices[0].delta.content or "" for piece in pieces) == text
+    assert last.choices == [] and last.usage.total_tokens == whole.usage.total_tokens
+
+
+def test_several_prompts_and_answers(local: Site, expected: Expected) -> None:
+    answer = local.client.completions.create(
+        model="tiny", prompt=["the time", "the city"], n=2, seed=10, max_tokens=8, echo=True
+    )
+    texts = [choice.text for choice in answer.choices]
+    assert texts == [
+        prompt + expected(prompt, 8, Sampling(1.0, seed=seed))
+        for prompt in ("the time", "the city")
+        for seed in (10, 11)
+    ]
+    assert [choice.index for choice in answer.choices] == [0, 1, 2, 3]
+
+
+def test_token_ids_are_taken_as_they_are(local: Site, bundle: Bundle) -> None:
+    tokens = bundle.tokenizer().encode("the time of the world", bos=False)
+    body = {"prompt": tokens, "max_tokens": 1, "logprobs": 1, "echo": True, "temperature": 0}
+    status, _, answer = local.send("POST", "/v1/completions", body)
+    assert status == 200
+    found = answer["choices"][0]["logprobs"]
+    assert len(found["tokens"]) == len(tokens) + 1 and found["token_logprobs"][0] is None
+    assert "".join(found["tokens"][:-1]) == "the time of the world"
+    assert found["text_offset"][1] == len(found["tokens"][0])
+    session = CpuSession(bundle.config, bundle)
+    logs = log_softmax(session.logits(session.score(np.array([tokens], np.int32))[0], 0, 512))
+    picked = [logs[place, token] for place, token in enumerate(tokens[1:])]
+    np.testing.assert_allclose(found["token_logprobs"][1:-1], picked, atol=1e-4)
+    assert answer["usage"]["prompt_tokens"] == len(tokens)
+
+
+def test_no_request_of_many_is_dropped_or_mixed(local: Site, expected: Expected) -> None:
+    """Far more than run at a time, from many threads, streamed and whole."""
+
+    def ask(number: int) -> str:
+        prompt, seed = f"the city number {number % 40}", number % 40
+        body = {"prompt": prompt, "max_tokens": 1 + number % 7, "seed": seed}
+        status, _, answer = local.send("POST", "/v1/completions", body)
+        assert status == 200, answer
+        return str(answer["choices"][0]["text"])
+
+    with ThreadPoolExecutor(24) as pool:
+        texts = list(pool.map(ask, range(280)))
+    known: dict[tuple[int, int], str] = {}
+    for number, text in enumerate(texts):
+        case = (number % 40, 1 + number % 7)
+        if case not in known:
+            prompt, sampling = f"the city number {case[0]}", Sampling(1.0, seed=case[0])
+            known[case] = expected(prompt, case[1], sampling)
+        assert text == known[case]
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_a_client_that_leaves_ends_its_generation(bundle: Bundle, stream: bool) -> None:
+    with site(bundle, parallel=2, context=100_000) as local:
+        body = {"prompt": "the", "max_tokens": 90_000, "stream": stream, "temperature": 0}
+        connection = http.client.HTTPConnection("127.0.0.1", local.port)
+        headers = {"Content-Type": "application/json"}
+        connection.request("POST", "/v1/completions", json.dumps(body), headers)
+        if stream:
+            assert connection.getresponse().read(10)
+        wait_for(lambda: local.metric("uq_running") == 1)
+        connection.close()
+        wait_for(lambda: local.metric("uq_running") == 0)
+        assert local.metric("uq_generated_tokens_total") < 90_000
+
+
+def wait_for(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 30
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+def test_a_full_queue_is_503_with_the_time_to_come_back(bundle: Bundle) -> None:
+    with site(bundle, parallel=1, queue=1, context=100_000) as local:
+        body = {"prompt": "the", "max_tokens": 90_000, "temperature": 0}
+        data = json.dumps({**body, "stream": True}).encode()
+        with (
+            local.request("POST", "/v1/completions", data) as first,
+            local.request("POST", "/v1/completions", data),
+        ):
+            assert first.read(10)
+            status, headers, answer = local.send("POST", "/v1/completions", body)
+            assert (status, headers["retry-after"]) == (503, "1")
+            assert answer["error"]["type"] == "server_error"
+            with pytest.raises(openai.InternalServerError, match="1 of at most 1"):
+                local.client.completions.create(model=bundle.name, prompt="x")
+            answers = {"prompt": ["a", "b"], "max_tokens": 1}
+            status, _, answer = local.send("POST", "/v1/completions", answers)
+            assert status == 400 and "2 answers, more than 1" in answer["error"]["message"]
+
+
+CHAT = [{"role": "user", "content": "x"}]
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "status", "part"),
+    [
+        ("completions", b'{"prompt": "x"', 400, "body: invalid json"),
+        ("completions", b"\xff", 400, "body"),
+        ("completions", b"[" * 100_000, 400, "body"),
+        ("completions", [], 400, "body"),
+        ("completions", {}, 400, "prompt: field required"),
+        ("completions", {"prompt": 5}, 400, "prompt"),
+        ("completions", {"prompt": []}, 400, "prompt: no token"),
+        ("completions", {"prompt": [[]]}, 400, "prompt: no token"),
+        ("completions", {"prompt": [512]}, 400, "token 512 of 512"),
+        ("completions", {"prompt": [-1]}, 400, "greater than or equal to 0"),
+        ("completions", {"prompt": [True]}, 400, "prompt"),
+        ("completions", {"prompt": "x", "temperature": -1}, 400, "temperature: input should"),
+        ("completions", {"prompt": "x", "max_tokens": 700}, 400, "context of 600"),
+        ("completions", {"prompt": "x " * 5000}, 400, "context of 600"),
+        ("completions", {"prompt": "x", "logprobs": 21}, 400, "logprobs"),
+        ("completions", {"prompt": "x", "best_of": 3}, 400, "best_of"),
+        ("completions", {"prompt": "x", "suffix": "y"}, 400, "suffix"),
+        ("completions", {"prompt": "x", "frequency_penalty": 1}, 400, "frequency_penalty"),
+        ("completions", {"prompt": "x", "min_p": 0.1}, 400, "min_p: this server does not have"),
+        ("completions", {"prompt": "x", "model": "gpt"}, 404, "model 'gpt' is not here"),
+        ("chat/completions", {"messages": []}, 400, "messages"),
+        ("chat/completions", {"messages": [{"role": "x", "content": ""}]}, 400, "messages.0.role"),
+        ("chat/completions", {"messages": CHAT, "tools": [{}]}, 400, "tools"),
+        ("chat/completions", {"messages": CHAT * 400}, 400, "context of 600"),
+        ("nothing", {}, 404, "POST /v1/nothing: not found"),
+        ("models", {}, 405, "method not allowed"),
+    ],
+)
+def test_a_wrong_request_gets_the_right_status(
+    local: Site, path: str, body: object, status: int, part: str
+) -> None:
+    found, _, answer = local.send("POST", f"/v1/{path}", body)
+    assert (found, set(answer)) == (status, {"error"})
+    assert set(answer["error"]) == {"message", "type", "param", "code"}
+    assert part in answer["error"]["message"] and len(answer["error"]["message"]) < 300
+
+
+def test_openai_sees_its_own_errors(local: Site) -> None:
+    with pytest.raises(openai.NotFoundError):
+        local.client.completions.create(model="gpt", prompt="x")
+    with pytest.raises(openai.BadRequestError, match="context"):
+        local.client.completions.create(model="tiny", prompt="x", max_tokens=10_000)
+    with pytest.raises(openai.AuthenticationError):
+        local.client.with_options(api_key="other").models.list()
+
+
+def test_models_are_listed(local: Site) -> None:
+    assert [model.id for model in local.client.models.list()] == ["tiny"]
+    assert local.client.models.retrieve("tiny").owned_by == "uq"
+    with pytest.raises(openai.NotFoundError):
+        local.client.models.retrieve("other")
+
+
+@pytest.mark.parametrize(
+    ("headers", "status"),
+    [
+        ({"Authorization": "Bearer wrong"}, 401),
+        ({"Authorization": ""}, 401),
+        ({"Content-Type": "text/plain"}, 415),
+        ({"Host": "evil.example:80"}, 403),
+        ({"Content-Length": str(1 << 40)}, 413),
+    ],
+)
+def test_a_request_is_stopped_at_the_gate(
+    local: Site, headers: dict[str, str], status: int
+) -> None:
+    found, replied, answer = local.send("POST", "/v1/completions", {"prompt": "x"}, **headers)
+    assert found == status and answer["error"]["message"]
+    assert ("www-authenticate" in replied) == (status == 401)
+
+
+def test_a_body_without_end_is_cut_off(local: Site) -> None:
+    connection = http.client.HTTPConnection("127.0.0.1", local.port)
+    headers = {"Content-Type": "application/json", "Authorization": f"Bearer {KEY}"}
+    pieces = (b"x" * (1 << 20) for _ in range(9))
+    connection.request("POST", "/v1/completions", pieces, headers, encode_chunked=False)
+    assert connection.getresponse().status == 413
+    connection.close()
+
+
+def test_a_slow_body_is_given_up(local: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(app, "READ_SECONDS", 0.05)
+    headers = {"Content-Length": "100"}
+    assert local.send("POST", "/v1/completions", b'{"prompt"', **headers)[0] == 408
+
+
+def test_health_and_metrics(local: Site) -> None:
+    assert local.send("GET", "/health", Authorization="")[2] == {"status": "ok"}
+    before = local.metric("uq_generated_tokens_total")
+    local.client.completions.create(model="tiny", prompt="the", max_tokens=3, temperature=0)
+    wait_for(lambda: local.metric("uq_generated_tokens_total") > before)
+    text = local.send("GET", "/metrics")[2]
+    assert 'uq_requests_total{path="/v1/completions",status="200"}' in text
+    assert local.send("GET", "/metrics", Authorization="")[0] == 401
+
+
+def test_a_base_model_does_not_chat(bundle_parts: Callable[..., Any], tmp_path: Path) -> None:
+    parts = bundle_parts()
+    with BundleWriter(tmp_path / "base", len(parts.shards), {}) as writer:
+        for index, entries in enumerate(parts.shards):
+            writer.write_shard(index, entries)
+        tokenizer = {"tokenizer.json": parts.assets["tokenizer.json"]}
+        bundle = open_bundle(writer.finish(parts.manifest, tokenizer))
+    with site(bundle) as local:
+        status, _, answer = local.send("POST", "/v1/chat/completions", {"messages": CHAT})
+        assert status == 400 and "base is a base model" in answer["error"]["message"]
+        assert local.send("POST", "/v1/completions", {"prompt": "x", "max_tokens": 1})[0] == 200
+
+
+def test_lm_evaluation_harness_runs_against_it(
+    local: Site, model: Path, bundle: Bundle, expected: Expected, tmp_path: Path
+) -> None:
+    url = f"http://127.0.0.1:{local.port}/v1/completions"
+    arguments = f"base_url={url},model=tiny,tokenizer={model},add_bos_token=True,num_concurrent=2"
+    argv = [sys.executable, "-m", "lm_eval", "run", "--model", "local-completions"]
+    argv += ["--model_args", arguments, "--tasks", "uq_choices,uq_words", "--include_path", "."]
+    argv += ["--batch_size", "2", "--log_samples", "--output_path", str(tmp_path / "out")]
+    caches = {"HF_HOME": str(tmp_path / "hf"), "HF_HUB_OFFLINE": "1", "OPENAI_API_KEY": KEY}
+    done = subprocess.run(
+        argv, cwd=HARNESS, env=os.environ | caches, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    session, tokenizer = CpuSession(bundle.config, bundle), bundle.tokenizer()
+    for sample in samples(tmp_path, "uq_choices"):
+        for choice, (logprob, _) in zip(
+            sample["doc"]["choices"], sample["filtered_resps"], strict=True
+        ):
+            text = sample["doc"]["text"]
+            context, tokens = tokenizer.encode(text), tokenizer.encode(f"{text} {choice}")
+            logits = session.logits(session.score(np.array([tokens], np.int32))[0], 0, 512)
+            logs = log_softmax(logits)[np.arange(len(tokens) - 1), tokens[1:]]
+            assert float(logprob) == pytest.approx(logs[len(context) - 1 :].sum(), abs=1e-3)
+    for sample in samples(tmp_path, "uq_words"):
+        text = expected(sample["doc"]["text"], 6, Sampling())
+        assert sample["filtered_resps"] == [text.partition("e")[0]]
+
+
+def samples(folder: Path, task: str) -> list[dict[str, Any]]:
+    (file,) = (folder / "out").rglob(f"samples_{task}_*.jsonl")
+    found = [json.loads(line) for line in file.read_text().splitlines()]
+    assert len(found) == 6
+    return found
+
+
+def log_softmax(logits: NDArray[np.float32]) -> NDArray[np.float64]:
+    rows = logits.astype(np.float64)
+    logs: NDArray[np.float64] = rows - np.log(np.exp(rows).sum(axis=1, keepdims=True))
+    return logs
+
+
+def test_the_command_serves_until_it_is_told_to_stop(bundle: Bundle) -> None:
+    argv = [sys.executable, "-m", "uq", "serve", str(bundle.path), "--port", "0", "--parallel", "2"]
+    environment = os.environ | {"UQ_API_KEY": KEY}
+    with subprocess.Popen(argv, stdout=subprocess.PIPE, text=True, env=environment) as process:
+        assert process.stdout is not None
+        lines = [process.stdout.readline() for _ in range(3)]
+        assert lines[0].startswith("tiny on ") and lines[1].startswith("KV caches: ")
+        url = lines[2].split()[-1]
+        assert openai.OpenAI(base_url=url, api_key=KEY).models.list().data[0].id == "tiny"
+        process.send_signal(signal.SIGTERM)
+    assert process.returncode == 0
+
+
+def test_an_address_in_use_is_one_line(
+    local: Site, bundle: Bundle, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["serve", str(bundle.path), "--port", str(local.port)]) == 1
+    line = f"uq: --host 127.0.0.1 --port {local.port}: Address already in use; choose another\n"
+    assert capsys.readouterr().err.endswith(line)
+
+
+@pytest.mark.parametrize("content", [None, b"", b"\xff"])
+def test_a_key_file_that_holds_no_key_is_refused(
+    bundle: Bundle, tmp_path: Path, content: bytes | None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    if content is not None:
+        (tmp_path / "key").write_bytes(content)
+    assert main(["serve", str(bundle.path), "--api-key-file", str(tmp_path / "key")]) == 2
+    assert capsys.readouterr().err.startswith(f"uq: --api-key-file {tmp_path / 'key'}: ")
+
+
+@pytest.mark.parametrize(
+    ("host", "local"), [("127.0.0.1", True), ("::1", True), ("0.0.0.0", False), ("x.org", False)]
+)
+def test_whether_others_can_reach_it(host: str, local: bool) -> None:
+    assert ServeOptions(host=host).local is local
