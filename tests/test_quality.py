@@ -228,6 +228,14 @@ def test_another_text_makes_the_model_again(bench: Bench, measured: list[RowResu
     assert result.draws[0].texts["words"] == measured[0].draws[0].texts["words"]
 
 
+def test_rows_that_are_not_chosen_show_what_is_kept(
+    bench: Bench, measured: list[RowResult]
+) -> None:
+    more = replace(bench, texts=[TEXT, EvaluationText("new", WINDOWS[1:])])
+    (found,), (expected,) = more.measure(ROUNDED, chosen=False).draws, measured[0].draws
+    assert (found.texts, found.sizes) == (expected.texts, expected.sizes)
+
+
 def test_rows_that_are_not_chosen_are_named(bench: Bench) -> None:
     row = replace(ROUNDED, arguments=("--method", "rtn", "--group", "64"))
     assert bench.measure(row, chosen=False).not_run == "not chosen (--only)"
@@ -483,6 +491,7 @@ DRAWS = tuple(DrawResult(n, SIZES, COST, {"words": scores(0.2 + 0.1 * n)}) for n
 ROWS = (
     RowResult("one", "uq", (), False, DRAWS[:1]),
     RowResult("two", "uq", (), True, DRAWS),
+    RowResult("other", "uq", (), False, (DrawResult(0, SIZES, COST, {}),)),
     RowResult("none", "llama.cpp", (), False, (), "no tools"),
 )
 
@@ -495,6 +504,7 @@ ROWS = (
         "| two | 4.500 | 6.500 | 2.0 | 0.2500 ± 0.0100 (0.2000 to 0.3000) |",
         "| one | 0.2000 ± 0.0100 | 1.500 | 80.00 | 1.2500 ± 0.0200 |",
         "| one | 1.50 | 1024 | INT4 g32 | INT8 g64 | a machine |",
+        "| other | 4.500 | 6.500 | 2.0 | not run |",
         "- none: no tools",
     ],
 )

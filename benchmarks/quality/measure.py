@@ -6,13 +6,13 @@ import json
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from pathlib import Path
 
 from benchmarks.quality.calibration import Draw
-from benchmarks.quality.errors import NotRun
 from benchmarks.quality.models import Model
 from benchmarks.quality.peers.peer import Peer
-from benchmarks.quality.results import DrawResult, RowResult, Sizes, TextScores
+from benchmarks.quality.results import DrawResult, RowResult, Sizes
 from benchmarks.quality.rows import Row
 from benchmarks.quality.scoring import Scorer
 from benchmarks.quality.steps import Cost, Step, kept_cost, remove, run, write_json
@@ -46,7 +46,7 @@ class Bench:
     keep: bool
 
     def measure(self, row: Row, *, chosen: bool = True) -> RowResult:
-        """Figures of a row; with `chosen` false only if an earlier run has left all of them."""
+        """Figures of a row; with `chosen` false those alone that an earlier run has left."""
         if reason := self.peers[row.peer].missing(row):
             return _result(row, (), reason)
         draws = self.draws if row.calibrated else self.draws[:1]
@@ -54,27 +54,26 @@ class Bench:
             found = [self._draw(row, draw, chosen) for draw in draws]
         except UqError as error:
             return _result(row, (), str(error))
-        return _result(row, tuple(found), None)
+        kept = tuple(result for result in found if result is not None)
+        return _result(row, kept, None if kept else "not chosen (--only)")
 
-    def _draw(self, row: Row, draw: Draw, chosen: bool) -> DrawResult:
+    def _draw(self, row: Row, draw: Draw, chosen: bool) -> DrawResult | None:
         peer = self.peers[row.peer]
-        steps = peer.steps(row, draw)
-        model = Lazy(peer, steps, self.work, self.machine, chosen)
-        facts = model.facts()
-        texts = {text.name: self._text(row, draw, model, facts, text) for text in self.texts}
-        cost = total([kept_cost(step, self.work) for step in steps if step.counted])
+        model = Lazy(peer, peer.steps(row, draw), self.work, self.machine)
+        facts = model.facts() if chosen else model.kept_facts()
+        if facts is None:
+            return None
+        texts = {}
+        for text in self.texts:
+            scores = self.scorer.kept(facts.content, text)
+            if scores is None and chosen:
+                say(f"{row.name}, draw {draw.number}: scoring {text.name}")
+                scores = self.scorer.score(model.opened, text)
+            if scores is not None:
+                texts[text.name] = scores
         if not self.keep:
-            remove(steps[-1].output(self.work))
-        return DrawResult(draw.number, facts.sizes, cost, texts)
-
-    def _text(
-        self, row: Row, draw: Draw, model: Lazy, facts: Facts, text: EvaluationText
-    ) -> TextScores:
-        kept = self.scorer.kept(facts.content, text)
-        if kept is None:
-            say(f"{row.name}, draw {draw.number}: scoring {text.name}")
-            kept = self.scorer.score(model.open(), text)
-        return kept
+            remove(model.output)
+        return DrawResult(draw.number, facts.sizes, model.cost(), texts) if texts else None
 
 
 @dataclass(frozen=True)
@@ -85,25 +84,35 @@ class Lazy:
     steps: tuple[Step, ...]
     work: Path
     machine: str
-    chosen: bool
 
-    def open(self) -> Model:
-        """Raises NotRun: a process failed, or none may be started."""
-        if not self.chosen:
-            raise NotRun("not chosen (--only)")
+    @cached_property
+    def opened(self) -> Model:
+        """Raises NotRun: a process failed."""
         for step in self.steps:
             if not (step.output(self.work).exists() and kept_cost(step, self.work)):
                 say(step.label)
             run(step, self.work, self.machine)
-        model = self.peer.open(self.steps[-1].output(self.work))
+        model = self.peer.open(self.output)
         write_json(self._file, asdict(Facts(model.content, model.sizes)))
         return model
 
-    def facts(self) -> Facts:
+    @property
+    def output(self) -> Path:
+        return self.steps[-1].output(self.work)
+
+    def kept_facts(self) -> Facts | None:
+        """What an earlier run found of the model; None if it was never made."""
         if not self._file.is_file() or None in [kept_cost(step, self.work) for step in self.steps]:
-            self.open()
+            return None
         data = json.loads(self._file.read_text())
         return Facts(data["content"], Sizes(**data["sizes"]))
+
+    def facts(self) -> Facts:
+        """Raises NotRun: the model has to be made, and a process failed."""
+        return self.kept_facts() or Facts(self.opened.content, self.opened.sizes)
+
+    def cost(self) -> Cost:
+        return total([kept_cost(step, self.work) for step in self.steps if step.counted])
 
     @property
     def _file(self) -> Path:

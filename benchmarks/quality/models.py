@@ -5,18 +5,20 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
 from benchmarks.quality.results import Sizes
+from benchmarks.quality.texts import CONTEXT
 from uq.formats.bundle import Bundle, open_bundle
 from uq.formats.checkpoint import Checkpoint, open_checkpoint
 from uq.formats.config import EMBEDDING, FINAL_NORM, HEAD, GemmaConfig, layer_tensor
 from uq.formats.manifest import gain_name
 from uq.formats.spec import QuantTensor
-from uq.kernels.reference import WeightSource
+from uq.kernels.reference import ReferenceSession, WeightSource
 from uq.validate.weights import kind_sizes
 
 Array = NDArray[np.float32]
@@ -31,6 +33,11 @@ class Model:
     weights: WeightSource
     content: str
     sizes: Sizes
+
+    @cached_property
+    def session(self) -> ReferenceSession:
+        """Runs the weights in float32."""
+        return ReferenceSession(self.weights, max_context=CONTEXT)
 
 
 class BundleWeights:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from statistics import fmean
 
 from benchmarks.quality.results import DrawResult, Results, RowResult, TextScores
 from uq.errors import UsageError
@@ -65,20 +66,19 @@ def _losses(rows: Sequence[RowResult], texts: Sequence[str]) -> str:
 
 def _text(rows: Sequence[RowResult], name: str) -> str:
     def cells(row: RowResult) -> list[str]:
-        def figure(value: Callable[[TextScores], float], form: str) -> str:
-            return _mean(row, lambda draw: value(draw.texts[name]), form)
-
-        error = max(draw.texts[name].perplexity_ratio.stderr for draw in row.draws)
+        scores = _scores(row, name)
+        error = max(text.perplexity_ratio.stderr for text in scores)
         return [
             row.name,
             _kld(row, name),
-            figure(lambda text: text.kld_p99_9, ".3f"),
-            figure(lambda text: text.same_top_percent.value, ".2f"),
-            figure(lambda text: text.perplexity_ratio.value, ".4f") + f" ± {error:.4f}",
+            format(fmean(text.kld_p99_9 for text in scores), ".3f"),
+            format(fmean(text.same_top_percent.value for text in scores), ".2f"),
+            format(fmean(text.perplexity_ratio.value for text in scores), ".4f")
+            + f" ± {error:.4f}",
         ]
 
     head = ["row", "KL", "KL, 99.9 %", "same top, %", "perplexity ratio"]
-    return _table(head, [cells(row) for row in rows])
+    return _table(head, [cells(row) for row in rows if _scores(row, name)])
 
 
 def _costs(rows: Sequence[RowResult]) -> str:
@@ -99,15 +99,22 @@ def _costs(rows: Sequence[RowResult]) -> str:
 
 def _kld(row: RowResult, name: str) -> str:
     """Mean KL; the error is the largest of the draws', the spread that between them."""
-    error = max(draw.texts[name].kld.stderr for draw in row.draws)
-    values = [draw.texts[name].kld.value for draw in row.draws]
+    scores = _scores(row, name)
+    if not scores:
+        return "not run"
+    error = max(text.kld.stderr for text in scores)
+    values = [text.kld.value for text in scores]
     spread = f" ({min(values):.4f} to {max(values):.4f})" if len(values) > 1 else ""
-    return f"{sum(values) / len(values):.4f} ± {error:.4f}{spread}"
+    return f"{fmean(values):.4f} ± {error:.4f}{spread}"
+
+
+def _scores(row: RowResult, name: str) -> list[TextScores]:
+    """Of every draw for which the text was scored."""
+    return [draw.texts[name] for draw in row.draws if name in draw.texts]
 
 
 def _mean(row: RowResult, number: Number, form: str) -> str:
-    values = [number(draw) for draw in row.draws]
-    return format(sum(values) / len(values), form)
+    return format(fmean(number(draw) for draw in row.draws), form)
 
 
 def _computed(row: RowResult) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -43,23 +44,24 @@ class Scorer:
         Raises:
             DeviceError: a hidden state is not finite.
         """
-        truth = ReferenceSession(self.reference, max_context=CONTEXT)
-        session = ReferenceSession(model.weights, max_context=CONTEXT)
-        truth_states = self._reference_states(truth, text)
+        session, truth = model.session, self._truth
+        truth_states = self._reference_states(text)
         states = final_states(session, text.windows, self.progress, "model")
         found = compare(session, states, truth, truth_states, targets(text.windows), self.progress)
         scores = summary(found, len(text.windows))
         write_json(self._path(model.content, text), asdict(scores))
         return scores
 
-    def _reference_states(
-        self, truth: ReferenceSession, text: EvaluationText
-    ) -> NDArray[np.float32]:
+    @cached_property
+    def _truth(self) -> ReferenceSession:
+        return ReferenceSession(self.reference, max_context=CONTEXT)
+
+    def _reference_states(self, text: EvaluationText) -> NDArray[np.float32]:
         key = states_key(self.reference.fingerprint(), text.windows)
         path = self._folder("states") / f"{key[:16]}.npz"
         kept = ReferenceStates.load(path, key)
         if kept is None:
-            hidden = final_states(truth, text.windows, self.progress, "reference")
+            hidden = final_states(self._truth, text.windows, self.progress, "reference")
             kept = ReferenceStates(key, hidden)
             kept.save(path)
         return kept.hidden
