@@ -1,0 +1,290 @@
+"""Which GPU runs the kernels, what it can do, and the logical device over it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cache, cached_property
+from typing import Any
+
+from uq.errors import DeviceError, UsageError
+from uq.kernels.vulkan.api import (
+    array,
+    binding,
+    call,
+    constant,
+    create,
+    listed,
+    new,
+    text,
+)
+
+OLDEST = (1, 3)
+SMALLEST_SUBGROUP = 8
+KINDS = ("other", "integrated", "discrete", "virtual", "cpu")
+PREFERENCE = ("discrete", "integrated", "virtual", "other", "cpu")
+
+# What the kernels may use, by structure; what a device lacks is left off.
+WANTED = {
+    "PhysicalDeviceVulkan11Features": ("storageBuffer16BitAccess",),
+    "PhysicalDeviceVulkan12Features": (
+        "bufferDeviceAddress",
+        "shaderFloat16",
+        "shaderInt8",
+        "storageBuffer8BitAccess",
+        "vulkanMemoryModel",
+        "vulkanMemoryModelDeviceScope",
+        "hostQueryReset",
+    ),
+    "PhysicalDeviceVulkan13Features": (
+        "computeFullSubgroups",
+        "maintenance4",
+        "shaderIntegerDotProduct",
+        "subgroupSizeControl",
+    ),
+    "PhysicalDeviceCooperativeMatrixFeaturesKHR": ("cooperativeMatrix",),
+}
+REQUIRED = ("bufferDeviceAddress", "computeFullSubgroups", "maintenance4", "subgroupSizeControl")
+EXTENSION_OF = {
+    "PhysicalDeviceCooperativeMatrixFeaturesKHR": "VK_KHR_cooperative_matrix",
+}
+# Enabled where present; `PhysicalGpu.features` reports them.
+EXTENSIONS = ("VK_KHR_cooperative_matrix", "VK_EXT_external_memory_host", "VK_EXT_memory_budget")
+
+
+@dataclass(frozen=True)
+class Ability:
+    """One rung of the ladder of features."""
+
+    name: str
+    present: bool
+    detail: str = ""
+
+
+@dataclass(frozen=True)
+class PhysicalGpu:
+    """A device as its driver describes it.
+
+    Attributes:
+        kind: one of `KINDS`.
+        identity: of device and driver, 32 hexadecimal digits; the key of the pipeline cache.
+        memory: bytes of its largest local heap.
+    """
+
+    handle: Any
+    name: str
+    kind: str
+    driver: str
+    version: tuple[int, int]
+    identity: str
+    memory: int
+
+    @cached_property
+    def extensions(self) -> frozenset[str]:
+        null = binding().ffi.NULL
+        found = listed(
+            "EnumerateDeviceExtensionProperties", "VkExtensionProperties", self.handle, null
+        )
+        return frozenset(binding().ffi.string(item.extensionName).decode() for item in found)
+
+    @cached_property
+    def switches(self) -> dict[str, frozenset[str]]:
+        """Structure -> features of `WANTED` that the device has."""
+        structures = {kind: new(kind) for kind in self._structures()}
+        _chain(list(structures.values()))
+        first = next(iter(structures.values()))
+        call("GetPhysicalDeviceFeatures2", self.handle, new("PhysicalDeviceFeatures2", pNext=first))
+        return {
+            kind: frozenset(name for name in WANTED[kind] if getattr(made, name))
+            for kind, made in structures.items()
+        }
+
+    def has(self, switch: str) -> bool:
+        return any(switch in names for names in self.switches.values())
+
+    def _structures(self) -> list[str]:
+        return [
+            kind
+            for kind in WANTED
+            if kind not in EXTENSION_OF or EXTENSION_OF[kind] in self.extensions
+        ]
+
+    @cached_property
+    def subgroup(self) -> tuple[int, int, int]:
+        """Invocations of a subgroup: the usual number, the least, the most."""
+        sizes = new("PhysicalDeviceVulkan13Properties")
+        usual = new("PhysicalDeviceVulkan11Properties", pNext=sizes)
+        self._properties(usual)
+        return usual.subgroupSize, sizes.minSubgroupSize, sizes.maxSubgroupSize
+
+    @cached_property
+    def ladder(self) -> tuple[Ability, ...]:
+        """What the kernels can build on, the best first."""
+        dots = new("PhysicalDeviceVulkan13Properties")
+        self._properties(dots)
+        quick = bool(dots.integerDotProduct4x8BitPackedSignedAccelerated)
+        usual, least, most = self.subgroup
+        return (
+            Ability("cooperative matrix 2", "VK_NV_cooperative_matrix2" in self.extensions),
+            Ability("cooperative matrix", self.has("cooperativeMatrix")),
+            Ability(
+                "integer dot product",
+                self.has("shaderIntegerDotProduct"),
+                "in hardware" if quick else "emulated by the driver",
+            ),
+            Ability("fp16", self.has("shaderFloat16") and self.has("storageBuffer16BitAccess")),
+            Ability("fp32", True, f"subgroups of {usual} ({least} to {most})"),
+        )
+
+    def missing(self) -> str | None:
+        """Why the kernels cannot run here."""
+        if self.version < OLDEST:
+            old, needed = (".".join(map(str, version)) for version in (self.version, OLDEST))
+            return f"its driver offers Vulkan {old}, and {needed} is needed; update the driver"
+        if absent := [name for name in REQUIRED if not self.has(name)]:
+            return f"its driver lacks {', '.join(absent)}; update the driver"
+        if self.subgroup[1] < SMALLEST_SUBGROUP:
+            return f"its subgroups may have {self.subgroup[1]} lanes; the kernels need 8 or more"
+        return None
+
+    def _properties(self, chain: Any) -> Any:
+        properties = new("PhysicalDeviceProperties2", pNext=chain)
+        call("GetPhysicalDeviceProperties2", self.handle, properties)
+        return properties.properties
+
+
+@cache
+def physical_gpus() -> tuple[PhysicalGpu, ...]:
+    """All devices of this machine in the loader's order.
+
+    Raises:
+        DeviceError: there is no loader or no driver.
+    """
+    handles = listed("EnumeratePhysicalDevices", "VkPhysicalDevice", _instance())
+    return tuple(_describe(handle) for handle in handles)
+
+
+def choose(wish: str = "") -> PhysicalGpu:
+    """The device that `wish` names: a number, part of a name, or nothing for the best.
+
+    Raises:
+        DeviceError: there is no device that can run the kernels.
+        UsageError: there is none of that number or name.
+    """
+    found = physical_gpus()
+    if not found:
+        raise DeviceError("no Vulkan device; install the GPU's driver")
+    if wish.isdecimal():
+        named = found[int(wish) : int(wish) + 1]
+    else:
+        named = tuple(gpu for gpu in found if wish.lower() in gpu.name.lower())
+    if not named:
+        names = "; ".join(f"{number}: {gpu.name}" for number, gpu in enumerate(found))
+        raise UsageError(f"no Vulkan device {wish!r}; there are {names}")
+    best = min(named, key=lambda gpu: (gpu.missing() is not None, PREFERENCE.index(gpu.kind)))
+    if reason := best.missing():
+        raise DeviceError(f"{best.name}: {reason}")
+    return best
+
+
+class Gpu:
+    """A logical device with its one queue."""
+
+    def __init__(self, physical: PhysicalGpu) -> None:
+        self.physical = physical
+        self.family = _compute_family(physical.handle)
+        self.device = create(
+            "CreateDevice",
+            "VkDevice",
+            physical.handle,
+            _device_info(physical, self.family),
+            binding().ffi.NULL,
+        )
+        out = binding().ffi.new("VkQueue*")
+        call("GetDeviceQueue", self.device, self.family, 0, out)
+        self.queue = out[0]
+        properties = physical._properties(binding().ffi.NULL)
+        self.timestamp_period = float(properties.limits.timestampPeriod)  # nanoseconds
+
+    def wait(self) -> None:
+        """Until everything that was submitted is done."""
+        call("QueueWaitIdle", self.queue)
+
+    def close(self) -> None:
+        call("DestroyDevice", self.device, binding().ffi.NULL)
+
+
+def _device_info(physical: PhysicalGpu, family: int) -> Any:
+    structures = [
+        new(kind, **{name: 1 for name in names}) for kind, names in physical.switches.items()
+    ]
+    _chain(structures)
+    features = new("PhysicalDeviceFeatures2", pNext=structures[0])
+    queue = new(
+        "DeviceQueueCreateInfo",
+        queueFamilyIndex=family,
+        queueCount=1,
+        pQueuePriorities=array("float", [1.0]),
+    )
+    names = [text(name) for name in EXTENSIONS if name in physical.extensions]
+    return new(
+        "DeviceCreateInfo",
+        pNext=features,
+        queueCreateInfoCount=1,
+        pQueueCreateInfos=queue,
+        enabledExtensionCount=len(names),
+        ppEnabledExtensionNames=array("char*", names),
+    )
+
+
+def _chain(structures: list[Any]) -> None:
+    for made, following in zip(structures, structures[1:], strict=False):
+        made.pNext = following
+
+
+@cache
+def _instance() -> Any:
+    version = OLDEST[0] << 22 | OLDEST[1] << 12
+    application = new("ApplicationInfo", pApplicationName=text("uq"), apiVersion=version)
+    info = new("InstanceCreateInfo", pApplicationInfo=application)
+    try:
+        return create("CreateInstance", "VkInstance", info, binding().ffi.NULL)
+    except DeviceError as error:
+        raise DeviceError(f"no Vulkan driver: {error}") from None
+
+
+def _describe(handle: Any) -> PhysicalGpu:
+    driver, identity = new("PhysicalDeviceDriverProperties"), new("PhysicalDeviceIDProperties")
+    driver.pNext = identity
+    properties = new("PhysicalDeviceProperties2", pNext=driver)
+    call("GetPhysicalDeviceProperties2", handle, properties)
+    core, ffi = properties.properties, binding().ffi
+    memory = binding().ffi.new("VkPhysicalDeviceMemoryProperties*")
+    call("GetPhysicalDeviceMemoryProperties", handle, memory)
+    local = [
+        memory.memoryHeaps[i].size
+        for i in range(memory.memoryHeapCount)
+        if memory.memoryHeaps[i].flags & constant("MEMORY_HEAP_DEVICE_LOCAL_BIT")
+    ]
+    version = core.apiVersion
+    return PhysicalGpu(
+        handle=handle,
+        name=ffi.string(core.deviceName).decode(),
+        kind=KINDS[core.deviceType] if core.deviceType < len(KINDS) else "other",
+        driver=f"{ffi.string(driver.driverName).decode()} {ffi.string(driver.driverInfo).decode()}",
+        version=(version >> 22 & 0x7F, version >> 12 & 0x3FF),
+        identity=bytes(identity.deviceUUID).hex() + f"{core.driverVersion:08x}",
+        memory=max(local, default=0),
+    )
+
+
+def _compute_family(handle: Any) -> int:
+    """A family that computes and does nothing else where there is one, else any that computes."""
+    families = binding().ffi.new("uint32_t*")
+    null = binding().ffi.NULL
+    call("GetPhysicalDeviceQueueFamilyProperties", handle, families, null)
+    found = binding().ffi.new("VkQueueFamilyProperties[]", families[0])
+    call("GetPhysicalDeviceQueueFamilyProperties", handle, families, found)
+    compute, graphics = constant("QUEUE_COMPUTE_BIT"), constant("QUEUE_GRAPHICS_BIT")
+    flags = [found[i].queueFlags for i in range(families[0])]
+    able = [i for i, flag in enumerate(flags) if flag & compute]
+    return min(able, key=lambda i: bool(flags[i] & graphics))

@@ -1,0 +1,146 @@
+// A lane's piece of an `igpu` tile: 32 channels of one row, WEIGHT says of which kind.
+// A tile is PANELS of 64 loads of 16 bytes, lane L = 4 * row + piece, then the float16 scales.
+
+#define INT4 4
+#define INT8 8
+#define F16 16
+#define BF16 17
+#define F32 32
+
+#if WEIGHT == INT4
+const uint PANELS = 1;
+const float UNIT = 1.0 / 16.0;  // codes are unpacked into the upper halves of bytes
+#elif WEIGHT == INT8
+const uint PANELS = 2;
+const float UNIT = 1.0;
+#elif WEIGHT == F32
+const uint PANELS = 8;
+#else
+const uint PANELS = 4;
+#endif
+
+#if WEIGHT <= INT8
+const bool FLOAT_X = false;
+const uint TILE_VECTORS = 64 * PANELS + 16 * (128 / GROUP) / 8;
+#else
+const bool FLOAT_X = true;
+const uint TILE_VECTORS = 64 * PANELS;
+#endif
+
+#include "activations.glsl"
+
+#ifdef INTEGER_DOT
+#extension GL_EXT_integer_dot_product : require
+int dot_bytes(uint a, uint b) {
+    return dotPacked4x8EXT(int(a), int(b));
+}
+#else
+int dot_bytes(uint a, uint b) {
+    int total = 0;
+    for (int i = 0; i < 32; i += 8) {
+        total += bitfieldExtract(int(a), i, 8) * bitfieldExtract(int(b), i, 8);
+    }
+    return total;
+}
+#endif
+
+struct Piece {
+    uvec4 panel[PANELS];
+    float scale;
+};
+
+Piece load_piece(Words weights, uint tile, uint lane) {
+    Piece piece;
+    uint base = tile * TILE_VECTORS;
+    [[unroll]] for (uint i = 0; i < PANELS; i++) {
+        piece.panel[i] = weights.at[base + 64 * i + lane];
+    }
+    piece.scale = 1.0;
+#if WEIGHT <= INT8
+    uint number = lane / (GROUP / 32);
+    uint pair = weights.at[base + 64 * PANELS + number / 8][number / 2 % 4];
+    piece.scale = unpackHalf2x16(pair)[number % 2] * UNIT;
+#endif
+    return piece;
+}
+
+#if WEIGHT <= INT8
+// Codes of channels 0 .. 15 (half 0) or 16 .. 31, four in a word, in units of 1 / UNIT.
+uvec4 codes(Piece piece, uint half_) {
+#if WEIGHT == INT4
+    uvec2 w = half_ == 0 ? piece.panel[0].xy : piece.panel[0].zw;
+    return uvec4(w.x << 4, w.x, w.y << 4, w.y) & 0xF0F0F0F0u;
+#else
+    return piece.panel[half_];
+#endif
+}
+
+// Channels 4 * i .. 4 * i + 3 of the piece.
+vec4 values(Piece piece, uint i) {
+    int word = int(codes(piece, i / 4)[i % 4]);
+    ivec4 code = ivec4(word << 24, word << 16, word << 8, word) >> 24;
+    return vec4(code) * piece.scale;
+}
+
+struct Input {
+    uvec4 high[2], low[2];
+    float scale;
+};
+
+Input load_input(Words x, uint tile, uint piece) {
+    Input y;
+    uint base = tile * (X_WORDS / 4);
+    y.high[0] = x.at[base + piece];
+    y.high[1] = x.at[base + 4 + piece];
+    y.low[0] = x.at[base + 8 + piece];
+    y.low[1] = x.at[base + 12 + piece];
+    y.scale = uintBitsToFloat(x.at[base + 16][piece]);
+    return y;
+}
+
+int dot_vectors(uvec4 a, uvec4 b) {
+    return dot_bytes(a.x, b.x) + dot_bytes(a.y, b.y) + dot_bytes(a.z, b.z) + dot_bytes(a.w, b.w);
+}
+
+// Exact in 32-bit integers: 32 codes of 8 bits times 16-bit values stay below 2^31.
+float multiply(Piece piece, Input y) {
+    uvec4 first = codes(piece, 0), second = codes(piece, 1);
+    int high = dot_vectors(first, y.high[0]) + dot_vectors(second, y.high[1]);
+    int low = dot_vectors(first, y.low[0]) + dot_vectors(second, y.low[1]);
+    return float(256 * high + low) * (piece.scale * y.scale);
+}
+#else
+struct Input {
+    uvec4 quad[8];
+};
+
+Input load_input(Words x, uint tile, uint piece) {
+    Input y;
+    [[unroll]] for (uint i = 0; i < 8; i++) {
+        y.quad[i] = x.at[32 * tile + 8 * piece + i];
+    }
+    return y;
+}
+
+// Channels 4 * i .. 4 * i + 3 of the piece.
+vec4 values(Piece piece, uint i) {
+#if WEIGHT == F32
+    return uintBitsToFloat(piece.panel[i]);
+#else
+    uvec2 w = i % 2 == 0 ? piece.panel[i / 2].xy : piece.panel[i / 2].zw;
+#if WEIGHT == F16
+    return vec4(unpackHalf2x16(w.x), unpackHalf2x16(w.y));
+#else
+    return uintBitsToFloat(uvec4(w.x << 16, w.x & 0xFFFF0000u, w.y << 16, w.y & 0xFFFF0000u));
+#endif
+#endif
+}
+
+float multiply(Piece piece, Input y) {
+    vec4 total = vec4(0.0);
+    [[unroll]] for (uint i = 0; i < 8; i++) {
+        total = fma(values(piece, i), uintBitsToFloat(y.quad[i]), total);
+    }
+    return total.x + total.y + total.z + total.w;
+}
+#endif
