@@ -37,10 +37,17 @@ def binding() -> Any:
     return _vulkan
 
 
+# Of Vulkan 1.2 and 1.3, with the values of the specification; the package has no name for them.
+LATER = {
+    "BUFFER_USAGE_SHADER_DEVICE_ADDRESS_BIT": 0x20000,
+    "MEMORY_ALLOCATE_DEVICE_ADDRESS_BIT": 0x2,
+    "PIPELINE_SHADER_STAGE_CREATE_REQUIRE_FULL_SUBGROUPS_BIT": 0x2,
+}
+
+
 def constant(name: str) -> int:
     """Value of `VK_<name>`."""
-    value: int = getattr(binding(), f"VK_{name}")
-    return value
+    return LATER[name] if name in LATER else int(getattr(binding(), f"VK_{name}"))
 
 
 def new(kind: str, **fields: Any) -> Any:
@@ -48,6 +55,13 @@ def new(kind: str, **fields: Any) -> Any:
     made = binding().ffi.new(f"Vk{kind}*", {**_type_tag(kind), **fields})
     _kept[made] = list(fields.values())
     return made
+
+
+def chain(structures: list[Any]) -> None:
+    """Let each structure's `pNext` be the following one."""
+    for made, following in zip(structures, structures[1:], strict=False):
+        made.pNext = following
+        _kept[made].append(following)
 
 
 def array(kind: str, items: list[Any]) -> Any:

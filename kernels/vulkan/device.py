@@ -11,6 +11,7 @@ from uq.kernels.vulkan.api import (
     array,
     binding,
     call,
+    chain,
     constant,
     create,
     listed,
@@ -90,7 +91,7 @@ class PhysicalGpu:
     def switches(self) -> dict[str, frozenset[str]]:
         """Structure -> features of `WANTED` that the device has."""
         structures = {kind: new(kind) for kind in self._structures()}
-        _chain(list(structures.values()))
+        chain(list(structures.values()))
         first = next(iter(structures.values()))
         call("GetPhysicalDeviceFeatures2", self.handle, new("PhysicalDeviceFeatures2", pNext=first))
         return {
@@ -217,7 +218,7 @@ def _device_info(physical: PhysicalGpu, family: int) -> Any:
     structures = [
         new(kind, **{name: 1 for name in names}) for kind, names in physical.switches.items()
     ]
-    _chain(structures)
+    chain(structures)
     features = new("PhysicalDeviceFeatures2", pNext=structures[0])
     queue = new(
         "DeviceQueueCreateInfo",
@@ -236,11 +237,6 @@ def _device_info(physical: PhysicalGpu, family: int) -> Any:
     )
 
 
-def _chain(structures: list[Any]) -> None:
-    for made, following in zip(structures, structures[1:], strict=False):
-        made.pNext = following
-
-
 @cache
 def _instance() -> Any:
     version = OLDEST[0] << 22 | OLDEST[1] << 12
@@ -254,7 +250,7 @@ def _instance() -> Any:
 
 def _describe(handle: Any) -> PhysicalGpu:
     driver, identity = new("PhysicalDeviceDriverProperties"), new("PhysicalDeviceIDProperties")
-    driver.pNext = identity
+    chain([driver, identity])
     properties = new("PhysicalDeviceProperties2", pNext=driver)
     call("GetPhysicalDeviceProperties2", handle, properties)
     core, ffi = properties.properties, binding().ffi

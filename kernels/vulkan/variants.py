@@ -6,7 +6,7 @@ pipeline is created. A module's name is the name of its row here and of its `.sp
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
 
@@ -57,7 +57,41 @@ def _table(*rows: Variant) -> Mapping[str, Variant]:
     return MappingProxyType(table)
 
 
+_NORM = ("ITEMS", "HIDDEN", "EPS", "POST_NORM", "KEEP_NORMED")
+_FLOATS = ("f16", "bf16", "f32")
+
+
+def _decode_kernels() -> Iterator[Variant]:
+    """Of the decode path; no constant is called "-"."""
+    gemv = ("LANES", "GROUP", "COLUMNS", "BLOCKS", *_NORM, "EPILOGUE", "CAP")
+    embed = ("LANES", "GROUP", "DECODE", "SCALE", *_NORM)
+    for kind in ("int4", "int8", *_FLOATS):
+        weight: dict[str, str | int] = {"WEIGHT": kind.upper()}
+        yield _kernel(f"gemv_{kind}", "gemv.comp", weight, constants=gemv)
+        yield _kernel(f"embed_{kind}", "embed.comp", weight, constants=embed)
+    for kind in ("int4", "int8"):
+        dotted: dict[str, str | int] = {"WEIGHT": kind.upper(), "INTEGER_DOT": 1}
+        yield _kernel(f"gemv_{kind}_dot", "gemv.comp", dotted, ("int8dot",), gemv)
+    yield _kernel("norm", "norm.comp", constants=("LANES", "FLOAT_X", "-", "-", *_NORM))
+    for name in ("quantize", "geglu"):
+        yield _kernel(name, f"{name}.comp", constants=("LANES", "FLOAT_X", "CHANNELS"))
+    shape = ("DIM", "HEADS", "KV_HEADS", "QUERIES", "WINDOW", "SLOTS", "SPLITS")
+    attention = ("LANES", "FLOAT_X", "MODE", *shape, "QK_NORM", "EPS", "SCALE", "CAP")
+    yield _kernel("attention", "attention.comp", constants=attention)
+
+
+def _kernel(
+    name: str,
+    source: str,
+    macros: Mapping[str, str | int] = MappingProxyType({}),
+    features: tuple[str, ...] = (),
+    constants: tuple[str, ...] = (),
+) -> Variant:
+    return Variant(name, source, macros, ("subgroup", *features), constants, "vulkan1.3")
+
+
 VARIANTS: Mapping[str, Variant] = _table(
+    *_decode_kernels(),
     *(
         Variant(f"dequantize_int{bits}", "dequantize.comp", {"BITS": bits}, (), ("GROUP",))
         for bits in (4, 8)

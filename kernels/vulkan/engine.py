@@ -1,0 +1,124 @@
+"""A model on a device, ready to be recorded: what a session needs and closes together."""
+
+from __future__ import annotations
+
+import weakref
+from contextlib import ExitStack
+from dataclasses import replace
+from pathlib import Path
+from typing import Protocol, TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from uq.errors import DeviceError
+from uq.formats.config import GemmaConfig
+from uq.kernels.vulkan.commands import Recorder, Submission
+from uq.kernels.vulkan.device import Gpu, PhysicalGpu
+from uq.kernels.vulkan.mailbox import Mailbox
+from uq.kernels.vulkan.memory import Arena, Span, Transfers, check_memory
+from uq.kernels.vulkan.model import Cache, Work, cache_bytes, load_model, weight_names
+from uq.kernels.vulkan.pipelines import Pipelines
+from uq.kernels.vulkan.runs import Runs, fitting
+from uq.kernels.vulkan.stages import Stages
+from uq.kernels.vulkan.tuning import Tuning
+from uq.kernels.vulkan.weights import Loader, Source, padded_rows, weight_bytes
+
+SMALL = 16 << 20  # bytes of a slab for activations
+
+
+class Closable(Protocol):
+    def close(self) -> None: ...
+
+
+C = TypeVar("C", bound=Closable)
+
+
+class Engine:
+    """Weights, activations and kernels of one model on one device."""
+
+    def __init__(
+        self,
+        config: GemmaConfig,
+        source: Source,
+        physical: PhysicalGpu,
+        pipeline_cache: Path,
+        max_context: int,
+    ) -> None:
+        """
+        Args:
+            pipeline_cache: folder in which the driver's compiled kernels are kept.
+
+        Raises:
+            DeviceError: the model does not fit, is not of a size the kernels know, or the device
+                fails.
+        """
+        check_sizes(config)
+        weights = weight_bytes(source, weight_names(config))
+        check_memory(physical, weights + cache_bytes(config, max_context))
+        self.config = config
+        closing = ExitStack()
+        self.close = weakref.finalize(self, closing.close)
+        self._closing = closing
+        self.gpu = self._keep(Gpu(physical))
+        self.transfers = self._keep(Transfers(self.gpu))
+        self.pipelines = self._keep(Pipelines(self.gpu, pipeline_cache))
+        arena, small = (self._keep(Arena(self.gpu, size)) for size in (weights, SMALL))
+        self.model = load_model(config, Loader(source, arena, self.transfers))
+        self.work = Work.take(config, small, self.model.table.kind.is_float)
+        for span in self.work.spans:
+            self.transfers.fill(span)  # padding must be finite: it meets weights of zero
+        self.mailbox = self._keep(Mailbox(self.gpu, self.work.state))
+        tuning = Tuning(physical.has("shaderIntegerDotProduct"))
+        self._stages = Stages(config, self.model, self.work, self.pipelines, tuning, columns=1)
+
+    def runs(self, capacity: int) -> Runs:
+        """Passes and decode steps over a new KV cache of `capacity` tokens."""
+        arena = self._keep(Arena(self.gpu, cache_bytes(self.config, capacity)))
+        cache = Cache.take(self.config, capacity, arena, self.transfers)
+        return self._keep(Runs(self.gpu, self._stages, cache, self.mailbox))
+
+    def read_floats(self, span: Span, rows: int, columns: int) -> NDArray[np.float32]:
+        """The first rows of float32 activations."""
+        data = self.transfers.read(span.part(0, 4 * rows * columns))
+        return data.view(np.float32).reshape(rows, columns)
+
+    def logits(self, hidden: NDArray[np.float32], start: int, stop: int) -> NDArray[np.float32]:
+        """Logits of rows `start:stop` of the head; hidden (n, hidden) with n up to `COLUMNS`."""
+        first = start // 16 * 16
+        rows = self.model.head.from_row(first, stop - first)
+        self.transfers.write(self.work.normed, hidden)
+        recorder = Recorder(self.gpu)
+        replace(self._stages, columns=fitting(len(hidden))).logits(recorder, rows)
+        recorder.end()
+        submission = Submission(self.gpu, [recorder.commands])
+        submission.run()
+        for part in (submission, recorder):
+            part.close()
+        found = self.read_floats(self.work.logits, len(hidden), padded_rows(rows.rows))
+        return found[:, start - first : stop - first]
+
+    def _keep(self, resource: C) -> C:
+        self._closing.callback(resource.close)
+        return resource
+
+
+def check_sizes(config: GemmaConfig) -> None:
+    """Refuse sizes that the kernels cannot cut up.
+
+    Raises:
+        DeviceError: a size is no multiple of what a lane holds.
+    """
+    for name, size, unit in (
+        ("head_dim", config.head_dim, 8),
+        ("hidden_size", config.hidden_size, 32),
+        ("intermediate_size", config.intermediate_size, 32),
+        ("query size", config.q_size, 32),
+    ):
+        if size % unit:
+            raise DeviceError(
+                f"the Vulkan kernels need a {name} that divides by {unit}, not {size}; "
+                "use --device cpu"
+            )
+
+

@@ -1,0 +1,204 @@
+"""Memory of a device: slabs that are handed out in pieces, and the way of bytes to and from them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from uq.errors import DeviceError
+from uq.kernels.vulkan.api import binding, call, constant, create, new
+from uq.kernels.vulkan.commands import Recorder, Submission
+from uq.kernels.vulkan.device import Gpu, PhysicalGpu
+
+ALIGNMENT = 256  # of every piece: a cache line or more on all devices
+SLAB = 1 << 30
+STAGING = 64 << 20
+LOCAL = ("MEMORY_PROPERTY_DEVICE_LOCAL_BIT",)
+HOST = ("MEMORY_PROPERTY_HOST_VISIBLE_BIT", "MEMORY_PROPERTY_HOST_COHERENT_BIT")
+CACHED = (*HOST, "MEMORY_PROPERTY_HOST_CACHED_BIT")
+USAGES = (
+    "BUFFER_USAGE_STORAGE_BUFFER_BIT",
+    "BUFFER_USAGE_TRANSFER_SRC_BIT",
+    "BUFFER_USAGE_TRANSFER_DST_BIT",
+    "BUFFER_USAGE_SHADER_DEVICE_ADDRESS_BIT",
+)
+
+
+@dataclass(frozen=True)
+class Span:
+    """Bytes of a buffer. `address` is what a kernel is given."""
+
+    buffer: Any
+    offset: int
+    nbytes: int
+    address: int
+
+    def part(self, start: int, nbytes: int) -> Span:
+        return Span(self.buffer, self.offset + start, nbytes, self.address + start)
+
+
+class Slab:
+    """A buffer with memory of its own; host-visible ones are mapped.
+
+    Attributes:
+        bytes: the mapped memory, uint8; None where the host does not see it.
+    """
+
+    def __init__(self, gpu: Gpu, nbytes: int, properties: tuple[str, ...]) -> None:
+        self._gpu = gpu
+        null = binding().ffi.NULL
+        usage = sum(constant(name) for name in USAGES)
+        info = new("BufferCreateInfo", size=nbytes, usage=usage)
+        self.buffer = create("CreateBuffer", "VkBuffer", gpu.device, info, null)
+        needs = binding().ffi.new("VkMemoryRequirements*")
+        call("GetBufferMemoryRequirements", gpu.device, self.buffer, needs)
+        self._memory = _allocate(gpu, needs, properties, nbytes)
+        call("BindBufferMemory", gpu.device, self.buffer, self._memory, 0)
+        where = new("BufferDeviceAddressInfo", buffer=self.buffer)
+        address = int(binding().lib.vkGetBufferDeviceAddress(gpu.device, where))
+        self.span = Span(self.buffer, 0, nbytes, address)
+        visible = properties != LOCAL
+        self.bytes: NDArray[np.uint8] | None = self._map(nbytes) if visible else None
+
+    def _map(self, nbytes: int) -> NDArray[np.uint8]:
+        pointer = create("MapMemory", "void*", self._gpu.device, self._memory, 0, nbytes, 0)
+        return np.frombuffer(binding().ffi.buffer(pointer, nbytes), np.uint8)
+
+    def close(self) -> None:
+        null = binding().ffi.NULL
+        self.bytes = None
+        call("DestroyBuffer", self._gpu.device, self.buffer, null)
+        call("FreeMemory", self._gpu.device, self._memory, null)
+
+
+class Arena:
+    """Device-local memory, handed out from the front of slabs, never given back one by one."""
+
+    def __init__(self, gpu: Gpu, expected: int) -> None:
+        """`expected`: bytes that will be taken, about; decides how large a slab is."""
+        self._gpu = gpu
+        self._size = min(aligned(expected), SLAB)
+        self._slabs: list[Slab] = []
+        self._used = 0
+
+    def take(self, nbytes: int) -> Span:
+        size = aligned(nbytes)
+        if not self._slabs or self._used + size > self._slabs[-1].span.nbytes:
+            self._slabs.append(Slab(self._gpu, max(size, self._size), LOCAL))
+            self._used = 0
+        span = self._slabs[-1].span.part(self._used, nbytes)
+        self._used += size
+        return span
+
+    def close(self) -> None:
+        for slab in self._slabs:
+            slab.close()
+        self._slabs.clear()
+
+
+class Transfers:
+    """Copies between the host and device-local memory through mapped memory."""
+
+    def __init__(self, gpu: Gpu) -> None:
+        self._gpu = gpu
+        self._up: Slab | None = None
+        self._down: Slab | None = None
+
+    def write(self, span: Span, data: NDArray[Any]) -> None:
+        """Copy `data` to the front of `span`; the data is on the device when this returns."""
+        source = np.ascontiguousarray(data).reshape(-1).view(np.uint8)
+        if self._up is None:
+            self._up = Slab(self._gpu, STAGING, HOST)
+        assert self._up.bytes is not None
+        for start in range(0, source.size, STAGING):
+            piece = source[start : start + STAGING]
+            self._up.bytes[: piece.size] = piece
+            self._copy(self._up.span.part(0, piece.size), span.part(start, piece.size))
+
+    def read(self, span: Span) -> NDArray[np.uint8]:
+        out = np.empty(span.nbytes, np.uint8)
+        if self._down is None:
+            self._down = Slab(self._gpu, STAGING, CACHED)
+        assert self._down.bytes is not None
+        for start in range(0, out.size, STAGING):
+            size = min(STAGING, out.size - start)
+            self._copy(span.part(start, size), self._down.span.part(0, size))
+            out[start : start + size] = self._down.bytes[:size]
+        return out
+
+    def fill(self, span: Span) -> None:
+        """Zeros."""
+        recorder = Recorder(self._gpu)
+        recorder.fill(span.buffer, span.offset, aligned(span.nbytes, 4))
+        self._run(recorder)
+
+    def _copy(self, source: Span, target: Span) -> None:
+        recorder = Recorder(self._gpu)
+        recorder.copy(source, target)
+        self._run(recorder)
+
+    def _run(self, recorder: Recorder) -> None:
+        recorder.end()
+        submission = Submission(self._gpu, [recorder.commands])
+        submission.run()
+        submission.close()
+        recorder.close()
+
+    def close(self) -> None:
+        for slab in (self._up, self._down):
+            if slab is not None:
+                slab.close()
+
+
+def aligned(nbytes: int, alignment: int = ALIGNMENT) -> int:
+    return -(-nbytes // alignment) * alignment
+
+
+def check_memory(physical: PhysicalGpu, needed: int) -> None:
+    """Refuse a model before any of it is loaded.
+
+    Raises:
+        DeviceError: the device has less memory than `needed` bytes.
+    """
+    there = physical.memory
+    if needed > there:
+        raise DeviceError(
+            f"the model needs {needed / 2**30:.1f} GiB on {physical.name}, which has "
+            f"{there / 2**30:.1f} GiB; use fewer bits, a shorter context, or --device cpu"
+        )
+
+
+def _allocate(gpu: Gpu, needs: Any, properties: tuple[str, ...], nbytes: int) -> Any:
+    flags = new(
+        "MemoryAllocateFlagsInfo", flags=constant("MEMORY_ALLOCATE_DEVICE_ADDRESS_BIT")
+    )
+    info = new(
+        "MemoryAllocateInfo",
+        pNext=flags,
+        allocationSize=needs.size,
+        memoryTypeIndex=_memory_type(gpu, needs.memoryTypeBits, properties),
+    )
+    try:
+        return create("AllocateMemory", "VkDeviceMemory", gpu.device, info, binding().ffi.NULL)
+    except DeviceError:
+        raise DeviceError(
+            f"{gpu.physical.name} has no {nbytes / 2**20:.0f} MiB left of its "
+            f"{gpu.physical.memory / 2**30:.1f} GiB; close other programs that use it, use fewer "
+            "bits or a shorter context"
+        ) from None
+
+
+def _memory_type(gpu: Gpu, allowed: int, properties: tuple[str, ...]) -> int:
+    """The first type with all `properties`, else with all but the last."""
+    memory = binding().ffi.new("VkPhysicalDeviceMemoryProperties*")
+    call("GetPhysicalDeviceMemoryProperties", gpu.physical.handle, memory)
+    for names in (properties, properties[:-1]):
+        wanted = sum(constant(name) for name in names)
+        for index in range(memory.memoryTypeCount):
+            flags = memory.memoryTypes[index].propertyFlags
+            if allowed >> index & 1 and flags & wanted == wanted:
+                return index
+    raise DeviceError(f"{gpu.physical.name} has no memory for buffers; use --device cpu")

@@ -1,0 +1,225 @@
+"""A model as the kernels find it: weights, gains, the KV cache and the activations, by address."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from uq.formats.config import EMBEDDING, FINAL_NORM, HEAD, GemmaConfig, layer_tensor
+from uq.formats.manifest import gain_name
+from uq.kernels.vulkan.memory import Arena, Span, Transfers
+from uq.kernels.vulkan.weights import Loader, Matrix, padded_rows, tiles_of
+
+COLUMNS = 16  # tokens that run through the layers together
+SPLITS = 16  # parts of the context that attention works on at the same time
+STATE_BYTES = 4 * (4 + COLUMNS + 64 + 64 + 1024)  # struct State in shaders/common.glsl
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One decoder layer. Gains that the family does not have are None.
+
+    Attributes:
+        qkv: matrices, each with the row of the joint output at which it begins.
+        columns: rows of the joint output at which q, k and v begin, and its length.
+        next_gain: of the norm behind this layer: the next layer's first, or the final one.
+        window: keys that a token sees, 0 for all.
+    """
+
+    index: int
+    qkv: list[tuple[Matrix, int]]
+    columns: tuple[int, int, int, int]
+    out: Matrix
+    gate: Matrix
+    up: Matrix
+    down: Matrix
+    q_gain: Span | None
+    k_gain: Span | None
+    attention_gain: Span | None
+    mlp_gain: Span
+    branch_gain: Span | None
+    next_gain: Span
+    window: int
+
+    @property
+    def matrices(self) -> tuple[Matrix, ...]:
+        return (*(matrix for matrix, _ in self.qkv), self.out, self.gate, self.up, self.down)
+
+
+@dataclass(frozen=True)
+class Model:
+    table: Matrix
+    head: Matrix
+    first_gain: Span
+    layers: tuple[Layer, ...]
+
+    @property
+    def product_bytes(self) -> int:
+        """Bytes of every linear and of the head."""
+        linears = sum(matrix.nbytes for layer in self.layers for matrix in layer.matrices)
+        return linears + self.head.nbytes
+
+
+def weight_names(config: GemmaConfig) -> list[str]:
+    """Every weight of a model."""
+    tables = [EMBEDDING] if config.tied_head else [EMBEDDING, HEAD]
+    layers = range(config.num_layers)
+    return tables + [layer_tensor(i, role) for i in layers for role in config.linear_shapes()]
+
+
+def load_model(config: GemmaConfig, loader: Loader) -> Model:
+    table = loader.matrix(EMBEDDING)
+    head = table if config.tied_head else loader.matrix(HEAD)
+    first = loader.gain(gain_name(layer_tensor(0, "input_layernorm")))
+    return Model(
+        table, head, first, tuple(_layer(config, loader, i) for i in range(config.num_layers))
+    )
+
+
+def _layer(config: GemmaConfig, loader: Loader, index: int) -> Layer:
+    def name(role: str) -> str:
+        return layer_tensor(index, role)
+
+    def gain(role: str, present: bool) -> Span | None:
+        return loader.gain(gain_name(name(role))) if present else None
+
+    last = index + 1 == config.num_layers
+    behind = FINAL_NORM if last else layer_tensor(index + 1, "input_layernorm")
+    # gemma calls the norm in front of the MLP by what it stands behind.
+    mlp = "pre_feedforward_layernorm" if config.post_norms else "post_attention_layernorm"
+    q, kv = padded_rows(config.q_size), padded_rows(config.kv_size)
+    return Layer(
+        index=index,
+        qkv=loader.matrices([name(f"self_attn.{x}_proj") for x in "qkv"]),
+        columns=(0, q, q + kv, q + 2 * kv),
+        out=loader.matrix(name("self_attn.o_proj")),
+        gate=loader.matrix(name("mlp.gate_proj")),
+        up=loader.matrix(name("mlp.up_proj")),
+        down=loader.matrix(name("mlp.down_proj")),
+        q_gain=gain("self_attn.q_norm", config.qk_norm),
+        k_gain=gain("self_attn.k_norm", config.qk_norm),
+        attention_gain=gain("post_attention_layernorm", config.post_norms),
+        mlp_gain=loader.gain(gain_name(name(mlp))),
+        branch_gain=gain("post_feedforward_layernorm", config.post_norms),
+        next_gain=loader.gain(gain_name(behind)),
+        window=config.window(index) or 0,
+    )
+
+
+@dataclass(frozen=True)
+class Work:
+    """Activations of up to `COLUMNS` tokens, a token's values one after the other.
+
+    Attributes:
+        hidden: the residual stream; `branch`: what joins it; `normed`: behind the last norm.
+        x, context, gated: inputs of the linears (shaders/activations.glsl).
+        wide: projections of the MLP when gate and up are of two kinds, each with its own half.
+        partials: of attention, from each split. `candidates`: (value, id) from each workgroup.
+    """
+
+    state: Span
+    hidden: Span
+    branch: Span
+    normed: Span
+    qkv: Span
+    wide: Span
+    logits: Span
+    partials: Span
+    candidates: Span
+    x: Span
+    context: Span
+    gated: Span
+
+    @classmethod
+    def take(cls, config: GemmaConfig, arena: Arena, is_float: bool) -> Work:
+        def floats(count: int, columns: int = COLUMNS) -> Span:
+            return arena.take(4 * columns * count)
+
+        def activations(channels: int) -> Span:
+            return arena.take(COLUMNS * tiles_of(channels) * (512 if is_float else 288))
+
+        q, kv = padded_rows(config.q_size), padded_rows(config.kv_size)
+        return cls(
+            state=arena.take(STATE_BYTES),
+            hidden=floats(config.hidden_size),
+            branch=floats(padded_rows(config.hidden_size)),
+            normed=floats(config.hidden_size),
+            qkv=floats(q + 2 * kv),
+            wide=floats(2 * padded_rows(config.intermediate_size)),
+            logits=floats(padded_rows(config.vocab_size)),
+            partials=floats(config.num_heads * SPLITS * (config.head_dim + 2)),
+            candidates=floats(2 * padded_rows(config.vocab_size) // 16, 1),
+            x=activations(config.hidden_size),
+            context=activations(config.q_size),
+            gated=activations(config.intermediate_size),
+        )
+
+    @property
+    def spans(self) -> list[Span]:
+        return list(vars(self).values())
+
+
+@dataclass(frozen=True)
+class Cache:
+    """Keys and values of one sequence, float16, (kv head, slot, dim) for each layer.
+
+    A layer with a window has a ring: as many slots as the window and the tokens of a pass need.
+
+    Attributes:
+        turns: RoPE's (cos, sin) tables of sliding and of full layers.
+    """
+
+    capacity: int
+    keys: tuple[Span, ...]
+    values: tuple[Span, ...]
+    slots: tuple[int, ...]
+    turns: dict[bool, Span]
+
+    @classmethod
+    def take(
+        cls, config: GemmaConfig, capacity: int, arena: Arena, transfers: Transfers
+    ) -> Cache:
+        slots = cache_slots(config, capacity)
+        row = 2 * config.kv_size
+        turns = {}
+        for layer in range(config.num_layers):
+            if (sliding := config.is_sliding(layer)) not in turns:
+                table = turn_table(config, layer, capacity)
+                turns[sliding] = arena.take(table.nbytes)
+                transfers.write(turns[sliding], table)
+        return cls(
+            capacity=capacity,
+            keys=tuple(arena.take(row * count) for count in slots),
+            values=tuple(arena.take(row * count) for count in slots),
+            slots=slots,
+            turns=turns,
+        )
+
+
+def cache_slots(config: GemmaConfig, capacity: int) -> tuple[int, ...]:
+    """Tokens that each layer keeps."""
+    # Twice COLUMNS: tokens that were generated in vain may be taken back.
+    windows = [config.window(layer) for layer in range(config.num_layers)]
+    return tuple(
+        capacity if window is None else min(capacity, window + 2 * COLUMNS) for window in windows
+    )
+
+
+def cache_bytes(config: GemmaConfig, capacity: int) -> int:
+    """Device bytes of the keys and values."""
+    return 4 * config.kv_size * sum(cache_slots(config, capacity))
+
+
+def turn_table(config: GemmaConfig, layer: int, capacity: int) -> NDArray[np.float32]:
+    """(cos, sin) of positions 0 .. 255, then of 0, 256, 512, ...: (rows, dim / 2, 2).
+
+    A position's angle is the sum of two rows' angles. Angles are float64: float32 would lose a
+    radian's fourth digit at a few thousand tokens (Su et al., RoFormer).
+    """
+    half = config.head_dim // 2
+    frequency = config.theta(layer) ** (-np.arange(half) / half) * config.position_scale(layer)
+    coarse = 256 * np.arange(capacity // 256 + 1)
+    angle = np.outer(np.concatenate([np.arange(256), coarse]), frequency)
+    return np.stack([np.cos(angle), np.sin(angle)], axis=-1).astype(np.float32)

@@ -1,0 +1,85 @@
+"""What is recorded over one KV cache, each thing once: passes of tokens, and decode steps."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any
+
+from uq.kernels.vulkan.commands import Recorder, Submission
+from uq.kernels.vulkan.device import Gpu
+from uq.kernels.vulkan.mailbox import Mailbox
+from uq.kernels.vulkan.model import COLUMNS, Cache
+from uq.kernels.vulkan.stages import Stages
+
+WIDTHS = (1, 4, COLUMNS)  # tokens of a pass; more kernels would be compiled for more of them
+
+
+class Runs:
+    """Recordings by what they do; made when first needed."""
+
+    def __init__(self, gpu: Gpu, stages: Stages, cache: Cache, mailbox: Mailbox) -> None:
+        self._gpu, self._stages, self.cache, self._mailbox = gpu, stages, cache, mailbox
+        self._recorders: dict[object, Recorder] = {}
+        self._submissions: dict[object, Submission] = {}
+
+    def tokens(self, tokens: Sequence[int], position: int, *, head: bool) -> None:
+        """Run up to `COLUMNS` tokens through the layers; with `head` also the logits of the last.
+
+        The tokens' keys and values are those of `position` and the following.
+        """
+        width = fitting(len(tokens))
+        self._mailbox.post(position, tokens=tokens)
+        parts = [("pass", width)] + [("head", len(tokens) - 1)] * head
+        self._submission(parts).run()
+
+    def steps(self, count: int, position: int, choice: int) -> list[int]:
+        """Append the likeliest token `count` times, first of all `choice`; the tokens."""
+        self._mailbox.post(position, choice=choice)
+        self._submission([("step", 1)] * count).run()
+        return self._mailbox.generated(count)
+
+    def close(self) -> None:
+        for part in (*self._submissions.values(), *self._recorders.values()):
+            part.close()
+        self._submissions.clear()
+        self._recorders.clear()
+
+    def _submission(self, parts: list[tuple[str, int]]) -> Submission:
+        key = tuple(parts)
+        if key not in self._submissions:
+            middle = [self._recorded(*part) for part in parts]
+            whole = [self._mailbox.begin, *middle, self._mailbox.end]
+            self._submissions[key] = Submission(self._gpu, whole)
+        return self._submissions[key]
+
+    def _recorded(self, kind: str, number: int) -> Any:
+        if (kind, number) not in self._recorders:
+            recorder = self._recorders[kind, number] = Recorder(self._gpu)
+            record: dict[str, Callable[[Recorder, int], None]] = {
+                "pass": self._record_pass,
+                "head": self._record_head,
+                "step": self._record_step,
+            }
+            record[kind](recorder, number)
+            recorder.end()
+        return self._recorders[kind, number].commands
+
+    def _record_pass(self, recorder: Recorder, width: int) -> None:
+        stages = replace(self._stages, columns=width)
+        stages.embed(recorder, decode=False)
+        stages.layers(recorder, self.cache)
+
+    def _record_head(self, recorder: Recorder, column: int) -> None:
+        replace(self._stages, columns=1).head(recorder, column)
+
+    def _record_step(self, recorder: Recorder, number: int) -> None:
+        stages = replace(self._stages, columns=1)
+        stages.embed(recorder, decode=True)
+        stages.layers(recorder, self.cache)
+        stages.head(recorder)
+
+
+def fitting(count: int) -> int:
+    """The least width that holds `count` tokens."""
+    return next(width for width in WIDTHS if width >= count)

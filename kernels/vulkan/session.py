@@ -1,0 +1,177 @@
+"""Runs a bundle on a GPU through Vulkan. See `uq.kernels.session.Session`.
+
+The residual stream, norms and sums are float32; the input of every linear is 16-bit fixed point,
+scaled for each 32 channels; keys and values are float16. A decode step is recorded once and
+replayed: token and position live on the device, and several steps are one submit.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from uq.errors import UsageError
+from uq.formats.config import GemmaConfig
+from uq.kernels.sampling import sample
+from uq.kernels.session import Device, Sampling, check_room, check_tokens
+from uq.kernels.vulkan.device import PhysicalGpu
+from uq.kernels.vulkan.engine import Engine
+from uq.kernels.vulkan.model import COLUMNS
+from uq.kernels.vulkan.runs import Runs
+from uq.kernels.vulkan.weights import Source
+
+Array = NDArray[np.float32]
+
+SUBMIT_SECONDS = 0.25  # of one submit: display drivers end what takes two seconds
+MOST_STEPS = 16  # decode steps of one submit; no more than may be taken back
+HEAD_ROWS = 1 << 14  # rows of the head whose logits are computed at a time
+
+
+class VulkanSession:
+    """A model on a GPU with one KV cache."""
+
+    def __init__(
+        self,
+        config: GemmaConfig,
+        source: Source,
+        physical: PhysicalGpu,
+        *,
+        pipeline_cache: Path,
+        max_context: int = 4096,
+    ) -> None:
+        """
+        Args:
+            pipeline_cache: folder in which the driver's compiled kernels are kept.
+
+        Raises:
+            DeviceError: the model does not fit, or the device fails.
+            UsageError: `max_context` is out of range.
+        """
+        if max_context < 1:
+            raise UsageError(f"a context of {max_context} tokens; it must hold at least 1")
+        self.config, self.max_context = config, max_context
+        self.device = describe(physical)
+        self._engine = Engine(config, source, physical, pipeline_cache, max_context)
+        self._runs = self._engine.runs(max_context)
+        self._scratch: Runs | None = None  # of `score`
+        self._steps = 1  # that a submit may have
+        self.reset()
+
+    @property
+    def bytes_per_token(self) -> int:
+        model = self._engine.model
+        return model.table.nbytes // self.config.vocab_size + model.product_bytes
+
+    @property
+    def position(self) -> int:
+        return self._position
+
+    @property
+    def next_logits(self) -> Array:
+        """(vocab,) behind the last token of the KV cache.
+
+        Raises:
+            UsageError: the cache is empty.
+        """
+        self._require_prompt()
+        if not self._has_logits:
+            self._runs.tokens([self._last], self._position - 1, head=True)
+            self._has_logits = True
+        return self._engine.read_floats(self._engine.work.logits, 1, self.config.vocab_size)[0]
+
+    def score(self, tokens: NDArray[np.int32]) -> Array:
+        check_tokens(tokens, self.config.vocab_size)
+        batch, length = tokens.shape
+        runs, normed = self._scratch_for(length), self._engine.work.normed
+        out = np.empty((batch, length, self.config.hidden_size), np.float32)
+        for sequence, hidden in zip(tokens.tolist(), out, strict=True):
+            for first in range(0, length, COLUMNS):
+                piece = sequence[first : first + COLUMNS]
+                runs.tokens(piece, first, head=False)
+                found = self._engine.read_floats(normed, len(piece), self.config.hidden_size)
+                hidden[first : first + len(piece)] = found
+        return out
+
+    def logits(self, hidden: Array, start: int, stop: int) -> Array:
+        self._has_logits = False  # they share their memory
+        out = np.empty((len(hidden), stop - start), np.float32)
+        for first in range(0, len(hidden), COLUMNS):
+            block = slice(first, min(first + COLUMNS, len(hidden)))
+            for row in range(start, stop, HEAD_ROWS):
+                end = min(row + HEAD_ROWS, stop)
+                found = self._engine.logits(hidden[block], row, end)
+                out[block, row - start : end - start] = found
+        return out
+
+    def reset(self) -> None:
+        self._position, self._last, self._choice = 0, 0, 0
+        self._has_logits = False
+
+    def prefill(self, tokens: Sequence[int]) -> None:
+        ids = np.asarray(tokens, np.int32)
+        check_tokens(ids, self.config.vocab_size)
+        check_room(ids.size, self._position, self.max_context)
+        for first in range(0, ids.size, COLUMNS):
+            piece = ids[first : first + COLUMNS].tolist()
+            self._runs.tokens(piece, self._position, head=first + COLUMNS >= ids.size)
+            self._position += len(piece)
+        self._know(int(ids[-1]))
+
+    def decode(self, count: int, sampling: Sampling) -> Iterator[int]:
+        greedy = sampling.temperature == 0
+        while count > 0:
+            self._require_prompt()
+            room = min(count, self.max_context - self._position)
+            if room == 0:
+                return
+            tokens = self._likeliest(min(room, self._steps)) if greedy else self._drawn(sampling)
+            count -= len(tokens)
+            for used, token in enumerate(tokens, 1):
+                try:
+                    yield token
+                except GeneratorExit:
+                    self._take_back(tokens, used)
+                    raise
+
+    def _likeliest(self, steps: int) -> list[int]:
+        """Append the next `steps` tokens; more at once the next time, if that was quick."""
+        began = time.perf_counter()
+        tokens = self._runs.steps(steps, self._position, self._choice)
+        if steps == self._steps and 2 * (time.perf_counter() - began) < SUBMIT_SECONDS:
+            self._steps = min(2 * steps, MOST_STEPS)
+        self._position += steps
+        self._know(tokens[-1])
+        return tokens
+
+    def _drawn(self, sampling: Sampling) -> list[int]:
+        token = sample(self.next_logits, sampling, self._position)
+        self.prefill([token])
+        return [token]
+
+    def _know(self, last: int) -> None:
+        """The last submit computed the logits behind token `last`."""
+        self._last, self._choice, self._has_logits = last, self._engine.mailbox.choice, True
+
+    def _take_back(self, tokens: list[int], used: int) -> None:
+        """Forget the tokens behind the first `used` ones: nobody asked for them."""
+        if used < len(tokens):
+            self._position -= len(tokens) - used
+            self._last, self._choice, self._has_logits = tokens[used - 1], tokens[used], False
+
+    def _require_prompt(self) -> None:
+        if self._position == 0:
+            raise UsageError("decode needs at least one token before it; call prefill first")
+
+    def _scratch_for(self, length: int) -> Runs:
+        if self._scratch is None or self._scratch.cache.capacity < length:
+            self._scratch = self._engine.runs(length)
+        return self._scratch
+
+
+def describe(physical: PhysicalGpu) -> Device:
+    features = tuple(ability.name for ability in physical.ladder if ability.present)
+    return Device("vulkan", physical.name, physical.driver, features)

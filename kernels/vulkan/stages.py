@@ -1,0 +1,276 @@
+"""The stages of a forward pass as dispatches. Between two stages lies one barrier.
+
+A decode step has five stages a layer: q, k and v; attention; its output joined to the residual
+stream; the MLP's gate; its output joined to the residual stream. Norms, RoPE, the gate and the
+conversion of activations are done by whoever produces their input.
+"""
+
+from __future__ import annotations
+
+import struct
+from dataclasses import dataclass
+
+from uq.formats.config import GemmaConfig
+from uq.kernels.vulkan.commands import Recorder
+from uq.kernels.vulkan.memory import Span
+from uq.kernels.vulkan.model import SPLITS, Cache, Layer, Model, Work
+from uq.kernels.vulkan.pipelines import Pipelines
+from uq.kernels.vulkan.tuning import Shape, Tuning
+from uq.kernels.vulkan.weights import Matrix, padded_rows
+
+STORE, NORM, GEGLU, CHOOSE = range(4)  # what follows a product, as in shaders/gemv.comp
+WHOLE, PREPARE, ATTEND = range(3)  # parts of attention, as in shaders/attention.comp
+NORM_COUNTER, CHOOSE_COUNTER = 1000, 1001  # of `arrived` in the state
+ROW_LANES = 256  # of a workgroup that holds a token
+ATTENTION_LANES = 128
+MOST_QUERIES = 4  # heads that read a key together: their sums are registers
+GREATEST_ID = 0xFFFFFFFF
+
+
+@dataclass(frozen=True)
+class Stages:
+    """Records stages of one model for passes of `columns` tokens."""
+
+    config: GemmaConfig
+    model: Model
+    work: Work
+    pipelines: Pipelines
+    tuning: Tuning
+    columns: int
+
+    @property
+    def float_x(self) -> bool:
+        return self.model.table.kind.is_float
+
+    def layers(self, recorder: Recorder, cache: Cache) -> None:
+        """From the first norm's output to the final norm's."""
+        for layer in self.model.layers:
+            self.qkv(recorder, layer)
+            self.attention(recorder, layer, cache)
+            self.join(recorder, layer.out, self.work.context, layer.attention_gain, layer.mlp_gain)
+            self.gate(recorder, layer)
+            last = layer.index + 1 == self.config.num_layers
+            gains = (layer.branch_gain, layer.next_gain)
+            self.join(recorder, layer.down, self.work.gated, *gains, keep=last)
+
+    def embed(self, recorder: Recorder, *, decode: bool) -> None:
+        table, work = self.model.table, self.work
+        pipeline = self.pipelines.get(
+            f"embed_{table.kind.name}",
+            LANES=ROW_LANES,
+            GROUP=table.kind.group,
+            DECODE=decode,
+            SCALE=float(self.config.embed_scale),
+            **self._norm_constants(ROW_LANES, post=False, keep=False),
+        )
+        gain = self.model.first_gain
+        spans = (table.span, work.hidden, gain, work.normed, work.x, work.state)
+        self._run(recorder, pipeline, addresses(*spans), (self.columns, 1, 1))
+        recorder.barrier()
+
+    def qkv(self, recorder: Recorder, layer: Layer) -> None:
+        stride = layer.columns[-1]
+        for matrix, row in layer.qkv:
+            y = self.work.qkv.part(4 * row, self.work.qkv.nbytes - 4 * row)
+            self._product(recorder, matrix, self.work.x, y, stride=stride)
+        recorder.barrier()
+
+    def attention(self, recorder: Recorder, layer: Layer, cache: Cache) -> None:
+        if self.columns == 1:
+            self._attention(recorder, layer, cache, WHOLE, SPLITS)
+        else:
+            self._attention(recorder, layer, cache, PREPARE, 1)
+            recorder.barrier()
+            self._attention(recorder, layer, cache, ATTEND, SPLITS)
+        recorder.barrier()
+
+    def join(
+        self,
+        recorder: Recorder,
+        matrix: Matrix,
+        x: Span,
+        branch_gain: Span | None,
+        gain: Span,
+        *,
+        keep: bool = False,
+    ) -> None:
+        """hidden += norm(matrix x); x = norm(hidden), with `keep` also as float32."""
+        work = self.work
+        branch = branch_gain or gain
+        if self.columns == 1:
+            norms = (work.hidden, branch, gain, work.normed, work.x, work.state)
+            shape = self.tuning.shape(matrix, 1, NORM)
+            constants = self._norm_constants(
+                shape.lanes, post=branch_gain is not None, keep=keep
+            )
+            push = addresses(matrix.span, matrix.span, x, work.branch, *norms)
+            sizes = (matrix.blocks, matrix.tiles, self.config.hidden_size, matrix.rows)
+            push += words(*sizes, NORM_COUNTER)
+            self._gemv(recorder, matrix, shape, NORM, push, **constants)
+        else:
+            self._product(recorder, matrix, x, work.branch, stride=self.config.hidden_size)
+            recorder.barrier()
+            self._norm(recorder, branch_gain, gain, keep)
+        recorder.barrier()
+
+    def gate(self, recorder: Recorder, layer: Layer) -> None:
+        """gated = gelu(gate x) * (up x)."""
+        work, gate, up = self.work, layer.gate, layer.up
+        if gate.kind == up.kind:
+            shape = self.tuning.shape(gate, self.columns, GEGLU)
+            push = addresses(gate.span, up.span, work.x, work.wide, *[work.hidden] * 4)
+            push += addresses(work.gated, work.state)
+            push += words(gate.blocks, gate.tiles, 0, gate.rows, 0)
+            self._gemv(recorder, gate, shape, GEGLU, push)
+        else:
+            self._wide_gate(recorder, gate, up)
+        recorder.barrier()
+
+    def head(self, recorder: Recorder, column: int = 0) -> None:
+        """Logits of one column, and the likeliest token."""
+        head, work = self.model.head, self.work
+        per_column = work.x.nbytes // 16
+        x = work.x.part(column * per_column, per_column)
+        shape = self.tuning.shape(head, 1, CHOOSE)
+        push = addresses(head.span, head.span, x, work.logits, *[work.hidden] * 4)
+        push += addresses(work.candidates, work.state)
+        push += words(head.blocks, head.tiles, head.rows, self.config.vocab_size, CHOOSE_COUNTER)
+        self._gemv(recorder, head, shape, CHOOSE, push, CAP=self._cap)
+        recorder.barrier()
+
+    def logits(self, recorder: Recorder, rows: Matrix) -> None:
+        """Logits of some rows of the head for all columns of `normed`."""
+        self.quantize(recorder)
+        stride = padded_rows(rows.rows)
+        self._product(recorder, rows, self.work.x, self.work.logits, stride=stride, CAP=self._cap)
+
+    def quantize(self, recorder: Recorder) -> None:
+        """x = activations of `normed`."""
+        pipeline = self.pipelines.get(
+            "quantize", LANES=ROW_LANES, FLOAT_X=self.float_x, CHANNELS=self.config.hidden_size
+        )
+        push = addresses(self.work.normed, self.work.x)
+        self._run(recorder, pipeline, push, (self.columns, 1, 1))
+        recorder.barrier()
+
+    @property
+    def _cap(self) -> float:
+        return float(self.config.final_softcap or 0.0)
+
+    def _wide_gate(self, recorder: Recorder, gate: Matrix, up: Matrix) -> None:
+        work, stride = self.work, padded_rows(gate.rows)
+        half = work.wide.nbytes // 2
+        halves = work.wide.part(0, half), work.wide.part(half, half)
+        for matrix, y in zip((gate, up), halves, strict=True):
+            self._product(recorder, matrix, work.x, y, stride=stride)
+        recorder.barrier()
+        pipeline = self.pipelines.get(
+            "geglu", LANES=ROW_LANES, FLOAT_X=self.float_x, CHANNELS=gate.rows
+        )
+        push = addresses(*halves, work.gated) + words(stride)
+        self._run(recorder, pipeline, push, (self.columns, 1, 1))
+
+    def _norm(self, recorder: Recorder, branch_gain: Span | None, gain: Span, keep: bool) -> None:
+        work = self.work
+        constants = self._norm_constants(ROW_LANES, post=branch_gain is not None, keep=keep)
+        pipeline = self.pipelines.get("norm", LANES=ROW_LANES, FLOAT_X=self.float_x, **constants)
+        spans = (work.branch, work.hidden, branch_gain or gain, gain, work.normed, work.x)
+        self._run(recorder, pipeline, addresses(*spans), (self.columns, 1, 1))
+
+    def _attention(
+        self, recorder: Recorder, layer: Layer, cache: Cache, mode: int, splits: int
+    ) -> None:
+        config, work, index = self.config, self.work, layer.index
+        queries = shared_queries(config.num_heads // config.num_kv_heads)
+        pipeline = self.pipelines.get(
+            "attention",
+            LANES=ATTENTION_LANES,
+            FLOAT_X=self.float_x,
+            MODE=mode,
+            DIM=config.head_dim,
+            HEADS=config.num_heads,
+            KV_HEADS=config.num_kv_heads,
+            QUERIES=queries,
+            WINDOW=layer.window,
+            SLOTS=cache.slots[index],
+            SPLITS=SPLITS,
+            QK_NORM=config.qk_norm,
+            EPS=float(config.rms_norm_eps),
+            SCALE=float(config.attention_scale),
+            CAP=float(config.attn_softcap or 0.0),
+        )
+        turns = cache.turns[config.is_sliding(index)]
+        gains = (layer.q_gain or turns, layer.k_gain or turns)
+        rows = (cache.keys[index], cache.values[index])
+        push = addresses(work.qkv, *gains, *rows, turns, work.partials, work.context, work.state)
+        _, k, v, stride = layer.columns
+        push += words(stride, k, v, 0)
+        self._run(
+            recorder, pipeline, push, (splits, config.num_heads // queries, self.columns)
+        )
+
+    def _product(
+        self,
+        recorder: Recorder,
+        matrix: Matrix,
+        x: Span,
+        y: Span,
+        *,
+        stride: int,
+        **constants: float,
+    ) -> None:
+        """y = matrix x as float32, `stride` values from one column to the next."""
+        shape = self.tuning.shape(matrix, self.columns, STORE)
+        push = addresses(matrix.span, matrix.span, x, y, *[self.work.hidden] * 4)
+        push += addresses(self.work.x, self.work.state)
+        push += words(matrix.blocks, matrix.tiles, stride, matrix.rows, 0)
+        self._gemv(recorder, matrix, shape, STORE, push, **constants)
+
+    def _gemv(
+        self,
+        recorder: Recorder,
+        matrix: Matrix,
+        shape: Shape,
+        epilogue: int,
+        push: bytes,
+        **constants: int | float,
+    ) -> None:
+        pipeline = self.pipelines.get(
+            self.tuning.kernel(matrix.kind),
+            LANES=shape.lanes,
+            GROUP=matrix.kind.group,
+            COLUMNS=1 if epilogue == CHOOSE else self.columns,
+            BLOCKS=shape.blocks,
+            EPILOGUE=epilogue,
+            **constants,
+        )
+        step = shape.blocks // 2 if epilogue == GEGLU else shape.blocks
+        self._run(recorder, pipeline, push, (-(-matrix.blocks // step), 1, 1))
+
+    def _norm_constants(self, lanes: int, *, post: bool, keep: bool) -> dict[str, int | float]:
+        hidden = self.config.hidden_size
+        return {
+            "ITEMS": -(-hidden // (4 * lanes)),
+            "HIDDEN": hidden,
+            "EPS": float(self.config.rms_norm_eps),
+            "POST_NORM": post,
+            "KEEP_NORMED": keep,
+        }
+
+    def _run(
+        self, recorder: Recorder, pipeline: object, push: bytes, groups: tuple[int, int, int]
+    ) -> None:
+        recorder.dispatch(pipeline, self.pipelines.layout, push, groups)
+
+
+def shared_queries(sharing: int) -> int:
+    """Query heads that one workgroup of attention serves, of those that share a key head."""
+    return max(count for count in range(1, MOST_QUERIES + 1) if sharing % count == 0)
+
+
+def addresses(*spans: Span) -> bytes:
+    return struct.pack(f"<{len(spans)}Q", *(span.address for span in spans))
+
+
+def words(*values: int) -> bytes:
+    return struct.pack(f"<{len(values)}I", *values)
