@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -13,7 +14,7 @@ if TYPE_CHECKING:
     from uq.kernels.session import BatchSession, Session
 
 
-DEVICES = ("auto", "vulkan", "npu", "cpu")
+DEVICES = ("auto", "vulkan", "vulkan:N", "vulkan:NAME", "npu", "cpu")
 Opener = Callable[["Bundle", int, int | None], "Session"]
 BatchOpener = Callable[["Bundle", int, int, int | None], "BatchSession"]
 
@@ -27,21 +28,23 @@ class Backend:
         opener: (bundle, max_context, threads) -> Session; None when it is not available.
         batch_opener: (bundle, slots, max_context, threads) -> BatchSession; None when it runs one
             sequence at a time only.
+        preferred: `auto` takes it where it is available.
     """
 
     name: str
     reason: str
     opener: Opener | None = None
     batch_opener: BatchOpener | None = None
+    preferred: bool = True
 
     @property
     def available(self) -> bool:
         return self.opener is not None
 
 
-def backends() -> tuple[Backend, ...]:
-    """All backends, the fastest first."""
-    return (_vulkan(), _npu(), _cpu())
+def backends(wish: str = "") -> tuple[Backend, ...]:
+    """All backends, the fastest first; `wish` names one of several devices."""
+    return (_vulkan(wish), _npu(), _cpu())
 
 
 def open_session(
@@ -57,12 +60,32 @@ def open_session(
         DeviceError: the device is not available; the message says why.
         UsageError: no such device.
     """
+    name, _, wish = device.partition(":")
+    if not is_device(device):
+        raise UsageError(f"--device {device} is not known; use {', '.join(DEVICES)}")
+    if name == "auto":
+        return _open_fastest(bundle, max_context, threads)
+    (backend,) = (found for found in backends(wish) if found.name == name)
+    if backend.opener is None:
+        raise DeviceError(f"--device {device}: {backend.reason}; use --device cpu")
+    return backend.opener(bundle, max_context, threads)
+
+
+def is_device(text: str) -> bool:
+    """Whether `text` is one of `DEVICES`; only vulkan has several to choose from."""
+    name, colon, wish = text.partition(":")
+    return bool(wish) and name == "vulkan" if colon else name in DEVICES
+
+
+def _open_fastest(bundle: Bundle, max_context: int, threads: int | None) -> Session:
     for backend in backends():
-        if backend.opener is not None and device in ("auto", backend.name):
+        if backend.opener is None or not backend.preferred:
+            continue
+        try:
             return backend.opener(bundle, max_context, threads)
-        if device == backend.name:
-            raise DeviceError(f"--device {device}: {backend.reason}; use cpu")
-    raise UsageError(f"--device {device} is not known; use {', '.join(DEVICES)}")
+        except DeviceError as error:
+            print(f"{backend.name}: {error}; trying the next device", file=sys.stderr)
+    raise DeviceError("no device can run this bundle")
 
 
 def open_batch(
@@ -83,12 +106,13 @@ def open_batch(
         DeviceError: the device is not available, or runs one sequence at a time only.
         UsageError: no such device, or too many slots.
     """
-    for backend in backends():
-        if backend.batch_opener is not None and device in ("auto", backend.name):
+    name, _, wish = device.partition(":")
+    for backend in backends(wish):
+        if backend.batch_opener is not None and name in ("auto", backend.name):
             return backend.batch_opener(bundle, slots, max_context, threads)
-        if device == backend.name:
+        if name == backend.name:
             reason = "it runs one sequence at a time" if backend.available else backend.reason
-            raise DeviceError(f"--device {device}: {reason}; use cpu")
+            raise DeviceError(f"--device {device}: {reason}; use --device cpu")
     raise UsageError(f"--device {device} is not known; use {', '.join(DEVICES)}")
 
 
@@ -103,8 +127,20 @@ def first_run_note(device: str) -> str | None:
     return "compiling the kernels for this processor, once; about half a minute"
 
 
-def _vulkan() -> Backend:
-    return Backend("vulkan", "this version of uq has no Vulkan kernels")
+def _vulkan(wish: str) -> Backend:
+    from uq.kernels.vulkan.device import choose
+
+    try:
+        gpu = choose(wish)
+    except DeviceError as error:
+        return Backend("vulkan", str(error))
+
+    def open_it(bundle: Bundle, max_context: int, threads: int | None) -> Session:
+        from uq.kernels.vulkan import open_vulkan
+
+        return open_vulkan(bundle, wish, max_context=max_context)
+
+    return Backend("vulkan", gpu.summary, open_it, preferred=gpu.kind != "cpu")
 
 
 def _npu() -> Backend:

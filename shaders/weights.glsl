@@ -1,29 +1,31 @@
-// A lane's piece of an `igpu` tile: 32 channels of one row, WEIGHT says of which kind.
-// A tile is PANELS of 64 loads of 16 bytes, lane L = 4 * row + piece, then the float16 scales.
+// A lane's piece of an `igpu` tile: 32 channels of one row (formats/README.md, section 5).
+//
+// WEIGHT is INT4, INT5, INT6 or INT8, with ZERO_POINT 0 or 1, and GROUP channels to a scale; or F16,
+// BF16 or F32, in panels of 64 loads of 16 bytes like the codes. Lane L = 4 * row + piece.
 
 #define INT4 4
+#define INT5 5
+#define INT6 6
 #define INT8 8
 #define F16 16
 #define BF16 17
 #define F32 32
-
-#if WEIGHT == INT4
-const uint PANELS = 1;
-const float UNIT = 1.0 / 16.0;  // codes are unpacked into the upper halves of bytes
-#elif WEIGHT == INT8
-const uint PANELS = 2;
-const float UNIT = 1.0;
-#elif WEIGHT == F32
-const uint PANELS = 8;
-#else
-const uint PANELS = 4;
+#ifndef ZERO_POINT
+#define ZERO_POINT 0
 #endif
 
 #if WEIGHT <= INT8
+#include "layouts.glsl"
 const bool FLOAT_X = false;
-const uint TILE_VECTORS = 64 * PANELS + 16 * (128 / GROUP) / 8;
+const uint PANELS = WEIGHT == INT8 ? 2 : 1;
+const float UNIT = 1.0 / float(1 << (8 - WEIGHT));  // codes are unpacked into the tops of bytes
+const uint HIGH_VECTORS = HIGH_OFFSET(WEIGHT, GROUP) / 16;
+const uint SCALE_VECTORS = SCALES_OFFSET(WEIGHT, GROUP) / 16;
+const uint ZERO_VECTORS = TILE_BYTES(WEIGHT, GROUP) / 16;
+const uint TILE_VECTORS = ZERO_VECTORS + ZERO_POINT * (GROUP == 32 ? 2 : 1);
 #else
 const bool FLOAT_X = true;
+const uint PANELS = WEIGHT == F32 ? 8 : 4;
 const uint TILE_VECTORS = 64 * PANELS;
 #endif
 
@@ -46,7 +48,9 @@ int dot_bytes(uint a, uint b) {
 
 struct Piece {
     uvec4 panel[PANELS];
+    uvec2 high;
     float scale;
+    int zero;
 };
 
 Piece load_piece(Words weights, uint tile, uint lane) {
@@ -55,11 +59,20 @@ Piece load_piece(Words weights, uint tile, uint lane) {
     [[unroll]] for (uint i = 0; i < PANELS; i++) {
         piece.panel[i] = weights.at[base + 64 * i + lane];
     }
-    piece.scale = 1.0;
+#if WEIGHT == INT5
+    piece.high.x = weights.at[base + HIGH_VECTORS + lane / 4][lane % 4];
+#elif WEIGHT == INT6
+    uvec4 pair = weights.at[base + HIGH_VECTORS + lane / 2];
+    piece.high = lane % 2 == 0 ? pair.xy : pair.zw;
+#endif
 #if WEIGHT <= INT8
     uint number = lane / (GROUP / 32);
-    uint pair = weights.at[base + 64 * PANELS + number / 8][number / 2 % 4];
-    piece.scale = unpackHalf2x16(pair)[number % 2] * UNIT;
+    uint halves = weights.at[base + SCALE_VECTORS + number / 8][number / 2 % 4];
+    piece.scale = unpackHalf2x16(halves)[number % 2] * UNIT;
+#endif
+#if ZERO_POINT
+    int nibbles = int(weights.at[base + ZERO_VECTORS + number / 32][number / 8 % 4]);
+    piece.zero = bitfieldExtract(nibbles, int(number % 8 * 4), 4) * 16;  // in units like the codes
 #endif
     return piece;
 }
@@ -67,11 +80,20 @@ Piece load_piece(Words weights, uint tile, uint lane) {
 #if WEIGHT <= INT8
 // Codes of channels 0 .. 15 (half 0) or 16 .. 31, four in a word, in units of 1 / UNIT.
 uvec4 codes(Piece piece, uint half_) {
-#if WEIGHT == INT4
-    uvec2 w = half_ == 0 ? piece.panel[0].xy : piece.panel[0].zw;
-    return uvec4(w.x << 4, w.x, w.y << 4, w.y) & 0xF0F0F0F0u;
-#else
+#if WEIGHT == INT8
     return piece.panel[half_];
+#else
+    uvec2 w = half_ == 0 ? piece.panel[0].xy : piece.panel[0].zw;
+    uvec4 low = uvec4(w.x, w.x >> 4, w.y, w.y >> 4) & 0x0F0F0F0Fu;
+#if WEIGHT == INT4
+    return uvec4(w.x << 4, w.x, w.y << 4, w.y) & 0xF0F0F0F0u;
+#elif WEIGHT == INT5
+    uvec4 high = (uvec4(piece.high.x >> 4 * half_) >> uvec4(0, 1, 2, 3)) & 0x01010101u;
+    return low << 3 | high << 7;
+#else
+    uvec4 high = (uvec4(piece.high[half_]) >> uvec4(0, 2, 4, 6)) & 0x03030303u;
+    return low << 2 | high << 6;
+#endif
 #endif
 }
 
@@ -79,12 +101,16 @@ uvec4 codes(Piece piece, uint half_) {
 vec4 values(Piece piece, uint i) {
     int word = int(codes(piece, i / 4)[i % 4]);
     ivec4 code = ivec4(word << 24, word << 16, word << 8, word) >> 24;
+#if ZERO_POINT
+    code -= piece.zero;
+#endif
     return vec4(code) * piece.scale;
 }
 
 struct Input {
     uvec4 high[2], low[2];
     float scale;
+    int sum;
 };
 
 Input load_input(Words x, uint tile, uint piece) {
@@ -95,6 +121,9 @@ Input load_input(Words x, uint tile, uint piece) {
     y.low[0] = x.at[base + 8 + piece];
     y.low[1] = x.at[base + 12 + piece];
     y.scale = uintBitsToFloat(x.at[base + 16][piece]);
+#if ZERO_POINT
+    y.sum = int(x.at[base + 17][piece]);
+#endif
     return y;
 }
 
@@ -107,7 +136,11 @@ float multiply(Piece piece, Input y) {
     uvec4 first = codes(piece, 0), second = codes(piece, 1);
     int high = dot_vectors(first, y.high[0]) + dot_vectors(second, y.high[1]);
     int low = dot_vectors(first, y.low[0]) + dot_vectors(second, y.low[1]);
-    return float(256 * high + low) * (piece.scale * y.scale);
+    int total = 256 * high + low;
+#if ZERO_POINT
+    total -= piece.zero * y.sum;
+#endif
+    return float(total) * (piece.scale * y.scale);
 }
 #else
 struct Input {

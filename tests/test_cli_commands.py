@@ -249,7 +249,7 @@ def test_doctor_prints_json(output: Output) -> None:
     assert machine["packages"]["numpy"] is not None
     assert machine["memory"] >= machine["memory_available"] > 0
     assert machine["backends"]["cpu"]["available"] is True
-    assert machine["backends"]["vulkan"]["available"] is False
+    assert machine["backends"]["npu"]["available"] is False
 
 
 def test_doctor_says_how_to_install_what_is_missing(

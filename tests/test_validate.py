@@ -249,8 +249,8 @@ def test_files_compared_by_size_alone_are_a_warning(
 def test_absent_devices_say_so(
     bundle: Bundle, checkpoint: Checkpoint, options: ValidateOptions
 ) -> None:
-    with pytest.raises(DeviceError, match="no Vulkan kernels; use cpu"):
-        validate(bundle, checkpoint, replace(options, device="vulkan"))
+    with pytest.raises(DeviceError, match="no NPU kernels; use --device cpu"):
+        validate(bundle, checkpoint, replace(options, device="npu"))
 
 
 def test_a_text_that_is_not_utf8_is_refused(

@@ -47,7 +47,7 @@ class Machine:
 
 
 def examine() -> Machine:
-    """Look at the machine; opens no device and writes nothing."""
+    """Look at the machine; runs nothing on a device and writes nothing."""
     present = llvm.get_host_cpu_features()
     memory = psutil.virtual_memory()
     return Machine(

@@ -92,9 +92,7 @@ class Recorder:
     def _barrier(self, before: int, after: int, written: int, read: int) -> None:
         memory = new("MemoryBarrier", srcAccessMask=written, dstAccessMask=read)
         null = binding().ffi.NULL
-        self._lib.vkCmdPipelineBarrier(
-            self.commands, before, after, 0, 1, memory, 0, null, 0, null
-        )
+        self._lib.vkCmdPipelineBarrier(self.commands, before, after, 0, 1, memory, 0, null, 0, null)
 
 
 class Submission:

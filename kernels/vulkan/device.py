@@ -136,6 +136,14 @@ class PhysicalGpu:
             Ability("fp32", True, f"subgroups of {usual} ({least} to {most})"),
         )
 
+    @property
+    def summary(self) -> str:
+        """One sentence for `uq doctor`."""
+        rungs = [f"{a.name} ({a.detail})" if a.detail else a.name for a in self.ladder if a.present]
+        absent = [f"no {ability.name}" for ability in self.ladder if not ability.present]
+        version = ".".join(map(str, self.version))
+        return f"{self.name}, {self.driver}, Vulkan {version}; {', '.join(rungs + absent)}"
+
     def missing(self) -> str | None:
         """Why the kernels cannot run here."""
         if self.version < OLDEST:

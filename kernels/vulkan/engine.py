@@ -120,5 +120,3 @@ def check_sizes(config: GemmaConfig) -> None:
                 f"the Vulkan kernels need a {name} that divides by {unit}, not {size}; "
                 "use --device cpu"
             )
-
-

@@ -1,4 +1,4 @@
-"""Memory of a device: slabs that are handed out in pieces, and the way of bytes to and from them."""
+"""Memory of a device: slabs handed out in pieces, and the way of bytes to and from them."""
 
 from __future__ import annotations
 
@@ -172,9 +172,7 @@ def check_memory(physical: PhysicalGpu, needed: int) -> None:
 
 
 def _allocate(gpu: Gpu, needs: Any, properties: tuple[str, ...], nbytes: int) -> Any:
-    flags = new(
-        "MemoryAllocateFlagsInfo", flags=constant("MEMORY_ALLOCATE_DEVICE_ADDRESS_BIT")
-    )
+    flags = new("MemoryAllocateFlagsInfo", flags=constant("MEMORY_ALLOCATE_DEVICE_ADDRESS_BIT"))
     info = new(
         "MemoryAllocateInfo",
         pNext=flags,

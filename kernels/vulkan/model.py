@@ -178,9 +178,7 @@ class Cache:
     turns: dict[bool, Span]
 
     @classmethod
-    def take(
-        cls, config: GemmaConfig, capacity: int, arena: Arena, transfers: Transfers
-    ) -> Cache:
+    def take(cls, config: GemmaConfig, capacity: int, arena: Arena, transfers: Transfers) -> Cache:
         slots = cache_slots(config, capacity)
         row = 2 * config.kv_size
         turns = {}

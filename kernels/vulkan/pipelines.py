@@ -1,4 +1,4 @@
-"""Compute pipelines: a module of the package with its sizes fixed, and the driver's cache of them."""
+"""Compute pipelines: modules of the package with their sizes fixed, and the driver's cache."""
 
 from __future__ import annotations
 
@@ -45,10 +45,12 @@ class Pipelines:
         return self._made[key]
 
     def save(self) -> None:
-        """Keep the driver's work for the next process; a cache that cannot be written is no loss."""
+        """Keep the driver's work for the next process; without a folder to write to, do not."""
         size = binding().ffi.new("size_t*")
         null = binding().ffi.NULL
         call("GetPipelineCacheData", self._gpu.device, self._cache, size, null)
+        if self._file.is_file() and self._file.stat().st_size == size[0]:
+            return
         data = binding().ffi.new("char[]", size[0])
         call("GetPipelineCacheData", self._gpu.device, self._cache, size, data)
         fresh = self._file.with_name(f"{self._file.name}.{os.getpid()}")
@@ -60,6 +62,7 @@ class Pipelines:
             fresh.unlink(missing_ok=True)
 
     def close(self) -> None:
+        self.save()
         null = binding().ffi.NULL
         for pipeline in self._made.values():
             call("DestroyPipeline", self._gpu.device, pipeline, null)
@@ -114,7 +117,9 @@ def specialization(names: tuple[str, ...], constants: Constants) -> Any:
         raise ValueError(f"no specialization constant {sorted(unknown)}")
     entries, data = [], b""
     for name, value in constants.items():
-        entry = new("SpecializationMapEntry", constantID=names.index(name), offset=len(data), size=4)
+        entry = new(
+            "SpecializationMapEntry", constantID=names.index(name), offset=len(data), size=4
+        )
         entries.append(entry[0])
         data += struct.pack("<f" if isinstance(value, float) else "<I", value)
     return new(

@@ -40,8 +40,10 @@ class Runs:
         return self._mailbox.generated(count)
 
     def close(self) -> None:
-        for part in (*self._submissions.values(), *self._recorders.values()):
-            part.close()
+        for submission in self._submissions.values():
+            submission.close()
+        for recorder in self._recorders.values():
+            recorder.close()
         self._submissions.clear()
         self._recorders.clear()
 

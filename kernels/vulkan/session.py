@@ -59,7 +59,9 @@ class VulkanSession:
         self._runs = self._engine.runs(max_context)
         self._scratch: Runs | None = None  # of `score`
         self._steps = 1  # that a submit may have
-        self.reset()
+        self._position, self._last = 0, 0  # tokens in the cache, and the last of them
+        self._choice = 0  # the likeliest token behind it
+        self._has_logits = False
 
     @property
     def bytes_per_token(self) -> int:
@@ -81,7 +83,8 @@ class VulkanSession:
         if not self._has_logits:
             self._runs.tokens([self._last], self._position - 1, head=True)
             self._has_logits = True
-        return self._engine.read_floats(self._engine.work.logits, 1, self.config.vocab_size)[0]
+        found = self._engine.read_floats(self._engine.work.logits, 1, self.config.vocab_size)
+        return found.reshape(-1)
 
     def score(self, tokens: NDArray[np.int32]) -> Array:
         check_tokens(tokens, self.config.vocab_size)
@@ -108,8 +111,7 @@ class VulkanSession:
         return out
 
     def reset(self) -> None:
-        self._position, self._last, self._choice = 0, 0, 0
-        self._has_logits = False
+        self._position, self._has_logits = 0, False
 
     def prefill(self, tokens: Sequence[int]) -> None:
         ids = np.asarray(tokens, np.int32)

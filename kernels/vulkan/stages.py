@@ -100,9 +100,7 @@ class Stages:
         if self.columns == 1:
             norms = (work.hidden, branch, gain, work.normed, work.x, work.state)
             shape = self.tuning.shape(matrix, 1, NORM)
-            constants = self._norm_constants(
-                shape.lanes, post=branch_gain is not None, keep=keep
-            )
+            constants = self._norm_constants(shape.lanes, post=branch_gain is not None, keep=keep)
             push = addresses(matrix.span, matrix.span, x, work.branch, *norms)
             sizes = (matrix.blocks, matrix.tiles, self.config.hidden_size, matrix.rows)
             push += words(*sizes, NORM_COUNTER)
@@ -205,9 +203,7 @@ class Stages:
         push = addresses(work.qkv, *gains, *rows, turns, work.partials, work.context, work.state)
         _, k, v, stride = layer.columns
         push += words(stride, k, v, 0)
-        self._run(
-            recorder, pipeline, push, (splits, config.num_heads // queries, self.columns)
-        )
+        self._run(recorder, pipeline, push, (splits, config.num_heads // queries, self.columns))
 
     def _product(
         self,

@@ -10,6 +10,8 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
 
+from uq.formats.spec import SPECS
+
 # What a device must be able to do, by the SPIR-V capabilities that stand for it. Numbers: SPIR-V
 # specification, section 3.2.31.
 FEATURES: Mapping[str, frozenset[int]] = MappingProxyType(
@@ -65,19 +67,28 @@ def _decode_kernels() -> Iterator[Variant]:
     """Of the decode path; no constant is called "-"."""
     gemv = ("LANES", "GROUP", "COLUMNS", "BLOCKS", *_NORM, "EPILOGUE", "CAP")
     embed = ("LANES", "GROUP", "DECODE", "SCALE", *_NORM)
-    for kind in ("int4", "int8", *_FLOATS):
-        weight: dict[str, str | int] = {"WEIGHT": kind.upper()}
-        yield _kernel(f"gemv_{kind}", "gemv.comp", weight, constants=gemv)
-        yield _kernel(f"embed_{kind}", "embed.comp", weight, constants=embed)
-    for kind in ("int4", "int8"):
-        dotted: dict[str, str | int] = {"WEIGHT": kind.upper(), "INTEGER_DOT": 1}
-        yield _kernel(f"gemv_{kind}_dot", "gemv.comp", dotted, ("int8dot",), gemv)
+    for kind, macros in _weights().items():
+        yield _kernel(f"gemv_{kind}", "gemv.comp", macros, constants=gemv)
+        yield _kernel(f"embed_{kind}", "embed.comp", macros, constants=embed)
+        if kind not in _FLOATS:
+            dotted: dict[str, str | int] = {**macros, "INTEGER_DOT": 1}
+            yield _kernel(f"gemv_{kind}_dot", "gemv.comp", dotted, ("int8dot",), gemv)
     yield _kernel("norm", "norm.comp", constants=("LANES", "FLOAT_X", "-", "-", *_NORM))
     for name in ("quantize", "geglu"):
         yield _kernel(name, f"{name}.comp", constants=("LANES", "FLOAT_X", "CHANNELS"))
+    yield _kernel("read", "read.comp", constants=("LANES",))
     shape = ("DIM", "HEADS", "KV_HEADS", "QUERIES", "WINDOW", "SLOTS", "SPLITS")
     attention = ("LANES", "FLOAT_X", "MODE", *shape, "QK_NORM", "EPS", "SCALE", "CAP")
     yield _kernel("attention", "attention.comp", constants=attention)
+
+
+def _weights() -> dict[str, dict[str, str | int]]:
+    """Name of a kind of weight -> its macros."""
+    kinds: dict[str, dict[str, str | int]] = {name: {"WEIGHT": name.upper()} for name in _FLOATS}
+    for spec in SPECS:
+        name = f"int{spec.bits}{'z' * spec.zero_point}"
+        kinds[name] = {"WEIGHT": f"INT{spec.bits}", "ZERO_POINT": int(spec.zero_point)}
+    return kinds
 
 
 def _kernel(

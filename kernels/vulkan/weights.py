@@ -1,4 +1,4 @@
-"""Weights on the device: `igpu` tiles as a bundle holds them, or floating point in the same tiles."""
+"""Weights on the device: `igpu` tiles as a bundle holds them, or floats in tiles of that shape."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class Kind:
 
     @classmethod
     def of(cls, spec: Spec) -> Kind:
-        return cls(f"int{spec.bits}", spec.group)
+        return cls(f"int{spec.bits}{'z' * spec.zero_point}", spec.group)
 
 
 class Record(Protocol):

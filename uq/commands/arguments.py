@@ -7,6 +7,10 @@ import math
 from collections.abc import Callable, Collection
 from pathlib import Path
 
+from uq.kernels.backends import DEVICES, is_device
+
+DEVICE_HELP = "auto (default), vulkan, vulkan:NUMBER, vulkan:NAME, npu or cpu"
+
 
 def whole(minimum: int, maximum: float = math.inf) -> Callable[[str], int]:
     """A whole number in `minimum..maximum`."""
@@ -61,6 +65,14 @@ def names(allowed: Collection[str]) -> Callable[[str], tuple[str, ...]]:
         return chosen
 
     return parse
+
+
+def device(text: str) -> str:
+    """A device to run on; whether it is there is found out by opening it."""
+    if not is_device(text):
+        allowed = ", ".join(DEVICES)
+        raise argparse.ArgumentTypeError(f"invalid choice: '{text}' (choose from {allowed})")
+    return text
 
 
 def bundle(text: str) -> Path:

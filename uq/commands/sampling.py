@@ -5,8 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import TYPE_CHECKING
 
-from uq.commands.arguments import real, whole
-from uq.kernels.backends import DEVICES
+from uq.commands.arguments import DEVICE_HELP, device, real, whole
 
 if TYPE_CHECKING:
     from uq.kernels.session import Sampling
@@ -30,5 +29,5 @@ def read_sampling(args: argparse.Namespace) -> Sampling:
 
 
 def add_device(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--device", choices=DEVICES, default="auto", help="default: %(default)s")
+    parser.add_argument("--device", type=device, default="auto", metavar="D", help=DEVICE_HELP)
     parser.add_argument("--threads", type=whole(1), metavar="N", help="default: one per core")

@@ -7,9 +7,8 @@ import json
 import sys
 from pathlib import Path
 
-from uq.commands.arguments import bundle, real, whole, whole_or_all
+from uq.commands.arguments import DEVICE_HELP, bundle, device, real, whole, whole_or_all
 from uq.errors import UsageError
-from uq.kernels.backends import DEVICES
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -17,7 +16,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     add("bundle", type=bundle, metavar="BUNDLE", help="folder written by uq quantize")
     add("--reference", metavar="MODEL", help="default: the checkpoint the bundle was made from")
     add("--revision", metavar="R", help="branch, tag or commit of the reference on the Hub")
-    add("--device", choices=DEVICES, default="auto", help="default: %(default)s")
+    add("--device", type=device, default="auto", metavar="D", help=DEVICE_HELP)
     add("--text", type=Path, metavar="FILE", help="UTF-8 text; default: a text shipped with uq")
     add("--context", type=whole(2), default=512, metavar="N", help="window; default: %(default)s")
     add(
