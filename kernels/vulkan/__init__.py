@@ -23,8 +23,9 @@ def open_vulkan(bundle: Bundle, wish: str = "", *, max_context: int = 4096) -> V
     from uq.formats.checkpoint.cache import cache_folder
     from uq.kernels.vulkan.device import choose
     from uq.kernels.vulkan.session import VulkanSession
+    from uq.kernels.vulkan.sources import BundleSource
 
-    folder = cache_folder() / "vulkan"
+    folder, source = cache_folder() / "vulkan", BundleSource(bundle)
     return VulkanSession(
-        bundle.config, bundle, choose(wish), pipeline_cache=folder, max_context=max_context
+        bundle.config, source, choose(wish), pipeline_cache=folder, max_context=max_context
     )

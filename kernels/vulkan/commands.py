@@ -9,7 +9,12 @@ from uq.errors import DeviceError
 from uq.kernels.vulkan.api import array, binding, call, check, constant, create, new
 from uq.kernels.vulkan.device import Gpu
 
-PATIENCE = 20_000_000_000  # nanoseconds that a submit may take before the device counts as lost
+# Seconds that a submit may take before the device counts as lost; a CPU may be busy with others.
+PATIENCE = {"cpu": 600}
+USUAL_PATIENCE = 20
+
+
+TIMEOUT = 2  # a VkResult
 
 
 class Region(Protocol):
@@ -105,6 +110,7 @@ class Submission:
         null = binding().ffi.NULL
         fence = create("CreateFence", "VkFence", gpu.device, new("FenceCreateInfo"), null)
         self._fences = array("VkFence", [fence])
+        self._patience = PATIENCE.get(gpu.physical.kind, USUAL_PATIENCE) * 10**9
 
     def start(self) -> None:
         check(
@@ -118,8 +124,8 @@ class Submission:
         Raises:
             DeviceError: the device is lost, or does not come to an end.
         """
-        result = self._lib.vkWaitForFences(self._gpu.device, 1, self._fences, 1, PATIENCE)
-        if result == constant("TIMEOUT"):
+        result = self._lib.vkWaitForFences(self._gpu.device, 1, self._fences, 1, self._patience)
+        if result == TIMEOUT:
             raise DeviceError("the GPU did not finish a step in 20 s; use --device cpu")
         check("WaitForFences", result)
         check("ResetFences", self._lib.vkResetFences(self._gpu.device, 1, self._fences))

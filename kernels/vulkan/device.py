@@ -155,10 +155,16 @@ class PhysicalGpu:
             return f"its subgroups may have {self.subgroup[1]} lanes; the kernels need 8 or more"
         return None
 
+    @cached_property
+    def timestamp_period(self) -> float:
+        """Nanoseconds between two values of a timestamp."""
+        properties = self._properties(binding().ffi.NULL)
+        return float(properties.properties.limits.timestampPeriod)
+
     def _properties(self, chain: Any) -> Any:
         properties = new("PhysicalDeviceProperties2", pNext=chain)
         call("GetPhysicalDeviceProperties2", self.handle, properties)
-        return properties.properties
+        return properties
 
 
 @cache
@@ -211,8 +217,7 @@ class Gpu:
         out = binding().ffi.new("VkQueue*")
         call("GetDeviceQueue", self.device, self.family, 0, out)
         self.queue = out[0]
-        properties = physical._properties(binding().ffi.NULL)
-        self.timestamp_period = float(properties.limits.timestampPeriod)  # nanoseconds
+        self.timestamp_period = physical.timestamp_period
 
     def wait(self) -> None:
         """Until everything that was submitted is done."""

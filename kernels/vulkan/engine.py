@@ -57,10 +57,9 @@ class Engine:
         weights = weight_bytes(source, weight_names(config))
         check_memory(physical, weights + cache_bytes(config, max_context))
         self.config = config
-        closing = ExitStack()
-        self.close = weakref.finalize(self, closing.close)
-        self._closing = closing
+        self._closing = ExitStack()
         self.gpu = self._keep(Gpu(physical))
+        self.close = weakref.finalize(self, _close, self.gpu, self._closing)
         self.transfers = self._keep(Transfers(self.gpu))
         self.pipelines = self._keep(Pipelines(self.gpu, pipeline_cache))
         arena, small = (self._keep(Arena(self.gpu, size)) for size in (weights, SMALL))
@@ -101,6 +100,11 @@ class Engine:
     def _keep(self, resource: C) -> C:
         self._closing.callback(resource.close)
         return resource
+
+
+def _close(gpu: Gpu, closing: ExitStack) -> None:
+    gpu.wait()
+    closing.close()
 
 
 def check_sizes(config: GemmaConfig) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -15,44 +15,55 @@ from uq.kernels.vulkan.memory import Arena, Span, Transfers, aligned
 
 TILE = LAYOUTS["igpu"]
 TILE_ROWS, TILE_COLS = 16, 128
+PIECES = 4  # of 32 columns, in a row of a tile
 FLOAT_BYTES = {"f16": 2, "bf16": 2, "f32": 4}
 
 
 @dataclass(frozen=True)
 class Kind:
-    """How a weight is stored: the name that kernels are called by, and channels of a scale."""
+    """How a weight is stored: the name that kernels are called by; `spec` of integer codes."""
 
     name: str
-    group: int
-
-    @property
-    def is_float(self) -> bool:
-        return self.name in FLOAT_BYTES
+    spec: Spec | None = None
 
     @classmethod
     def of(cls, spec: Spec) -> Kind:
-        return cls(f"int{spec.bits}{'z' * spec.zero_point}", spec.group)
-
-
-class Record(Protocol):
-    """What a source says about a weight."""
+        return cls(f"int{spec.bits}{'z' * spec.zero_point}", spec)
 
     @property
-    def shape(self) -> tuple[int, int]: ...
+    def is_float(self) -> bool:
+        return self.spec is None
 
     @property
-    def spec(self) -> Spec: ...
+    def group(self) -> int:
+        """Channels that share a scale."""
+        return 32 if self.spec is None else self.spec.group
 
-    @property
-    def layout(self) -> str: ...
+    def tiled_bytes(self, rows: int, cols: int) -> int:
+        if self.spec is not None:
+            return TILE.nbytes(rows, cols, self.spec)
+        return padded_rows(rows) * tiles_of(cols) * TILE_COLS * FLOAT_BYTES[self.name]
+
+    def nbytes(self, rows: int, cols: int) -> int:
+        """Without padding."""
+        if self.spec is not None:
+            return self.spec.nbytes(rows, cols)
+        return rows * cols * FLOAT_BYTES[self.name]
+
+
+@dataclass(frozen=True)
+class Weight:
+    """A weight that a source has; `read` gives the bytes of its tiles."""
+
+    kind: Kind
+    shape: tuple[int, int]
+    read: Callable[[], NDArray[Any]]
 
 
 class Source(Protocol):
-    """Where the weights come from: a bundle, a checkpoint, or the tests' and benchmarks' own."""
+    """Where weights come from: a bundle, a checkpoint, or the tests' and benchmarks' own."""
 
-    def raw(self, name: str) -> tuple[NDArray[np.uint8], Record]:
-        """Bytes of a tiled weight."""
-        ...
+    def weight(self, name: str) -> Weight: ...
 
     def array(self, name: str) -> NDArray[np.float32]:
         """A norm's gain."""
@@ -65,7 +76,7 @@ class Matrix:
 
     Attributes:
         rows: with the padding of every weight but the last.
-        nbytes: of codes and scales, without padding.
+        nbytes: without padding.
     """
 
     kind: Kind
@@ -134,7 +145,7 @@ class Loader:
         runs: list[list[str]] = []
         before: Kind | None = None
         for name in names:
-            kind = Kind.of(self.source.raw(name)[1].spec)
+            kind = self.source.weight(name).kind
             if kind != before:
                 runs.append([])
             runs[-1].append(name)
@@ -142,27 +153,21 @@ class Loader:
         return runs
 
     def _load(self, names: Sequence[str]) -> Matrix:
-        records = [self.source.raw(name)[1] for name in names]
-        spec, cols = records[0].spec, records[0].shape[1]
-        sizes = [TILE.nbytes(*record.shape, spec) for record in records]
+        weights = [self.source.weight(name) for name in names]
+        kind, cols = weights[0].kind, weights[0].shape[1]
+        sizes = [kind.tiled_bytes(*weight.shape) for weight in weights]
         span = self.arena.take(sum(sizes))
         start = 0
-        for name, size in zip(names, sizes, strict=True):
-            self.transfers.write(span.part(start, size), _tiled(*self.source.raw(name)))
+        for weight, size in zip(weights, sizes, strict=True):
+            self.transfers.write(span.part(start, size), weight.read())
             start += size
-        *inner, last = [record.shape[0] for record in records]
+        *inner, last = [weight.shape[0] for weight in weights]
         rows = sum(padded_rows(count) for count in inner) + last
-        nbytes = sum(spec.nbytes(*record.shape) for record in records)
-        return Matrix(Kind.of(spec), rows, cols, span, nbytes)
-
-
-def _tiled(raw: NDArray[np.uint8], record: Record) -> NDArray[Any]:
-    if record.layout == TILE.name:
-        return raw
-    return TILE.tile(LAYOUTS[record.layout].untile(raw, record.shape, record.spec))
+        nbytes = sum(kind.nbytes(*weight.shape) for weight in weights)
+        return Matrix(kind, rows, cols, span, nbytes)
 
 
 def weight_bytes(source: Source, names: Sequence[str]) -> int:
     """Device bytes of weights, the arena's padding included."""
-    records = [source.raw(name)[1] for name in names]
-    return sum(aligned(TILE.nbytes(*record.shape, record.spec)) for record in records)
+    weights = [source.weight(name) for name in names]
+    return sum(aligned(weight.kind.tiled_bytes(*weight.shape)) for weight in weights)

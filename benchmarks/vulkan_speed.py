@@ -1,0 +1,186 @@
+"""Decode and prefill rates of the Vulkan engine, on a bundle or on random weights of true shapes.
+
+    python benchmarks/vulkan_speed.py 270m 1b 4b 27b [--device NAME] [--prompt 512] [--generate 256]
+    python benchmarks/vulkan_speed.py BUNDLE
+
+A shape is Gemma 3 of that size with random codes: INT4 in groups of 32, the embedding INT8, as many
+bytes as llama.cpp's Q4_0 with its Q8_0 embedding. Prints one JSON object a model: tokens per second
+(median and range of the repeats, after one that does not count), the read bandwidth of the device
+measured in the same run, and the share of it that decoding reaches.
+
+Needs numpy, the package `vulkan` and the compiled shaders (python -m uq.kernels.vulkan.compile).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import tempfile
+import time
+from collections.abc import Sequence
+from functools import cache, partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from uq.formats.config import FULL, SLIDING, GemmaConfig
+from uq.formats.layouts import LAYOUTS
+from uq.formats.spec import QuantTensor, Spec
+from uq.kernels.session import Sampling
+from uq.kernels.vulkan.bandwidth import read_bandwidth
+from uq.kernels.vulkan.device import choose
+from uq.kernels.vulkan.session import VulkanSession
+from uq.kernels.vulkan.sources import BundleSource
+from uq.kernels.vulkan.weights import Kind, Source, Weight
+
+# layers, hidden, intermediate, heads, KV heads, head size, window
+SHAPES = {
+    "270m": (18, 640, 2048, 4, 1, 256, 512),
+    "1b": (26, 1152, 6912, 4, 1, 256, 512),
+    "4b": (34, 2560, 10240, 8, 4, 256, 1024),
+    "12b": (48, 3840, 15360, 16, 8, 256, 1024),
+    "27b": (62, 5376, 21504, 32, 16, 128, 1024),
+}
+VOCABULARY = 262144
+BODY, TABLE = Spec(4, 32), Spec(8, 32)
+PATTERN = 64  # rows that repeat
+
+
+def shape_config(name: str) -> GemmaConfig:
+    layers, hidden, intermediate, heads, kv_heads, dim, window = SHAPES[name]
+    return GemmaConfig(
+        family="gemma3",
+        vocab_size=VOCABULARY,
+        hidden_size=hidden,
+        intermediate_size=intermediate,
+        num_layers=layers,
+        num_heads=heads,
+        num_kv_heads=kv_heads,
+        head_dim=dim,
+        rms_norm_eps=1e-6,
+        query_pre_attn_scalar=float(dim),
+        sliding_window=window,
+        layer_types=tuple(SLIDING if (i + 1) % 6 else FULL for i in range(layers)),
+        rope_theta=1e6,
+        rope_local_theta=1e4,
+        rope_scaling=1.0,
+        attn_softcap=None,
+        final_softcap=None,
+        post_norms=True,
+        qk_norm=True,
+        tied_head=True,
+        max_position_embeddings=32768,
+        bos_token_id=2,
+        eos_token_ids=(1,),
+        pad_token_id=0,
+    )
+
+
+class RandomWeights:
+    """Random codes of a model's shapes; rows repeat, so that no time is lost in making them."""
+
+    def __init__(self, config: GemmaConfig) -> None:
+        self._config = config
+
+    def weight(self, name: str) -> Weight:
+        config, role = self._config, role_of(name)
+        shape = config.linear_shapes().get(role, (config.vocab_size, config.hidden_size))
+        spec = BODY if role in config.linear_shapes() else TABLE
+        return Weight(Kind.of(spec), shape, partial(random_tiles, shape, spec))
+
+    def array(self, name: str) -> NDArray[np.float32]:
+        role = role_of(name.replace(".gain", ".weight"))
+        shape = self._config.norm_shapes().get(role, (self._config.hidden_size,))
+        return np.ones(shape, np.float32)
+
+
+def role_of(name: str) -> str:
+    """`self_attn.q_proj` of `model.layers.3.self_attn.q_proj.weight`; "" outside of the layers."""
+    return name.removesuffix(".weight").partition("layers.")[2].partition(".")[2]
+
+
+@cache
+def random_tiles(shape: tuple[int, int], spec: Spec) -> NDArray[np.uint8]:
+    rows, cols = shape
+    rng = np.random.default_rng(rows + cols)
+    codes = rng.integers(spec.qmin, spec.qmax + 1, (PATTERN, cols), np.int8)
+    size = cols**-0.5 / spec.qmax
+    scales = rng.uniform(0.5 * size, 2 * size, (PATTERN, cols // spec.group)).astype(np.float16)
+    pattern = LAYOUTS["igpu"].tile(QuantTensor(codes, scales, spec))
+    return np.resize(pattern, (-(-rows // 16), pattern.shape[1]))
+
+
+def open_model(name: str) -> tuple[GemmaConfig, Source]:
+    if name in SHAPES:
+        config = shape_config(name)
+        return config, RandomWeights(config)
+    from uq.formats.bundle import open_bundle
+
+    bundle = open_bundle(name, verify="lazy")
+    return bundle.config, BundleSource(bundle)
+
+
+def timed_run(session: VulkanSession, prompt: list[int], generate: int) -> tuple[float, float]:
+    """Tokens per second of a prefill and of decoding behind it."""
+    session.reset()
+    began = time.perf_counter()
+    session.prefill(prompt)
+    filled = time.perf_counter()
+    count = sum(1 for _ in session.decode(generate, Sampling()))
+    return len(prompt) / (filled - began), count / (time.perf_counter() - filled)
+
+
+def spread(rates: Sequence[float]) -> dict[str, float]:
+    return {"median": statistics.median(rates), "min": min(rates), "max": max(rates)}
+
+
+def measure(name: str, args: argparse.Namespace, bandwidth: float) -> dict[str, Any]:
+    config, source = open_model(name)
+    began = time.perf_counter()
+    session = VulkanSession(
+        config,
+        source,
+        choose(args.device),
+        pipeline_cache=args.cache,
+        max_context=args.prompt + args.generate,
+    )
+    opened = time.perf_counter() - began
+    prompt = [int(token) for token in np.arange(args.prompt) * 7919 % config.vocab_size]
+
+    runs = [timed_run(session, prompt, args.generate) for _ in range(1 + args.repeats)][1:]
+    prefill_rates, decode_rates = (spread(rates) for rates in zip(*runs, strict=True))
+    return {
+        "model": name,
+        "device": session.device.name,
+        "driver": session.device.driver,
+        "features": session.device.features,
+        "open_seconds": opened,
+        "prompt": args.prompt,
+        "generated": args.generate,
+        "prefill_tokens_per_second": prefill_rates,
+        "decode_tokens_per_second": decode_rates,
+        "bytes_per_token": session.bytes_per_token,
+        "read_bandwidth_gb_s": bandwidth / 1e9,
+        "share_of_bandwidth": decode_rates["median"] * session.bytes_per_token / bandwidth,
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("models", nargs="+", metavar="MODEL", help=f"{', '.join(SHAPES)}, a bundle")
+    parser.add_argument("--device", default="", help="number or part of the name")
+    parser.add_argument("--prompt", type=int, default=512)
+    parser.add_argument("--generate", type=int, default=256)
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--cache", type=Path, default=Path(tempfile.gettempdir()) / "uq-vulkan")
+    args = parser.parse_args()
+    bandwidth = read_bandwidth(choose(args.device), args.cache)
+    for name in args.models:
+        print(json.dumps(measure(name, args, bandwidth)), flush=True)
+
+
+if __name__ == "__main__":
+    main()

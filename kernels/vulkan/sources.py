@@ -1,0 +1,144 @@
+"""Weights for the device from a bundle, and from a checkpoint in floating point."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from uq.formats.config import EMBEDDING, FINAL_NORM, HEAD, GemmaConfig, layer_tensor
+from uq.formats.layouts import LAYOUTS
+from uq.formats.manifest import gain_name
+from uq.formats.spec import Spec
+from uq.kernels.vulkan.weights import (
+    FLOAT_BYTES,
+    PIECES,
+    TILE,
+    TILE_COLS,
+    TILE_ROWS,
+    Kind,
+    Weight,
+    padded_rows,
+    tiles_of,
+)
+
+Array = NDArray[np.float32]
+
+
+class Record(Protocol):
+    """What a bundle says about a tiled weight."""
+
+    @property
+    def shape(self) -> tuple[int, int]: ...
+
+    @property
+    def spec(self) -> Spec: ...
+
+    @property
+    def layout(self) -> str: ...
+
+
+class Tiled(Protocol):
+    """A bundle, or what offers its weights like one."""
+
+    def raw(self, name: str) -> tuple[NDArray[np.uint8], Record]: ...
+
+    def array(self, name: str) -> Array: ...
+
+
+class BundleSource:
+    """Codes as they are; those of another layout are permuted."""
+
+    def __init__(self, bundle: Tiled) -> None:
+        self._bundle = bundle
+        self.array = bundle.array
+
+    def weight(self, name: str) -> Weight:
+        raw, record = self._bundle.raw(name)
+        return Weight(Kind.of(record.spec), record.shape, partial(_igpu_tiles, raw, record))
+
+
+def _igpu_tiles(raw: NDArray[np.uint8], record: Record) -> NDArray[np.uint8]:
+    if record.layout == TILE.name:
+        return raw
+    return TILE.tile(LAYOUTS[record.layout].untile(raw, record.shape, record.spec))
+
+
+class Floats(Protocol):
+    """A checkpoint, or what answers like one."""
+
+    @property
+    def config(self) -> GemmaConfig: ...
+
+    def layer(self, layer: int) -> Mapping[str, Array]: ...
+
+    def embedding(self, start: int, stop: int) -> Array: ...
+
+    def head(self, start: int, stop: int) -> Array: ...
+
+    def final_norm(self) -> Array: ...
+
+
+class CheckpointSource:
+    """A checkpoint as f16, bf16 or f32; the layer that was read last is kept."""
+
+    def __init__(self, checkpoint: Floats, kind: str) -> None:
+        self._checkpoint, self._kind = checkpoint, Kind(kind)
+        config = checkpoint.config
+        table = (config.vocab_size, config.hidden_size)
+        vocab = (0, config.vocab_size)
+        self._tables: dict[str, Callable[[], Array]] = {
+            EMBEDDING: partial(checkpoint.embedding, *vocab),
+            HEAD: partial(checkpoint.head, *vocab),
+        }
+        self._shapes = dict.fromkeys((EMBEDDING, HEAD), table)
+        self._places: dict[str, tuple[int, str]] = {}
+        for layer in range(config.num_layers):
+            for role, shape in config.linear_shapes().items():
+                self._shapes[layer_tensor(layer, role)] = shape
+                self._places[layer_tensor(layer, role)] = layer, role
+            for role in config.norm_shapes():
+                self._places[gain_name(layer_tensor(layer, role))] = layer, role
+        self._latest: tuple[int, Mapping[str, Array]] = (-1, {})
+
+    def weight(self, name: str) -> Weight:
+        return Weight(self._kind, self._shapes[name], partial(self._tiles, name))
+
+    def array(self, name: str) -> Array:
+        if name == gain_name(FINAL_NORM):
+            return self._checkpoint.final_norm()
+        return self._of_layer(*self._places[name])
+
+    def _tiles(self, name: str) -> NDArray[np.uint8]:
+        make = self._tables.get(name)
+        values = make() if make else self._of_layer(*self._places[name])
+        return float_tiles(values, self._kind.name)
+
+    def _of_layer(self, layer: int, role: str) -> Array:
+        if self._latest[0] != layer:
+            self._latest = layer, self._checkpoint.layer(layer)
+        return self._latest[1][role]
+
+
+def float_tiles(values: Array, kind: str) -> NDArray[np.uint8]:
+    """(rows, cols) in the order of `igpu`: panels of 64 loads of 16 bytes, four a row."""
+    rows, cols = padded_rows(len(values)), tiles_of(values.shape[1]) * TILE_COLS
+    padded = np.zeros((rows, cols), np.float32)
+    padded[: len(values), : values.shape[1]] = values
+    stored = _stored(padded, kind)
+    load = 16 // FLOAT_BYTES[kind]
+    loads = stored.reshape(rows // TILE_ROWS, TILE_ROWS, cols // TILE_COLS, PIECES, -1, load)
+    tiled = np.ascontiguousarray(loads.transpose(0, 2, 4, 1, 3, 5))
+    return tiled.reshape(-1).view(np.uint8)
+
+
+def _stored(values: Array, kind: str) -> NDArray[np.float16] | NDArray[np.uint16] | Array:
+    if kind == "f16":
+        return values.astype(np.float16)
+    if kind == "f32":
+        return values
+    bits = values.view(np.uint32)  # bf16: round to nearest, ties to even
+    return ((bits + 0x7FFF + (bits >> 16 & 1)) >> 16).astype(np.uint16)
