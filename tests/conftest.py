@@ -20,6 +20,7 @@ from tokenizers.models import BPE
 from tokenizers.processors import TemplateProcessing
 
 from tests.hub_server.server import HubServer
+from tests.vulkan_lab import watch_validation
 from uq.formats.checkpoint import open_checkpoint
 from uq.formats.checkpoint.demo import demo_gguf
 from uq.formats.checkpoint.read_ahead import THREAD
@@ -453,3 +454,9 @@ def tokenizer_config() -> dict[str, Any]:
         "add_bos_token": True,
         "chat_template": CHAT_TEMPLATE,
     }
+
+
+@pytest.fixture(scope="session", autouse=True)
+def vulkan_messages(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The file with what the Khronos validation layer says about all that the tests run."""
+    return watch_validation(tmp_path_factory.mktemp("vulkan"))

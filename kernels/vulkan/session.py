@@ -56,6 +56,7 @@ class VulkanSession:
         self.config, self.max_context = config, max_context
         self.device = describe(physical)
         self._engine = Engine(config, source, physical, pipeline_cache, max_context)
+        self.close = self._engine.close
         self._runs = self._engine.runs(max_context)
         self._scratch: Runs | None = None  # of `score`
         self._steps = 1  # that a submit may have
