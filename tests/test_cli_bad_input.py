@@ -286,10 +286,15 @@ def test_a_text_that_does_not_exist_is_refused(bundle: Path, refused: Refused) -
     refused(["validate", bundle, "--text", "/nowhere.txt", "--no-save"], "/nowhere.txt", code=2)
 
 
-@pytest.mark.parametrize("device", ["vulkan", "npu"])
-def test_a_device_that_is_not_there_says_why(device: str, bundle: Path, refused: Refused) -> None:
-    refused(["generate", bundle, "-p", "the", "--device", device], device, "use cpu")
-    refused(["validate", bundle, "--device", device, "--no-save"], device, "use cpu")
+def test_a_device_that_is_not_there_says_why(bundle: Path, refused: Refused) -> None:
+    device = ("--device", "npu")
+    refused(["generate", bundle, "-p", "the", *device], "no NPU kernels; use --device cpu")
+    refused(["validate", bundle, *device, "--no-save"], "no NPU kernels; use --device cpu")
+
+
+def test_a_gpu_of_another_name_lists_those_that_are_there(bundle: Path, refused: Refused) -> None:
+    device = ("--device", "vulkan:nonesuch")
+    refused(["generate", bundle, "-p", "x", *device], "'nonesuch'; there are 0: ", code=2)
 
 
 def test_a_text_beyond_the_context_is_refused(
