@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from uq.formats.layouts import LAYOUTS
-from uq.formats.spec import QuantTensor, Spec
+from uq.formats.spec import SPECS, QuantTensor, Spec
 from uq.kernels.cpu.elementwise import Activations, quantize_rows
 from uq.kernels.cpu.gemm import gemm, gemm_scratch
 from uq.kernels.cpu.gemv import gemv
@@ -33,9 +33,10 @@ SHAPES = {
     "270m down": (640, 2048, Spec(4, 64)),
     "270m gate, up by 32": (4096, 640, Spec(4, 32)),
     "270m head": (262144, 640, Spec(8, 64)),
+    "270m head in 6 bits": (262144, 640, Spec(6, 32)),
     "4b gate, up": (20480, 2560, Spec(4, 64)),
     "4b down": (2560, 10240, Spec(4, 128)),
-}
+} | {f"4b gate, up, {spec}": (20480, 2560, spec) for spec in SPECS if spec.group < 128}
 
 
 @dataclass(frozen=True)
@@ -62,8 +63,12 @@ class Repeated:
 def random_source(rows: int, cols: int, spec: Spec) -> Repeated:
     rng = np.random.default_rng(0)
     codes = rng.integers(spec.qmin, spec.qmax + 1, (rows, cols), dtype=np.int8)
-    scales = rng.random((rows, cols // spec.group)).astype(np.float16)
-    tiled = LAYOUTS["igpu"].tile(QuantTensor(codes, scales, spec))
+    groups = (rows, cols // spec.group)
+    zeros = rng.integers(-8, 8, groups, dtype=np.int8) * np.int8(spec.zero_step)
+    tensor = QuantTensor(
+        codes, rng.random(groups).astype("f2"), spec, zeros if spec.zero_point else None
+    )
+    tiled = LAYOUTS["igpu"].tile(tensor)
     return Repeated(tiled, Record((rows, cols), spec))
 
 
@@ -119,12 +124,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--threads", type=int, default=numba.config.NUMBA_NUM_THREADS)
     parser.add_argument("--repeats", type=int, default=20)
+    parser.add_argument("--only", default="", help="weights whose name contains this")
     args = parser.parse_args()
     numba.set_num_threads(args.threads)
     print(f"read bandwidth {measure_bandwidth().best:.1f} GB/s, {args.threads} threads\n")
-    print("| weight | rows x cols | bits, group | decode GB/s | prefill GFLOP/s | sgemm GFLOP/s |")
+    print("| weight | rows x cols | format | decode GB/s | prefill GFLOP/s | sgemm GFLOP/s |")
     print("|---|---|---|---|---|---|")
     for name, (rows, cols, spec) in SHAPES.items():
+        if args.only not in name:
+            continue
         source = random_source(rows, cols, spec)
         copies = max(1, int(COLD_BYTES / spec.nbytes(rows, cols)))
         arena = pack(source, {str(copy): [str(copy)] for copy in range(copies)})
@@ -133,7 +141,7 @@ def main() -> None:
         rates.append(prefill(arena, quantized(TOKENS, cols), args.threads, few))
         rates.append(sgemm(rows, cols, few))
         figures = " | ".join(f"{rate:.1f}" for rate in rates)
-        print(f"| {name} | {rows} x {cols} | {spec.bits}, {spec.group} | {figures} |", flush=True)
+        print(f"| {name} | {rows} x {cols} | {spec} | {figures} |", flush=True)
 
 
 if __name__ == "__main__":

@@ -36,7 +36,7 @@ class QuantEntry:
 
     @property
     def alignment(self) -> int:
-        return LAYOUTS[self.layout].alignment(self.spec)
+        return LAYOUTS[self.layout].alignment
 
     @property
     def stored_shape(self) -> tuple[int, ...]:

@@ -25,13 +25,11 @@ class Layout(ABC):
 
     Attributes:
         name: how the manifest calls it.
+        alignment: of a tensor's first byte in its file; a block's size is a multiple of it.
     """
 
     name: str
-
-    @abstractmethod
-    def alignment(self, spec: Spec) -> int:
-        """Of a tensor's first byte in its file; a block's size is a multiple of it."""
+    alignment: int
 
     @abstractmethod
     def row_block(self, spec: Spec) -> int:

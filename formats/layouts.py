@@ -35,9 +35,7 @@ class RowLayout(Layout):
     """Each row by itself: its codes in order, then its scales. For tools and row look-up."""
 
     name = "row"
-
-    def alignment(self, spec: Spec) -> int:
-        return 2
+    alignment = 2
 
     def row_block(self, spec: Spec) -> int:
         return 1
@@ -75,11 +73,9 @@ class LaneLayout(Layout):
     """
 
     name = "igpu"
+    alignment = 16
     rows = 16
     cols = 128
-
-    def alignment(self, spec: Spec) -> int:
-        return 16 if spec.zero_point else 32
 
     def row_block(self, spec: Spec) -> int:
         return self.rows
@@ -135,13 +131,12 @@ class OperandLayout(Layout):
     the nibbles of every 32 columns, as the masks with which the engine selects lanes.
     """
 
+    alignment = 16
+
     def __init__(self, name: str, nibble_outputs: int) -> None:
         """`nibble_outputs`: N of the multiply that takes four-bit codes; INT8's is 8."""
         self.name = name
         self._nibble_outputs = nibble_outputs
-
-    def alignment(self, spec: Spec) -> int:
-        return 16
 
     def row_block(self, spec: Spec) -> int:
         return 8 if spec.bits == 8 else self._nibble_outputs

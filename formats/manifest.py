@@ -74,10 +74,6 @@ class TensorRecord:
         return 1 if self.bits in FIRST_BITS and not self.zero_point else 2
 
     @property
-    def alignment(self) -> int:
-        return self.order.alignment(self.spec)
-
-    @property
     def stored_shape(self) -> tuple[int, int]:
         """(blocks, bytes of a block), as in the shard."""
         rows, cols = self.shape

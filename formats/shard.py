@@ -84,7 +84,7 @@ class Shard:
         if extra := [name for name in self.tensors if name not in records]:
             raise BundleError(f"{self.path.name}: {printable(extra[0])} is not in the manifest")
         for name, tensor in tensors.items():
-            self._check_tensor(name, "U8", tensor.stored_shape, tensor.alignment)
+            self._check_tensor(name, "U8", tensor.stored_shape, tensor.order.alignment)
         for name, array in arrays.items():
             self._check_tensor(name, "F32", array.shape, ARRAY_ALIGNMENT)
 

@@ -14,15 +14,15 @@ import pytest
 from numpy.typing import NDArray
 
 from uq.formats.layouts import LAYOUTS
-from uq.formats.spec import GROUPS, QuantTensor, Spec
-from uq.kernels.cpu.elementwise import Activations, embed, quantize_rows
+from uq.formats.spec import SPECS, QuantTensor, Spec
+from uq.kernels.cpu.elementwise import Activations, quantize_rows
+from uq.kernels.cpu.embedding import embed
 from uq.kernels.cpu.gemm import gemm, gemm_scratch
 from uq.kernels.cpu.gemv import gemv
 from uq.kernels.cpu.intrinsics import PAIR_ORDER
-from uq.kernels.cpu.layout import SCALES, Arena, Linear, pack
+from uq.kernels.cpu.layout import GROUP_BYTES, SCALES, Arena, Linear, pack
 
 Floats = NDArray[np.float32]
-SPECS = [Spec(bits, group) for bits in (4, 8) for group in GROUPS]
 TOKENS = 30  # two wide tiles, one narrow, two single rows
 
 
@@ -51,9 +51,11 @@ class Weights:
 
 def random_weight(rows: int, cols: int, spec: Spec, seed: int = 0) -> QuantTensor:
     rng = np.random.default_rng(seed)
+    groups = (rows, cols // spec.group)
     codes = rng.integers(spec.qmin, spec.qmax + 1, (rows, cols), dtype=np.int8)
-    scales = rng.standard_normal((rows, cols // spec.group)) * 0.01  # signed, as the format allows
-    return QuantTensor(codes, scales.astype(np.float16), spec)
+    scales = rng.standard_normal(groups) * 0.01  # signed, as the format allows
+    zeros = rng.integers(-8, 8, groups, dtype=np.int8) * np.int8(spec.zero_step)
+    return QuantTensor(codes, scales.astype("f2"), spec, zeros if spec.zero_point else None)
 
 
 def packed(*tensors: QuantTensor, layout: str = "igpu") -> tuple[Arena, Linear]:
@@ -114,8 +116,8 @@ def test_one_token_has_the_bits_of_many(spec: Spec) -> None:
 
 
 def test_weights_of_different_grids_share_a_call() -> None:
-    shapes = [(48, Spec(4, 32)), (17, Spec(8, 64)), (33, Spec(4, 128)), (5, Spec(8, 128))]
-    weights = [random_weight(rows, 256, spec, rows) for rows, spec in shapes]
+    sizes = [48, 17, 33, 5]
+    weights = [random_weight(sizes[i % 4], 256, spec, i) for i, spec in enumerate(SPECS)]
     arena, linear = packed(*weights)
     x = quantized(activations(TOKENS, 256))
     for product in (by_gemm, by_gemv):
@@ -126,12 +128,12 @@ def test_weights_of_different_grids_share_a_call() -> None:
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("bits", [4, 8])
-def test_every_layout_opens_to_the_same_bytes(layout: str, bits: int) -> None:
-    weight = random_weight(40, 320, Spec(bits, 64))
+@pytest.mark.parametrize("spec", [spec for spec in SPECS if spec.group == 64], ids=str)
+def test_every_layout_opens_to_the_same_bytes(layout: str, spec: Spec) -> None:
+    weight = random_weight(40, 320, spec)
     arena, linear = packed(weight, layout=layout)
     expected, _ = packed(weight)
-    end = linear.parts[0, SCALES] + 2 * 48 * 5  # three row blocks, five groups
+    end = linear.parts[0, SCALES] + 3 * 5 * linear.parts[0, GROUP_BYTES]  # row blocks, groups
     np.testing.assert_array_equal(arena.data[:end], expected.data[:end])
 
 
@@ -147,6 +149,21 @@ def test_the_layout_is_the_documented_one() -> None:
     assert linear.nbytes == weight.spec.nbytes(*weight.shape)
 
 
+def test_high_bits_lie_behind_the_nibbles_of_their_chunk() -> None:
+    """Bits 4 and 5 of channels 0 .. 15 of a chunk in word 4, of 16 .. 31 in word 5; zero points."""
+    weight = random_weight(20, 160, Spec(6, 32, True))
+    arena, linear = packed(weight)
+    words = arena.data[: 32 * 160 * 6 // 8].view(np.uint32).reshape(2, 5, 6, 16)
+    row, channel = 18, 64 + 21
+    word = int(words[1, 2, 5, 2])
+    high = word >> 8 * (channel % 4) + 2 * (channel % 16 // 4) & 3
+    assert high == (int(weight.codes[row, channel]) + 32) >> 4
+    groups = arena.data[linear.parts[0, SCALES] :][: 10 * 40].reshape(2, 5, 40)
+    nibble = int(groups[1, 2, 32 + 1]) & 15  # of row 18
+    assert weight.zeros is not None
+    assert 4 * (nibble - 8) == weight.zeros[row, 2]
+
+
 @pytest.mark.parametrize("spec", SPECS, ids=str)
 def test_embedding_rows_are_exact(spec: Spec) -> None:
     table = random_weight(50, 384, spec)
@@ -160,9 +177,10 @@ def test_embedding_rows_are_exact(spec: Spec) -> None:
     np.testing.assert_array_equal(hidden[0], expected[2])
 
 
+@pytest.mark.parametrize("spec", [Spec(8, 64), Spec(5, 32), Spec(6, 64, True)], ids=str)
 @pytest.mark.parametrize(("start", "stop"), [(0, 75), (16, 32), (5, 6), (31, 70)])
-def test_rows_of_a_weight_by_themselves(start: int, stop: int) -> None:
-    arena, whole = packed(random_weight(75, 256, Spec(8, 64)))
+def test_rows_of_a_weight_by_themselves(start: int, stop: int, spec: Spec) -> None:
+    arena, whole = packed(random_weight(75, 256, spec))
     x = quantized(activations(3, 256))
     part, first = whole.rows(start, stop)
     out = by_gemm(arena, part, x)[:, start - first : stop - first]
@@ -200,8 +218,8 @@ def test_a_broken_activation_breaks_the_output(broken: float) -> None:
 
 def digest_of_products() -> str:
     """Hash of products that touch every instruction of the two kernels."""
-    arena, linear = packed(*[random_weight(35, 192, spec) for spec in (Spec(4, 64), Spec(8, 32))])
-    x = quantized(activations(TOKENS, 192))
+    arena, linear = packed(*[random_weight(35, 128, spec) for spec in SPECS])
+    x = quantized(activations(TOKENS, 128))
     products = np.stack([by_gemm(arena, linear, x), by_gemv(arena, linear, x)])
     inputs = x.codes.tobytes() + x.scales.tobytes() + x.offsets.tobytes()
     return hashlib.sha256(inputs + products.tobytes()).hexdigest()

@@ -21,6 +21,11 @@ from uq.kernels.cpu.twin import dequantized, hidden_states, logits
 from uq.kernels.session import Sampling
 
 Floats = NDArray[np.float32]
+SPECS_OF_ROLES = {
+    "self_attn.v_proj": Spec(8, 32),
+    "self_attn.k_proj": Spec(6, 32),
+    "mlp.down_proj": Spec(5, 32),
+}
 LENGTH = 3 * 32 + 5
 LONG = BLOCK + 70  # more than one block of tokens, and more than the ring of a sliding layer
 MODELS: dict[str, dict[str, Any]] = {
@@ -54,8 +59,7 @@ class Source:
             for role, weight in checkpoint.layer(layer).items():
                 name = layer_tensor(layer, role)
                 if role in config.linear_shapes():
-                    spec = Spec(8 if role == "self_attn.v_proj" else 4, 32)
-                    self.tensors[name] = rounded(weight, spec)
+                    self.tensors[name] = rounded(weight, SPECS_OF_ROLES.get(role, Spec(4, 32)))
                 else:
                     self.gains[name] = weight
 

@@ -1,4 +1,4 @@
-"""What lies between the matrix products: embedding rows, norms, gate, RoPE, the 16-bit activations.
+"""What lies between the matrix products: norms, gate, RoPE, the 16-bit activations.
 
 Tokens are independent: nothing is added up across tokens or threads, so the bits depend on neither
 the batch nor the number of threads.
@@ -16,8 +16,7 @@ import numpy as np
 from numba import prange
 from numpy.typing import NDArray
 
-from uq.kernels.cpu.intrinsics import address, load_half, quantize_chunk
-from uq.kernels.cpu.layout import BITS, CHUNKS_PER_GROUP, CODES, SCALES
+from uq.kernels.cpu.intrinsics import address, quantize_chunk
 from uq.kernels.cpu.llvm import CHUNK, LANES
 from uq.kernels.cpu.tiles import TILE_LANES
 from uq.kernels.elementwise import FAST, exp32, kernel
@@ -54,8 +53,8 @@ class Activations:
     Attributes:
         codes: (tokens, cols) int16 in PAIR_ORDER.
         scales: (tokens, cols / 32) float32.
-        offsets: (tokens, cols / 32) int32, -8 times the sum of a chunk's codes: what INT4 codes
-            stored plus 8 add too much.
+        offsets: (tokens, cols / 32) int32, -8 times the sum of a chunk's codes: what a zero point
+            eight above the lowest code takes away.
     """
 
     codes: NDArray[np.int16]
@@ -112,39 +111,6 @@ def quantize_rows(
     """`Activations` of x (tokens, cols)."""
     for token in prange(x.shape[0]):
         _quantize_row(x[token], codes[token], scales[token], offsets[token])
-
-
-@kernel()
-def _embedding_code(data: NDArray[np.uint8], chunk: int, bits: int, lane: int, channel: int) -> Any:
-    """Code of one channel of a chunk that begins at byte `chunk`."""
-    if bits == 8:
-        return np.int8(data[chunk + channel // 4 * 4 * LANES + 4 * lane + channel % 4])
-    byte = data[chunk + channel // 8 * 4 * LANES + 4 * lane + channel % 4]
-    return (byte >> 4 if channel & 4 else byte & 15) - 8
-
-
-@per_token
-def embed(
-    tokens: NDArray[np.int32],
-    data: NDArray[np.uint8],
-    parts: NDArray[np.int64],
-    factor: np.float32,
-    hidden: NDArray[np.float32],
-) -> None:
-    """hidden (tokens, cols) = embedding rows * factor."""
-    part = parts[0]
-    bits, per_group = part[BITS], part[CHUNKS_PER_GROUP]
-    chunks = hidden.shape[1] // CHUNK
-    for index in prange(tokens.size):
-        block, lane = tokens[index] // LANES, tokens[index] % LANES
-        codes = part[CODES] + block * chunks * bits * 4 * LANES
-        scales = part[SCALES] + block * (chunks // per_group) * 2 * LANES
-        for chunk in range(chunks):
-            scale = load_half(address(data) + scales + (chunk // per_group * LANES + lane) * 2)
-            at = codes + chunk * bits * 4 * LANES
-            for channel in range(CHUNK):
-                code = np.float32(_embedding_code(data, at, bits, lane, channel))
-                hidden[index, chunk * CHUNK + channel] = code * scale * factor
 
 
 @kernel(fastmath=FAST)

@@ -11,19 +11,17 @@ import numpy as np
 from numba import get_thread_id, prange
 from numpy.typing import NDArray
 
-from uq.kernels.cpu.gemv import LINE, X_CHUNK, find_part
-from uq.kernels.cpu.intrinsics import (
-    address,
-    even_bytes,
-    load_halves,
-    load_words,
-    nibble_pair,
-    odd_bytes,
-    store_floats,
-    store_words,
-    subtract_eights,
+from uq.kernels.cpu.codes import LINE, chunk_unpack
+from uq.kernels.cpu.gemv import X_CHUNK, find_part, load_zeros
+from uq.kernels.cpu.intrinsics import address, load_halves, store_floats
+from uq.kernels.cpu.layout import (
+    BITS,
+    CHUNKS_PER_GROUP,
+    CODES,
+    FIRST_BLOCK,
+    GROUP_BYTES,
+    SCALES,
 )
-from uq.kernels.cpu.layout import BITS, CHUNKS_PER_GROUP, CODES, FIRST_BLOCK, SCALES
 from uq.kernels.cpu.llvm import CHUNK, LANES
 from uq.kernels.cpu.tiles import TILE_LANES, TILE_ROWS, chunk_tile
 from uq.kernels.elementwise import kernel
@@ -33,31 +31,13 @@ PAIRS = CHUNK // 2
 STEP = 4 * TILE_LANES  # bytes of one pair of channels in an unpacked tile
 CHUNK_TILE = PAIRS * STEP
 
+_int4, _int5, _int6, _int8 = (chunk_unpack(bits, STEP) for bits in (4, 5, 6, 8))
 _wide, _narrow, _single = chunk_tile(TILE_ROWS), chunk_tile(4), chunk_tile(1)
 
 
 def gemm_scratch(tokens: int) -> int:
     """Float32 numbers of scratch that each thread needs."""
     return tokens * TILE_LANES + SPAN * (TILE_LANES + CHUNK_TILE // 4)
-
-
-@kernel()
-def _unpack_int4(codes: int, out: int) -> None:
-    """One chunk of a row block into its half of an unpacked tile: int16 pairs in PAIR_ORDER."""
-    for word in range(4):
-        words = load_words(codes + LINE * word)
-        for index in range(4):
-            pair = subtract_eights(nibble_pair(words, index))
-            store_words(out + STEP * (4 * word + index), pair)
-
-
-@kernel()
-def _unpack_int8(codes: int, out: int) -> None:
-    for word in range(8):
-        words = load_words(codes + LINE * word)
-        first = 4 * (word // 2) + word % 2
-        store_words(out + STEP * first, even_bytes(words))
-        store_words(out + STEP * (first + 2), odd_bytes(words))
 
 
 @kernel()
@@ -72,16 +52,22 @@ def _unpack(
     out_scale: int,
 ) -> None:
     """Chunks `first:last` of a row block: codes as int16, the scale of each chunk as float32."""
-    bits, per_group = part[BITS], part[CHUNKS_PER_GROUP]
+    bits, per_group, group_bytes = part[BITS], part[CHUNKS_PER_GROUP], part[GROUP_BYTES]
     inner = block - part[FIRST_BLOCK]
     codes = address(data) + part[CODES] + (inner * chunks + first) * bits * LINE
-    scales = address(data) + part[SCALES] + inner * (chunks // per_group) * 2 * LANES
+    groups = address(data) + part[SCALES] + inner * (chunks // per_group) * group_bytes
     for chunk in range(first, last):
+        group = groups + chunk // per_group * group_bytes
+        zeros = load_zeros(group, group_bytes, bits)
         if bits == 4:
-            _unpack_int4(codes, out)
+            _int4(codes, zeros, out)
+        elif bits == 5:
+            _int5(codes, zeros, out)
+        elif bits == 6:
+            _int6(codes, zeros, out)
         else:
-            _unpack_int8(codes, out)
-        store_floats(out_scale, load_halves(scales + chunk // per_group * 2 * LANES))
+            _int8(codes, zeros, out)
+        store_floats(out_scale, load_halves(group))
         codes, out, out_scale = codes + bits * LINE, out + CHUNK_TILE, out_scale + 4 * TILE_LANES
 
 

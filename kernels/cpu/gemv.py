@@ -2,8 +2,9 @@
 
 Activations are 16-bit fixed point with one float32 scale for every 32 channels (an error of at most
 2^-16 of the chunk's largest value), so a chunk's dot product is exact in int32 and `gemm` gets the
-same bits in another order of work. Decoding is bound by memory: a block's codes are one stream, and
-they are asked for well before they are needed.
+same bits in another order of work. Codes are stored less the lowest one, so a chunk's sum begins
+with what its zero point takes away: minus the zero point times the sum of the activations. Decoding
+is bound by memory: a block's codes are one stream, asked for well before they are needed.
 """
 
 from __future__ import annotations
@@ -14,29 +15,35 @@ import numpy as np
 from numba import prange
 from numpy.typing import NDArray
 
+from uq.kernels.cpu.codes import LINE, chunk_dot
 from uq.kernels.cpu.intrinsics import (
-    add,
     address,
-    dot,
-    even_bytes,
+    eighth,
     load_halves,
-    load_words,
-    nibble_pair,
-    odd_bytes,
-    prefetch,
+    load_nibbles,
+    multiply,
     scaled,
     splat_float,
+    splat_int,
     splat_word,
     store_floats,
     zero_floats,
     zero_ints,
 )
-from uq.kernels.cpu.layout import BITS, BLOCKS, CHUNKS_PER_GROUP, CODES, FIRST_BLOCK, SCALES
-from uq.kernels.cpu.llvm import AHEAD, LANES
+from uq.kernels.cpu.layout import (
+    BITS,
+    BLOCKS,
+    CHUNKS_PER_GROUP,
+    CODES,
+    FIRST_BLOCK,
+    GROUP_BYTES,
+    SCALE_BYTES,
+    SCALES,
+    ZERO_BYTES,
+)
+from uq.kernels.cpu.llvm import LANES
 from uq.kernels.elementwise import kernel
 
-LINE = 64
-CHUNK_INT4, CHUNK_INT8 = 4 * LINE, 8 * LINE
 X_CHUNK = 64  # bytes of 32 int16
 
 
@@ -50,55 +57,62 @@ def find_part(parts: NDArray[np.int64], block: int) -> int:
 
 
 @kernel()
-def _chunk_int4(codes: int, x: int, start: Any) -> Any:
-    """start + 16 dot products over 32 channels; codes are stored plus 8."""
-    first, second = start, zero_ints()
-    for word in range(4):
-        prefetch(codes + AHEAD + LINE * word)
-        words = load_words(codes + LINE * word)
-        for half in range(2):
-            pairs = x + 16 * word + 8 * half
-            first = dot(first, splat_word(pairs), nibble_pair(words, 2 * half))
-            second = dot(second, splat_word(pairs + 4), nibble_pair(words, 2 * half + 1))
-    return add(first, second)
+def load_zeros(group: int, group_bytes: int, bits: int) -> Any:
+    """Zero points of 16 rows, counted from `qmin`, out of a group's scales and zero points."""
+    if group_bytes == SCALE_BYTES:
+        return splat_int(1 << (bits - 1))
+    return load_nibbles(group + SCALE_BYTES, bits - 4)
 
 
-@kernel()
-def _chunk_int8(codes: int, x: int) -> Any:
-    """16 dot products over 32 channels."""
-    even, odd = zero_ints(), zero_ints()
-    for word in range(8):
-        prefetch(codes + AHEAD + LINE * word)
-        words = load_words(codes + LINE * word)
-        pairs = x + 16 * (word // 2) + 4 * (word % 2)
-        even = dot(even, splat_word(pairs), even_bytes(words))
-        odd = dot(odd, splat_word(pairs + 8), odd_bytes(words))
-    return add(even, odd)
+def _loop_kernel(bits: int, zero_point: bool) -> Any:
+    """16 rows times one token, for codes of one kind."""
+    dot, step, eights = chunk_dot(bits), bits * LINE, (1 << (bits - 1)) // 8
+    group_bytes = SCALE_BYTES + ZERO_BYTES * zero_point
+
+    @kernel(cache=False)  # part of `gemv`, which is kept
+    def loop(
+        codes: int, group: int, groups: int, per_group: int, x: int, x_scale: int, offset: int
+    ) -> Any:
+        total = zero_floats()
+        for _ in range(groups):
+            scale, zeros = load_halves(group), load_zeros(group, group_bytes, bits)
+            for _ in range(per_group):
+                start = zero_ints()
+                if zero_point:
+                    start = eighth(multiply(zeros, splat_word(offset)))
+                elif bits < 8:
+                    start = multiply(splat_int(eights), splat_word(offset))
+                total = scaled(total, dot(codes, x, start), splat_float(x_scale), scale)
+                codes, x, x_scale, offset = codes + step, x + X_CHUNK, x_scale + 4, offset + 4
+            group += group_bytes
+        return total
+
+    return loop
 
 
-@kernel()
-def _block_int4(
-    codes: int, scales: int, groups: int, per_group: int, x: int, x_scale: int, offset: int
-) -> Any:
-    total = zero_floats()
-    for group in range(groups):
-        scale = load_halves(scales + 2 * LANES * group)
-        for _ in range(per_group):
-            dots = _chunk_int4(codes, x, splat_word(offset))
-            total = scaled(total, dots, splat_float(x_scale), scale)
-            codes, x, x_scale, offset = codes + CHUNK_INT4, x + X_CHUNK, x_scale + 4, offset + 4
-    return total
+def _block_kernel(bits: int) -> Any:
+    """16 rows times one token, for codes of one width."""
+    symmetric, with_zeros = (_loop_kernel(bits, zeros and bits < 8) for zeros in (False, True))
+
+    @kernel(cache=False)
+    def block(
+        codes: int,
+        group: int,
+        group_bytes: int,
+        groups: int,
+        per_group: int,
+        x: int,
+        x_scale: int,
+        offset: int,
+    ) -> Any:
+        if group_bytes == SCALE_BYTES:
+            return symmetric(codes, group, groups, per_group, x, x_scale, offset)
+        return with_zeros(codes, group, groups, per_group, x, x_scale, offset)
+
+    return block
 
 
-@kernel()
-def _block_int8(codes: int, scales: int, groups: int, per_group: int, x: int, x_scale: int) -> Any:
-    total = zero_floats()
-    for group in range(groups):
-        scale = load_halves(scales + 2 * LANES * group)
-        for _ in range(per_group):
-            total = scaled(total, _chunk_int8(codes, x), splat_float(x_scale), scale)
-            codes, x, x_scale = codes + CHUNK_INT8, x + X_CHUNK, x_scale + 4
-    return total
+_int4, _int5, _int6, _int8 = map(_block_kernel, (4, 5, 6, 8))
 
 
 @kernel(parallel=True)
@@ -121,12 +135,16 @@ def gemv(
     x, x_scale, offset = address(codes), address(scales), address(offsets)
     for block in prange(out.shape[1] // LANES):
         part = parts[find_part(parts, block)]
-        bits, per_group = part[BITS], part[CHUNKS_PER_GROUP]
+        bits, per_group, group_bytes = part[BITS], part[CHUNKS_PER_GROUP], part[GROUP_BYTES]
         groups, inner = chunks // per_group, block - part[FIRST_BLOCK]
         at = address(data) + part[CODES] + inner * chunks * bits * LINE
-        scale = address(data) + part[SCALES] + inner * groups * 2 * LANES
+        group = address(data) + part[SCALES] + inner * groups * group_bytes
         if bits == 4:
-            total = _block_int4(at, scale, groups, per_group, x, x_scale, offset)
+            total = _int4(at, group, group_bytes, groups, per_group, x, x_scale, offset)
+        elif bits == 5:
+            total = _int5(at, group, group_bytes, groups, per_group, x, x_scale, offset)
+        elif bits == 6:
+            total = _int6(at, group, group_bytes, groups, per_group, x, x_scale, offset)
         else:
-            total = _block_int8(at, scale, groups, per_group, x, x_scale)
+            total = _int8(at, group, group_bytes, groups, per_group, x, x_scale, offset)
         store_floats(address(out) + block * LINE, total)

@@ -73,16 +73,6 @@ def zero_ints(typing: Any) -> Any:
 
 
 @intrinsic
-def load_words(typing: Any, at: Any) -> Any:
-    """16 words of 32 bits."""
-
-    def emit(context: Any, b: Any, signature: Any, args: Any) -> ir.Value:
-        return llvm.load(b, llvm.INTS, args[0])
-
-    return int32x16(types.int64), emit
-
-
-@intrinsic
 def load_halves(typing: Any, at: Any) -> Any:
     """16 float16, as float32."""
 
@@ -93,6 +83,23 @@ def load_halves(typing: Any, at: Any) -> Any:
 
 
 @intrinsic
+def load_nibbles(typing: Any, at: Any, shift: Any) -> Any:
+    """16 unsigned nibbles, as int32 times 2^shift."""
+
+    def emit(context: Any, b: Any, signature: Any, args: Any) -> ir.Value:
+        at, shift = args
+        both = llvm.load(b, ir.VectorType(llvm.INT, 2), at)
+        lanes = ir.VectorType(llvm.INT, LANES)
+        halves = ir.Constant(lanes, [lane // 8 for lane in range(LANES)])
+        words = b.shuffle_vector(both, both, halves)
+        shifts = ir.Constant(llvm.INTS, [4 * (lane % 8) for lane in range(LANES)])
+        nibbles = b.and_(b.lshr(words, shifts), ir.Constant(llvm.INTS, [15] * LANES))
+        return b.shl(nibbles, llvm.splat(b, b.trunc(shift, llvm.INT), llvm.INTS))
+
+    return int32x16(types.int64, types.int64), emit
+
+
+@intrinsic
 def load_half(typing: Any, at: Any) -> Any:
     """One float16, as float32."""
 
@@ -100,6 +107,16 @@ def load_half(typing: Any, at: Any) -> Any:
         return b.fpext(llvm.load(b, llvm.HALF, args[0], 2), llvm.FLOAT)
 
     return types.float32(types.int64), emit
+
+
+@intrinsic
+def splat_int(typing: Any, value: Any) -> Any:
+    """An integer in every lane."""
+
+    def emit(context: Any, b: Any, signature: Any, args: Any) -> ir.Value:
+        return llvm.splat(b, b.trunc(args[0], llvm.INT), llvm.INTS)
+
+    return int32x16(types.int64), emit
 
 
 @intrinsic
@@ -123,15 +140,6 @@ def splat_float(typing: Any, at: Any) -> Any:
 
 
 @intrinsic
-def store_words(typing: Any, at: Any, words: Any) -> Any:
-    def emit(context: Any, b: Any, signature: Any, args: Any) -> ir.Value:
-        llvm.store(b, args[1], args[0])
-        return context.get_dummy_value()
-
-    return types.void(types.int64, int32x16), emit
-
-
-@intrinsic
 def store_floats(typing: Any, at: Any, floats: Any) -> Any:
     def emit(context: Any, b: Any, signature: Any, args: Any) -> ir.Value:
         llvm.store(b, args[1], args[0])
@@ -141,77 +149,21 @@ def store_floats(typing: Any, at: Any, floats: Any) -> Any:
 
 
 @intrinsic
-def prefetch(typing: Any, at: Any) -> Any:
-    """Ask for the cache line of an address, which need not be a valid one."""
-
+def multiply(typing: Any, x: Any, y: Any) -> Any:
     def emit(context: Any, b: Any, signature: Any, args: Any) -> ir.Value:
-        llvm.prefetch(b, args[0])
-        return context.get_dummy_value()
-
-    return types.void(types.int64), emit
-
-
-@intrinsic
-def nibble_pair(typing: Any, words: Any, index: Any) -> Any:
-    """Nibbles `index` and `index + 4` of every word, 0..15, as two int16."""
-
-    def emit(context: Any, b: Any, signature: Any, args: Any) -> ir.Value:
-        shift = b.mul(b.trunc(args[1], llvm.INT), llvm.INT(4))
-        shifted = b.lshr(args[0], llvm.splat(b, shift, llvm.INTS))
-        return b.and_(shifted, ir.Constant(llvm.INTS, [0x000F000F] * LANES))
-
-    return int32x16(int32x16, types.int64), emit
-
-
-@intrinsic
-def even_bytes(typing: Any, words: Any) -> Any:
-    """Bytes 0 and 2 of every word, sign-extended, as two int16."""
-
-    def emit(context: Any, b: Any, signature: Any, args: Any) -> ir.Value:
-        eight = ir.Constant(llvm.SHORTS, [8] * 2 * LANES)
-        return b.bitcast(b.ashr(b.shl(b.bitcast(args[0], llvm.SHORTS), eight), eight), llvm.INTS)
-
-    return int32x16(int32x16), emit
-
-
-@intrinsic
-def odd_bytes(typing: Any, words: Any) -> Any:
-    """Bytes 1 and 3 of every word, sign-extended, as two int16."""
-
-    def emit(context: Any, b: Any, signature: Any, args: Any) -> ir.Value:
-        eight = ir.Constant(llvm.SHORTS, [8] * 2 * LANES)
-        return b.bitcast(b.ashr(b.bitcast(args[0], llvm.SHORTS), eight), llvm.INTS)
-
-    return int32x16(int32x16), emit
-
-
-@intrinsic
-def subtract_eights(typing: Any, pairs: Any) -> Any:
-    """Two int16 of every word, each less 8."""
-
-    def emit(context: Any, b: Any, signature: Any, args: Any) -> ir.Value:
-        eight = ir.Constant(llvm.SHORTS, [8] * 2 * LANES)
-        return b.bitcast(b.sub(b.bitcast(args[0], llvm.SHORTS), eight), llvm.INTS)
-
-    return int32x16(int32x16), emit
-
-
-@intrinsic
-def dot(typing: Any, total: Any, x: Any, y: Any) -> Any:
-    """total + x . y in every lane, x and y as two int16 each."""
-
-    def emit(context: Any, b: Any, signature: Any, args: Any) -> ir.Value:
-        return llvm.dot(b, *args)
-
-    return int32x16(int32x16, int32x16, int32x16), emit
-
-
-@intrinsic
-def add(typing: Any, x: Any, y: Any) -> Any:
-    def emit(context: Any, b: Any, signature: Any, args: Any) -> ir.Value:
-        return b.add(*args)
+        return b.mul(*args)
 
     return int32x16(int32x16, int32x16), emit
+
+
+@intrinsic
+def eighth(typing: Any, x: Any) -> Any:
+    """Multiples of 8, divided by it."""
+
+    def emit(context: Any, b: Any, signature: Any, args: Any) -> ir.Value:
+        return b.ashr(args[0], ir.Constant(llvm.INTS, [3] * LANES))
+
+    return int32x16(int32x16), emit
 
 
 @intrinsic

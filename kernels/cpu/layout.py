@@ -1,14 +1,18 @@
 """Weights as the CPU kernels read them: 16 rows side by side, one in each 32-bit lane of a vector.
 
-A chunk is 16 rows x 32 input channels: 4 (INT4) or 8 (INT8) vectors of 16 words, and word `i` of a
-lane is word `i` of its row's 32 channels in the bundle's layout `igpu`. So loading a bundle is a
-transposition of words:
+A chunk is 16 rows x 32 input channels: a vector of 16 words for every bit of a code. Word `i` of a
+lane is word `i` of its row's 32 channels in the layout `igpu`, high bits behind nibbles. So
+loading a bundle is a transposition of words:
 
-    INT4: word i holds channels 8 i .. 8 i + 7; byte b has channel b below and channel b + 4 above,
-          as code + 8, so that a code needs no sign extension
+    INT4: word i holds channels 8 i .. 8 i + 7; byte b has channel b below and channel b + 4 above
+    INT5: words 0 .. 3 hold nibbles as INT4; byte b of word 4 has bit 4 of channels b, b + 4, ..
+    INT6: the same with bits 4 and 5, in words 4 and 5 of 16 channels each
     INT8: word i holds channels 4 i .. 4 i + 3, one a byte
 
-A row block is its chunks one after the other; the float16 scales lie apart, (groups, 16) a block.
+Codes but INT8's are stored less `qmin`, so that they need no sign extension. A row block is its
+chunks one after the other. Its groups lie apart: 16 float16 scales and, where there are zero
+points, 16 nibbles of them, each plus 8.
+
 All weights share one array: large pages, and one argument for any number of weights.
 """
 
@@ -23,7 +27,6 @@ import numpy as np
 from numba import prange
 from numpy.typing import NDArray
 
-from uq.errors import DeviceError
 from uq.formats.layouts import LAYOUTS
 from uq.formats.spec import Spec
 from uq.kernels.cpu.llvm import CHUNK, LANES
@@ -33,8 +36,18 @@ TILE = LAYOUTS["igpu"]
 TILE_CHUNKS = 4  # chunks in one tile of `igpu`
 ALIGNMENT = 64
 
+# Bits -> what turns two's complement into code - qmin, in a word of nibbles and of high bits.
+FLIPS = {
+    4: (np.uint32(0x88888888), np.uint32(0)),
+    5: (np.uint32(0), np.uint32(0xFFFFFFFF)),
+    6: (np.uint32(0), np.uint32(0xAAAAAAAA)),
+    8: (np.uint32(0), np.uint32(0)),
+}
+SCALE_BYTES = 2 * LANES  # of a group in a row block
+ZERO_BYTES = LANES // 2
+
 # Columns of a `Linear`'s table of parts, one row for each weight.
-CODES, SCALES, FIRST_BLOCK, BLOCKS, BITS, CHUNKS_PER_GROUP = range(6)
+CODES, SCALES, FIRST_BLOCK, BLOCKS, BITS, CHUNKS_PER_GROUP, GROUP_BYTES = range(7)
 
 
 class Record(Protocol):
@@ -67,7 +80,7 @@ class Linear:
     """Weights that multiply the same input in one call; their outputs lie one after the other.
 
     Attributes:
-        parts: (weights, 6) int64, columns as named above; offsets are bytes in the arena.
+        parts: (weights, 7) int64, columns as named above; offsets are bytes in the arena.
         cols: input channels.
         columns: of each weight, where its output begins; every weight fills whole blocks.
         width: of the output, padding included.
@@ -86,7 +99,7 @@ class Linear:
         part = self.parts[:1].copy()
         chunks = self.cols // CHUNK
         part[0, CODES] += first * chunks * chunk_bytes(int(part[0, BITS]))
-        part[0, SCALES] += first * chunks // part[0, CHUNKS_PER_GROUP] * 2 * LANES
+        part[0, SCALES] += first * chunks // part[0, CHUNKS_PER_GROUP] * part[0, GROUP_BYTES]
         part[0, BLOCKS] = last - first
         nbytes = self.nbytes * (last - first) // int(self.parts[0, BLOCKS])
         return Linear(part, self.cols, (0,), (last - first) * LANES, nbytes), first * LANES
@@ -119,8 +132,10 @@ class Place:
 
     @property
     def halves(self) -> tuple[int, int, int]:
-        """Shape of the scales: (blocks, groups, lanes)."""
-        return self.blocks, self.record.shape[1] // self.record.spec.group, LANES
+        """Shape of scales and zero points, two bytes each: (blocks, groups, lanes and more)."""
+        spec = self.record.spec
+        group_bytes = SCALE_BYTES + ZERO_BYTES * spec.zero_point
+        return self.blocks, self.record.shape[1] // spec.group, group_bytes // 2
 
     @property
     def scales(self) -> int:
@@ -146,9 +161,6 @@ def pack(source: WeightSource, joined: Mapping[str, Sequence[str]]) -> Arena:
     places: dict[str, Place] = {}
     end = 0
     for name in (name for names in joined.values() for name in names):
-        spec = source.raw(name)[1].spec
-        if spec.bits not in (4, 8) or spec.zero_point:
-            raise DeviceError(f"{name}: the CPU backend does not run {spec}; use 4 or 8 bits")
         places[name] = Place(source.raw(name)[1], end)
         end = places[name].end
     data = _aligned(end)
@@ -162,7 +174,7 @@ def _linear(places: Sequence[Place]) -> Linear:
     parts, columns, first = [], [], 0
     for place in places:
         spec = place.record.spec
-        counts = (first, place.blocks, spec.bits, spec.group // CHUNK)
+        counts = (first, place.blocks, spec.bits, spec.group // CHUNK, 2 * place.halves[2])
         parts.append([place.codes, place.scales, *counts])
         columns.append(first * LANES)
         first += place.blocks
@@ -181,11 +193,16 @@ def _pack_one(raw: NDArray[np.uint8], place: Place, data: NDArray[np.uint8]) -> 
         raw = TILE.tile(LAYOUTS[place.record.layout].untile(raw, shape, spec))
     tiles = raw.reshape(-1).view(TILE.block(shape[1], spec))["tiles"]  # (blocks, tiles)
     words = data[place.codes : place.scales].view(np.uint32).reshape(place.words)
-    flip = np.uint32(0x88888888 if spec.bits == 4 else 0)  # two's complement to code + 8
-    _transpose_words(_frozen(tiles["codes"].view("<u4")), flip, words)
+    low, high = words[:, :, : words.shape[2] - spec.high_bits], words[:, :, 4:]
+    _transpose_words(_frozen(tiles["codes"].view("<u4")), FLIPS[spec.bits][0], low)
+    if spec.high_bits:
+        fields = tiles["high"].reshape(*tiles.shape, 1, LANES, -1)  # one panel
+        _transpose_words(_frozen(fields), FLIPS[spec.bits][1], high)
     stop = place.scales + 2 * math.prod(place.halves)
     halves = data[place.scales : stop].view(np.uint16).reshape(place.halves)
     _transpose_scales(_frozen(tiles["scales"].view("<u2")), halves)
+    if spec.zero_point:
+        _transpose_zeros(_frozen(tiles["zeros"]), TILE_CHUNKS * CHUNK // spec.group, halves)
 
 
 def _aligned(nbytes: int) -> NDArray[np.uint8]:
@@ -204,31 +221,47 @@ def _frozen(array: NDArray[Any]) -> NDArray[Any]:
 
 @kernel()
 def _transpose_line(line: NDArray[np.uint32], flip: np.uint32, words: NDArray[np.uint32]) -> None:
-    """Words of one row of a tile into a lane: (chunks * 4) -> (chunks, 4, lane)."""
-    for chunk in range(words.shape[0]):
-        for word in range(4):
-            words[chunk, word] = line[4 * chunk + word] ^ flip
+    """Words of one row of a tile into a lane: (chunks * n) -> (chunks, n)."""
+    chunks, count = words.shape
+    for chunk in range(chunks):
+        for word in range(count):
+            words[chunk, word] = line[count * chunk + word] ^ flip
 
 
 @kernel(parallel=True)
 def _transpose_words(tiles: NDArray[np.uint32], flip: np.uint32, words: NDArray[np.uint32]) -> None:
-    """(blocks, tiles, panels, rows, chunks of a tile * 4) -> (blocks, chunks, panels * 4, rows)."""
-    blocks, count, panels, rows, _ = tiles.shape
+    """(blocks, tiles, panels, rows, chunks of a tile * n) -> (blocks, chunks, panels * n, rows)."""
+    blocks, count, panels, rows, line = tiles.shape
+    n = line // TILE_CHUNKS
     for block in prange(blocks):
         for tile in range(count):
             first = tile * TILE_CHUNKS
             for panel in range(panels):
-                out = words[block, first : first + TILE_CHUNKS, 4 * panel : 4 * panel + 4]
+                out = words[block, first : first + TILE_CHUNKS, n * panel : n * panel + n]
                 for row in range(rows):
                     _transpose_line(tiles[block, tile, panel, row], flip, out[:, :, row])
 
 
 @kernel(parallel=True)
 def _transpose_scales(tiles: NDArray[np.uint16], halves: NDArray[np.uint16]) -> None:
-    """(blocks, tiles, rows, groups of a tile) -> (blocks, groups, rows)."""
-    blocks, groups, lanes = halves.shape
+    """(blocks, tiles, rows, groups of a tile) -> (blocks, groups, rows and more)."""
+    blocks, groups, _ = halves.shape
     per_tile = tiles.shape[3]
     for block in prange(blocks):
         for group in range(groups):
-            for row in range(lanes):
+            for row in range(LANES):
                 halves[block, group, row] = tiles[block, group // per_tile, row, group % per_tile]
+
+
+@kernel(parallel=True)
+def _transpose_zeros(tiles: NDArray[np.uint8], per_tile: int, halves: NDArray[np.uint16]) -> None:
+    """Nibbles (blocks, tiles, rows * groups of a tile) -> 4 in each number behind the scales."""
+    blocks, groups, _ = halves.shape
+    for block in prange(blocks):
+        for group in range(groups):
+            halves[block, group, LANES:] = 0
+            for row in range(LANES):
+                number = row * per_tile + group % per_tile
+                byte = tiles[block, group // per_tile, number // 2]
+                nibble = (byte >> 4 * (number % 2) & 15) ^ 8  # two's complement to nibble + 8
+                halves[block, group, LANES + row // 4] |= nibble << 4 * (row % 4)

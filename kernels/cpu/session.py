@@ -24,13 +24,13 @@ from uq.kernels.cpu.cache import KVCache
 from uq.kernels.cpu.elementwise import (
     Activations,
     add_and_norm,
-    embed,
     enter_attention,
     gelu_product,
     norm,
     quantize_rows,
     softcap,
 )
+from uq.kernels.cpu.embedding import embed
 from uq.kernels.cpu.gemm import gemm, gemm_scratch
 from uq.kernels.cpu.gemv import gemv
 from uq.kernels.cpu.layout import Linear, WeightSource
