@@ -76,7 +76,7 @@ class Site:
 def site(bundle: Bundle, **options: Any) -> Iterator[Site]:
     chosen = ServeOptions(port=0, **options)
     with listening(chosen) as listener, running(bundle, chosen) as server:
-        web = web_server(server.application)
+        web = web_server(server.application, lambda: None)
         thread = threading.Thread(target=web.run, kwargs={"sockets": [listener]}, daemon=True)
         thread.start()
         try:

@@ -22,6 +22,7 @@ from uq.serve.metrics import Metrics
 from uq.serve.service import Service
 
 LOCAL_NAMES = ("localhost", "127.0.0.1", "[::1]")
+KEEP_ALIVE = 75  # seconds; shorter, and a busy client's next request meets a closing connection
 CONNECTIONS = 2048  # beyond, uvicorn itself answers 503
 
 
@@ -99,11 +100,23 @@ def serve(bundle: Bundle, options: ServeOptions, ready: Callable[[Served], None]
         UsageError: an option does not fit the model.
     """
     with listening(options) as listener, running(bundle, options) as server:
-        ready(server.served(listener))
-        web_server(server.application).run(sockets=[listener])
+        served = server.served(listener)
+        web_server(server.application, lambda: ready(served)).run(sockets=[listener])
 
 
-def web_server(application: Application) -> uvicorn.Server:
+class WebServer(uvicorn.Server):
+    """Says when it is ready: from then on a signal ends it in good order."""
+
+    def __init__(self, config: uvicorn.Config, ready: Callable[[], None]) -> None:
+        super().__init__(config)
+        self._ready = ready
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        self._ready()
+
+
+def web_server(application: Application, ready: Callable[[], None]) -> WebServer:
     config = uvicorn.Config(
         application.asgi,
         log_level="warning",
@@ -111,9 +124,10 @@ def web_server(application: Application) -> uvicorn.Server:
         lifespan="off",
         server_header=False,
         limit_concurrency=CONNECTIONS,
+        timeout_keep_alive=KEEP_ALIVE,
         timeout_graceful_shutdown=5,
     )
-    return uvicorn.Server(config)
+    return WebServer(config, ready)
 
 
 @contextlib.contextmanager

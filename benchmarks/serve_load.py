@@ -1,0 +1,179 @@
+"""What `uq serve` makes of its backend, and whether it keeps every request apart.
+
+python benchmarks/serve_load.py rate BUNDLE             tokens per second beside the bare batch
+python benchmarks/serve_load.py many BUNDLE [REQUESTS]  short requests; each answer is checked
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import random
+import statistics
+import subprocess
+import sys
+import time
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+
+from uq.formats.bundle import Bundle, open_bundle
+from uq.kernels.backends import open_batch, open_session
+from uq.kernels.session import BatchSession, Piece, Sampling
+
+AT_A_TIME, PROMPT, GENERATED, ROUNDS = 16, 64, 128, 3
+WORDS = ["the", "time", "of", "a", "world", "and", "its", "city", "in", "which", "no", "one"]
+KINDS = 100  # different requests; their answers are computed once, alone
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("what", choices=("rate", "many"))
+    parser.add_argument("bundle", type=Path)
+    parser.add_argument("requests", type=int, nargs="?", default=10_000)
+    args = parser.parse_args()
+    bundle = open_bundle(args.bundle)
+    if args.what == "rate":
+        asyncio.run(rate(bundle))
+    else:
+        asyncio.run(many(bundle, args.requests))
+
+
+async def rate(bundle: Bundle) -> None:
+    """Alternate rounds of the bare batch and of the server; medians."""
+    prompts = random_prompts(bundle)
+    session = open_batch(bundle, slots=AT_A_TIME, max_context=1024)
+    bare, served = [], []
+    with serving(bundle, AT_A_TIME) as port:
+        bodies = [
+            {"prompt": prompt, "max_tokens": GENERATED, "temperature": 0} for prompt in prompts
+        ]
+        await all_at_once(port, bodies, AT_A_TIME)
+        for _ in range(ROUNDS):
+            bare.append(batch_rate(session, prompts))
+            began = time.perf_counter()
+            answers = await all_at_once(port, bodies, AT_A_TIME)
+            count = sum(answer["usage"]["completion_tokens"] for answer in answers)
+            served.append(count / (time.perf_counter() - began))
+    one, other = statistics.median(bare), statistics.median(served)
+    print(f"the batch alone: {one:.1f} tokens/s ({min(bare):.1f} to {max(bare):.1f})")
+    print(f"uq serve:        {other:.1f} tokens/s ({min(served):.1f} to {max(served):.1f})")
+    print(f"ratio {other / one:.3f}")
+
+
+def random_prompts(bundle: Bundle) -> list[list[int]]:
+    rng = np.random.default_rng(0)
+    vocab = bundle.tokenizer().size
+    return [[2, *rng.integers(1000, vocab, PROMPT - 1).tolist()] for _ in range(AT_A_TIME)]
+
+
+def batch_rate(session: BatchSession, prompts: list[list[int]]) -> float:
+    """Greedy tokens per second of a bare session, prompts included, as the server has them."""
+    vocab = session.config.vocab_size
+    began = time.perf_counter()
+    last = []
+    for slot, prompt in enumerate(prompts):
+        session.rewind(slot, 0)
+        hidden = session.extend([Piece(slot, prompt)])[-1:]
+        last.append(int(session.logits(hidden.copy(), 0, vocab).argmax()))
+    for _ in range(GENERATED - 1):
+        hidden = session.extend([Piece(slot, [token]) for slot, token in enumerate(last)])
+        last = session.logits(hidden, 0, vocab).argmax(axis=1).tolist()
+    return len(prompts) * GENERATED / (time.perf_counter() - began)
+
+
+async def many(bundle: Bundle, requests: int) -> None:
+    """Short random requests, 16 to 64 at a time; nothing may be missing, mixed or wrong."""
+    bodies = [request(number) for number in range(KINDS)]
+    session, tokenizer = open_session(bundle, max_context=256), bundle.tokenizer()
+    expected = []
+    for body in bodies:
+        session.reset()
+        session.prefill(tokenizer.encode(str(body["prompt"])))
+        sampling = Sampling(float(body["temperature"]), 0, 1.0, int(body["seed"]))
+        tokens = []
+        for token in session.decode(int(body["max_tokens"]), sampling):
+            if token in tokenizer.eos:
+                break
+            tokens.append(token)
+        expected.append(tokenizer.decode(tokens))
+    order = [random.Random(number).randrange(KINDS) for number in range(requests)]
+    with serving(bundle, AT_A_TIME) as port:
+        began = time.perf_counter()
+        answers = await all_at_once(port, [bodies[kind] for kind in order], 4 * AT_A_TIME)
+        seconds = time.perf_counter() - began
+    outcome = Counter(
+        "right" if answer["choices"][0]["text"] == expected[kind] else "WRONG"
+        for kind, answer in zip(order, answers, strict=True)
+    )
+    print(f"{requests} requests in {seconds:.1f} s, {requests / seconds:.1f}/s: {dict(outcome)}")
+
+
+def request(number: int) -> dict[str, str | int | float]:
+    rng = random.Random(number)
+    return {
+        "prompt": " ".join(rng.choices(WORDS, k=rng.randint(1, 30))),
+        "max_tokens": rng.randint(1, 12),
+        "temperature": rng.choice([0.0, 1.0]),
+        "seed": rng.randrange(1000),
+    }
+
+
+async def all_at_once(port: int, bodies: list[dict], width: int) -> list[dict]:  # type: ignore[type-arg]
+    """Answers to all bodies, `width` connections at a time."""
+    answers: list[dict] = [{}] * len(bodies)  # type: ignore[type-arg]
+    numbers = iter(range(len(bodies)))
+
+    async def worker() -> None:
+        reader, writer = await asyncio.open_connection("127.0.0.1", port)
+        for number in numbers:
+            data = json.dumps(bodies[number]).encode()
+            head = "POST /v1/completions HTTP/1.1\r\nHost: localhost\r\n"
+            head += f"Content-Type: application/json\r\nContent-Length: {len(data)}\r\n\r\n"
+            writer.write(head.encode() + data)
+            answers[number] = await read_answer(reader)
+        writer.close()
+
+    await asyncio.gather(*(worker() for _ in range(width)))
+    return answers
+
+
+async def read_answer(reader: asyncio.StreamReader) -> dict:  # type: ignore[type-arg]
+    head = (await reader.readuntil(b"\r\n\r\n")).decode().lower()
+    length = int(head.split("content-length: ")[1].split("\r\n")[0])
+    body = json.loads(await reader.readexactly(length))
+    if " 200 " not in head.splitlines()[0]:
+        raise SystemExit(f"{head.splitlines()[0]}: {body}")
+    return body  # type: ignore[no-any-return]
+
+
+@contextmanager
+def serving(bundle: Bundle, parallel: int) -> Iterator[int]:
+    argv = [
+        sys.executable,
+        "-m",
+        "uq",
+        "serve",
+        str(bundle.path),
+        "--port",
+        "0",
+        "--context",
+        "1024",
+    ]
+    with subprocess.Popen(
+        [*argv, "--parallel", str(parallel)], stdout=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stdout is not None
+        line = next(line for line in process.stdout if line.startswith("OpenAI API: "))
+        try:
+            yield int(line.strip().removesuffix("/v1").rpartition(":")[2])
+        finally:
+            process.terminate()
+
+
+if __name__ == "__main__":
+    main()
