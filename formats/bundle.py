@@ -80,6 +80,11 @@ class Bundle:
         self._shards = shards
         self._verified: set[str] = set()
 
+    @classmethod
+    def open(cls, path: str | Path, *, verify: Literal["full", "lazy"] = "full") -> Bundle:
+        """`open_bundle`."""
+        return open_bundle(path, verify=verify)
+
     @property
     def config(self) -> GemmaConfig:
         return self.manifest.model

@@ -11,7 +11,6 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-import uq.validate
 from uq.formats.checkpoint import Checkpoint, open_checkpoint
 from uq.formats.checkpoint.gguf_file import read_gguf
 from uq.formats.checkpoint.tensors import read_rows
@@ -20,8 +19,7 @@ from uq.kernels.reference import ReferenceSession
 from uq.progress import SilentProgress
 from uq.validate.scoring import compare, final_states
 from uq.validate.text import chunks, targets
-
-TEXT = Path(uq.validate.__path__[0]) / "evaluation.txt"
+from uq.validate.validate import DEFAULT_TEXT as TEXT
 
 # The running estimates that llama.cpp's perplexity tool prints for float16 weights:
 #   llama-quantize --allow-requantize gemma-3-270m-q4_k_m.gguf f16.gguf f16

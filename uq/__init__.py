@@ -1,3 +1,58 @@
-"""uq: quantize, package and validate Gemma for AMD Ryzen AI machines."""
+"""uq: quantize, package and validate Gemma for AMD Ryzen AI machines.
 
+The functions and classes below are loaded when they are first used: `import uq` takes no time.
+`uq.quantize` and `uq.validate` are packages, too; called, they are the functions of `uq.api`.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from uq.errors import UqError
+
+if TYPE_CHECKING:
+    from uq.api import (
+        Bundle,
+        Checkpoint,
+        Generated,
+        QuantizeOptions,
+        Report,
+        Sampling,
+        ValidateOptions,
+        generate,
+        open_checkpoint,
+        quantize,
+        validate,
+    )
+
+__all__ = [
+    "Bundle",
+    "Checkpoint",
+    "Generated",
+    "QuantizeOptions",
+    "Report",
+    "Sampling",
+    "UqError",
+    "ValidateOptions",
+    "generate",
+    "open_checkpoint",
+    "quantize",
+    "validate",
+]
 __version__ = "0.1.0"
+PACKAGES = ("quantize", "validate")
+
+
+if not TYPE_CHECKING:  # it would let every name pass
+
+    def __getattr__(name: str) -> Any:
+        if name in PACKAGES:
+            return import_module(f"uq.{name}")
+        if name in __all__:
+            return getattr(import_module("uq.api"), name)
+        raise AttributeError(f"module 'uq' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])

@@ -6,19 +6,16 @@ import hashlib
 import sys
 from dataclasses import dataclass
 from functools import cache
+from importlib import import_module
 from pathlib import Path
 
-import uq.formats
-import uq.formats.checkpoint
-import uq.kernels
-import uq.quantize
 from benchmarks.quality.calibration import Draw
 from benchmarks.quality.models import Model, open_bundle_model
 from benchmarks.quality.rows import Row
 from benchmarks.quality.source import Reference
 from benchmarks.quality.steps import OUT, Step
 
-PACKAGES = (uq.formats, uq.formats.checkpoint, uq.kernels, uq.quantize)
+PACKAGES = ("uq.formats", "uq.formats.checkpoint", "uq.kernels", "uq.quantize")
 
 
 @dataclass(frozen=True)
@@ -51,7 +48,7 @@ class Uq:
 def source_hash() -> str:
     """Of the modules that decide the bytes of a bundle."""
     digest = hashlib.sha256()
-    for package in PACKAGES:
+    for package in map(import_module, PACKAGES):
         for path in sorted(Path(package.__path__[0]).glob("*.py")):
             digest.update(path.name.encode() + path.read_bytes())
     return digest.hexdigest()
