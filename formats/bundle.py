@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from uq.errors import BundleError
 from uq.formats.config import GemmaConfig, layer_tensor
 from uq.formats.disk import hash_files
+from uq.formats.hub_name import cached_repository, is_hub_id, split_revision
 from uq.formats.manifest import (
     CHECKSUM,
     MANIFEST,
@@ -37,15 +38,21 @@ MAX_MANIFEST = 16 << 20
 
 
 def open_bundle(path: str | Path, *, verify: Literal["full", "lazy"] = "full") -> Bundle:
-    """Open a bundle folder.
+    """Open a bundle.
 
     Args:
+        path: folder, or `owner/name` on the Hub, which is downloaded into the Hugging Face cache.
         verify: `full` hashes every file now; `lazy` hashes a file when it is first used.
 
     Raises:
         BundleError: anything that the specification forbids; names the file and the field.
+        HubError: the Hub refused or could not be reached.
     """
     root = Path(path)
+    if not root.exists() and is_hub_id(split_revision(str(path))[0]):
+        from uq.formats.hub_bundle import download_bundle  # only who asks for it pays for it
+
+        root = download_bundle(str(path))
     with _readable(root):
         manifest, sha256 = _read_manifest(root)
         for name, record in manifest.files.items():
@@ -91,6 +98,9 @@ class Bundle:
 
     @property
     def name(self) -> str:
+        repository = cached_repository(self.path)
+        if repository is not None:
+            return repository.name.rpartition("--")[2]
         return self.path.resolve().name
 
     @property
@@ -217,7 +227,8 @@ def _check_file(root: Path, name: str, record: FileRecord) -> None:
     path = root / name
     if not path.exists():
         raise BundleError(f"{path}: is missing, but {MANIFEST} lists it; copy the bundle again")
-    if not path.resolve().is_relative_to(root.resolve()):
+    home = cached_repository(root) or root
+    if not path.resolve().is_relative_to(home.resolve()):
         raise BundleError(f"{path}: is a link out of the bundle; copy the bundle with its files")
     status = path.stat()
     if not S_ISREG(status.st_mode):

@@ -19,7 +19,7 @@ from numpy.testing import assert_array_equal
 
 from uq.errors import CheckpointError, HubError
 from uq.formats.checkpoint import open_checkpoint
-from uq.formats.checkpoint.hub import is_hub_id
+from uq.formats.hub_name import is_hub_id
 
 # The HTTP client that this version of huggingface_hub uses: httpx or httpx2.
 httpx: Any = import_module(HfHubHTTPError.__mro__[1].__module__.partition(".")[0])

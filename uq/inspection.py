@@ -13,6 +13,7 @@ from typing import Any
 from uq.formats.bundle import Bundle, open_bundle
 from uq.formats.checkpoint import Checkpoint, open_checkpoint
 from uq.formats.config import EMBEDDING, HEAD
+from uq.formats.hub_bundle import is_hub_bundle
 from uq.formats.manifest import MANIFEST, Manifest
 
 
@@ -90,8 +91,9 @@ def inspect(source: str, *, revision: str | None = None) -> Contents:
     Raises:
         BundleError, CheckpointError, HubError, UsageError: as opening them does.
     """
-    if (Path(source) / MANIFEST).is_file():
-        return _bundle_contents(open_bundle(source, verify="lazy"))
+    if (Path(source) / MANIFEST).is_file() or is_hub_bundle(source, revision):
+        name = f"{source}@{revision}" if revision else source
+        return _bundle_contents(open_bundle(name, verify="lazy"))
     return _checkpoint_contents(open_checkpoint(source, revision=revision, stream=True))
 
 

@@ -19,8 +19,12 @@ class Tile:
     note: str
 
 
-def render_html(report: Report) -> str:
-    """A complete page: styles and figures inline, every value escaped, equal for equal reports."""
+def render_html(report: Report, drawn: dict[str, str] | None = None) -> str:
+    """A complete page: styles and figures inline, every value escaped, equal for equal reports.
+
+    Args:
+        drawn: what `figures(report)` gave, where it was called already.
+    """
     import jinja2
     from markupsafe import Markup
 
@@ -36,7 +40,7 @@ def render_html(report: Report) -> str:
     return page.get_template("report.html.j2").render(
         report=report,
         tiles=tiles(report),
-        figures={name: Markup(svg) for name, svg in figures(report).items()},
+        figures={name: Markup(svg) for name, svg in (drawn or figures(report)).items()},
         errors=[f"{100 * bound:.1f} %" for bound in error_range(report)],
         provenance=provenance(report),
         missed=[limit for limit in report.thresholds if not limit.passed],

@@ -27,6 +27,18 @@ VARIABLES = {
     "#000009": "--kind-4",
     "#00000a": "--kind-5",
 }
+LIGHT = {  # as the page has them
+    "--ink": "#1b1d22",
+    "--muted": "#666b76",
+    "--line": "#e3e3df",
+    "--accent": "#2b5fd9",
+    "--second": "#d9822b",
+    "--kind-1": "#2b5fd9",
+    "--kind-2": "#1f9e89",
+    "--kind-3": "#d9a22b",
+    "--kind-4": "#8a5bc7",
+    "--kind-5": "#8b919c",
+}
 INK, MUTED, LINE, ACCENT, SECOND, *KINDS = VARIABLES
 STYLE = {
     "svg.fonttype": "none",  # text stays text: selectable, in the page's font
@@ -290,6 +302,14 @@ def _svg(figure: Figure, name: str, words: str) -> str:
     text = re.sub(r'(<svg[^>]*?) height="[^"]*"', r"\1", text, count=1)
     opening = f'<svg role="img" aria-label="{escape(words)}"'
     return opening + _themed(text).removeprefix("<svg")
+
+
+def standalone(svg: str) -> str:
+    """A figure as a file of its own: the colours of the page's light theme, on white."""
+    for variable, colour in LIGHT.items():
+        svg = svg.replace(f"var({variable})", colour)
+    svg = svg.replace("inherit", "sans-serif")
+    return svg.replace("<svg", '<svg style="background: #ffffff"', 1)
 
 
 def _themed(svg: str) -> str:

@@ -12,6 +12,7 @@ from uq.errors import CheckpointError, ToolMissing
 from uq.formats.checkpoint.cache import cache_folder
 
 DEMO = "demo:gemma-3-270m"
+BASE_MODEL = "google/gemma-3-270m"
 FILE = "gemma-3-270m-q4_k_m.gguf"
 SIZE = 253_113_024
 SHA256 = "a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818"

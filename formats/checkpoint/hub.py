@@ -17,7 +17,6 @@ from uq.formats.checkpoint.safetensors_file import weight_names
 HUB = "https://huggingface.co"
 TOKENS = f"{HUB}/settings/tokens"
 SMALL = ("*.json", "*.jinja", "LICENSE*", "LICENCE*", "NOTICE*", "GEMMA_TERMS*", "USE_POLICY*")
-ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 GEMMA3 = ("1b", "4b", "12b", "27b")
 GEMMA2 = ("2b", "9b", "27b")
 # Sizes that exist under other names than `google/gemma-<version>-<size>`.
@@ -29,11 +28,6 @@ SUFFIXES = {
 }
 
 
-def is_hub_id(name: str) -> bool:
-    """Whether a name has the form `owner/name`; a path with a known ending has not."""
-    return bool(ID.fullmatch(name)) and not name.endswith((".gguf", ".safetensors", ".json"))
-
-
 def download_small(repo: str, revision: str | None) -> Path:
     """Folder in the Hugging Face cache with all files but the weights; its name is the commit.
 
@@ -43,8 +37,8 @@ def download_small(repo: str, revision: str | None) -> Path:
         HubError: no token, licence not accepted, wrong id or revision, offline, or network.
         CheckpointError: the repository has no model that can be read.
     """
-    _quiet_unless_terminal()
-    folder = _snapshot(repo, revision, SMALL)
+    quiet_unless_terminal()
+    folder = snapshot(repo, revision, SMALL)
     if not (folder / "config.json").is_file():
         raise CheckpointError(f"{repo}: has no config.json; see {HUB}/{repo}/tree/main")
     parse_config(read_json(folder / "config.json"), f"{repo}: config.json")
@@ -57,7 +51,7 @@ def download_weights(repo: str, folder: Path) -> None:
     Raises:
         HubError: as there.
     """
-    _snapshot(repo, folder.name, weight_names(folder))
+    snapshot(repo, folder.name, weight_names(folder))
 
 
 def has_weights(folder: Path) -> bool:
@@ -72,7 +66,7 @@ def http_error() -> type[Exception]:
     return cast(type[Exception], HfHubHTTPError.__mro__[1])
 
 
-def _quiet_unless_terminal() -> None:
+def quiet_unless_terminal() -> None:
     """No bars in a log; no line for each attempt of a request: the last one is explained."""
     from huggingface_hub import constants
     from huggingface_hub.utils.tqdm import disable_progress_bars
@@ -84,7 +78,12 @@ def _quiet_unless_terminal() -> None:
         disable_progress_bars()
 
 
-def _snapshot(repo: str, revision: str | None, patterns: Sequence[str]) -> Path:
+def snapshot(repo: str, revision: str | None, patterns: Sequence[str]) -> Path:
+    """Folder in the Hugging Face cache with the files that match; its name is the commit.
+
+    Raises:
+        HubError: no token, licence not accepted, wrong id or revision, offline, or network.
+    """
     from huggingface_hub import snapshot_download
 
     try:
@@ -128,7 +127,7 @@ def explain(repo: str, revision: str | None, error: BaseException) -> str:
         case HfHubHTTPError():
             status = error.response.status_code
             return f"{repo}: the Hub answered {status} for {page} ({_line(error)})"
-    return f"{repo}: download of {page} failed: {_line(error)}"
+    return f"{repo}: failed at {page}: {_line(error)}"
 
 
 def other_ids(repo: str) -> str:

@@ -21,13 +21,13 @@ from uq.formats.checkpoint.hub import (
     download_small,
     download_weights,
     has_weights,
-    is_hub_id,
 )
 from uq.formats.checkpoint.hub_file import hub_files
 from uq.formats.checkpoint.read_ahead import BLOCK, WORKERS, read_ahead
 from uq.formats.checkpoint.safetensors_file import folder_tensors, stored_tensors, weight_names
 from uq.formats.checkpoint.tensors import TensorInfo
 from uq.formats.config import EMBEDDING, HEAD
+from uq.formats.hub_name import is_hub_id
 
 PREFIXES = ("language_model.model.", "model.language_model.", "model.")
 HEADS = ("lm_head.weight", "language_model.lm_head.weight")

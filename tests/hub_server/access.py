@@ -11,6 +11,8 @@ FORBIDDEN = "You don't have the rights to do this with this token"
 def found(request: Request, repo: str, revision: str) -> tuple[Repository, Commit]:
     """Raises Refusal: private or missing, which the Hub does not tell apart, or no such revision"""
     repository, account = request.store.repositories.get(repo), request.account
+    if request.token and account is None:
+        raise Refusal(401, "", "Invalid credentials in Authorization header")
     owner = repo.partition("/")[0]
     ours = account is not None and owner in (account.name, *account.organizations)
     if repository is None or (repository.private and not ours):

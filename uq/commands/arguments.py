@@ -7,6 +7,7 @@ import math
 from collections.abc import Callable, Collection
 from pathlib import Path
 
+from uq.formats.hub_name import is_hub_id, split_revision
 from uq.kernels.backends import DEVICES, is_device
 
 DEVICE_HELP = "auto (default), vulkan, vulkan:NUMBER, vulkan:NAME, npu or cpu"
@@ -76,9 +77,10 @@ def device(text: str) -> str:
 
 
 def bundle(text: str) -> Path:
-    """A folder that looks like a bundle; whether it is a good one is found out by opening it."""
+    """A folder that looks like a bundle, or a Hub id; whether it is good, opening finds out."""
     path = Path(text)
-    if not (path / "manifest.json").is_file():
+    on_hub = not path.exists() and is_hub_id(split_revision(text)[0])
+    if not on_hub and not (path / "manifest.json").is_file():
         raise argparse.ArgumentTypeError(
             f"{text} is not a bundle: it has no manifest.json; make one of a model with: "
             "uq quantize MODEL"

@@ -65,14 +65,15 @@ def run(args: argparse.Namespace) -> int:
     if note := first_run_note(args.device):
         print(note, file=sys.stderr)
     report = validate(bundle, reference, options, terminal_progress())
-    if not args.no_save:
-        save_report(report, args.bundle)
+    save = not args.no_save and args.bundle.exists()  # a download stays as it came
+    if save:
+        save_report(report, bundle.path)
     if args.json:
         print(json.dumps(report.to_json(), indent=1, ensure_ascii=False))
     else:
         print(format_report(report, colour=wants_colour(sys.stdout)))
-        if not args.no_save:
-            print(f"\nreport: {args.bundle / HTML_NAME}")
+        if save:
+            print(f"\nreport: {bundle.path / HTML_NAME}")
     sys.stdout.flush()
     report.check()
     return 0
