@@ -67,6 +67,7 @@ def parser() -> argparse.ArgumentParser:
         "--row", action="append", default=[], metavar="NAME=ARGS",
         help="one more row: arguments of uq quantize",
     )  # fmt: skip
+    add("--against", default="uq int4", metavar="ROW", help="compared with; default: %(default)s")
     add(
         "--work", type=Path, metavar="DIR", default=cache_folder() / "quality",
         help="what is kept between runs; default: %(default)s",
@@ -141,6 +142,7 @@ def results(
         context=CONTEXT,
         calibration_tokens=bench.draws[0].count,
         draws=args.draws,
+        against=args.against,
         texts=tuple(_facts(text) for text in bench.texts),
         rows=tuple(rows),
     )

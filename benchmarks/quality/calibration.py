@@ -21,6 +21,7 @@ class Draw:
         number: 0 are the windows that uq takes by default, the others are drawn at random.
         tokens: .npy file, (windows, length) int32, `<bos>` first.
         text: the same windows as UTF-8 text, for tools that tokenize themselves.
+        count: of the tokens.
         sha256: of the tokens.
     """
 

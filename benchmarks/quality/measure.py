@@ -32,9 +32,11 @@ class Facts:
 
 @dataclass(frozen=True)
 class Bench:
-    """Attributes:
-    draws: of the calibrated rows; the others are measured once.
-    keep: the quantized models stay on the disk.
+    """Everything that rows are measured with.
+
+    Attributes:
+        draws: of the calibrated rows; the others are measured once.
+        keep: the quantized models stay on the disk.
     """
 
     peers: Mapping[str, Peer]

@@ -26,8 +26,10 @@ Array = NDArray[np.float32]
 
 @dataclass(frozen=True)
 class Model:
-    """Attributes:
-    content: hash of all that decides the scores.
+    """A quantized model.
+
+    Attributes:
+        content: hash of all that decides the scores.
     """
 
     weights: WeightSource

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from statistics import fmean
+from statistics import fmean, stdev
 
 from benchmarks.quality.results import DrawResult, Results, RowResult, TextScores
 from uq.errors import UsageError
@@ -20,6 +21,9 @@ def markdown(results: Results) -> str:
     parts = [_preface(results), "### Mean KL divergence", _losses(measured, names)]
     for name in names:
         parts += [f"### {name}", _text(measured, name)]
+    if base := next((row for row in measured if row.name == results.against), None):
+        title = f"### KL minus that of {base.name}, window by window"
+        parts += [title, _differences(measured, base, names)]
     parts += ["### Cost and grids", _costs(measured)]
     if skipped := [row for row in results.rows if not row.draws]:
         parts += ["### Not run", "\n".join(f"- {row.name}: {row.not_run}" for row in skipped)]
@@ -79,6 +83,28 @@ def _text(rows: Sequence[RowResult], name: str) -> str:
 
     head = ["row", "KL", "KL, 99.9 %", "same top, %", "perplexity ratio"]
     return _table(head, [cells(row) for row in rows if _scores(row, name)])
+
+
+def _differences(rows: Sequence[RowResult], base: RowResult, texts: Sequence[str]) -> str:
+    others = [row for row in rows if row is not base]
+    lines = [[row.name, *(_difference(row, base, name) for name in texts)] for row in others]
+    return _table(["row", *texts], lines)
+
+
+def _difference(row: RowResult, base: RowResult, name: str) -> str:
+    """Mean and standard error over the windows, and in how many of them the row loses less."""
+    if not (_scores(row, name) and _scores(base, name)):
+        return "not run"
+    gaps = [a - b for a, b in zip(_windows(row, name), _windows(base, name), strict=True)]
+    error = stdev(gaps) / math.sqrt(len(gaps)) if len(gaps) > 1 else 0.0
+    wins = sum(gap < 0 for gap in gaps)
+    return f"{fmean(gaps):+.4f} ± {error:.4f}, lower in {wins} of {len(gaps)}"
+
+
+def _windows(row: RowResult, name: str) -> list[float]:
+    """KL of each window, the mean of the draws."""
+    draws = (text.kld_windows for text in _scores(row, name))
+    return [fmean(values) for values in zip(*draws, strict=True)]
 
 
 def _costs(rows: Sequence[RowResult]) -> str:

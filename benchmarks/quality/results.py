@@ -95,7 +95,7 @@ class TextFacts:
 
 @dataclass(frozen=True)
 class Results:
-    """Everything one run gives."""
+    """Everything one run gives; `against` names the row that the others are compared with."""
 
     schema: int
     uq: str
@@ -106,6 +106,7 @@ class Results:
     context: int
     calibration_tokens: int
     draws: int
+    against: str
     texts: tuple[TextFacts, ...]
     rows: tuple[RowResult, ...]
 

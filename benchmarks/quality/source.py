@@ -29,10 +29,12 @@ Tensors = dict[str, NDArray[np.floating[Any]]]
 
 @dataclass(frozen=True)
 class Reference:
-    """Attributes:
-    name: the model as the user gave it.
-    folder: its weights as Hugging Face safetensors, what every quantizer but llama.cpp reads.
-    gguf: the file they came from, or None.
+    """The weights that every quantizer starts from.
+
+    Attributes:
+        name: the model as the user gave it.
+        folder: Hugging Face safetensors, what every quantizer but llama.cpp reads.
+        gguf: the file that the weights came from, or None.
     """
 
     name: str

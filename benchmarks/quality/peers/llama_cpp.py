@@ -22,9 +22,7 @@ BINARIES = (QUANTIZE, IMATRIX, "*.so", "*.so.*", "*.dylib", "*.dll")
 
 @dataclass(frozen=True)
 class LlamaCpp:
-    """Attributes:
-    tools: folder of llama-quantize and llama-imatrix, or None.
-    """
+    """The tools in a folder; None for none."""
 
     reference: Reference
     tools: Path | None
