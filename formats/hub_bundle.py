@@ -31,6 +31,17 @@ def download_bundle(name: str) -> Path:
     return snapshot(repo, folder.name, (MANIFEST, CHECKSUM, *files, *REPORT_FILES))
 
 
+def download_report(name: str) -> Path:
+    """Folder of the cache with the report of a bundle, and its manifest.
+
+    Raises:
+        HubError: as `download_bundle`.
+    """
+    quiet_unless_terminal()
+    repo, revision = split_revision(name)
+    return snapshot(repo, revision, (MANIFEST, CHECKSUM, *REPORT_FILES))
+
+
 def is_hub_bundle(name: str, revision: str | None = None) -> bool:
     """Whether a name is that of a repository, not of a folder, and there is a bundle in it.
 

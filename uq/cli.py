@@ -20,7 +20,18 @@ from types import FrameType
 from typing import NoReturn
 
 from uq import __version__
-from uq.commands import chat, doctor, generate, inspect, npu, publish, quantize, serve, validate
+from uq.commands import (
+    chat,
+    compare,
+    doctor,
+    generate,
+    inspect,
+    npu,
+    publish,
+    quantize,
+    serve,
+    validate,
+)
 from uq.errors import UqError, UsageError
 
 COMMANDS = {
@@ -30,6 +41,7 @@ COMMANDS = {
     "chat": (chat, "talk to a bundle in the terminal"),
     "serve": (serve, "answer HTTP requests with a bundle, as OpenAI's API does"),
     "inspect": (inspect, "show what is in a checkpoint or a bundle"),
+    "compare": (compare, "put the reports of several bundles side by side"),
     "publish": (publish, "put a validated bundle on the Hugging Face Hub"),
     "npu": (npu, "check designs for the NPU"),
     "doctor": (doctor, "show what this machine offers"),

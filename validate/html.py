@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from uq.text import size
 from uq.validate.plots import error_range, figures
 from uq.validate.report import Report
+
+if TYPE_CHECKING:
+    import jinja2
 
 
 @dataclass(frozen=True)
@@ -25,8 +29,25 @@ def render_html(report: Report, drawn: dict[str, str] | None = None) -> str:
     Args:
         drawn: what `figures(report)` gave, where it was called already.
     """
-    import jinja2
     from markupsafe import Markup
+
+    return (
+        environment()
+        .get_template("report.html.j2")
+        .render(
+            report=report,
+            tiles=tiles(report),
+            figures={name: Markup(svg) for name, svg in (drawn or figures(report)).items()},
+            errors=[f"{100 * bound:.1f} %" for bound in error_range(report)],
+            provenance=provenance(report),
+            missed=[limit for limit in report.thresholds if not limit.passed],
+        )
+    )
+
+
+def environment() -> jinja2.Environment:
+    """Templates of this folder, every value escaped, every name known."""
+    import jinja2
 
     loader = jinja2.PackageLoader("uq.validate", "")
     page = jinja2.Environment(
@@ -37,14 +58,7 @@ def render_html(report: Report, drawn: dict[str, str] | None = None) -> str:
         undefined=jinja2.StrictUndefined,
     )
     page.filters["size"] = size
-    return page.get_template("report.html.j2").render(
-        report=report,
-        tiles=tiles(report),
-        figures={name: Markup(svg) for name, svg in (drawn or figures(report)).items()},
-        errors=[f"{100 * bound:.1f} %" for bound in error_range(report)],
-        provenance=provenance(report),
-        missed=[limit for limit in report.thresholds if not limit.passed],
-    )
+    return page
 
 
 def tiles(report: Report) -> list[Tile]:

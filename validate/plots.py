@@ -90,7 +90,7 @@ def figures(report: Report) -> dict[str, str]:
 
 def _kld(report: Report) -> str:
     """Share of tokens beyond a divergence: both axes logarithmic, since the tail is the point."""
-    figure, (axes,) = _canvas(NARROW, 3.1)
+    figure, (axes,) = canvas(NARROW, 3.1)
     curve, kld = report.series.kld_survival, report.kld
     visible = [(x, y) for x, y in zip(curve.x, curve.y, strict=True) if x > 0 and y > 0]
     xs, ys = [x for x, _ in visible], [y for _, y in visible]
@@ -116,14 +116,14 @@ def _kld(report: Report) -> str:
         f"Survival curve of the KL divergence: median {kld.median:.3g}, 99th percentile "
         f"{kld.p99:.3g}, 99.9th {kld.p99_9:.3g}, maximum {kld.max:.3g} nats"
     )
-    return _svg(figure, "kld", words)
+    return as_svg(figure, "kld", words)
 
 
 def _perplexity(report: Report) -> str:
     """Per chunk: both perplexities above, their quotient below, where the difference is seen."""
     from matplotlib.ticker import LogLocator, MaxNLocator
 
-    figure, (above, below) = _canvas(NARROW, 3.1, rows=2, heights=(3, 2), sharex=True)
+    figure, (above, below) = canvas(NARROW, 3.1, rows=2, heights=(3, 2), sharex=True)
     ours, truth = report.series.perplexity, report.series.reference_perplexity
     chunk = range(1, len(ours) + 1)
     above.plot(chunk, truth, color=SECOND, linewidth=2.4, label="reference")
@@ -144,14 +144,14 @@ def _perplexity(report: Report) -> str:
         f"Perplexity of {len(ours)} chunks: bundle {report.perplexity.value:.2f} and reference "
         f"{report.reference_perplexity.value:.2f} over all"
     )
-    return _svg(figure, "perplexity", words)
+    return as_svg(figure, "perplexity", words)
 
 
 def _errors(report: Report) -> str:
     """Heat map: one row per role, one column per layer."""
     cells = error_cells(report)
     roles, layers = list(cells), len(next(iter(cells.values()), ()))
-    figure, (axes,) = _canvas(WIDE, 0.75 + 0.24 * len(roles))
+    figure, (axes,) = canvas(WIDE, 0.75 + 0.24 * len(roles))
     least, most = error_range(report)
     for line, row in enumerate(cells.values()):
         for layer, error in enumerate(row):
@@ -164,7 +164,7 @@ def _errors(report: Report) -> str:
     axes.grid(False)
     axes.spines[:].set_visible(False)
     words = f"Relative weight error by layer and role: {100 * least:.1f} to {100 * most:.1f} %"
-    return _svg(figure, "errors", words)
+    return as_svg(figure, "errors", words)
 
 
 def _cell(axes: Axes, layer: int, line: int, error: float, level: float, layers: int) -> None:
@@ -196,7 +196,7 @@ def error_range(report: Report) -> tuple[float, float]:
 
 def _sizes(report: Report) -> str:
     """One stacked bar each: the bundle, the reference as stored, the same weights in bf16."""
-    figure, (axes,) = _canvas(NARROW, 2.3)
+    figure, (axes,) = canvas(NARROW, 2.3)
     rows = {
         "bundle": [kind.bytes for kind in report.sizes],
         f"reference\n({report.reference.dtype})": [kind.reference_bytes for kind in report.sizes],
@@ -222,7 +222,7 @@ def _sizes(report: Report) -> str:
     words = "Bytes by kind of tensor: " + "; ".join(
         f"{name.replace(chr(10), ' ')} {size(sum(parts))}" for name, parts in rows.items()
     )
-    return _svg(figure, "sizes", words)
+    return as_svg(figure, "sizes", words)
 
 
 def _stack(axes: Axes, line: int, parts: list[int], kinds: tuple[KindSize, ...]) -> None:
@@ -236,7 +236,7 @@ def _stack(axes: Axes, line: int, parts: list[int], kinds: tuple[KindSize, ...])
 
 def _speed(ours: Speed, truth: Speed | None) -> str:
     """Decode beside its ceiling, and prefill: medians, with whiskers from slowest to fastest."""
-    figure, (decode, prefill) = _canvas(NARROW, 2.3, columns=2)
+    figure, (decode, prefill) = canvas(NARROW, 2.3, columns=2)
     speeds = {"bundle": ours} if truth is None else {"bundle": ours, "reference": truth}
     widest = max(speed.decode_ceiling_tps for speed in speeds.values())
     for line, (speed, colour) in enumerate(zip(speeds.values(), (ACCENT, SECOND), strict=False)):
@@ -259,7 +259,7 @@ def _speed(ours: Speed, truth: Speed | None) -> str:
         f"{name} decode {speed.decode_tps.median:.1f}, prefill {speed.prefill_tps.median:.1f}"
         for name, speed in speeds.items()
     )
-    return _svg(figure, "speed", f"Tokens per second, median: {words}")
+    return as_svg(figure, "speed", f"Tokens per second, median: {words}")
 
 
 def _rate(axes: Axes, line: int, rate: Spread, colour: str) -> None:
@@ -274,7 +274,7 @@ def _ceiling(axes: Axes, line: int, tps: float, widest: float) -> None:
     axes.text(tps, line - 0.33, f"ceiling {tps:.0f}", va="bottom", ha=side, color=MUTED)
 
 
-def _canvas(
+def canvas(
     width: float,
     height: float,
     *,
@@ -283,6 +283,7 @@ def _canvas(
     heights: tuple[int, ...] | None = None,
     sharex: bool = False,
 ) -> tuple[Figure, tuple[Axes, ...]]:
+    """A figure of `width` x `height` inches and its axes, row by row; within `STYLE`."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(width, height), layout="constrained")
@@ -290,7 +291,7 @@ def _canvas(
     return figure, tuple(grid.flat)
 
 
-def _svg(figure: Figure, name: str, words: str) -> str:
+def as_svg(figure: Figure, name: str, words: str) -> str:
     """The figure as an element: CSS colours, ids of its own, `words` for who cannot see it."""
     buffer = StringIO()
     nothing = dict.fromkeys(("Creator", "Date", "Format", "Type"))
