@@ -1,9 +1,10 @@
 """GPTQ: rounding column by column, each column's error spread over the columns still to come.
 
 Frantar et al., "GPTQ" (2022), Algorithm 1, with the scales fixed beforehand (static groups) and the
-columns in order of falling importance. Around it, both optional: a damped correction of the weights
-towards the outputs of the floating-point path (the idea of Qronos and GPTAQ in closed form) and a
-least-squares refit of the scales once the codes are known.
+columns in order of falling importance. Around it, all optional: a damped correction of the weights
+towards the outputs of the floating-point path (the idea of Qronos and GPTAQ in closed form) and
+towards what the residual stream has lost before; a least-squares refit of the scales once the codes
+are known; and coordinate descent on the codes (`descent.py`).
 
 Index spaces: `col` counts a weight's own columns, `place` counts columns in the order of rounding,
 `order[place] == col`.
@@ -18,6 +19,7 @@ from numba import njit, prange
 from numpy.typing import NDArray
 
 from uq.formats.spec import QuantTensor, Spec
+from uq.quantize.descent import descend
 from uq.quantize.plan import GptqOptions
 from uq.quantize.scales import quantize_rtn
 
@@ -36,18 +38,28 @@ class Statistics:
     """Second moments of the inputs of one linear, or of several that share them.
 
     Attributes:
-        hessian: (n, n) float64, mean of x x^T over the tokens of the quantized path.
-        cross: (n, n) float64, mean of (x_float - x) x^T; None when the floating-point path is not
+        hessian: (n, n) float64, weighted mean of x x^T over the tokens of the quantized path.
+        cross: (n, n) float64, that of (x_float - x) x^T; None when the floating-point path is not
             followed.
+        residual: (rows, n) float64, that of r x^T, with r what the outputs would have to add to
+            make up for the error of the residual stream; None where the outputs do not join it.
     """
 
     hessian: Matrix
     cross: Matrix | None
+    residual: Matrix | None = None
 
     @property
     def importance(self) -> NDArray[np.float32]:
         """(n,) mean square of each input channel."""
         return np.diagonal(self.hessian).astype(np.float32)
+
+    def rescaled(self, scale: NDArray[np.float32]) -> Statistics:
+        """Of the inputs divided by `scale`, (n,)."""
+        pairs = np.outer(scale, scale).astype(np.float64)
+        cross = None if self.cross is None else self.cross / pairs
+        residual = None if self.residual is None else self.residual / scale
+        return Statistics(self.hessian / pairs, cross, residual)
 
 
 @dataclass(frozen=True)
@@ -61,6 +73,13 @@ class Factor:
 
     order: NDArray[np.intp]
     upper: Matrix
+
+    def solve(self, goal: Matrix) -> Matrix:
+        """(rows, n): goal (H + damping)^-1."""
+        by_place = goal[:, self.order]
+        solution = np.empty_like(by_place)
+        solution[:, self.order] = (by_place @ self.upper.T) @ self.upper
+        return solution
 
 
 def factorize(hessian: Matrix, damping: float) -> Factor | None:
@@ -109,15 +128,30 @@ def quantize_gptq(
         weight: (rows, n) float32, finite.
         factor: of `statistics.hessian`.
     """
-    target = weight.astype(np.float64)
-    if statistics.cross is not None and options.correction > 0:
-        target += options.correction * _correction(target, statistics.cross, factor)
-    start = quantize_rtn(target.astype(np.float32), spec, statistics.importance)
-    found = replace(start, codes=_round_columns(target, start, factor))
+    target = _target(weight.astype(np.float64), statistics, factor, options)
+    found = quantize_rtn(target.astype(np.float32), spec, statistics.importance)
+    found = replace(found, codes=_round_columns(target, found, factor))
     if options.refit:
-        scales = refit_scales(target, found.levels(), found.scales, statistics.hessian)
-        found = replace(found, scales=scales)
+        found = _refitted(target, found, statistics.hessian)
+    for _ in range(options.descents):
+        found = replace(found, codes=descend(target, found, statistics.hessian, options.damping))
+        if options.refit:
+            found = _refitted(target, found, statistics.hessian)
     return found
+
+
+def _target(weight: Matrix, statistics: Statistics, factor: Factor, options: GptqOptions) -> Matrix:
+    """(rows, n): the weight whose outputs on the quantized path come closest to the exact ones."""
+    goal = np.zeros_like(weight)
+    if statistics.cross is not None:
+        goal += options.correction * (weight @ statistics.cross)
+    if statistics.residual is not None:
+        goal += options.residual * statistics.residual
+    return weight + factor.solve(goal)
+
+
+def _refitted(target: Matrix, tensor: QuantTensor, hessian: Matrix) -> QuantTensor:
+    return replace(tensor, scales=refit_scales(target, tensor.levels(), tensor.scales, hessian))
 
 
 def output_error(weight: NDArray[np.float32], quantized: QuantTensor, hessian: Matrix) -> float:
@@ -148,14 +182,6 @@ def inverse_cholesky(matrix: Matrix) -> Matrix:
     side = matrix[half:, :half] @ top.T  # L's lower left
     bottom = inverse_cholesky(matrix[half:, half:] - side @ side.T)
     return np.block([[top, np.zeros((half, n - half))], [-(bottom @ side) @ top, bottom]])
-
-
-def _correction(weight: Matrix, cross: Matrix, factor: Factor) -> Matrix:
-    """(rows, n): W D (H + damping)^-1, the least-squares step from W x to the outputs W x_float."""
-    moved = (weight @ cross)[:, factor.order]  # columns by place
-    step = np.empty_like(moved)
-    step[:, factor.order] = (moved @ factor.upper.T) @ factor.upper
-    return step
 
 
 def _round_columns(target: Matrix, grid: QuantTensor, factor: Factor) -> NDArray[np.int8]:

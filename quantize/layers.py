@@ -9,11 +9,13 @@ from numpy.typing import NDArray
 
 from uq.formats.checkpoint import Checkpoint
 from uq.formats.config import EMBEDDING, layer_tensor
+from uq.formats.manifest import gain_name
 from uq.formats.spec import QuantTensor
-from uq.formats.writer import QuantEntry
+from uq.formats.writer import ArrayEntry, Entry, QuantEntry
 from uq.kernels.reference import CheckpointWeights
 from uq.progress import Progress
 from uq.quantize.calibrate import Calibration
+from uq.quantize.equalize import channel_scale, norm_before
 from uq.quantize.gptq import Factor, Statistics, factorize, output_error, quantize_gptq
 from uq.quantize.plan import Plan
 from uq.quantize.scales import checked, quantize_rtn, weight_error
@@ -37,24 +39,42 @@ class CalibratedLayers:
         flat = rows.reshape(-1, rows.shape[-1])
         rounded = quantize_rtn(flat, plan.tensors[EMBEDDING].spec).dequantize()
         exact = rows if plan.corrected else None
-        self._calibration = Calibration(checkpoint.config, rounded.reshape(rows.shape), exact)
+        self._calibration = Calibration(
+            checkpoint.config, rounded.reshape(rows.shape), exact, clip=plan.clip
+        )
 
-    def quantize(self, layer: int) -> list[QuantEntry]:
-        """Bundle entries of a layer's linears; the next call is for the next layer."""
+    def quantize(self, layer: int) -> list[Entry]:
+        """Bundle entries of a layer; the next call is for the next layer."""
         weights = self._checkpoint.layer(layer)
-        entries: list[QuantEntry] = []
+        gains = {role: weights[role] for role in self._checkpoint.config.norm_shapes()}
+        linears: list[Entry] = []
 
-        def stage(roles: Sequence[str], statistics: Statistics) -> dict[str, QuantTensor]:
+        def stage(roles: Sequence[str], statistics: Statistics) -> dict[str, NDArray[np.float32]]:
+            scale = self._equalize(roles[0], statistics.importance, gains)
+            statistics = statistics.rescaled(scale)
             factor = factorize(statistics.hessian, self._plan.gptq.damping)
-            found: dict[str, QuantTensor] = {}
+            found: dict[str, NDArray[np.float32]] = {}
             for role in roles:
                 name = layer_tensor(layer, role)
-                found[role], entry = self._linear(name, weights[role], statistics, factor)
-                entries.append(entry)
+                tensor, entry = self._linear(name, weights[role] * scale, statistics, factor)
+                found[role] = tensor.dequantize() / scale
+                linears.append(entry)
             return found
 
         self._calibration.quantize_layer(layer, weights, stage)
-        return entries
+        norms = [ArrayEntry(gain_name(layer_tensor(layer, role)), gains[role]) for role in gains]
+        return [*linears, *norms]
+
+    def _equalize(
+        self, role: str, importance: NDArray[np.float32], gains: dict[str, NDArray[np.float32]]
+    ) -> NDArray[np.float32]:
+        """(n,) factors of the columns of a stage; divides the gain in front by them."""
+        norm = norm_before(self._checkpoint.config, role)
+        if norm is None or not self._plan.uses_gptq:
+            return np.ones_like(importance)
+        scale = channel_scale(importance, self._plan.gptq.equalize)
+        gains[norm] = gains[norm] / scale
+        return scale
 
     def skip(self, layer: int, committed: Mapping[str, QuantTensor | NDArray[np.float32]]) -> None:
         """Go on behind a layer that an earlier run has quantized: role -> weight or gain."""

@@ -160,12 +160,12 @@ class ShardSource:
             final = ArrayEntry(gain_name(FINAL_NORM), self._checkpoint.final_norm())
             return [*self._round(index), final]
         layer = index - 1
+        if self._calibrated is not None:
+            return self._calibrated.quantize(layer)
         gains = [
             ArrayEntry(gain_name(layer_tensor(layer, role)), gain)
             for role, gain in self._checkpoint.gains(layer).items()
         ]
-        if self._calibrated is not None:
-            return [*self._calibrated.quantize(layer), *gains]
         return [*self._round(index), *gains]
 
     def _round(self, index: int) -> list[Entry]:

@@ -28,14 +28,29 @@ class GptqOptions:
 
     Attributes:
         damping: added to the Hessian's diagonal, in units of the diagonal's mean.
-        correction: strength `a` of the correction towards the floating-point path's outputs;
-            0 leaves that path out.
-        refit: the scales are fitted once more when the codes are known.
+        correction: strength of the correction towards the floating-point path's outputs.
+        residual: strength of the correction of what the residual stream has lost so far; both at 0
+            leave the floating-point path out.
+        clip: a token counts at most so many times as much as the median token, and at least so
+            many times less; 1 weighs all tokens alike.
+        equalize: power of an input channel's root mean square that moves from the norm's gain into
+            the weights behind it; 0 moves nothing.
+        descents: rounds of coordinate descent on the codes.
+        refit: the scales are fitted once more whenever the codes have changed.
     """
 
-    damping: float = 0.01
+    damping: float = 0.05
     correction: float = 0.5
+    residual: float = 0.5
+    clip: float = 10.0
+    equalize: float = 0.25
+    descents: int = 2
     refit: bool = True
+
+    @property
+    def follows_exact(self) -> bool:
+        """Calibration follows the floating-point path, too."""
+        return self.correction > 0 or self.residual > 0
 
 
 @dataclass(frozen=True)
@@ -106,7 +121,12 @@ class Plan:
     @property
     def corrected(self) -> bool:
         """Calibration follows the floating-point path, too."""
-        return self.uses_gptq and self.gptq.correction > 0
+        return self.uses_gptq and self.gptq.follows_exact
+
+    @property
+    def clip(self) -> float:
+        """Bound of the tokens' weights."""
+        return self.gptq.clip if self.uses_gptq else 1.0
 
 
 def choose_recipe(name: str | None, bits: int | None) -> str:

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from uq.errors import UsageError
 from uq.formats.checkpoint import Checkpoint, open_checkpoint
-from uq.formats.spec import QuantTensor, Spec
+from uq.formats.spec import Spec
 from uq.kernels.reference import CheckpointWeights
 from uq.quantize import calibrate
 from uq.quantize.calibrate import STAGES, Calibration
@@ -55,6 +55,10 @@ def moments_of_transformers(folder: Path, tokens: NDArray[np.int32]) -> dict[str
     return found
 
 
+def rounded(weight: Array) -> Array:
+    return quantize_rtn(weight, Spec(4, 32)).dequantize()
+
+
 def start(checkpoint: Checkpoint, *, exact: bool = False) -> Calibration:
     rows = CheckpointWeights(checkpoint, resident=False).embedding(TOKENS)
     return Calibration(checkpoint.config, rows, rows if exact else None)
@@ -73,7 +77,7 @@ def test_statistics_equal_those_of_transformers(
 
         def look(
             roles: Sequence[str], statistics: Statistics, layer: int = layer
-        ) -> Mapping[str, QuantTensor]:
+        ) -> Mapping[str, Array]:
             for role in roles:
                 name = f"model.layers.{layer}.{role}"
                 seen.add(name)
@@ -90,16 +94,16 @@ def test_statistics_equal_those_of_transformers(
 def test_later_stages_see_the_quantized_weights(folder: Path) -> None:
     checkpoint = open_checkpoint(folder)
     weights = checkpoint.layer(0)
-    rough = {role: quantize_rtn(weights[role], Spec(4, 32)) for s in STAGES for role in s.roles}
-    replaced = weights | {role: tensor.dequantize() for role, tensor in rough.items()}
+    rough = {role: rounded(weights[role]) for s in STAGES for role in s.roles}
+    replaced = weights | rough
     quantizing: list[NDArray[Any]] = []
     plain: list[NDArray[Any]] = []
 
-    def quantize(roles: Sequence[str], statistics: Statistics) -> Mapping[str, QuantTensor]:
+    def quantize(roles: Sequence[str], statistics: Statistics) -> Mapping[str, Array]:
         quantizing.append(statistics.hessian)
         return {role: rough[role] for role in roles}
 
-    def watch(roles: Sequence[str], statistics: Statistics) -> Mapping[str, QuantTensor]:
+    def watch(roles: Sequence[str], statistics: Statistics) -> Mapping[str, Array]:
         plain.append(statistics.hessian)
         return {}
 
@@ -114,10 +118,10 @@ def test_cross_moments_are_zero_until_something_is_quantized(folder: Path) -> No
     crosses: list[NDArray[Any]] = []
     weights = checkpoint.layer(0)
 
-    def quantize(roles: Sequence[str], statistics: Statistics) -> Mapping[str, QuantTensor]:
+    def quantize(roles: Sequence[str], statistics: Statistics) -> Mapping[str, Array]:
         assert statistics.cross is not None
         crosses.append(statistics.cross)
-        return {role: quantize_rtn(weights[role], Spec(4, 32)) for role in roles}
+        return {role: rounded(weights[role]) for role in roles}
 
     start(checkpoint, exact=True).quantize_layer(0, weights, quantize)
     assert not crosses[0].any()
@@ -127,15 +131,14 @@ def test_cross_moments_are_zero_until_something_is_quantized(folder: Path) -> No
 def test_a_passed_layer_leaves_the_tokens_where_quantizing_it_did(folder: Path) -> None:
     checkpoint = open_checkpoint(folder)
     exact = checkpoint.layer(0)
-    found = {role: quantize_rtn(exact[role], Spec(4, 32)) for s in STAGES for role in s.roles}
+    found = {role: rounded(exact[role]) for s in STAGES for role in s.roles}
     quantizing, passing = start(checkpoint, exact=True), start(checkpoint, exact=True)
     quantizing.quantize_layer(0, exact, lambda roles, _: {role: found[role] for role in roles})
-    mixed = exact | {role: tensor.dequantize() for role, tensor in found.items()}
-    passing.pass_layer(0, exact, mixed)
+    passing.pass_layer(0, exact, exact | found)
 
     seen: list[Statistics] = []
 
-    def watch(_roles: Sequence[str], statistics: Statistics) -> Mapping[str, QuantTensor]:
+    def watch(_roles: Sequence[str], statistics: Statistics) -> Mapping[str, Array]:
         seen.append(statistics)
         return {}
 

@@ -20,7 +20,7 @@ from uq.quantize.plan import GptqOptions
 from uq.quantize.scales import quantize_rtn
 
 Array = NDArray[np.float64]
-PLAIN = GptqOptions(correction=0.0, refit=False)
+PLAIN = GptqOptions(correction=0.0, residual=0.0, descents=0, refit=False)
 
 
 def inputs(tokens: int = 1000, n: int = 256, seed: int = 0) -> Array:
@@ -136,7 +136,7 @@ def test_refit_lowers_the_output_error(spec: Spec) -> None:
     w, moments = weights(), statistics(inputs())
     factor = factor_of(moments.hessian)
     plain = quantize_gptq(w, spec, moments, factor, PLAIN)
-    refitted = quantize_gptq(w, spec, moments, factor, GptqOptions(correction=0.0))
+    refitted = quantize_gptq(w, spec, moments, factor, GptqOptions(correction=0.0, descents=0))
     np.testing.assert_array_equal(plain.codes, refitted.codes)
     hessian = moments.hessian
     assert output_error(w, refitted, hessian) < output_error(w, plain, hessian)
@@ -162,7 +162,7 @@ def test_correction_moves_outputs_towards_the_floating_point_path() -> None:
         found = quantize_gptq(w, Spec(8, 64), moments, factor, options)
         return float(np.linalg.norm(x @ found.dequantize().T - target))
 
-    half, none = miss(GptqOptions(correction=0.5)), miss(GptqOptions(correction=0.0))
+    half, none = miss(GptqOptions(correction=0.5)), miss(GptqOptions(correction=0.0, descents=0))
     assert miss(GptqOptions(correction=1.0)) < half < none
 
 
