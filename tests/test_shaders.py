@@ -47,20 +47,17 @@ def package(built: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Pat
 
 
 @pytest.mark.parametrize("target", ["vulkan1.2", "vulkan1.3"])
-def test_every_module_is_valid(built: Path, target: str) -> None:
-    files = [built / f"{name}.spv" for name, row in VARIANTS.items() if row.target == target]
-    for file in files:
-        done = subprocess.run(
-            [VALIDATOR, "--target-env", target, file], capture_output=True, text=True
-        )
-        assert done.returncode == 0, f"{file.stem}: {done.stdout}{done.stderr}"
+def test_every_module_is_valid(built: Path, target: str, tmp_path: Path) -> None:
+    for name in (name for name, row in VARIANTS.items() if row.target == target):
+        shutil.copy(built / f"{name}.spv", tmp_path)
+    command = [VALIDATOR, "--target-env", target, tmp_path]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
 
 
-def test_the_same_sources_give_the_same_bytes(built: Path, tmp_path: Path) -> None:
-    compile_all(tmp_path)
-    names = sorted(file.name for file in built.iterdir())
-    assert names == sorted(file.name for file in tmp_path.iterdir())
-    assert all((built / name).read_bytes() == (tmp_path / name).read_bytes() for name in names)
+def test_the_same_sources_give_the_same_bytes(built: Path) -> None:
+    for name in ("dequantize_int4", "gemm_int4_matrix", "attention"):
+        assert compile_variant(VARIANTS[name]) == (built / f"{name}.spv").read_bytes()
 
 
 def test_the_index_names_compiler_modules_and_sources(built: Path) -> None:
@@ -71,15 +68,16 @@ def test_the_index_names_compiler_modules_and_sources(built: Path) -> None:
         assert entry["sources"] == sources_hash(VARIANTS[name])
 
 
-def test_compiling_removes_modules_that_left_the_table(tmp_path: Path) -> None:
+def test_compiling_removes_modules_that_left_the_table(two_rows: None, tmp_path: Path) -> None:
     (tmp_path / "old.spv").write_bytes(b"old")
     compile_all(tmp_path)
     assert not (tmp_path / "old.spv").exists()
 
 
-@pytest.mark.parametrize("name", sorted(VARIANTS))
-def test_a_shader_folder_is_read_by_its_rows_alone(name: str) -> None:
-    assert compile_variant(VARIANTS[name]) == load(name)
+@pytest.fixture
+def two_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = {name: VARIANTS[name] for name in ("dequantize_int4", "dequantize_int8")}
+    monkeypatch.setattr(compiler, "VARIANTS", rows)
 
 
 def test_every_source_has_a_row() -> None:

@@ -15,6 +15,7 @@ import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 from uq.errors import DeviceError, UqError
 from uq.kernels.vulkan.radv import Compiled, find_driver, open_radv
@@ -73,14 +74,17 @@ def compile_cases(chip: Chip, driver: Path) -> list[Compiled]:
         DeviceError: the driver does not know the chip, or failed; with its last line.
     """
     command = [sys.executable, "-m", MODULE, "--family", chip.family, "--driver", str(driver)]
-    done = subprocess.run(command, capture_output=True, text=True)
+    with TemporaryDirectory() as folder:
+        out = Path(folder) / "compiled.json"  # a file, because the driver prints to stdout
+        done = subprocess.run([*command, "--out", str(out)], capture_output=True, text=True)
+        records = json.loads(out.read_text()) if done.returncode == 0 else []
     if done.returncode:
         last = (done.stderr.strip().splitlines() or ["no message"])[-1]
         raise DeviceError(
             f"{driver} cannot compile for {chip.product} ({chip.family}): {last}; Mesa 25 or newer "
             "can, and scripts/mesa fetches it"
         )
-    return [Compiled(**record) for record in json.loads(done.stdout)]
+    return [Compiled(**record) for record in records]
 
 
 def problems(case: Case, compiled: Compiled) -> list[str]:
@@ -131,20 +135,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog=MODULE, description=__doc__)
     parser.add_argument("--driver", type=Path, help="RADV's manifest (radeon_icd*.json)")
     parser.add_argument("--write", type=Path, metavar="PAGE", help="put the tables into this page")
-    parser.add_argument("--family", help=argparse.SUPPRESS)  # the process of one chip
+    for option in ("--family", "--out"):  # of the process of one chip
+        parser.add_argument(option, help=argparse.SUPPRESS)
     args = parser.parse_args(arguments)
     try:
         driver = args.driver or find_driver()
-        return _child(driver, args.family) if args.family else _report(driver, args.write)
+        if args.family:
+            return _child(driver, args.family, Path(args.out))
+        return _report(driver, args.write)
     except UqError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code
 
 
-def _child(driver: Path, family: str) -> int:
+def _child(driver: Path, family: str, out: Path) -> int:
     radv = open_radv(driver, family)
     made = [radv.compile(load(case.module), case.numbered) for case in cases()]
-    print(json.dumps([asdict(compiled) for compiled in made]))
+    out.write_text(json.dumps([asdict(compiled) for compiled in made]))
     return 0
 
 

@@ -74,7 +74,8 @@ def compile_variant(variant: Variant, sources: Path = SOURCES) -> bytes:
     try:
         module = Compiler().compile(_with_macros(texts[variant.source], variant.macros), headers)
     except RuntimeError as error:
-        raise ShaderError(f"{variant.source} ({variant.name}): {error}") from None
+        first = " ".join(str(error).split("\n")[1:2])  # behind the headline; the rest repeats it
+        raise ShaderError(f"{variant.source} ({variant.name}): {first or error}") from None
     # The compiler always writes 1.6; what 1.5 lacks of it is refused by `spirv-val` in the tests.
     module = module[:4] + struct.pack("<I", SPIRV_VERSION[variant.target]) + module[8:]
     check(variant, module)

@@ -112,49 +112,64 @@ class Radv:
             vk.vkDestroyShaderModule(device, shader, None)
 
     def _subgroup(self, pipeline: Any) -> int:
-        get = self._function("vkGetPipelineExecutablePropertiesKHR")
-        (executable,) = get(self._device, self._vk.VkPipelineInfoKHR(pipeline=pipeline))
-        return int(executable.subgroupSize)
+        info = self._vk.ffi.new(
+            "VkPipelineInfoKHR *", self._vk.VkPipelineInfoKHR(pipeline=pipeline)
+        )
+        executables = self._listed("PropertiesKHR", "PROPERTIES_KHR", info)
+        return int(executables[0].subgroupSize)  # an item alone would not keep the list alive
 
     def _statistics(self, pipeline: Any) -> dict[str, int]:
-        get = self._function("vkGetPipelineExecutableStatisticsKHR")
-        return {
-            str(item.name): int(item.value.u64) for item in get(self._device, self._of(pipeline))
-        }
+        items = self._listed("StatisticsKHR", "STATISTIC_KHR", self._of(pipeline))
+        return {self._string(item.name): int(item.value.u64) for item in items}
 
     def _opcodes(self, pipeline: Any) -> dict[str, int]:
-        """Read off the text called `Assembly`: a tab, the opcode, its operands."""
+        """Read off the text called `Assembly`: the opcode and its operands, or, where the driver's
+        LLVM does not know the chip, `results = opcode operands`."""
         code = self._texts(pipeline)["Assembly"]
-        return dict(Counter(re.findall(r"^\s+([a-z][a-z0-9_]+)", code, re.MULTILINE)))
+        return dict(
+            Counter(re.findall(r"^\s+(?:[^=\n]* = )?([a-z][a-z0-9_]+)", code, re.MULTILINE))
+        )
 
     def _texts(self, pipeline: Any) -> dict[str, str]:
-        """All texts that the driver made on its way; the wrapper cannot pass the buffers."""
-        ffi, name = self._vk.ffi, "vkGetPipelineExecutableInternalRepresentationsKHR"
-        address = self._vk._vulkan.lib.vkGetDeviceProcAddr(self._device, name.encode())
-        get = ffi.cast(f"PFN_{name}", address)
-        info = ffi.new("VkPipelineExecutableInfoKHR *", self._of(pipeline))
-        count = ffi.new("uint32_t *")
-        get(self._device, info, count, ffi.NULL)
-        records = ffi.new("VkPipelineExecutableInternalRepresentationKHR[]", count[0])
-        for record in records:
-            record.sType = (
-                self._vk.VK_STRUCTURE_TYPE_PIPELINE_EXECUTABLE_INTERNAL_REPRESENTATION_KHR
-            )
-        get(self._device, info, count, records)
-        texts = [ffi.new("char[]", record.dataSize) for record in records]
+        """All texts that the driver made on its way."""
+        what = "InternalRepresentationsKHR", "INTERNAL_REPRESENTATION_KHR"
+        records = self._listed(*what, self._of(pipeline))
+        texts = [self._vk.ffi.new("char[]", record.dataSize) for record in records]
         for record, text in zip(records, texts, strict=True):
             record.pData = text
-        get(self._device, info, count, records)
+        self._listed(*what, self._of(pipeline), records)
         return {
-            ffi.string(record.name).decode(): ffi.string(text).decode(errors="replace")
+            self._string(record.name): self._string(text)
             for record, text in zip(records, texts, strict=True)
         }
 
-    def _of(self, pipeline: Any) -> Any:
-        return self._vk.VkPipelineExecutableInfoKHR(pipeline=pipeline, executableIndex=0)
+    def _listed(self, function: str, kind: str, info: Any, records: Any = None) -> Any:
+        """What `vkGetPipelineExecutable<function>` lists; filled into `records` where given.
 
-    def _function(self, name: str) -> Any:
-        return self._vk.vkGetDeviceProcAddr(self._device, name)
+        The wrappers of the package `vulkan` lose such arrays to the garbage collector.
+        """
+        ffi = self._vk.ffi
+        name = f"vkGetPipelineExecutable{function}"
+        address = self._vk._vulkan.lib.vkGetDeviceProcAddr(self._device, name.encode())
+        get = ffi.cast(f"PFN_{name}", address)
+        count = ffi.new("uint32_t *", len(records or ()))
+        if records is None:
+            get(self._device, info, count, ffi.NULL)
+            structure = f"VkPipelineExecutable{function.replace('sKHR', 'KHR')}"
+            structure = structure.replace("PropertieKHR", "PropertiesKHR")
+            records = ffi.new(f"{structure}[]", count[0])
+            tag = getattr(self._vk, f"VK_STRUCTURE_TYPE_PIPELINE_EXECUTABLE_{kind}")
+            for record in records:
+                record.sType = tag
+        get(self._device, info, count, records)
+        return records
+
+    def _string(self, text: Any) -> str:
+        return str(self._vk.ffi.string(text).decode(errors="replace"))
+
+    def _of(self, pipeline: Any) -> Any:
+        info = self._vk.VkPipelineExecutableInfoKHR(pipeline=pipeline, executableIndex=0)
+        return self._vk.ffi.new("VkPipelineExecutableInfoKHR *", info)
 
 
 def open_radv(driver: Path, family: str) -> Radv:

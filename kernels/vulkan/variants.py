@@ -101,8 +101,27 @@ def _kernel(
     return Variant(name, source, macros, ("subgroup", *features), constants, "vulkan1.3")
 
 
+def _prefill_kernels() -> Iterator[Variant]:
+    """Of many tokens at a time."""
+    tile = ("LANES", "GROUP", "BM", "BN")
+    gemm, matrix = (*tile, "TM", "TN", "LOW_BYTES"), (*tile, "SM", "SN", "PAD")
+    for kind, macros in _weights().items():
+        yield _kernel(f"gemm_{kind}", "gemm.comp", macros, constants=gemm)
+        if kind not in _FLOATS:
+            dotted: dict[str, str | int] = {**macros, "INTEGER_DOT": 1}
+            yield _kernel(f"gemm_{kind}_dot", "gemm.comp", dotted, ("int8dot",), gemm)
+        if kind not in ("bf16", "f32"):
+            needs = ("fp16", "coopmat")
+            yield _kernel(f"gemm_{kind}_matrix", "gemm_matrix.comp", macros, needs, matrix)
+    yield _kernel("gemm_half", "gemm_half.comp", constants=("LANES", "FLOAT_X"))
+    shape = ("DIM", "HEADS", "KV_HEADS", "TOKENS", "KEYS", "WINDOW", "SLOTS", "SCALE", "CAP")
+    attention = ("LANES", "FLOAT_X", *shape)
+    yield _kernel("attention_prefill", "attention_prefill.comp", constants=attention)
+
+
 VARIANTS: Mapping[str, Variant] = _table(
     *_decode_kernels(),
+    *_prefill_kernels(),
     *(
         Variant(f"dequantize_int{bits}", "dequantize.comp", {"BITS": bits}, (), ("GROUP",))
         for bits in (4, 8)

@@ -1,0 +1,169 @@
+#version 460
+#extension GL_GOOGLE_include_directive : require
+// y = x W^T for many columns of x (tokens), without matrix instructions.
+//
+// A workgroup makes BM tokens x BN rows of the weight, in steps of 32 channels: x and the codes go
+// through shared memory, a lane keeps TM x TN sums. With INTEGER_DOT the codes meet the high bytes of
+// the fixed-point x, which alone are INT8 with a scale per 32 channels, and where LOW_BYTES says so the
+// low bytes, too: integers and exact. Otherwise both are float32.
+#include "common.glsl"
+layout(constant_id = 1) const uint GROUP = 32;
+layout(constant_id = 2) const uint BM = 32;
+layout(constant_id = 3) const uint BN = 32;
+layout(constant_id = 4) const uint TM = 4;  // BM / TM * (BN / TN) lanes
+layout(constant_id = 5) const uint TN = 4;
+layout(constant_id = 6) const bool LOW_BYTES = true;
+#include "gemm_bytes.glsl"
+#include "weights.glsl"
+
+layout(push_constant) uniform Push {
+    Words weights, x;
+    Floats y;  // (count, stride)
+    uint tiles, stride, rows, count;
+};
+
+// A pack is what one load from shared memory brings: 16 bytes, or 4 floats.
+#ifdef INTEGER_DOT
+#define PACK uvec4
+const uint PACKS = 2;
+const uint X_PACKS = LOW_BYTES ? 4 : 2;
+#else
+#define PACK vec4
+const uint PACKS = 8;
+const uint X_PACKS = 8;
+#endif
+
+// Pack by pack, so that neighbouring lanes read neighbouring packs.
+shared PACK x_packs[X_PACKS * BM];
+shared PACK w_packs[PACKS * BN];
+#ifdef INTEGER_DOT
+shared float x_scales[BM], w_scales[BN];
+shared int x_sums[BM], w_zeros[BN];
+#endif
+
+const uint DOWN = BM / TM;
+const uint ACROSS = BN / TN;
+
+float total[TM * TN];
+
+// x of a token; those behind the last one repeat it and are not stored.
+void stage_x(uint i, uint tile, uint piece) {
+    uint column = min(gl_WorkGroupID.y * BM + i, count - 1);
+    Input v = load_input(x, column * tiles + tile, piece);
+#ifdef INTEGER_DOT
+    x_packs[i] = v.high[0];
+    x_packs[BM + i] = v.high[1];
+    if (LOW_BYTES) {
+        x_packs[2 * BM + i] = v.low[0];
+        x_packs[3 * BM + i] = v.low[1];
+    }
+    x_scales[i] = LOW_BYTES ? v.scale : 256.0 * v.scale;
+#if ZERO_POINT
+    const uvec4 ones = uvec4(0x01010101u);
+    x_sums[i] = LOW_BYTES ? v.sum : dot_vectors(v.high[0], ones) + dot_vectors(v.high[1], ones);
+#endif
+#else
+    [[unroll]] for (uint p = 0; p < PACKS; p++) {
+#if WEIGHT <= INT8
+        ivec4 high = unpack_bytes(v.high[p / 4][p % 4]), low = unpack_bytes(v.low[p / 4][p % 4]);
+        x_packs[p * BM + i] = vec4(256 * high + low) * v.scale;
+#else
+        x_packs[p * BM + i] = uintBitsToFloat(v.quad[p]);
+#endif
+    }
+#endif
+}
+
+void stage_weight(uint i, uint tile, uint piece) {
+    uint row = min(gl_WorkGroupID.x * BN + i, rows - 1);
+    Piece w = load_piece(weights, row / 16 * tiles + tile, row % 16 * 4 + piece);
+#ifdef INTEGER_DOT
+    w_packs[i] = codes(w, 0);
+    w_packs[BN + i] = codes(w, 1);
+    w_scales[i] = w.scale;
+#if ZERO_POINT
+    w_zeros[i] = w.zero;
+#endif
+#else
+    [[unroll]] for (uint p = 0; p < PACKS; p++) {
+        w_packs[p * BN + i] = values(w, p);
+    }
+#endif
+}
+
+#ifdef INTEGER_DOT
+void multiply_step(uint down, uint across) {
+    int high[TM * TN], low[TM * TN];
+    [[unroll]] for (uint i = 0; i < TM * TN; i++) {
+        high[i] = low[i] = 0;
+    }
+    [[unroll]] for (uint p = 0; p < PACKS; p++) {
+        uvec4 w[TN];
+        [[unroll]] for (uint j = 0; j < TN; j++) {
+            w[j] = w_packs[p * BN + j * ACROSS + across];
+        }
+        [[unroll]] for (uint i = 0; i < TM; i++) {
+            uint at = p * BM + i * DOWN + down;
+            uvec4 a = x_packs[at];
+            uvec4 b = LOW_BYTES ? x_packs[2 * BM + at] : uvec4(0);
+            [[unroll]] for (uint j = 0; j < TN; j++) {
+                high[i * TN + j] += dot_vectors(w[j], a);
+                low[i * TN + j] += LOW_BYTES ? dot_vectors(w[j], b) : 0;
+            }
+        }
+    }
+    [[unroll]] for (uint i = 0; i < TM; i++) {
+        uint m = i * DOWN + down;
+        [[unroll]] for (uint j = 0; j < TN; j++) {
+            uint n = j * ACROSS + across, at = i * TN + j;
+            int sum = LOW_BYTES ? 256 * high[at] + low[at] : high[at];
+#if ZERO_POINT
+            sum -= w_zeros[n] * x_sums[m];
+#endif
+            total[at] += float(sum) * (x_scales[m] * w_scales[n]);
+        }
+    }
+}
+#else
+void multiply_step(uint down, uint across) {
+    for (uint p = 0; p < PACKS; p++) {
+        vec4 w[TN];
+        [[unroll]] for (uint j = 0; j < TN; j++) {
+            w[j] = w_packs[p * BN + j * ACROSS + across];
+        }
+        [[unroll]] for (uint i = 0; i < TM; i++) {
+            vec4 a = x_packs[p * BM + i * DOWN + down];
+            [[unroll]] for (uint j = 0; j < TN; j++) {
+                total[i * TN + j] += dot(a, w[j]);
+            }
+        }
+    }
+}
+#endif
+
+void main() {
+    uint lane = lane_index(), down = lane / ACROSS, across = lane % ACROSS;
+    [[unroll]] for (uint i = 0; i < TM * TN; i++) {
+        total[i] = 0.0;
+    }
+    for (uint step = 0; step < 4 * tiles; step++) {
+        for (uint i = lane; i < BM; i += LANES) {
+            stage_x(i, step / 4, step % 4);
+        }
+        for (uint i = lane; i < BN; i += LANES) {
+            stage_weight(i, step / 4, step % 4);
+        }
+        barrier();
+        multiply_step(down, across);
+        barrier();
+    }
+    [[unroll]] for (uint i = 0; i < TM; i++) {
+        uint m = gl_WorkGroupID.y * BM + i * DOWN + down;
+        [[unroll]] for (uint j = 0; j < TN; j++) {
+            uint n = gl_WorkGroupID.x * BN + j * ACROSS + across;
+            if (m < count && n < rows) {
+                y.at[m * stride + n] = total[i * TN + j];
+            }
+        }
+    }
+}

@@ -1,0 +1,66 @@
+#version 460
+#extension GL_GOOGLE_include_directive : require
+// Activations as float16 rows, for gemm_matrix.comp. One workgroup for each column (token).
+//
+// A row is divided by a power of two that brings its largest value below 2048: far from overflow,
+// and values down to 2^-25 of the largest are rounded no more than float16 rounds anyway.
+#include "common.glsl"
+layout(constant_id = 1) const bool FLOAT_X = false;
+#include "activations.glsl"
+#include "gemm_bytes.glsl"
+
+layout(push_constant) uniform Push {
+    Words x;      // columns of activations
+    Uints half_x; // (columns, 128 * tiles) float16
+    Floats units; // (columns) the power of two
+    uint tiles;
+};
+
+shared float subgroup_peaks[128];
+
+// Four channels of the column.
+vec4 quad(uint column, uint i) {
+    uint tile = (column * tiles + i / 32), piece = i / 8 % 4, word = i % 8;
+    if (FLOAT_X) {
+        return uintBitsToFloat(x.at[tile * 32 + i % 32]);
+    }
+    uint from = tile * (X_WORDS / 4) + word / 4 * 4 + piece;
+    ivec4 high = unpack_bytes(x.at[from][word % 4]), low = unpack_bytes(x.at[from + 8][word % 4]);
+    float scale = uintBitsToFloat(x.at[tile * (X_WORDS / 4) + 16][piece]);
+    return vec4(256 * high + low) * scale;
+}
+
+float workgroup_max(float value) {
+    value = subgroupMax(value);
+    if (subgroupElect()) {
+        subgroup_peaks[gl_SubgroupID] = value;
+    }
+    barrier();
+    for (uint i = 0; i < gl_NumSubgroups; i++) {
+        value = max(value, subgroup_peaks[i]);
+    }
+    return value;
+}
+
+void main() {
+    uint column = gl_WorkGroupID.x, lane = lane_index();
+    float peak = 0.0;
+    for (uint i = lane; i < 32 * tiles; i += LANES) {
+        vec4 v = abs(quad(column, i));
+        peak = max(peak, max(max(v.x, v.y), max(v.z, v.w)));
+    }
+    peak = workgroup_max(peak);
+    int exponent = 0;
+    frexp(peak, exponent);  // peak is below 2^exponent
+    exponent = peak > 0.0 ? max(exponent - 11, -100) : 0;
+    float factor = ldexp(1.0, -exponent);
+    for (uint i = lane; i < 32 * tiles; i += LANES) {
+        vec4 v = quad(column, i) * factor;
+        uint at = (column * 32 * tiles + i) * 2;
+        half_x.at[at] = packHalf2x16(v.xy);
+        half_x.at[at + 1] = packHalf2x16(v.zw);
+    }
+    if (lane == 0) {
+        units.at[column] = ldexp(1.0, exponent);
+    }
+}

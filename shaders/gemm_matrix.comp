@@ -1,0 +1,131 @@
+#version 460
+#extension GL_GOOGLE_include_directive : require
+#extension GL_EXT_shader_explicit_arithmetic_types_float16 : require
+#ifndef EMULATED
+#extension GL_KHR_cooperative_matrix : require
+#extension GL_KHR_memory_scope_semantics : require
+#pragma use_vulkan_memory_model
+#endif
+// y = x W^T for many columns of x (tokens), with matrix instructions: 16 x 16 x 16, float16 into float32.
+//
+// A workgroup makes BM tokens x BN rows of the weight in steps of 64 channels, each of its subgroups
+// SM x SN. The weight becomes float16 on its way into shared memory; while a step is multiplied, the
+// next one is on its way into registers.
+#include "common.glsl"
+layout(constant_id = 1) const uint GROUP = 32;
+layout(constant_id = 2) const uint BM = 64;
+layout(constant_id = 3) const uint BN = 128;
+layout(constant_id = 4) const uint SM = 32;  // BM / SM * (BN / SN) subgroups
+layout(constant_id = 5) const uint SN = 32;
+layout(constant_id = 6) const uint PAD = 8;  // float16 behind each row of shared memory
+#include "weights.glsl"
+
+layout(push_constant) uniform Push {
+    Words weights;
+    Words x;       // (count, 128 * tiles) float16, as gemm_half.comp makes it
+    Floats units;  // (count) what x was divided by
+    Floats y;      // (count, stride)
+    uint tiles, stride, rows, count;
+};
+
+const uint STEP = 64;
+const uint ROW = (STEP + PAD) / 4;  // of shared memory, in f16vec4
+const uint X_LOADS = BM * (STEP / 8) / LANES;
+const uint W_LOADS = BN * (STEP / 32) / LANES;
+const uint DOWN = SM / 16;
+const uint ACROSS = SN / 16;
+
+shared f16vec4 x_tile[BM * ROW];
+shared f16vec4 w_tile[BN * ROW];
+shared float y_block[BM / SM * (BN / SN) * 256];  // one for each subgroup, on its way out
+
+uvec4 x_next[X_LOADS];
+Piece w_next[W_LOADS];
+#include "gemm_blocks.glsl"
+
+void fetch(uint step, uint lane) {
+    [[unroll]] for (uint i = 0; i < X_LOADS; i++) {
+        uint load = i * LANES + lane;
+        uint column = min(gl_WorkGroupID.y * BM + load / 8, count - 1);
+        x_next[i] = x.at[(column * 2 * tiles + step) * 8 + load % 8];
+    }
+    [[unroll]] for (uint i = 0; i < W_LOADS; i++) {
+        uint load = i * LANES + lane;
+        uint row = min(gl_WorkGroupID.x * BN + load / 2, rows - 1);
+        uint piece = 2 * (step % 2) + load % 2;
+        w_next[i] = load_piece(weights, row / 16 * tiles + step / 2, row % 16 * 4 + piece);
+    }
+}
+
+#if WEIGHT <= INT8
+// A byte behind the exponent of 2^(2 + WEIGHT) is that power plus the byte times UNIT, exactly.
+const uint EXPONENT = (WEIGHT + 17) << 10 | (WEIGHT + 17) << 26;
+
+void store_piece(Piece piece, uint place) {
+    float16_t scale = float16_t(piece.scale / UNIT);
+#if ZERO_POINT
+    float16_t offset = float16_t(float(1024 + 128 + piece.zero) * UNIT);
+#else
+    const float16_t offset = float16_t((1024.0 + 128.0) * UNIT);
+#endif
+    [[unroll]] for (uint i = 0; i < 8; i++) {
+        uint unsigned_ = codes(piece, i / 4)[i % 4] ^ 0x80808080u;
+        f16vec2 even = unpackFloat2x16(unsigned_ & 0x00FF00FFu | EXPONENT);
+        f16vec2 odd = unpackFloat2x16(unsigned_ >> 8 & 0x00FF00FFu | EXPONENT);
+        w_tile[place + i] = (f16vec4(even.x, odd.x, even.y, odd.y) - offset) * scale;
+    }
+}
+#else
+void store_piece(Piece piece, uint place) {
+    [[unroll]] for (uint i = 0; i < 8; i++) {
+        w_tile[place + i] = f16vec4(values(piece, i));
+    }
+}
+#endif
+
+void stage(uint lane) {
+    [[unroll]] for (uint i = 0; i < X_LOADS; i++) {
+        uint load = i * LANES + lane, place = load / 8 * ROW + load % 8 * 2;
+        uvec4 v = x_next[i];
+        x_tile[place] = f16vec4(unpackFloat2x16(v.x), unpackFloat2x16(v.y));
+        x_tile[place + 1] = f16vec4(unpackFloat2x16(v.z), unpackFloat2x16(v.w));
+    }
+    [[unroll]] for (uint i = 0; i < W_LOADS; i++) {
+        uint load = i * LANES + lane;
+        store_piece(w_next[i], load / 2 * ROW + load % 2 * 8);
+    }
+}
+
+// By way of shared memory: at the edges of y only a part of a block is there.
+void store_block(uint block, uint first_m, uint first_n) {
+    uint base = gl_SubgroupID * 256;
+    block_to_shared(block, base);
+    subgroupBarrier();
+    for (uint i = gl_SubgroupInvocationID; i < 256; i += gl_SubgroupSize) {
+        uint m = first_m + i / 16, n = first_n + i % 16;
+        if (m < count && n < rows) {
+            y.at[m * stride + n] = y_block[base + i] * units.at[m];
+        }
+    }
+    subgroupBarrier();
+}
+
+void main() {
+    uint lane = lane_index();
+    uint top = gl_SubgroupID / (BN / SN) * SM, left = gl_SubgroupID % (BN / SN) * SN;
+    clear_blocks();
+    fetch(0, lane);
+    for (uint step = 0; step < 2 * tiles; step++) {
+        stage(lane);
+        barrier();
+        if (step + 1 < 2 * tiles) {
+            fetch(step + 1, lane);
+        }
+        multiply_step(top, left);
+        barrier();
+    }
+    [[unroll]] for (uint i = 0; i < DOWN * ACROSS; i++) {
+        uint m = gl_WorkGroupID.y * BM + top + 16 * (i / ACROSS);
+        store_block(i, m, gl_WorkGroupID.x * BN + left + 16 * (i % ACROSS));
+    }
+}
