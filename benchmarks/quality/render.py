@@ -20,7 +20,8 @@ def markdown(results: Results) -> str:
     names = [text.name for text in results.texts]
     parts = [_preface(results), "### Mean KL divergence", _losses(measured, names)]
     for name in names:
-        parts += [f"### {name}", _text(measured, name)]
+        if rows := [row for row in measured if _scores(row, name)]:
+            parts += [f"### {name}", _text(rows, name)]
     if base := next((row for row in measured if row.name == results.against), None):
         title = f"### KL minus that of {base.name}, window by window"
         parts += [title, _differences(measured, base, names)]
@@ -82,7 +83,7 @@ def _text(rows: Sequence[RowResult], name: str) -> str:
         ]
 
     head = ["row", "KL", "KL, 99.9 %", "same top, %", "perplexity ratio"]
-    return _table(head, [cells(row) for row in rows if _scores(row, name)])
+    return _table(head, [cells(row) for row in rows])
 
 
 def _differences(rows: Sequence[RowResult], base: RowResult, texts: Sequence[str]) -> str:
