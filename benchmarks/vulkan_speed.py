@@ -5,8 +5,8 @@
 
 A shape is Gemma 3 of that size with random codes: INT4 in groups of 32, the embedding INT8, as many
 bytes as llama.cpp's Q4_0 with its Q8_0 embedding. Prints one JSON object a model: tokens per second
-(median and range of the repeats, after one that does not count), the read bandwidth of the device
-measured in the same run, and the share of it that decoding reaches.
+(median and range of the repeats, after one that does not count), the time of a step's stages, the
+read bandwidth of the device measured in the same run, and the share of it that decoding reaches.
 
 Needs numpy, the package `vulkan` and the compiled shaders (python -m uq.kernels.vulkan.compile).
 """
@@ -19,6 +19,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Sequence
+from dataclasses import asdict
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
@@ -32,6 +33,7 @@ from uq.formats.spec import QuantTensor, Spec
 from uq.kernels.session import Sampling
 from uq.kernels.vulkan.bandwidth import read_bandwidth
 from uq.kernels.vulkan.device import choose
+from uq.kernels.vulkan.profile import by_label
 from uq.kernels.vulkan.session import VulkanSession
 from uq.kernels.vulkan.sources import BundleSource
 from uq.kernels.vulkan.weights import Kind, Source, Weight
@@ -145,12 +147,16 @@ def measure(name: str, args: argparse.Namespace, bandwidth: float) -> dict[str, 
         source,
         choose(args.device),
         pipeline_cache=args.cache,
-        max_context=args.prompt + args.generate,
+        max_context=args.prompt + args.generate + 1,
+        tune=args.tune,
     )
     opened = time.perf_counter() - began
     prompt = [int(token) for token in np.arange(args.prompt) * 7919 % config.vocab_size]
 
     runs = [timed_run(session, prompt, args.generate) for _ in range(1 + args.repeats)][1:]
+    session.reset()
+    session.prefill(prompt)
+    stages = by_label(session.profile())
     prefill_rates, decode_rates = (spread(rates) for rates in zip(*runs, strict=True))
     return {
         "model": name,
@@ -163,6 +169,7 @@ def measure(name: str, args: argparse.Namespace, bandwidth: float) -> dict[str, 
         "prefill_tokens_per_second": prefill_rates,
         "decode_tokens_per_second": decode_rates,
         "bytes_per_token": session.bytes_per_token,
+        "step": [asdict(stage) for stage in stages],
         "read_bandwidth_gb_s": bandwidth / 1e9,
         "share_of_bandwidth": decode_rates["median"] * session.bytes_per_token / bandwidth,
     }
@@ -175,6 +182,7 @@ def main() -> None:
     parser.add_argument("--prompt", type=int, default=512)
     parser.add_argument("--generate", type=int, default=256)
     parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--tune", action="store_true", help="measure the shapes of products first")
     parser.add_argument("--cache", type=Path, default=Path(tempfile.gettempdir()) / "uq-vulkan")
     args = parser.parse_args()
     bandwidth = read_bandwidth(choose(args.device), args.cache)

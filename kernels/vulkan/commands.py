@@ -31,7 +31,13 @@ class Region(Protocol):
 
 
 class Recorder:
-    """One command buffer while it is recorded, and after."""
+    """One command buffer while it is recorded, and after.
+
+    Attributes:
+        label: what the next dispatches are for; whoever measures them reads it.
+    """
+
+    label = ""
 
     def __init__(self, gpu: Gpu) -> None:
         self._gpu, self._lib = gpu, binding().lib
@@ -83,10 +89,6 @@ class Recorder:
         self.transfer_barrier()
         self._lib.vkCmdFillBuffer(self.commands, buffer, offset, nbytes, 0)
         self.transfer_barrier()
-
-    def timestamp(self, pool: Any, index: int) -> None:
-        stage = constant("PIPELINE_STAGE_COMPUTE_SHADER_BIT")
-        self._lib.vkCmdWriteTimestamp(self.commands, stage, pool, index)
 
     def end(self) -> None:
         call("EndCommandBuffer", self.commands)

@@ -156,6 +156,12 @@ class PhysicalGpu:
         return None
 
     @cached_property
+    def most_lanes(self) -> int:
+        """Invocations that a workgroup may have."""
+        limits = self._properties(binding().ffi.NULL)
+        return int(limits.properties.limits.maxComputeWorkGroupInvocations)
+
+    @cached_property
     def timestamp_period(self) -> float:
         """Nanoseconds between two values of a timestamp."""
         properties = self._properties(binding().ffi.NULL)

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from uq.errors import DeviceError
 from uq.formats.config import GemmaConfig
+from uq.kernels.vulkan.autotune import tune
 from uq.kernels.vulkan.commands import Recorder, Submission
 from uq.kernels.vulkan.device import Gpu, PhysicalGpu
 from uq.kernels.vulkan.mailbox import Mailbox
@@ -21,7 +22,7 @@ from uq.kernels.vulkan.model import Cache, Work, cache_bytes, load_model, weight
 from uq.kernels.vulkan.pipelines import Pipelines
 from uq.kernels.vulkan.runs import Runs, fitting
 from uq.kernels.vulkan.stages import Stages
-from uq.kernels.vulkan.tuning import Tuning
+from uq.kernels.vulkan.tuning import Tuning, read_measured, write_measured
 from uq.kernels.vulkan.weights import Loader, Source, padded_rows, weight_bytes
 
 SMALL = 16 << 20  # bytes of a slab for activations
@@ -68,8 +69,21 @@ class Engine:
         for span in self.work.spans:
             self.transfers.fill(span)  # padding must be finite: it meets weights of zero
         self.mailbox = self._keep(Mailbox(self.gpu, self.work.state))
-        tuning = Tuning(physical.has("shaderIntegerDotProduct"))
+        self._measured = pipeline_cache / f"{physical.identity}.json"
+        known = read_measured(self._measured)
+        tuning = Tuning(physical.has("shaderIntegerDotProduct"), known)
         self._stages = Stages(config, self.model, self.work, self.pipelines, tuning, columns=1)
+
+    def tune(self) -> None:
+        """Measure what cuts the products best here; recordings that are made later use it.
+
+        The result is kept for this device and driver.
+        """
+        lanes = self.gpu.physical.most_lanes
+        found = tune(self.gpu, self._stages, lanes)
+        known = {**self._stages.tuning.measured, **found}
+        write_measured(self._measured, known)
+        self._stages = replace(self._stages, tuning=replace(self._stages.tuning, measured=known))
 
     def runs(self, capacity: int) -> Runs:
         """Passes and decode steps over a new KV cache of `capacity` tokens."""

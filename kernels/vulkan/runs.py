@@ -10,6 +10,7 @@ from uq.kernels.vulkan.commands import Recorder, Submission
 from uq.kernels.vulkan.device import Gpu
 from uq.kernels.vulkan.mailbox import Mailbox
 from uq.kernels.vulkan.model import COLUMNS, Cache
+from uq.kernels.vulkan.profile import KernelTime, TimedRecorder
 from uq.kernels.vulkan.stages import Stages
 
 WIDTHS = (1, 4, COLUMNS)  # tokens of a pass; more kernels would be compiled for more of them
@@ -38,6 +39,21 @@ class Runs:
         self._mailbox.post(position, choice=choice)
         self._submission([("step", 1)] * count).run()
         return self._mailbox.generated(count)
+
+    def profile(self, position: int) -> list[KernelTime]:
+        """Time the kernels of a decode step behind `position` tokens; its token is forgotten."""
+        recorder = TimedRecorder(self._gpu)
+        self._record_step(recorder, 1)
+        recorder.end()
+        whole = [self._mailbox.begin, recorder.commands, self._mailbox.end]
+        submission = Submission(self._gpu, whole)
+        for _ in range(2):  # the first time does not count
+            self._mailbox.post(position)
+            submission.run()
+        times = recorder.times()
+        submission.close()
+        recorder.close()
+        return times
 
     def close(self) -> None:
         for submission in self._submissions.values():

@@ -21,6 +21,7 @@ from uq.kernels.session import Device, Sampling, check_room, check_tokens
 from uq.kernels.vulkan.device import PhysicalGpu
 from uq.kernels.vulkan.engine import Engine
 from uq.kernels.vulkan.model import COLUMNS
+from uq.kernels.vulkan.profile import KernelTime
 from uq.kernels.vulkan.runs import Runs
 from uq.kernels.vulkan.weights import Source
 
@@ -42,10 +43,13 @@ class VulkanSession:
         *,
         pipeline_cache: Path,
         max_context: int = 4096,
+        tune: bool = False,
     ) -> None:
         """
         Args:
             pipeline_cache: folder in which the driver's compiled kernels are kept.
+            tune: first measure how products are best cut into workgroups on this device; the
+                result is kept in the same folder.
 
         Raises:
             DeviceError: the model does not fit, or the device fails.
@@ -57,6 +61,8 @@ class VulkanSession:
         self.device = describe(physical)
         self._engine = Engine(config, source, physical, pipeline_cache, max_context)
         self.close = self._engine.close
+        if tune:
+            self._engine.tune()
         self._runs = self._engine.runs(max_context)
         self._scratch: Runs | None = None  # of `score`
         self._steps = 1  # that a submit may have
@@ -139,6 +145,17 @@ class VulkanSession:
                 except GeneratorExit:
                     self._take_back(tokens, used)
                     raise
+
+    def profile(self) -> list[KernelTime]:
+        """Time the kernels of the next decode step; the sequence stays as it is.
+
+        Raises:
+            UsageError: there is no token, or no room for one more.
+        """
+        self._require_prompt()
+        check_room(1, self._position, self.max_context)
+        self._has_logits = False
+        return self._runs.profile(self._position)
 
     def _likeliest(self, steps: int) -> list[int]:
         """Append the next `steps` tokens; more at once the next time, if that was quick."""

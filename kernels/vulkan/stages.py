@@ -15,10 +15,9 @@ from uq.kernels.vulkan.commands import Recorder
 from uq.kernels.vulkan.memory import Span
 from uq.kernels.vulkan.model import SPLITS, Cache, Layer, Model, Work
 from uq.kernels.vulkan.pipelines import Pipelines
-from uq.kernels.vulkan.tuning import Shape, Tuning
+from uq.kernels.vulkan.tuning import CHOOSE, GEGLU, NORM, STORE, Shape, Tuning
 from uq.kernels.vulkan.weights import Matrix, padded_rows
 
-STORE, NORM, GEGLU, CHOOSE = range(4)  # what follows a product, as in shaders/gemv.comp
 WHOLE, PREPARE, ATTEND = range(3)  # parts of attention, as in shaders/attention.comp
 NORM_COUNTER, CHOOSE_COUNTER = 1000, 1001  # of `arrived` in the state
 ROW_LANES = 256  # of a workgroup that holds a token
@@ -45,15 +44,21 @@ class Stages:
     def layers(self, recorder: Recorder, cache: Cache) -> None:
         """From the first norm's output to the final norm's."""
         for layer in self.model.layers:
+            recorder.label = "q, k, v"
             self.qkv(recorder, layer)
+            recorder.label = "attention"
             self.attention(recorder, layer, cache)
+            recorder.label = "attention output"
             self.join(recorder, layer.out, self.work.context, layer.attention_gain, layer.mlp_gain)
+            recorder.label = "gate, up"
             self.gate(recorder, layer)
+            recorder.label = "down"
             last = layer.index + 1 == self.config.num_layers
             gains = (layer.branch_gain, layer.next_gain)
             self.join(recorder, layer.down, self.work.gated, *gains, keep=last)
 
     def embed(self, recorder: Recorder, *, decode: bool) -> None:
+        recorder.label = "embedding"
         table, work = self.model.table, self.work
         pipeline = self.pipelines.get(
             f"embed_{table.kind.name}",
@@ -126,6 +131,7 @@ class Stages:
 
     def head(self, recorder: Recorder, column: int = 0) -> None:
         """Logits of one column, and the likeliest token."""
+        recorder.label = "head"
         head, work = self.model.head, self.work
         per_column = work.x.nbytes // 16
         x = work.x.part(column * per_column, per_column)

@@ -1,11 +1,15 @@
-"""How the work of a product is cut into workgroups."""
+"""How the work of a product is cut into workgroups: by a rule, or as it was measured to be best."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
 
 from uq.kernels.vulkan.weights import Kind, Matrix
 
+STORE, NORM, GEGLU, CHOOSE = range(4)  # what follows a product, as in shaders/gemv.comp
 MOST_LANES = 512
 ENOUGH_LANES = 1 << 17  # that keep the memory of a large GPU busy
 SUMS = 4096  # floats of shared memory that a product may use
@@ -25,19 +29,58 @@ class Tuning:
 
     Attributes:
         integer_dot: the device multiplies four bytes at once.
+        measured: key of a product -> its best shape.
     """
 
     integer_dot: bool
+    measured: Mapping[str, Shape] = field(default_factory=dict)
 
     def kernel(self, kind: Kind) -> str:
         dotted = self.integer_dot and not kind.is_float
         return f"gemv_{kind.name}_dot" if dotted else f"gemv_{kind.name}"
 
     def shape(self, matrix: Matrix, columns: int, epilogue: int) -> Shape:
-        """Few blocks get many lanes each, so that all of the device has work."""
-        gated = epilogue == 2
-        blocks = 4 if gated else 2 if matrix.blocks >= 4096 else 1
-        groups = -(-matrix.blocks // (blocks // 2 if gated else blocks))
-        wanted = -(-ENOUGH_LANES // (64 * groups))
-        most = min(MOST_LANES // 64, matrix.tiles, SUMS // (16 * blocks * columns))
-        return Shape(64 * max(1, min(max(wanted, 2), most)), blocks)
+        measured = self.measured.get(product_key(matrix, columns, epilogue))
+        return measured or usual_shape(matrix, columns, epilogue)
+
+
+def product_key(matrix: Matrix, columns: int, epilogue: int) -> str:
+    size = f"{matrix.rows}x{matrix.cols}"
+    return f"{matrix.kind.name} g{matrix.kind.group} {size} x{columns} {epilogue}"
+
+
+def usual_shape(matrix: Matrix, columns: int, epilogue: int) -> Shape:
+    """Few blocks get many lanes each, so that all of the device has work."""
+    gated = epilogue == GEGLU
+    blocks = 4 if gated else 2 if matrix.blocks >= 4096 else 1
+    groups = -(-matrix.blocks // (blocks // 2 if gated else blocks))
+    wanted = -(-ENOUGH_LANES // (64 * groups))
+    most = min(MOST_LANES // 64, matrix.tiles, SUMS // (16 * blocks * columns))
+    return Shape(64 * max(1, min(max(wanted, 2), most)), blocks)
+
+
+def candidates(matrix: Matrix, epilogue: int, most_lanes: int) -> list[Shape]:
+    """Shapes worth measuring for one column."""
+    # A gate's workgroup has whole groups of 32 outputs: 2 blocks of each weight, or more.
+    blocks = (4, 8) if epilogue == GEGLU else (1, 2, 4)
+    slices = [count for count in (1, 2, 4, 6, 8, 12, 16) if count <= matrix.tiles]
+    return [
+        Shape(64 * count, rows)
+        for count in slices
+        for rows in blocks
+        if 64 * count <= most_lanes and 16 * rows * count <= SUMS
+    ]
+
+
+def read_measured(path: Path) -> dict[str, Shape]:
+    """What `write_measured` wrote; nothing when there is no such file, or a broken one."""
+    try:
+        stored = json.loads(path.read_text())
+        return {key: Shape(**shape) for key, shape in stored.items()}
+    except (OSError, ValueError, TypeError, AttributeError):
+        return {}
+
+
+def write_measured(path: Path, measured: Mapping[str, Shape]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps({key: asdict(shape) for key, shape in measured.items()}, indent=1))

@@ -1,0 +1,86 @@
+"""Measuring a decode step and choosing how its products are cut, on a tiny model."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from tests.test_cpu_session import random_tokens
+from tests.vulkan_lab import no_messages  # noqa: F401
+from uq.errors import UsageError
+from uq.formats.bundle import Bundle, open_bundle
+from uq.kernels.session import Sampling
+from uq.kernels.vulkan.device import choose
+from uq.kernels.vulkan.profile import KernelTime, by_label, chrome_trace
+from uq.kernels.vulkan.session import VulkanSession
+from uq.kernels.vulkan.sources import BundleSource
+from uq.kernels.vulkan.tuning import read_measured
+
+LAYERS = 2
+
+
+@pytest.fixture(scope="module")
+def bundle(tiny_bundle: Callable[..., Path]) -> Bundle:
+    return open_bundle(tiny_bundle(layers=LAYERS, family="gemma2"))
+
+
+def opened(bundle: Bundle, cache: Path, *, tune: bool = False) -> VulkanSession:
+    return VulkanSession(
+        bundle.config,
+        BundleSource(bundle),
+        choose(),
+        pipeline_cache=cache,
+        max_context=32,
+        tune=tune,
+    )
+
+
+def test_a_tuned_session_writes_the_same_text(bundle: Bundle, tmp_path: Path) -> None:
+    prompt = random_tokens(bundle.config, 9).tolist()
+    texts = []
+    for tune in (False, True, False):  # the last one finds what the second one kept
+        session = opened(bundle, tmp_path, tune=tune)
+        session.prefill(prompt)
+        texts.append(list(session.decode(8, Sampling())))
+        session.close()
+    assert texts[0] == texts[1] == texts[2]
+    (file,) = tmp_path.glob("*.json")
+    assert {key.rpartition(" ")[2] for key in read_measured(file)} == {"0", "1", "2", "3"}
+
+
+def test_a_layer_has_five_stages(bundle: Bundle, tmp_path: Path) -> None:
+    session = opened(bundle, tmp_path)
+    with pytest.raises(UsageError, match="prefill"):
+        session.profile()
+    session.prefill([3, 4, 5])
+    expected = session.next_logits
+    counts = {stage.label: stage.dispatches for stage in by_label(session.profile())}
+    per_layer = ("q, k, v", "attention", "attention output", "gate, up", "down")
+    assert all(counts[label] == LAYERS for label in per_layer)
+    assert counts["embedding"] == counts["head"] == 1
+    assert session.position == 3 and (session.next_logits == expected).all()
+    session.close()
+
+
+def test_times_by_label() -> None:
+    times = [KernelTime("a", 0, 2), KernelTime("b", 3, 5), KernelTime("a", 8, 2)]
+    b, a, between = by_label(times)
+    assert (b.label, b.microseconds, b.share, b.dispatches) == ("b", 5, 0.5, 1)
+    assert (a.label, a.microseconds, a.dispatches) == ("a", 4, 2)
+    assert (between.label, between.microseconds) == ("between dispatches", 1)
+
+
+def test_a_trace_is_what_perfetto_reads() -> None:
+    trace = json.loads(chrome_trace([KernelTime("head", 1.5, 2.0)], [KernelTime("submit", 0, 9)]))
+    gpu, host = trace["traceEvents"]
+    assert (gpu["name"], gpu["ph"], gpu["ts"], gpu["dur"], gpu["tid"]) == (
+        "head",
+        "X",
+        1.5,
+        2,
+        "GPU",
+    )
+    assert host["tid"] == "host"
