@@ -33,7 +33,6 @@ layout(buffer_reference, std430, buffer_reference_align = 16) coherent buffer St
     uint choice;               // the likeliest token behind the last one
     uint tokens[MAX_COLUMNS];  // of a pass
     uint generated[MAX_STEPS];
-    float uniforms[MAX_STEPS];  // one random number for each step
     uint arrived[1024];         // of each counter, the workgroups that are done
 };
 

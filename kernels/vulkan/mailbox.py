@@ -14,8 +14,7 @@ from uq.kernels.vulkan.memory import CACHED, HOST, Slab, Span
 COLUMNS, STEPS = 16, 64
 POSITION, COUNT, STEP, CHOICE, TOKENS = 0, 1, 2, 3, 4
 GENERATED = TOKENS + COLUMNS
-UNIFORMS = GENERATED + STEPS
-WORDS = UNIFORMS + STEPS  # that are copied; the counters behind them are the kernels' own
+WORDS = GENERATED + STEPS  # that are copied; the counters behind them are the kernels' own
 
 
 class Mailbox:
@@ -41,13 +40,12 @@ class Mailbox:
         *,
         tokens: Sequence[int] = (),
         choice: int = 0,
-        uniforms: Sequence[float] = (),
     ) -> None:
         """What the next submit begins with; without `tokens` it is one for decode steps."""
         words = self._words(self._inbox)
         words[[POSITION, COUNT, STEP, CHOICE]] = position, max(1, len(tokens)), 0, choice
+        words[TOKENS:GENERATED] = 0  # columns behind the tokens read a row of the embedding, too
         words[TOKENS : TOKENS + len(tokens)] = tokens
-        words[UNIFORMS : UNIFORMS + len(uniforms)] = np.array(uniforms, np.float32).view(np.uint32)
 
     @property
     def choice(self) -> int:

@@ -14,7 +14,7 @@ from uq.kernels.vulkan.weights import Loader, Matrix, padded_rows, tiles_of
 
 COLUMNS = 16  # tokens that run through the layers together
 SPLITS = 16  # parts of the context that attention works on at the same time
-STATE_BYTES = 4 * (4 + COLUMNS + 64 + 64 + 1024)  # struct State in shaders/common.glsl
+STATE_BYTES = 4 * (4 + COLUMNS + 64 + 1024)  # struct State in shaders/common.glsl
 
 
 @dataclass(frozen=True)
