@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import re
+import subprocess
+import sys
 from collections.abc import Callable
 from math import inf
 from pathlib import Path
@@ -263,3 +265,13 @@ def test_licence_that_is_not_accepted(
     words = "licence is not accepted for this token" if token else "accepted licence and a token"
     with pytest.raises(HubError, match=words):
         streamed()
+
+
+def test_command_in_a_process_of_its_own(
+    hub: HubServer, tiny_checkpoint: Tiny, tmp_path: Path
+) -> None:
+    hub.store.add_folder(REPO, tiny_checkpoint())
+    command = [sys.executable, "-m", "uq", "quantize", REPO, "--method", "rtn", "-o", "out"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    assert (done.returncode, "internal error" in done.stderr) == (0, False), done.stderr
+    assert open_bundle(tmp_path / "out").manifest.provenance.id == REPO

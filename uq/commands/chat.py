@@ -29,7 +29,7 @@ NOTES = {
 
 def configure(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add("bundle", type=bundle, metavar="BUNDLE", help="folder written by uq quantize")
+    add("bundle", type=bundle, metavar="BUNDLE", help="folder written by uq quantize, or Hub id")
     add("--system", metavar="TEXT", help="what the model is told before the first message")
     add(
         "--template", type=Path, metavar="FILE",

@@ -12,7 +12,7 @@ from uq.commands.sampling import add_device, add_sampling, read_sampling
 
 def configure(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add("bundle", type=bundle, metavar="BUNDLE", help="folder written by uq quantize")
+    add("bundle", type=bundle, metavar="BUNDLE", help="folder written by uq quantize, or Hub id")
     add("-p", "--prompt", required=True, metavar="TEXT", help="text to continue; - reads stdin")
     add("--chat", action="store_true", help="put the text into the model's chat template")
     add("--max-tokens", type=whole(1), default=256, metavar="N", help="default: %(default)s")

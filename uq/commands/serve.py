@@ -22,7 +22,7 @@ KEY_VARIABLE = "UQ_API_KEY"
 
 def configure(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add("bundle", type=bundle, metavar="BUNDLE", help="folder written by uq quantize")
+    add("bundle", type=bundle, metavar="BUNDLE", help="folder written by uq quantize, or Hub id")
     add("--host", default="127.0.0.1", help="default: %(default)s, reached from this machine only")
     add("--port", type=whole(0, 65535), default=8000, help="default: %(default)s; 0: a free one")
     add("--name", help="of the model, as clients call it; default: the folder's")

@@ -13,7 +13,7 @@ from uq.errors import UsageError
 
 def configure(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add("bundle", type=bundle, metavar="BUNDLE", help="folder written by uq quantize")
+    add("bundle", type=bundle, metavar="BUNDLE", help="folder written by uq quantize, or Hub id")
     add("--reference", metavar="MODEL", help="default: the checkpoint the bundle was made from")
     add("--revision", metavar="R", help="branch, tag or commit of the reference on the Hub")
     add("--device", type=device, default="auto", metavar="D", help=DEVICE_HELP)
