@@ -22,7 +22,7 @@ from uq.kernels.reference import attention_input, embed
 from uq.progress import SilentProgress
 from uq.quantize.pipeline import QuantizeOptions, quantize
 from uq.quantize.scales import quantize_rtn, weight_error
-from uq.quantize.text import DEFAULT, read_text, token_sequences
+from uq.quantize.text import MIX, read_text, token_sequences
 
 Tiny = Callable[..., Path]
 RTN = QuantizeOptions(method="rtn")
@@ -98,10 +98,11 @@ def test_gptq_follows_the_plan_and_lowers_the_output_error(
 
 def test_rounding_with_a_text_weighs_the_inputs(tiny_checkpoint: Tiny, tmp_path: Path) -> None:
     folder = tiny_checkpoint()
-    options = replace(RTN, calibration=str(DEFAULT), calibration_tokens=400)
+    text = str(MIX.with_name("manual.txt"))
+    options = replace(RTN, calibration=text, calibration_tokens=400)
     bundle = bundle_of(folder, tmp_path / "b", options)
     checkpoint = open_checkpoint(folder)
-    tokens = token_sequences(checkpoint.tokenizer(), read_text(None), sequences=1, length=400)
+    tokens = token_sequences(checkpoint.tokenizer(), read_text(text), sequences=1, length=400)
     rows = bundle.quant(EMBEDDING).dequantize()[tokens]
     weights = checkpoint.layer(0)
     x = attention_input(checkpoint.config, weights, embed(checkpoint.config, rows))
