@@ -20,6 +20,8 @@ from tests.test_report import REPORT
 from uq.cli import main
 from uq.formats.bundle import open_bundle
 from uq.publish.card import NOTICE
+from uq.publish.contents import Upload
+from uq.publish.preflight import file_problems
 from uq.validate.files import save_report
 from uq.validate.html import render_html
 from uq.validate.plots import figures
@@ -311,6 +313,19 @@ def test_public_repository_does_not_become_private(
     hub.store.create(REPO)
     assert publish(bundle, REPO, "--private") == 1
     assert problems(capsys) == [f"{REPO}: exists and is public; --private is for a new repository"]
+
+
+@pytest.mark.parametrize(
+    ("names", "words"),
+    [
+        (["NOTICE", "notice"], "notice: differs from NOTICE in upper and lower case only"),
+        ([".git/config"], ".git/config: the Hub keeps this name for itself"),
+        (["large"], "large: 60,000,000,000 bytes; the Hub takes 50,000,000,000"),
+    ],
+)
+def test_file_that_the_hub_does_not_take(names: list[str], words: str) -> None:
+    files = tuple(Upload(n, b"", 60 * 10**9 if n == "large" else 1, "0" * 64) for n in names)
+    assert list(file_problems(files)) == [words]
 
 
 def test_report_of_other_bytes(

@@ -83,8 +83,9 @@ def file_problems(files: tuple[Upload, ...]) -> Iterator[str]:
             yield f"{file.name}: {file.size:,} bytes; the Hub takes {MAX_HTTP_DOWNLOAD_SIZE:,}"
         if file.name.split("/")[0] in (".git", ".cache", ".gitattributes"):
             yield f"{file.name}: the Hub keeps this name for itself"
-        if twin := seen.setdefault(file.name.lower(), file.name) != file.name and file.name:
-            yield f"{twin}: differs from {seen[file.name.lower()]} in upper and lower case only"
+        first = seen.setdefault(file.name.lower(), file.name)
+        if first != file.name:
+            yield f"{file.name}: differs from {first} in upper and lower case only"
 
 
 def find_account(api: HfApi) -> dict[str, Any] | None:
