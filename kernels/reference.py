@@ -7,8 +7,7 @@ Shapes: hidden (batch, length, hidden); weights by role, linears (out, in), norm
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Protocol
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import psutil
@@ -18,11 +17,13 @@ from uq.errors import UsageError
 from uq.formats.config import GemmaConfig
 from uq.kernels.attention import KVCache, attend, rope_tables
 from uq.kernels.elementwise import gelu_product, rms_norm_rows, rotate
+from uq.kernels.kv_format import KVFormat
+from uq.kernels.numerics import FLOAT, Numerics
 from uq.kernels.sampling import sample
 from uq.kernels.session import Device, Sampling, check_room, check_tokens
+from uq.kernels.weights import CheckpointWeights, Weights, WeightSource
 
 Array = NDArray[np.float32]
-Weights = Mapping[str, Array]
 
 TOKEN_BLOCK = 4096  # tokens whose activations of one layer are in memory at once
 VOCAB_BLOCK = 8192  # rows of the head that are in memory at once while decoding
@@ -39,11 +40,17 @@ def attention_input(config: GemmaConfig, weights: Weights, hidden: Array) -> Arr
 
 
 def attention_context(
-    config: GemmaConfig, layer: int, weights: Weights, x: Array, cache: KVCache | None = None
+    config: GemmaConfig,
+    layer: int,
+    weights: Weights,
+    x: Array,
+    cache: KVCache | None = None,
+    kv: KVFormat | None = None,
 ) -> Array:
     """Input of o_proj: softmax(Q K^T) V of every head, (batch, length, q_size).
 
-    With a cache (batch 1), its keys and values come first and those of `x` are added to it.
+    With a cache (batch 1), its keys and values come first and those of `x` are added to it. `kv` is
+    how they are stored; the cache itself keeps them in float32.
     """
     dim = config.head_dim
     start = 0 if cache is None else cache.position
@@ -57,6 +64,8 @@ def attention_context(
     rotate(k, cos, sin)
     if cache is not None:
         k, v = cache.append(layer, k, v)
+    if kv is not None:
+        k, v = kv.keys(config, layer, weights, k), kv.values(v)
     return attend(config, layer, q, k, v)
 
 
@@ -94,14 +103,20 @@ def add_mlp(config: GemmaConfig, weights: Weights, hidden: Array, y: Array) -> A
 
 
 def layer_forward(
-    config: GemmaConfig, layer: int, weights: Weights, hidden: Array, cache: KVCache | None = None
+    config: GemmaConfig,
+    layer: int,
+    weights: Weights,
+    hidden: Array,
+    cache: KVCache | None = None,
+    numerics: Numerics = FLOAT,
 ) -> Array:
     """One decoder layer: the six stages above."""
-    x = attention_input(config, weights, hidden)
-    context = attention_context(config, layer, weights, x, cache)
-    hidden = add_attention(config, weights, hidden, context)
-    x = mlp_input(config, weights, hidden)
-    return add_mlp(config, weights, hidden, mlp_hidden(config, weights, x))
+    x = numerics.linear_input(attention_input(config, weights, hidden))
+    context = attention_context(config, layer, weights, x, cache, numerics.kv)
+    hidden = add_attention(config, weights, hidden, numerics.linear_input(context))
+    x = numerics.linear_input(mlp_input(config, weights, hidden))
+    y = numerics.linear_input(mlp_hidden(config, weights, x))
+    return add_mlp(config, weights, hidden, y)
 
 
 def flat(x: Array) -> Array:
@@ -121,77 +136,29 @@ def rms_norm(x: Array, gain: Array, eps: float) -> Array:
     return out
 
 
-class WeightSource(Protocol):
-    """Float32 weights of a model, read in parts: a `Checkpoint`, or what stands in for one."""
-
-    config: GemmaConfig
-
-    def layer(self, index: int) -> Weights:
-        """Role -> (out, in) linear, or (size,) norm gain."""
-        ...
-
-    def embedding(self, start: int, stop: int) -> Array:
-        """Rows `start:stop`, not multiplied by the embedding's scale."""
-        ...
-
-    def head(self, start: int, stop: int) -> Array:
-        """Rows `start:stop` of the output matrix; the embedding's where they are tied."""
-        ...
-
-    def final_norm(self) -> Array:
-        """Gain of the norm in front of the head: (hidden,)."""
-        ...
-
-
-class CheckpointWeights:
-    """Float32 weights of a checkpoint: read anew at each use, or kept once read."""
-
-    def __init__(self, checkpoint: WeightSource, *, resident: bool) -> None:
-        self._checkpoint = checkpoint
-        self._resident = resident
-        self._layers: dict[int, Weights] = {}
-        self._tables: dict[str, Array] = {}
-        self.final_norm: Array = checkpoint.final_norm()
-
-    def layer(self, index: int) -> Weights:
-        if not self._resident:
-            return self._checkpoint.layer(index)
-        if index not in self._layers:
-            self._layers[index] = self._checkpoint.layer(index)
-        return self._layers[index]
-
-    def embedding(self, tokens: NDArray[np.int32]) -> Array:
-        """Rows of the embedding, (*tokens.shape, hidden)."""
-        if self._resident:
-            return self._table("embedding")[tokens]
-        ids, inverse = np.unique(tokens, return_inverse=True)
-        rows = [self._checkpoint.embedding(int(token), int(token) + 1) for token in ids]
-        return np.concatenate(rows)[inverse.reshape(tokens.shape)]
-
-    def head(self, start: int, stop: int) -> Array:
-        if self._resident:
-            tied = self._checkpoint.config.tied_head
-            return self._table("embedding" if tied else "head")[start:stop]
-        return self._checkpoint.head(start, stop)
-
-    def _table(self, name: str) -> Array:
-        if name not in self._tables:
-            read = getattr(self._checkpoint, name)
-            self._tables[name] = read(0, self._checkpoint.config.vocab_size)
-        return self._tables[name]
-
-
 class ReferenceSession:
     """Runs a checkpoint in float32: the measure of every other session.
 
     `score` reads each layer once per call, whatever the batch; a model whose float32 weights fit
     in a third of the free memory stays there, so that its decode speed is a fair one.
+    With other `numerics` than float32 it computes what a device would, slower than float32.
     """
 
     def __init__(
-        self, checkpoint: WeightSource, *, max_context: int = 4096, resident: bool | None = None
+        self,
+        checkpoint: WeightSource,
+        *,
+        max_context: int = 4096,
+        resident: bool | None = None,
+        numerics: Numerics = FLOAT,
     ) -> None:
+        """
+        Raises:
+            UsageError: the numerics do not fit the model's shapes.
+        """
         self.config = checkpoint.config
+        numerics.check(self.config)
+        self._numerics = numerics
         if resident is None:
             free = psutil.virtual_memory().available
             resident = 4 * self.config.num_parameters() <= free // 3
@@ -221,11 +188,11 @@ class ReferenceSession:
             weights = self._weights.layer(layer)
             for first in range(0, len(tokens), step):
                 block = hidden[first : first + step]
-                hidden[first : first + step] = layer_forward(self.config, layer, weights, block)
+                hidden[first : first + step] = self._layer(layer, weights, block, None)
         return rms_norm(hidden, self._weights.final_norm, self.config.rms_norm_eps)
 
     def logits(self, hidden: Array, start: int, stop: int) -> Array:
-        out = linear(hidden, self._weights.head(start, stop))
+        out = linear(self._numerics.head_input(hidden), self._weights.head(start, stop))
         if cap := self.config.final_softcap:
             np.tanh(out / np.float32(cap), out=out)
             out *= np.float32(cap)
@@ -242,7 +209,7 @@ class ReferenceSession:
         hidden = embed(self.config, self._weights.embedding(ids))
         for layer in range(self.config.num_layers):
             weights = self._weights.layer(layer)
-            hidden = layer_forward(self.config, layer, weights, hidden, self._cache)
+            hidden = self._layer(layer, weights, hidden, self._cache)
         self._cache.position += ids.size
         last = rms_norm(hidden[:, -1], self._weights.final_norm, self.config.rms_norm_eps)
         self._logits = self._all_logits(last)
@@ -256,6 +223,9 @@ class ReferenceSession:
             token = sample(self._logits, sampling, self.position)
             self.prefill([token])
             yield token
+
+    def _layer(self, layer: int, weights: Weights, hidden: Array, cache: KVCache | None) -> Array:
+        return layer_forward(self.config, layer, weights, hidden, cache, self._numerics)
 
     def _all_logits(self, hidden: Array) -> Array:
         """(vocab,) of one hidden state (1, hidden)."""

@@ -12,7 +12,7 @@ from uq.formats.config import EMBEDDING, layer_tensor
 from uq.formats.manifest import gain_name
 from uq.formats.spec import QuantTensor
 from uq.formats.writer import ArrayEntry, Entry, QuantEntry
-from uq.kernels.reference import CheckpointWeights
+from uq.kernels.weights import CheckpointWeights
 from uq.progress import Progress
 from uq.quantize.calibrate import Calibration
 from uq.quantize.equalize import channel_scale, norm_before

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from uq.errors import UsageError
 from uq.formats.checkpoint import Checkpoint, open_checkpoint
 from uq.formats.spec import Spec
-from uq.kernels.reference import CheckpointWeights
+from uq.kernels.weights import CheckpointWeights
 from uq.quantize import calibrate
 from uq.quantize.calibrate import STAGES, Calibration
 from uq.quantize.gptq import Statistics

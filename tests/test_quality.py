@@ -14,7 +14,7 @@ from benchmarks.quality import measure
 from benchmarks.quality.calibration import draw
 from benchmarks.quality.errors import NotRun
 from benchmarks.quality.measure import Bench, total
-from benchmarks.quality.models import BundleWeights, Model, open_bundle_model
+from benchmarks.quality.models import Model, open_bundle_model
 from benchmarks.quality.peers.uq import Uq
 from benchmarks.quality.results import (
     Figure,
@@ -32,6 +32,7 @@ from uq.formats.checkpoint.hf_config import parse_config
 from uq.formats.config import EMBEDDING
 from uq.formats.spec import Spec
 from uq.kernels.reference import ReferenceSession
+from uq.kernels.weights import BundleWeights
 from uq.progress import SilentProgress
 from uq.validate.scores import Scores
 

@@ -18,6 +18,7 @@ from uq.validate.report import (
     KindSize,
     KldFacts,
     LayerError,
+    Loss,
     Memory,
     ReferenceFacts,
     Report,
@@ -55,6 +56,10 @@ REPORT = Report(
         LayerError("model.layers.1.self_attn.q_proj.weight", 4, 64, 0.0712),
     ),
     thresholds=(Threshold("max_kld", 0.05, 0.048, True),),
+    losses=(
+        Loss("weights", Estimate(0.048, 0.0004), 92.5, Estimate(1.02, 0.001)),
+        Loss("+ INT4 KV cache", Estimate(0.0625, 0.0005), 91.25, Estimate(1.03, 0.002)),
+    ),
     reference_device=Device("reference", "float32, numpy", "numpy 2.4"),
     sizes=(
         KindSize("embedding", 1000, 1062, 2000, 8.5),
@@ -146,6 +151,19 @@ def test_the_table_is_narrow_and_says_what_was_missed() -> None:
         ["PASS", "--max-kld"],
         ["MISS", "--min-tps"],
     ]
+
+
+def test_the_loss_of_each_part_is_in_the_table_and_on_the_page() -> None:
+    lines = format_report(REPORT).splitlines()
+    (row,) = [line for line in lines if line.startswith("+ INT4 KV cache")]
+    assert row.split()[4:] == ["0.06250", "±", "0.00050", "91.25", "%", "1.0300", "±", "0.0020"]
+    text = Page(render_html(REPORT)).text
+    assert "+ INT4 KV cache" in text and "0.06250 ± 0.00050" in text
+    for shown in (
+        format_report(replace(REPORT, losses=())),
+        render_html(replace(REPORT, losses=())),
+    ):
+        assert "emulated" not in shown
 
 
 def test_colour_changes_nothing_but_colour() -> None:

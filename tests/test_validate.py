@@ -124,6 +124,27 @@ def test_speeds_can_be_left_out(
     assert report.speed is None and report.reference_speed is None
 
 
+def test_losses_are_told_apart(
+    bundle: Bundle, checkpoint: Checkpoint, options: ValidateOptions, report: Report
+) -> None:
+    assert report.losses == ()
+    told = replace(options, speed=False, activations="int8", kv="int4")
+    weights, activations, kv = validate(bundle, checkpoint, told).losses
+    assert (weights.name, activations.name) == ("weights", "+ INT8 activations")
+    assert kv.name == "+ INT4 KV cache"
+    assert weights.kld.value == pytest.approx(report.kld.mean, rel=1e-2)  # the CPU's own run
+    assert weights.perplexity_ratio.value == pytest.approx(report.perplexity_ratio.value, rel=1e-3)
+    assert weights.kld.value != activations.kld.value != kv.kld.value
+
+
+def test_numerics_that_do_not_fit_are_refused_before_the_work(
+    tiny_bundle: Callable[..., Path], checkpoint: Checkpoint, options: ValidateOptions
+) -> None:
+    odd = open_bundle(tiny_bundle(head_dim=24))
+    with pytest.raises(UsageError, match="head_dim 24 does not divide by 32"):
+        validate(odd, checkpoint, replace(options, kv="int8"))
+
+
 def test_kept_reference_states_give_the_same_report(
     bundle: Bundle, checkpoint: Checkpoint, options: ValidateOptions, tmp_path: Path
 ) -> None:

@@ -140,6 +140,20 @@ class Threshold:
 
 
 @dataclass(frozen=True)
+class Loss:
+    """What is lost up to this point: `name` is `weights`, or what is quantized besides them.
+
+    All of it is computed by the float32 reference on the bundle's dequantized weights, with the
+    integers of `uq.kernels.numerics`: exact figures of the loss, and no device's speed.
+    """
+
+    name: str
+    kld: Estimate
+    same_top_percent: float
+    perplexity_ratio: Estimate
+
+
+@dataclass(frozen=True)
 class KindSize:
     """Bytes of all tensors of one kind: embedding, attention, mlp, norms."""
 
@@ -191,7 +205,8 @@ class Report:
     """One validation of one bundle against one reference on one device.
 
     `speed` is None when none was to be measured; `reference_speed` also when the reference does
-    not fit in memory, where it would be the speed of the disk.
+    not fit in memory, where it would be the speed of the disk. `losses` is empty unless activations
+    or the KV cache were to be quantized.
     """
 
     schema: int
@@ -211,6 +226,7 @@ class Report:
     memory: Memory
     layers: tuple[LayerError, ...]
     thresholds: tuple[Threshold, ...]
+    losses: tuple[Loss, ...]
     reference_device: Device
     sizes: tuple[KindSize, ...]
     series: Series

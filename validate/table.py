@@ -6,7 +6,7 @@ import os
 from typing import TextIO
 
 from uq.text import size, table
-from uq.validate.report import Report, Speed, Spread, Threshold
+from uq.validate.report import Loss, Report, Speed, Spread, Threshold
 
 WIDTH = 100
 GREEN, RED, YELLOW, PLAIN = "\x1b[32m", "\x1b[31m", "\x1b[33m", "\x1b[0m"
@@ -15,6 +15,8 @@ GREEN, RED, YELLOW, PLAIN = "\x1b[32m", "\x1b[31m", "\x1b[33m", "\x1b[0m"
 def format_report(report: Report, *, colour: bool = False) -> str:
     """Headline figures, speeds and limits as aligned text without a final line feed."""
     sections = [_head(report), _figures(report)]
+    if report.losses:
+        sections.append(_losses(report.losses))
     if report.thresholds:
         sections.append(_limits(report.thresholds, colour))
     if report.warnings:
@@ -57,6 +59,21 @@ def _figures(report: Report) -> str:
     alone = f"{size(memory.bundle_peak_bytes)} before the reference was opened"
     rows.append(("peak memory, whole process", size(memory.peak_bytes), alone))
     return table(rows)
+
+
+def _losses(losses: tuple[Loss, ...]) -> str:
+    rows = [
+        (
+            loss.name,
+            f"{loss.kld.value:.5f} ± {loss.kld.stderr:.5f}",
+            f"{loss.same_top_percent:.2f} %",
+            f"{loss.perplexity_ratio.value:.4f} ± {loss.perplexity_ratio.stderr:.4f}",
+        )
+        for loss in losses
+    ]
+    head = ("loss of", "KL divergence", "same top token", "perplexity ratio")
+    note = "integers emulated on the float32 reference; says nothing of a device's speed"
+    return f"{table(rows, head=head)}\n{note}"
 
 
 def _quantiles(report: Report) -> str:

@@ -14,10 +14,12 @@ from numpy.typing import NDArray
 from uq import __version__
 from uq.errors import UsageError
 from uq.kernels.backends import open_session
+from uq.kernels.numerics import ACTIVATIONS, KV, Numerics
 from uq.kernels.reference import ReferenceSession
 from uq.progress import Progress, SilentProgress
 from uq.validate.bandwidth import measure_bandwidth
 from uq.validate.environment import environment, last_level_cache, peak_memory
+from uq.validate.losses import losses
 from uq.validate.origin import find_reference
 from uq.validate.report import (
     SCHEMA,
@@ -59,7 +61,9 @@ class ValidateOptions:
         states: .npz file that keeps the reference's hidden states for the next bundle of the same
             model and text; read if it is of these, else written.
         speed: whether tokens per second are measured, of `generate` tokens behind `prompt`.
-        max_kld, max_ppl_ratio, min_tps: limits; None is no limit.
+        activations, kv: names in `uq.kernels.numerics.ACTIVATIONS` and `KV`; with another than
+            `float` their losses are told apart from the weights'.
+        max_kld, max_ppl_ratio, min_tps: limits; None is no limit. They judge the device's run.
         command: the arguments that the user gave, for the report.
     """
 
@@ -69,6 +73,8 @@ class ValidateOptions:
     context: int = 512
     max_chunks: int | None = 40
     states: Path | None = None
+    activations: str = "float"
+    kv: str = "float"
     speed: bool = True
     prompt: int = 512
     generate: int = 64
@@ -107,10 +113,12 @@ def validate(
     Raises:
         CheckpointError: the reference cannot be opened or is another model.
         DeviceError: the device is not available.
-        UsageError: the text cannot be read or is too short.
+        UsageError: the text cannot be read or is too short, or the shapes of the model do not fit
+            the numerics.
     """
     options = options or ValidateOptions()
     progress = progress or SilentProgress()
+    Numerics(ACTIVATIONS[options.activations], KV[options.kv]).check(bundle.config)
     checkpoint, warnings = find_reference(bundle.manifest, reference)
     name, text = _read_text(options.text)
     tokens = chunks(bundle.tokenizer(), text, options.context, options.max_chunks)
@@ -123,6 +131,7 @@ def validate(
     truth = ReferenceSession(checkpoint, max_context=options.cache_length)
     states = _reference_states(truth, checkpoint, tokens, options.states, progress)
     scores = score(session, truth, tokens, progress, reference_states=states)
+    parts = losses(bundle, truth, states, tokens, options.activations, options.kv, progress)
     truth_rates = _rates(truth, options, REFERENCE_REPEATS, "reference", progress)
     errors = _errors(bundle, checkpoint, progress)
     memory = Memory(peak_memory(), alone)
@@ -145,6 +154,7 @@ def validate(
         memory=memory,
         layers=errors,
         thresholds=thresholds(options, scores.kld_facts.mean, scores.perplexity_ratio.value, speed),
+        losses=parts,
         reference_device=truth.device,
         sizes=kind_sizes(bundle.manifest, checkpoint),
         series=_series(scores, len(tokens)),

@@ -13,12 +13,11 @@ from numpy.typing import NDArray
 
 from benchmarks.quality.results import Sizes
 from benchmarks.quality.texts import CONTEXT
-from uq.formats.bundle import Bundle, open_bundle
+from uq.formats.bundle import open_bundle
 from uq.formats.checkpoint import Checkpoint, open_checkpoint
-from uq.formats.config import EMBEDDING, FINAL_NORM, HEAD, GemmaConfig, layer_tensor
-from uq.formats.manifest import gain_name
-from uq.formats.spec import QuantTensor
-from uq.kernels.reference import ReferenceSession, WeightSource
+from uq.formats.config import EMBEDDING, GemmaConfig, layer_tensor
+from uq.kernels.reference import ReferenceSession
+from uq.kernels.weights import BundleWeights, WeightSource
 from uq.validate.weights import kind_sizes
 
 Array = NDArray[np.float32]
@@ -40,35 +39,6 @@ class Model:
     def session(self) -> ReferenceSession:
         """Runs the weights in float32."""
         return ReferenceSession(self.weights, max_context=CONTEXT)
-
-
-class BundleWeights:
-    """The dequantized weights of a bundle, read as a checkpoint is."""
-
-    def __init__(self, bundle: Bundle) -> None:
-        self.config: GemmaConfig = bundle.config
-        self._bundle = bundle
-        self._tables: dict[str, QuantTensor] = {}
-
-    def layer(self, index: int) -> dict[str, Array]:
-        return {
-            role: value.dequantize() if isinstance(value, QuantTensor) else value
-            for role, value in self._bundle.layer(index).items()
-        }
-
-    def embedding(self, start: int, stop: int) -> Array:
-        return self._rows(EMBEDDING, start, stop)
-
-    def head(self, start: int, stop: int) -> Array:
-        return self._rows(EMBEDDING if self.config.tied_head else HEAD, start, stop)
-
-    def final_norm(self) -> Array:
-        return self._bundle.array(gain_name(FINAL_NORM))
-
-    def _rows(self, name: str, start: int, stop: int) -> Array:
-        if name not in self._tables:
-            self._tables[name] = self._bundle.quant(name)
-        return self._tables[name].rows(start, stop).dequantize()
 
 
 def open_bundle_model(path: Path, reference: Checkpoint) -> Model:

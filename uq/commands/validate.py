@@ -27,6 +27,14 @@ def configure(parser: argparse.ArgumentParser) -> None:
         "--reference-states", type=Path, metavar="FILE",
         help="keep what the reference computes here (.npz), for the next bundle of the same model",
     )  # fmt: skip
+    add(
+        "--activations", choices=("float", "int8"), default="float",
+        help="also tell what INT8 inputs of the linears lose, emulated; default: %(default)s",
+    )  # fmt: skip
+    add(
+        "--kv", choices=("float", "int8", "int4"), default="float",
+        help="also tell what a quantized KV cache loses, emulated; default: %(default)s",
+    )  # fmt: skip
     add("--threads", type=whole(1), metavar="N", help="default: one per core")
     add("--max-kld", type=real(0), metavar="X", help="fail if the mean KL divergence is above")
     add("--max-ppl-ratio", type=real(0, above=True), metavar="X", help="fail if PPL ratio is above")
@@ -54,6 +62,8 @@ def run(args: argparse.Namespace) -> int:
         context=args.context,
         max_chunks=args.chunks,
         states=args.reference_states,
+        activations=args.activations,
+        kv=args.kv,
         speed=not args.no_speed,
         max_kld=args.max_kld,
         max_ppl_ratio=args.max_ppl_ratio,
