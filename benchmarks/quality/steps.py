@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -84,7 +85,7 @@ def run(step: Step, work: Path, machine: str) -> Path:
 
 def write_json(path: Path, data: object) -> None:
     """Write a file under its final name in one step."""
-    part = path.with_name(path.name + ".partial")
+    part = path.with_name(f"{path.name}.{os.getpid()}.partial")  # two runs may share a folder
     part.write_text(json.dumps(data, indent=1))
     part.replace(path)
 
