@@ -5,6 +5,7 @@ from __future__ import annotations
 import http.client
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -364,6 +365,15 @@ def test_a_base_model_does_not_chat(bundle_parts: Callable[..., Any], tmp_path: 
         status, _, answer = local.send("POST", "/v1/chat/completions", {"messages": CHAT})
         assert status == 400 and "base is a base model" in answer["error"]["message"]
         assert local.send("POST", "/v1/completions", {"prompt": "x", "max_tokens": 1})[0] == 200
+
+
+def test_the_requests_of_the_documentation_are_answered(local: Site) -> None:
+    page = (Path(__file__).parents[1] / "docs" / "serving.md").read_text()
+    found = re.findall(r"^curl http://127\.0\.0\.1:8000(\S+)(?: .*-d '(.*)')?$", page, re.MULTILINE)
+    assert len(found) == page.count("\ncurl ") == 4
+    for path, body in found:
+        status, _, _ = local.send("POST" if body else "GET", path, body.encode())
+        assert status == 200
 
 
 def test_lm_evaluation_harness_runs_against_it(

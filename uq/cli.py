@@ -23,6 +23,7 @@ from uq import __version__
 from uq.commands import (
     chat,
     compare,
+    completion,
     doctor,
     generate,
     inspect,
@@ -32,6 +33,7 @@ from uq.commands import (
     serve,
     validate,
 )
+from uq.commands.examples import epilog
 from uq.errors import UqError, UsageError
 
 COMMANDS = {
@@ -45,6 +47,7 @@ COMMANDS = {
     "publish": (publish, "put a validated bundle on the Hugging Face Hub"),
     "npu": (npu, "check designs for the NPU"),
     "doctor": (doctor, "show what this machine offers"),
+    "completion": (completion, "print a script that completes commands in the shell"),
 }
 DEFECT, INTERRUPTED, PIPE_CLOSED = 70, 130, 141
 
@@ -82,6 +85,8 @@ def build_parser() -> Parser:
             name,
             help=summary,
             description=f"{summary[0].upper()}{summary[1:]}.",
+            epilog=epilog(name),
+            formatter_class=argparse.RawDescriptionHelpFormatter,
             allow_abbrev=False,
         )
         command.configure(subparser)

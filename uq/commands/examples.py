@@ -1,0 +1,56 @@
+"""Examples below every `--help`. A test parses each of them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+EXAMPLES: Mapping[str, tuple[tuple[str, str], ...]] = {
+    "quantize": (
+        ("uq quantize google/gemma-3-1b-it --dry-run", "the plan, memory, disk and time"),
+        ("uq quantize google/gemma-3-1b-it", "writes gemma-3-1b-it-int4-g32"),
+        ("uq quantize ./checkpoint -o small --recipe int4-small", "from a folder, smaller"),
+        ("uq quantize model.gguf --bits 8", "from a GGUF file, 8 bits"),
+    ),
+    "validate": (
+        ("uq validate gemma-3-1b-it-int4-g32", "writes report.html into the bundle"),
+        ("uq validate BUNDLE --text mine.txt --chunks all", "over all of your own text"),
+        ("uq validate BUNDLE --max-kld 0.1 --json", "exit code 1 if it lost more"),
+    ),
+    "publish": (
+        ("uq publish BUNDLE you/name --dry-run", "shows the model card and the files"),
+        ("uq publish BUNDLE you/name --private", "uploads them"),
+    ),
+    "compare": (("uq compare BUNDLE OTHER", "their reports side by side"),),
+    "generate": (
+        ('uq generate BUNDLE -p "Once upon a time"', "the likeliest continuation"),
+        ('uq generate BUNDLE -p "Hello" --chat --temperature 0.8 --seed 1', "an answer, sampled"),
+        ("uq generate BUNDLE -p - < text.txt", "the text comes from a file"),
+    ),
+    "chat": (
+        ("uq chat BUNDLE", "talk; Ctrl-C stops an answer"),
+        ('uq chat BUNDLE --system "Be brief." --temperature 0.7', "with instructions"),
+    ),
+    "serve": (
+        ("uq serve BUNDLE", "OpenAI's API on http://127.0.0.1:8000/v1"),
+        ("uq serve BUNDLE --host 0.0.0.0 --api-key-file key.txt", "for other machines"),
+    ),
+    "inspect": (
+        ("uq inspect google/gemma-3-1b-it", "a checkpoint"),
+        ("uq inspect gemma-3-1b-it-int4-g32 --json", "a bundle, for programs"),
+        ("uq inspect design.xclbin", "a file for an NPU"),
+    ),
+    "npu": (("uq npu verify design.mlir --device npu2", "exit code 1 if it cannot run there"),),
+    "doctor": (("uq doctor", "what runs here, and why the rest does not"),),
+    "completion": (
+        ("uq completion bash > ~/.local/share/bash-completion/completions/uq", "bash"),
+        ("uq completion zsh > ~/.zfunc/_uq", "zsh, with ~/.zfunc in its fpath"),
+    ),
+}
+
+
+def epilog(command: str) -> str:
+    """The examples of a command as the end of its help."""
+    lines = EXAMPLES.get(command, ())
+    return "\n".join(
+        ["examples:"] * bool(lines) + [f"  {line}\n      {why}" for line, why in lines]
+    )
