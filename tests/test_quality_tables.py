@@ -10,6 +10,8 @@ from typing import Any
 import pytest
 
 from benchmarks.quality import __main__ as command
+from benchmarks.quality.calibration import draw
+from benchmarks.quality.peers.uq import Uq
 from benchmarks.quality.render import BEGIN, END, markdown, splice
 from benchmarks.quality.results import (
     DrawResult,
@@ -21,6 +23,7 @@ from benchmarks.quality.results import (
     TextScores,
 )
 from benchmarks.quality.rows import all_rows, extra_row
+from benchmarks.quality.source import prepare
 from benchmarks.quality.steps import Cost
 from uq.errors import UsageError
 from uq.formats.checkpoint import open_checkpoint
@@ -45,6 +48,18 @@ def test_arguments_say_whether_a_row_is_calibrated(folder: Path) -> None:
     config = open_checkpoint(folder).config
     assert extra_row("g64=--group 64", config).calibrated
     assert not extra_row("fast=--group 64 --method rtn", config).calibrated
+
+
+def test_another_calibration_text_is_another_row(folder: Path, tmp_path: Path) -> None:
+    reference, text = prepare(str(folder), tmp_path), tmp_path / "text.txt"
+    drawn = draw(0, reference.checkpoint.tokenizer(), 128, tmp_path)
+    row = extra_row(f"own=--calibration {text}", reference.checkpoint.config)
+    keys = set()
+    for content in ("one", "another"):
+        text.write_text(content)
+        (step,) = Uq(reference, 128).steps(row, drawn)
+        keys.add(step.key)
+    assert len(keys) == 2
 
 
 @pytest.mark.parametrize(

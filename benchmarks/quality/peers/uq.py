@@ -36,12 +36,18 @@ class Uq:
             "uq": source_hash(),
             "reference": self.reference.sha256,
             "options": options,
+            "files": [file_hash(Path(word)) for word in options if Path(word).is_file()],
             "calibration": draw.sha256 if row.calibrated else None,
         }
         return (Step(row.name, (*command, "-o", OUT, "--restart", *options), identity),)
 
     def open(self, output: Path) -> Model:
         return open_bundle_model(output, self.reference.checkpoint)
+
+
+def file_hash(path: Path) -> str:
+    """Of a file that an option names, such as a calibration text."""
+    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 @cache
