@@ -30,8 +30,9 @@ layout(push_constant) uniform Push {
 
 const uint STEP = 64;
 const uint ROW = (STEP + PAD) / 4;  // of shared memory, in f16vec4
-const uint X_LOADS = BM * (STEP / 8) / LANES;
-const uint W_LOADS = BN * (STEP / 32) / LANES;
+const uint X_VECTORS = BM * (STEP / 8), W_PIECES = BN * (STEP / 32);  // of a step
+const uint X_LOADS = (X_VECTORS + LANES - 1) / LANES;  // of a lane, at most
+const uint W_LOADS = (W_PIECES + LANES - 1) / LANES;
 const uint DOWN = SM / 16;
 const uint ACROSS = SN / 16;
 
@@ -45,12 +46,12 @@ Piece w_next[W_LOADS];
 
 void fetch(uint step, uint lane) {
     [[unroll]] for (uint i = 0; i < X_LOADS; i++) {
-        uint load = i * LANES + lane;
+        uint load = min(i * LANES + lane, X_VECTORS - 1);
         uint column = min(gl_WorkGroupID.y * BM + load / 8, count - 1);
         x_next[i] = x.at[(column * 2 * tiles + step) * 8 + load % 8];
     }
     [[unroll]] for (uint i = 0; i < W_LOADS; i++) {
-        uint load = i * LANES + lane;
+        uint load = min(i * LANES + lane, W_PIECES - 1);
         uint row = min(gl_WorkGroupID.x * BN + load / 2, rows - 1);
         uint piece = 2 * (step % 2) + load % 2;
         w_next[i] = load_piece(weights, row / 16 * tiles + step / 2, row % 16 * 4 + piece);
@@ -86,12 +87,18 @@ void store_piece(Piece piece, uint place) {
 void stage(uint lane) {
     [[unroll]] for (uint i = 0; i < X_LOADS; i++) {
         uint load = i * LANES + lane, place = load / 8 * ROW + load % 8 * 2;
+        if (X_VECTORS % LANES != 0 && load >= X_VECTORS) {
+            break;
+        }
         uvec4 v = x_next[i];
         x_tile[place] = f16vec4(unpackFloat2x16(v.x), unpackFloat2x16(v.y));
         x_tile[place + 1] = f16vec4(unpackFloat2x16(v.z), unpackFloat2x16(v.w));
     }
     [[unroll]] for (uint i = 0; i < W_LOADS; i++) {
         uint load = i * LANES + lane;
+        if (W_PIECES % LANES != 0 && load >= W_PIECES) {
+            break;
+        }
         store_piece(w_next[i], load / 2 * ROW + load % 2 * 8);
     }
 }

@@ -50,7 +50,7 @@ def package(built: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Pat
 def test_every_module_is_valid(built: Path, target: str, tmp_path: Path) -> None:
     for name in (name for name, row in VARIANTS.items() if row.target == target):
         shutil.copy(built / f"{name}.spv", tmp_path)
-    command = [VALIDATOR, "--target-env", target, tmp_path]
+    command = [str(VALIDATOR), "--target-env", target, str(tmp_path)]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
 

@@ -167,7 +167,7 @@ def test_gemm_with_matrix_instructions(lab: Lab, emulated: None, spec: Spec) -> 
         assert_half_product(y, tensor.dequantize(), x)
 
 
-@pytest.mark.parametrize("sizes", [(16, 32, 16, 16), (64, 16, 32, 16)])
+@pytest.mark.parametrize("sizes", [(16, 32, 16, 16), (128, 16, 16, 16), (16, 128, 16, 16)])
 def test_matrix_gemm_however_it_is_cut(
     lab: Lab, emulated: None, sizes: tuple[int, int, int, int]
 ) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache, cached_property
 from typing import Any
@@ -117,6 +118,11 @@ class PhysicalGpu:
         self._properties(usual)
         return usual.subgroupSize, sizes.minSubgroupSize, sizes.maxSubgroupSize
 
+    def lanes(self, wish: int | None) -> int:
+        """Invocations of a subgroup of a kernel that wishes for so many."""
+        usual, least, most = self.subgroup
+        return wish if wish and least <= wish <= most else usual
+
     @cached_property
     def ladder(self) -> tuple[Ability, ...]:
         """What the kernels can build on, the best first."""
@@ -210,14 +216,14 @@ def choose(wish: str = "") -> PhysicalGpu:
 class Gpu:
     """A logical device with its one queue."""
 
-    def __init__(self, physical: PhysicalGpu) -> None:
+    def __init__(self, physical: PhysicalGpu, extensions: Sequence[str] = EXTENSIONS) -> None:
         self.physical = physical
         self.family = _compute_family(physical.handle)
         self.device = create(
             "CreateDevice",
             "VkDevice",
             physical.handle,
-            _device_info(physical, self.family),
+            _device_info(physical, self.family, extensions),
             binding().ffi.NULL,
         )
         out = binding().ffi.new("VkQueue*")
@@ -233,7 +239,7 @@ class Gpu:
         call("DestroyDevice", self.device, binding().ffi.NULL)
 
 
-def _device_info(physical: PhysicalGpu, family: int) -> Any:
+def _device_info(physical: PhysicalGpu, family: int, extensions: Sequence[str]) -> Any:
     structures = [
         new(kind, **{name: 1 for name in names}) for kind, names in physical.switches.items()
     ]
@@ -245,7 +251,7 @@ def _device_info(physical: PhysicalGpu, family: int) -> Any:
         queueCount=1,
         pQueuePriorities=array("float", [1.0]),
     )
-    names = [text(name) for name in EXTENSIONS if name in physical.extensions]
+    names = [text(name) for name in extensions if name in physical.extensions]
     return new(
         "DeviceCreateInfo",
         pNext=features,

@@ -21,6 +21,8 @@ Constants = Mapping[str, int | float]
 class Pipelines:
     """Every pipeline of a device, made when it is first asked for."""
 
+    flags = 0  # VkPipelineCreateFlags
+
     def __init__(self, gpu: Gpu, folder: Path) -> None:
         """`folder`: where the drivers' caches lie, a file for each device and driver."""
         self._gpu = gpu
@@ -75,18 +77,27 @@ class Pipelines:
         flags = constant("PIPELINE_SHADER_STAGE_CREATE_REQUIRE_FULL_SUBGROUPS_BIT")
         stage = new(
             "PipelineShaderStageCreateInfo",
+            pNext=self._subgroup_size(VARIANTS[name].subgroup),
             flags=flags,
             stage=constant("SHADER_STAGE_COMPUTE_BIT"),
             module=self._module(name),
             pName=text("main"),
             pSpecializationInfo=specialization(VARIANTS[name].spec_constants, constants),
         )
-        info = new("ComputePipelineCreateInfo", stage=stage[0], layout=self.layout)
+        info = new(
+            "ComputePipelineCreateInfo", flags=self.flags, stage=stage[0], layout=self.layout
+        )
         out = binding().ffi.new("VkPipeline*")
         null = binding().ffi.NULL
         device = self._gpu.device
         call("CreateComputePipelines", device, self._cache, 1, info, null, out)
         return out[0]
+
+    def _subgroup_size(self, wish: int | None) -> Any:
+        if wish is None or wish != self._gpu.physical.lanes(wish):
+            return binding().ffi.NULL
+        kind = "PipelineShaderStageRequiredSubgroupSizeCreateInfo"
+        return new(kind, requiredSubgroupSize=wish)
 
     def _module(self, name: str) -> Any:
         if name not in self._modules:

@@ -7,7 +7,7 @@ pipeline is created. A module's name is the name of its row here and of its `.sp
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 
 from uq.formats.spec import SPECS
@@ -42,6 +42,7 @@ class Variant:
         spec_constants: names of the specialization constants; the position is the `constant_id`.
         target: `vulkan1.2` (SPIR-V 1.5), or `vulkan1.3` (1.6) for a workgroup whose size is a
             specialization constant: `LocalSizeId` is not allowed before.
+        subgroup: invocations of a subgroup, where the device lets one choose so many.
     """
 
     name: str
@@ -50,6 +51,7 @@ class Variant:
     features: tuple[str, ...] = ()
     spec_constants: tuple[str, ...] = ()
     target: str = "vulkan1.2"
+    subgroup: int | None = None
 
 
 def _table(*rows: Variant) -> Mapping[str, Variant]:
@@ -112,7 +114,8 @@ def _prefill_kernels() -> Iterator[Variant]:
             yield _kernel(f"gemm_{kind}_dot", "gemm.comp", dotted, ("int8dot",), gemm)
         if kind not in ("bf16", "f32"):
             needs = ("fp16", "coopmat")
-            yield _kernel(f"gemm_{kind}_matrix", "gemm_matrix.comp", macros, needs, matrix)
+            row = _kernel(f"gemm_{kind}_matrix", "gemm_matrix.comp", macros, needs, matrix)
+            yield replace(row, subgroup=32)
     yield _kernel("gemm_half", "gemm_half.comp", constants=("LANES", "FLOAT_X"))
     shape = ("DIM", "HEADS", "KV_HEADS", "TOKENS", "KEYS", "WINDOW", "SLOTS", "SCALE", "CAP")
     attention = ("LANES", "FLOAT_X", *shape)

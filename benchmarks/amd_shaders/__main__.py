@@ -1,6 +1,6 @@
 """Every kernel compiled for AMD's iGPUs by their own driver's compiler, on any machine.
 
-    python -m uq.kernels.vulkan.amd [--write docs/amd.md]
+    python -m benchmarks.amd_shaders [--write docs/amd.md]
 
 Prints what the compiler says of each pipeline and exits with 1 if one spills registers or lacks the
 matrix or dot instructions that it was written for. Nothing runs on a GPU here.
@@ -12,20 +12,22 @@ import argparse
 import json
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from itertools import groupby
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+from benchmarks.amd_shaders.cases import Case, cases
+from benchmarks.amd_shaders.radv import Compiled, find_driver, open_radv
 from uq.errors import DeviceError, UqError
-from uq.kernels.vulkan.radv import Compiled, find_driver, open_radv
-from uq.kernels.vulkan.spirv import load
 from uq.kernels.vulkan.variants import VARIANTS
 
 # A feature that a module is written for -> what must be in its machine code.
 EXPECTED = {"int8dot": "v_dot4", "coopmat": "v_wmma"}
-BEGIN, END = "<!-- begin: python -m uq.kernels.vulkan.amd --write -->", "<!-- end -->"
-MODULE = "uq.kernels.vulkan.amd"
+BEGIN, END = "<!-- begin: python -m benchmarks.amd_shaders --write -->", "<!-- end -->"
+MODULE = "benchmarks.amd_shaders"
+ROOT = Path(__file__).resolve().parents[2]
 
 
 @dataclass(frozen=True)
@@ -44,47 +46,33 @@ CHIPS = (
 
 
 @dataclass(frozen=True)
-class Case:
-    """A pipeline that a session would make: a module and its specialization constants by name."""
+class Compilation:
+    """`cases()` for a chip, in their order; `driver` is the driver's name for itself."""
 
-    module: str
-    constants: Mapping[str, int | float] = field(default_factory=dict)
-
-    @property
-    def label(self) -> str:
-        """The module, and what of the constants tells this pipeline from its siblings."""
-        return " ".join([self.module, *(f"{k}={v}" for k, v in self.constants.items())])
-
-    @property
-    def numbered(self) -> dict[int, int | float]:
-        names = VARIANTS[self.module].spec_constants
-        return {names.index(name): value for name, value in self.constants.items()}
+    driver: str
+    pipelines: list[Compiled]
 
 
-def cases() -> Iterator[Case]:
-    """What is compiled."""
-    for name in VARIANTS:
-        yield Case(name)
-
-
-def compile_cases(chip: Chip, driver: Path) -> list[Compiled]:
+def compile_cases(chip: Chip, driver: Path) -> Compilation:
     """All `cases()` for `chip`, in a process of its own: the driver aborts on an unknown chip.
 
     Raises:
         DeviceError: the driver does not know the chip, or failed; with its last line.
     """
-    command = [sys.executable, "-m", MODULE, "--family", chip.family, "--driver", str(driver)]
+    command = [sys.executable, "-m", MODULE, "--family", chip.family]
+    command += ["--driver", str(driver.resolve())]
     with TemporaryDirectory() as folder:
         out = Path(folder) / "compiled.json"  # a file, because the driver prints to stdout
-        done = subprocess.run([*command, "--out", str(out)], capture_output=True, text=True)
-        records = json.loads(out.read_text()) if done.returncode == 0 else []
+        command += ["--out", str(out)]
+        done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+        record = json.loads(out.read_text()) if done.returncode == 0 else {}
     if done.returncode:
         last = (done.stderr.strip().splitlines() or ["no message"])[-1]
         raise DeviceError(
             f"{driver} cannot compile for {chip.product} ({chip.family}): {last}; Mesa 25 or newer "
             "can, and scripts/mesa fetches it"
         )
-    return [Compiled(**record) for record in records]
+    return Compilation(record["driver"], [Compiled(**one) for one in record["pipelines"]])
 
 
 def problems(case: Case, compiled: Compiled) -> list[str]:
@@ -101,26 +89,37 @@ def problems(case: Case, compiled: Compiled) -> list[str]:
     return found
 
 
-def table(chip: Chip, made: Sequence[tuple[Case, Compiled]]) -> str:
-    """Markdown: a row for each pipeline."""
-    head = "wave | VGPRs | subgroups per SIMD | spilled | LDS bytes | instructions | dot4 | wmma"
-    lines = [f"### {chip.product} ({chip.family})", "", f"| pipeline | {head} |"]
+def table(chip: Chip, driver: str, made: Sequence[tuple[Case, Compiled]]) -> str:
+    """Markdown: a row for each module with the worst of its pipelines."""
+    head = "module | pipelines | wave | VGPRs | waves per SIMD | LDS bytes | instructions"
+    lines = [
+        f"### {chip.product} ({chip.family})",
+        "",
+        f"Compiler: {driver}.",
+        "",
+        f"| {head} | dot4 | wmma |",
+    ]
     lines.append("|---" * 9 + "|")
-    for case, compiled in made:
-        of = compiled.statistics
+    by_module = groupby(sorted(made, key=_module), key=_module)
+    for module, pairs in by_module:
+        group = [compiled for _, compiled in pairs]
         cells = [
-            case.label,
-            compiled.subgroup,
-            of["VGPRs"],
-            of["Subgroups per SIMD"],
-            of["Spilled SGPRs"] + of["Spilled VGPRs"],
-            of["LDS size"],
-            of["Instructions"],
-            compiled.count("v_dot4"),
-            compiled.count("v_wmma"),
+            module,
+            len(group),
+            "/".join(map(str, sorted({compiled.subgroup for compiled in group}))),
+            max(compiled.statistics["VGPRs"] for compiled in group),
+            min(compiled.statistics["Subgroups per SIMD"] for compiled in group),
+            max(compiled.statistics["LDS size"] for compiled in group),
+            max(compiled.statistics["Instructions"] for compiled in group),
+            min(compiled.count("v_dot4") for compiled in group),
+            min(compiled.count("v_wmma") for compiled in group),
         ]
         lines.append("| " + " | ".join(map(str, cells)) + " |")
     return "\n".join(lines)
+
+
+def _module(pair: tuple[Case, Compiled]) -> str:
+    return pair[0].module
 
 
 def write_page(path: Path, tables: Sequence[str]) -> None:
@@ -149,17 +148,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _child(driver: Path, family: str, out: Path) -> int:
-    radv = open_radv(driver, family)
-    made = [radv.compile(load(case.module), case.numbered) for case in cases()]
-    out.write_text(json.dumps([asdict(compiled) for compiled in made]))
+    compiler = open_radv(driver, family, out.parent)
+    made = [compiler.compile(case.module, dict(case.constants)) for case in cases()]
+    out.write_text(json.dumps(asdict(Compilation(compiler.driver, made))))
     return 0
 
 
 def _report(driver: Path, page: Path | None) -> int:
     tables, wrong = [], []
     for chip in CHIPS:
-        made = list(zip(cases(), compile_cases(chip, driver), strict=True))
-        tables.append(table(chip, made))
+        compilation = compile_cases(chip, driver)
+        made = list(zip(cases(), compilation.pipelines, strict=True))
+        tables.append(table(chip, compilation.driver, made))
         wrong += [f"{chip.product}: {line}" for pair in made for line in problems(*pair)]
     if page is None:
         print("\n\n".join(tables))

@@ -1,0 +1,143 @@
+"""Every pipeline that a session makes, found by recording its stages without a device."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from benchmarks.vulkan_speed import SHAPES, role_of, shape_config
+from uq.formats.config import GemmaConfig
+from uq.formats.spec import SPECS, Spec
+from uq.kernels.vulkan.commands import Recorder
+from uq.kernels.vulkan.memory import Arena, Span, Transfers
+from uq.kernels.vulkan.model import Cache, Work, cache_slots, load_model
+from uq.kernels.vulkan.pipelines import Pipelines
+from uq.kernels.vulkan.prefill import attention_constants, gemm_constants, gemm_module
+from uq.kernels.vulkan.runs import WIDTHS
+from uq.kernels.vulkan.stages import Stages
+from uq.kernels.vulkan.tuning import Tuning
+from uq.kernels.vulkan.variants import VARIANTS
+from uq.kernels.vulkan.weights import Kind, Loader, Weight
+
+CONTEXT = 8192  # tokens of the KV cache
+WAVE, SHARED_BYTES = 64, 65536  # what RADV says of the chips: a subgroup, shared memory
+USUAL = (Kind.of(Spec(4, 32)), Kind.of(Spec(8, 32)))  # of the layers, of the embedding
+# The other kinds in one model, each with the group that spreads its work most.
+OTHERS = [Kind.of(spec) for spec in SPECS if spec.group == 32]
+OTHERS += [Kind(name) for name in ("f16", "bf16", "f32")]
+
+
+@dataclass(frozen=True)
+class Case:
+    """A pipeline: a module and the names and values of its specialization constants."""
+
+    module: str
+    constants: tuple[tuple[str, int | float], ...] = ()
+
+
+# What no session of these models asks for: a gate and an up of two kinds, tools.
+ALONE = (
+    Case("geglu", (("CHANNELS", 10240), ("LANES", 256))),
+    Case("read", (("LANES", 256),)),
+    *(Case(f"dequantize_int{bits}", (("GROUP", 32),)) for bits in (4, 8)),
+)
+
+
+def cases() -> list[Case]:
+    """Gemma 3 of every size as `uq quantize` makes it, and every kind of weight in the 4B."""
+    found: dict[Case, None] = {}
+    for config in map(shape_config, SHAPES):
+        found |= dict.fromkeys(session_cases(config, *USUAL))
+        found |= dict.fromkeys(prefill_cases(config, [*USUAL, *OTHERS]))
+    for kind in OTHERS:
+        found |= dict.fromkeys(session_cases(shape_config("4b"), kind, kind))
+    return list(found | dict.fromkeys(ALONE))
+
+
+def session_cases(config: GemmaConfig, body: Kind, table: Kind) -> Iterator[Case]:
+    inventory = Inventory()
+    arena, transfers, recorder = Nowhere(), NoTransfers(), Silent()
+    model = load_model(config, Loader(NoWeights(config, body, table), arena, transfers))
+    work = Work.take(config, arena, table.is_float)
+    cache = Cache.take(config, CONTEXT, arena, transfers)
+    stages = Stages(config, model, work, inventory, Tuning(integer_dot=True), columns=1)
+    for width in WIDTHS:
+        wide = replace(stages, columns=width)
+        wide.embed(recorder, decode=False)
+        wide.layers(recorder, cache)
+        wide.logits(recorder, model.head.from_row(0, 16))
+    stages.embed(recorder, decode=True)
+    stages.head(recorder)
+    yield from inventory.cases
+
+
+def prefill_cases(config: GemmaConfig, kinds: Iterable[Kind]) -> Iterator[Case]:
+    """The kernels of many tokens, with every way of multiplying that the chips have."""
+    for kind in kinds:
+        for matrix, integer_dot in ((True, True), (False, True), (False, False)):
+            module = gemm_module(kind, matrix=matrix, integer_dot=integer_dot)
+            constants = gemm_constants(module, kind, VARIANTS[module].subgroup or WAVE)
+            yield Case(module, tuple(sorted(constants.items())))
+    yield Case("gemm_half", (("LANES", 256),))
+    for layer, slots in zip(range(config.num_layers), cache_slots(config, CONTEXT), strict=True):
+        attention = attention_constants(config, layer, slots, WAVE, SHARED_BYTES)
+        yield Case("attention_prefill", tuple(sorted(attention.items())))
+
+
+class Inventory(Pipelines):
+    """Notes what is asked for."""
+
+    def __init__(self) -> None:
+        self.layout = None
+        self.cases: list[Case] = []
+
+    def get(self, name: str, **constants: int | float) -> Any:
+        self.cases.append(Case(name, tuple(sorted(constants.items()))))
+
+
+class Silent(Recorder):
+    def __init__(self) -> None:
+        pass
+
+    def dispatch(self, *_: Any) -> None:
+        pass
+
+    def barrier(self) -> None:
+        pass
+
+
+class Nowhere(Arena):
+    def __init__(self) -> None:
+        pass
+
+    def take(self, nbytes: int) -> Span:
+        return Span(None, 0, nbytes, 0)
+
+
+class NoTransfers(Transfers):
+    def __init__(self) -> None:
+        pass
+
+    def write(self, span: Span, data: NDArray[Any]) -> None:
+        pass
+
+
+class NoWeights:
+    """Shapes and kinds of a model's weights."""
+
+    def __init__(self, config: GemmaConfig, body: Kind, table: Kind) -> None:
+        self._config, self._body, self._table = config, body, table
+
+    def weight(self, name: str) -> Weight:
+        shapes, role = self._config.linear_shapes(), role_of(name)
+        shape = shapes.get(role, (self._config.vocab_size, self._config.hidden_size))
+        kind = self._body if role in shapes else self._table
+        return Weight(kind, shape, partial(np.empty, 0, np.uint8))
+
+    def array(self, name: str) -> NDArray[np.float32]:
+        return np.empty(0, np.float32)

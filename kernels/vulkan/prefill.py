@@ -1,0 +1,143 @@
+"""How the kernels of many tokens are cut into workgroups: their specialization constants.
+
+The sizes leave every AMD iGPU at least 4 waves a SIMD without a spilled register, by the figures of
+RADV's compiler (docs/amd.md). Which of them is fastest was not measured.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from math import lcm
+
+from uq.errors import DeviceError
+from uq.formats.config import GemmaConfig
+from uq.kernels.vulkan.variants import VARIANTS
+from uq.kernels.vulkan.weights import Kind
+
+Constants = dict[str, int | float]
+
+ATTENTION_ROWS = 16  # queries of a workgroup, about
+ATTENTION_LANES = (256, 128, 64)  # about
+KEYS = (32, 16, 8)  # of a step
+
+
+@dataclass(frozen=True)
+class MatrixCut:
+    """Sizes of `gemm_matrix.comp`: (tokens, rows) of a workgroup and of each of its subgroups."""
+
+    tokens: int = 128
+    rows: int = 128
+    subgroup_tokens: int = 64
+    subgroup_rows: int = 32
+
+    def constants(self, kind: Kind, subgroup: int) -> Constants:
+        """`subgroup`: invocations of a subgroup."""
+        across = self.rows // self.subgroup_rows
+        return {
+            "LANES": subgroup * across * (self.tokens // self.subgroup_tokens),
+            "GROUP": kind.group,
+            "BM": self.tokens,
+            "BN": self.rows,
+            "SM": self.subgroup_tokens,
+            "SN": self.subgroup_rows,
+        }
+
+
+@dataclass(frozen=True)
+class PlainCut:
+    """Sizes of `gemm.comp`: (tokens, rows) of a workgroup and of each lane."""
+
+    tokens: int = 64
+    rows: int = 64
+    lane_tokens: int = 4
+    lane_rows: int = 4
+
+    def constants(self, kind: Kind) -> Constants:
+        return {
+            "LANES": self.tokens // self.lane_tokens * (self.rows // self.lane_rows),
+            "GROUP": kind.group,
+            "BM": self.tokens,
+            "BN": self.rows,
+            "TM": self.lane_tokens,
+            "TN": self.lane_rows,
+        }
+
+
+def gemm_module(kind: Kind, *, matrix: bool, integer_dot: bool) -> str:
+    """The best module for a weight on a device with these abilities."""
+    if matrix and f"gemm_{kind.name}_matrix" in VARIANTS:
+        return f"gemm_{kind.name}_matrix"
+    if integer_dot and not kind.is_float:
+        return f"gemm_{kind.name}_dot"
+    return f"gemm_{kind.name}"
+
+
+def gemm_constants(module: str, kind: Kind, subgroup: int) -> Constants:
+    if module.endswith("_matrix"):
+        return MatrixCut().constants(kind, subgroup)
+    return PlainCut().constants(kind)
+
+
+@dataclass(frozen=True)
+class AttentionCut:
+    """Sizes of `attention_prefill.comp`: `rows` queries of a workgroup, `keys` of a step."""
+
+    lanes: int
+    rows: int
+    keys: int
+
+    def shared_bytes(self, dim: int) -> int:
+        """Shared memory of a workgroup: queries, a tile of the cache, scores, what a row keeps."""
+        rows = self.rows * (4 * dim + 4 * self.keys + 12)
+        return rows + 2 * self.keys * dim + 1024
+
+    @classmethod
+    def of(cls, dim: int, sharing: int, subgroup: int, shared_bytes: int) -> AttentionCut:
+        """The largest that fits.
+
+        Args:
+            sharing: query heads of a key head.
+            shared_bytes: that a workgroup may have.
+
+        Raises:
+            DeviceError: nothing fits.
+        """
+        for wanted in ATTENTION_LANES:
+            for keys in KEYS:
+                cut = cls._cut(dim // 8, sharing, lcm(subgroup, keys), wanted, keys)
+                if cut.shared_bytes(dim) <= shared_bytes:
+                    return cut
+        raise DeviceError(
+            f"heads of {dim} do not fit the {shared_bytes} bytes of the GPU's shared memory; "
+            "use --device cpu"
+        )
+
+    @classmethod
+    def _cut(cls, vectors: int, sharing: int, unit: int, wanted: int, keys: int) -> AttentionCut:
+        """About `wanted` lanes that come out even: over the subgroup, the keys and a row's vectors,
+        and over rows in both ways of dealing them out."""
+        unit = lcm(unit, vectors)
+        lanes = unit * max(1, wanted // unit)
+        even = lcm(lanes // keys, lanes // vectors, sharing)
+        return cls(lanes, even * max(1, ATTENTION_ROWS // even), keys)
+
+
+def attention_constants(
+    config: GemmaConfig, layer: int, slots: int, subgroup: int, shared_bytes: int
+) -> Constants:
+    """Of a layer whose cache has `slots` tokens; the rest as in `AttentionCut.of`."""
+    sharing = config.num_heads // config.num_kv_heads
+    cut = AttentionCut.of(config.head_dim, sharing, subgroup, shared_bytes)
+    return {
+        "LANES": cut.lanes,
+        "FLOAT_X": False,
+        "DIM": config.head_dim,
+        "HEADS": config.num_heads,
+        "KV_HEADS": config.num_kv_heads,
+        "TOKENS": cut.rows // sharing,
+        "KEYS": cut.keys,
+        "WINDOW": config.window(layer) or 0,
+        "SLOTS": slots,
+        "SCALE": float(config.attention_scale),
+        "CAP": float(config.attn_softcap or 0.0),
+    }

@@ -1,0 +1,62 @@
+"""Sizes of the prefill kernels: whatever the model and the GPU, the lanes come out even."""
+
+from __future__ import annotations
+
+import pytest
+
+from uq.errors import DeviceError
+from uq.formats.spec import Spec
+from uq.kernels.vulkan.prefill import (
+    AttentionCut,
+    MatrixCut,
+    PlainCut,
+    gemm_constants,
+    gemm_module,
+)
+from uq.kernels.vulkan.weights import Kind
+
+INT4 = Kind.of(Spec(4, 32))
+
+
+@pytest.mark.parametrize("dim", [64, 96, 128, 192, 256])
+@pytest.mark.parametrize("sharing", [1, 2, 3, 4, 8])
+@pytest.mark.parametrize("subgroup", [8, 32, 64])
+def test_attention_comes_out_even(dim: int, sharing: int, subgroup: int) -> None:
+    cut = AttentionCut.of(dim, sharing, subgroup, 48 << 10)
+    assert cut.shared_bytes(dim) <= 48 << 10
+    assert cut.lanes % subgroup == cut.lanes % cut.keys == cut.lanes % (dim // 8) == 0
+    assert cut.rows % (cut.lanes // cut.keys) == cut.rows % (8 * cut.lanes // dim) == 0
+    assert cut.rows % sharing == 0 and cut.lanes <= 1024
+
+
+def test_attention_shrinks_to_the_shared_memory() -> None:
+    large, small = (AttentionCut.of(256, 4, 8, size << 10) for size in (64, 32))
+    assert large.shared_bytes(256) > 32 << 10 >= small.shared_bytes(256)
+
+
+def test_attention_that_does_not_fit() -> None:
+    with pytest.raises(DeviceError, match="heads of 256 do not fit the 4096 bytes"):
+        AttentionCut.of(256, 1, 64, 4096)
+
+
+@pytest.mark.parametrize(
+    ("kind", "matrix", "integer_dot", "module"),
+    [
+        (INT4, True, True, "gemm_int4_matrix"),
+        (INT4, False, True, "gemm_int4_dot"),
+        (INT4, False, False, "gemm_int4"),
+        (Kind("bf16"), True, True, "gemm_bf16"),
+        (Kind("f16"), True, True, "gemm_f16_matrix"),
+        (Kind("f16"), False, True, "gemm_f16"),
+    ],
+)
+def test_the_best_module_of_a_device(
+    kind: Kind, matrix: bool, integer_dot: bool, module: str
+) -> None:
+    assert gemm_module(kind, matrix=matrix, integer_dot=integer_dot) == module
+
+
+def test_lanes_follow_from_the_cut() -> None:
+    assert MatrixCut(128, 64, 32, 32).constants(INT4, 64)["LANES"] == 8 * 64
+    assert PlainCut(64, 32, 4, 2).constants(INT4)["LANES"] == 16 * 16
+    assert gemm_constants("gemm_int4_matrix", INT4, 32)["LANES"] == 256
