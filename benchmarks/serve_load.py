@@ -25,7 +25,7 @@ from uq.formats.bundle import Bundle, open_bundle
 from uq.kernels.backends import open_batch, open_session
 from uq.kernels.session import BatchSession, Piece, Sampling
 
-AT_A_TIME, PROMPT, GENERATED, ROUNDS = 16, 64, 128, 3
+AT_A_TIME, PROMPT, GENERATED, ROUNDS = 16, 64, 64, 3
 WORDS = ["the", "time", "of", "a", "world", "and", "its", "city", "in", "which", "no", "one"]
 KINDS = 100  # different requests; their answers are computed once, alone
 
@@ -75,11 +75,14 @@ def batch_rate(session: BatchSession, prompts: list[list[int]]) -> float:
     """Greedy tokens per second of a bare session, prompts included, as the server has them."""
     vocab = session.config.vocab_size
     began = time.perf_counter()
-    last = []
-    for slot, prompt in enumerate(prompts):
-        session.rewind(slot, 0)
-        hidden = session.extend([Piece(slot, prompt)])[-1:]
-        last.append(int(session.logits(hidden.copy(), 0, vocab).argmax()))
+    last: list[int] = []
+    together = session.block // PROMPT
+    for first in range(0, len(prompts), together):
+        pieces = [Piece(slot, prompts[slot]) for slot in range(len(prompts))[first:][:together]]
+        for slot, _ in pieces:
+            session.rewind(slot, 0)
+        ends = session.extend(pieces)[PROMPT - 1 :: PROMPT]
+        last += session.logits(ends.copy(), 0, vocab).argmax(axis=1).tolist()
     for _ in range(GENERATED - 1):
         hidden = session.extend([Piece(slot, [token]) for slot, token in enumerate(last)])
         last = session.logits(hidden, 0, vocab).argmax(axis=1).tolist()
