@@ -193,7 +193,7 @@ def main() -> None:
     args.work.mkdir(parents=True, exist_ok=True)
     f16, q4 = prepare(args.llama_bin, args.work)
 
-    bundle = args.work / "int4-g32"
+    bundle = args.work / "int4"
     calibrated = None
     if not bundle.exists() or not args.skip_default_method:
         shutil.rmtree(bundle, ignore_errors=True)

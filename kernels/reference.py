@@ -119,6 +119,14 @@ def layer_forward(
     return add_mlp(config, weights, hidden, y)
 
 
+def soft_cap(config: GemmaConfig, logits: Array) -> Array:
+    """cap * tanh(logits / cap) in models that have it, in place."""
+    if cap := config.final_softcap:
+        np.tanh(logits / np.float32(cap), out=logits)
+        logits *= np.float32(cap)
+    return logits
+
+
 def flat(x: Array) -> Array:
     """(..., n) -> (rows, n)."""
     return x.reshape(-1, x.shape[-1])
@@ -192,11 +200,8 @@ class ReferenceSession:
         return rms_norm(hidden, self._weights.final_norm, self.config.rms_norm_eps)
 
     def logits(self, hidden: Array, start: int, stop: int) -> Array:
-        out = linear(self._numerics.head_input(hidden), self._weights.head(start, stop))
-        if cap := self.config.final_softcap:
-            np.tanh(out / np.float32(cap), out=out)
-            out *= np.float32(cap)
-        return out
+        x = self._numerics.head_input(hidden)
+        return soft_cap(self.config, linear(x, self._weights.head(start, stop)))
 
     def reset(self) -> None:
         self._cache.position = 0

@@ -26,13 +26,20 @@ from uq.quantize.pipeline import SEQUENCE, QuantizeOptions, plan_of, worker_thre
 from uq.quantize.plan import Plan, TensorPlan
 from uq.quantize.rounding import PIECE, PIECES_AHEAD
 from uq.quantize.scales import quantize_rtn
+from uq.quantize.sensitivity import (
+    CANDIDATES,
+    POSITIONS,
+    PROBE_LENGTH,
+    PROBE_WINDOWS,
+    table_names,
+)
 from uq.text import duration, size, table
 
 TOKENIZER_BYTES = 700  # per token, while a tokenizer.json is put together
 TOKENIZER_SECONDS = 4e-6  # per token, likewise
 SAMPLE = 512  # side of the sample matrices
 REPEATS = 8
-GPTQ_PRODUCTS = 11  # multiplications per weight and input channel, all parts of GPTQ together
+GPTQ_PRODUCTS = 13  # multiplications per weight and input channel, all parts of GPTQ together
 OVERHEAD = 1.5  # of a forward pass over its matrix products: norms, softmax, activation
 
 
@@ -95,6 +102,8 @@ def estimate(checkpoint: Checkpoint, options: QuantizeOptions) -> Estimate:
     seconds = TOKENIZER_SECONDS * config.vocab_size + seconds / threads
     if plan.calibrated:
         seconds += config.num_layers * _layer_seconds(config, plan, options.calibration_tokens)
+    if plan.budget is not None:
+        seconds += _measuring_seconds(config, plan)
     return Estimate(
         recipe=plan.recipe,
         kinds=kinds,
@@ -109,21 +118,33 @@ def estimate(checkpoint: Checkpoint, options: QuantizeOptions) -> Estimate:
 
 def _kinds(config: GemmaConfig, plan: Plan) -> Iterator[Kind]:
     shapes = expected_tensors(config)[0]
+    tables = table_names(config)
     names = {"embedding": [EMBEDDING]} | ({} if config.tied_head else {"head": [HEAD]})
     for role in config.linear_shapes():
         names[role] = [layer_tensor(layer, role) for layer in range(config.num_layers)]
     for kind, members in names.items():
         rows, cols = shapes[members[0]]
         tensor = plan.tensors[members[0]]
+        weights = len(members) * rows * cols
+        mixed = plan.budget is not None and (plan.budget.tables or members[0] not in tables)
+        nbytes = len(members) * LAYOUTS[tensor.layout].nbytes(rows, cols, tensor.spec)
         yield Kind(
             name=kind,
             tensors=len(members),
-            weights=len(members) * rows * cols,
-            format=str(tensor.spec),
+            weights=weights,
+            format="mixed" if mixed else str(tensor.spec),
             method=tensor.method,
             layout=tensor.layout,
-            nbytes=len(members) * LAYOUTS[tensor.layout].nbytes(rows, cols, tensor.spec),
+            nbytes=round(weights * _budgeted_bytes(config, plan)) if mixed else nbytes,
         )
+
+
+def _budgeted_bytes(config: GemmaConfig, plan: Plan) -> float:
+    """Mean bytes per weight of the tensors whose grids are still to be chosen."""
+    assert plan.budget is not None
+    shapes = expected_tensors(config)[0]
+    names = [name for name in shapes if plan.budget.tables or name not in table_names(config)]
+    return plan.budget.nbytes / sum(rows * cols for rows, cols in (shapes[n] for n in names))
 
 
 def _peak_memory(config: GemmaConfig, plan: Plan, tokens: int, threads: int) -> int:
@@ -184,6 +205,18 @@ def _layer_seconds(config: GemmaConfig, plan: Plan, tokens: int) -> float:
     products = GPTQ_PRODUCTS * sum(rows * cols**2 for rows, cols in linears.values())
     products += sum(width**3 for width in widths)
     return (forward + moments) / single + products / double + weights * per_weight
+
+
+def _measuring_seconds(config: GemmaConfig, plan: Plan) -> float:
+    """The probes' way through the layers and the head, and the search on every grid."""
+    single, _, per_weight = _rates(plan)
+    weights = sum(rows * cols for rows, cols in config.linear_shapes().values())
+    models = len(config.linear_shapes()) * config.num_layers
+    walks = PROBE_WINDOWS * PROBE_LENGTH * models * config.num_layers / 2
+    positions = PROBE_WINDOWS * len(range(*POSITIONS.indices(PROBE_LENGTH)))
+    head = models * positions * config.vocab_size * config.hidden_size
+    searches = len(CANDIDATES) * config.num_layers * weights * per_weight
+    return OVERHEAD * 2 * (walks * weights + head) / single + searches
 
 
 def _rates(plan: Plan) -> tuple[float, float, float]:

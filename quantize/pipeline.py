@@ -33,6 +33,7 @@ from uq.formats.manifest import (
 from uq.formats.writer import ArrayEntry, BundleWriter, Entry, QuantEntry
 from uq.progress import Progress, SilentProgress
 from uq.quantize.layers import CalibratedLayers
+from uq.quantize.mixing import mixed_plan
 from uq.quantize.plan import Plan, make_plan
 from uq.quantize.rounding import RoundedTensors
 from uq.quantize.text import Text, read_text, token_sequences
@@ -47,7 +48,7 @@ class QuantizeOptions:
 
     Attributes:
         recipe: name in `RECIPES`.
-        group, method, targets: as in `make_plan`.
+        group, bpw, method, targets: as in `make_plan`.
         calibration: as in `read_text`; None for the default text. `rtn` is data-free without one
             and searches its scales for the text's activations with one.
         calibration_tokens: about so many, in sequences of at most 512.
@@ -58,6 +59,7 @@ class QuantizeOptions:
 
     recipe: str = "int4"
     group: int | None = None
+    bpw: float | None = None
     method: str = "auto"
     targets: tuple[str, ...] = ("igpu",)
     calibration: str | None = None
@@ -105,8 +107,11 @@ def quantize(
         require_free(out, sum(shard_bytes(config, plan)[first:]))
         assets = _in_background(checkpoint.assets)
         fingerprint = _in_background(checkpoint.fingerprint)
-        progress.start(shards, "quantize", done=first)
         tokens = None if text is None else _tokens(checkpoint, text, options)
+        if plan.budget is not None and tokens is not None:
+            plan = mixed_plan(checkpoint, plan, plan.budget, tokens, progress)
+            require_free(out, sum(shard_bytes(config, plan)[first:]))
+        progress.start(shards, "quantize", done=first)
         source = ShardSource(checkpoint, plan, tokens, range(first, shards), pool, progress)
         source.skip(writer)
         assets()  # a model without tokenizer is refused before a shard is written
@@ -178,6 +183,7 @@ def plan_of(config: GemmaConfig, options: QuantizeOptions) -> Plan:
         config,
         options.recipe,
         group=options.group,
+        bpw=options.bpw,
         method=options.method,
         targets=options.targets,
     )
@@ -248,7 +254,15 @@ def _identity(
 
 def _recorded(options: QuantizeOptions) -> dict[str, object]:
     """The options that the bytes depend on, but for the text, which has its own record."""
-    names = ("recipe", "group", "method", "targets", "calibration_tokens", "calibration_seed")
+    names = (
+        "recipe",
+        "group",
+        "bpw",
+        "method",
+        "targets",
+        "calibration_tokens",
+        "calibration_seed",
+    )
     return {name: getattr(options, name) for name in names}
 
 

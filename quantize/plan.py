@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from uq.errors import UsageError
@@ -58,36 +58,29 @@ class Recipe:
     """How the tensors of any model are quantized.
 
     Attributes:
-        linear: spec of the linears of every layer.
+        linear: spec of the linears of every layer, or what they may take together.
         method: method of the linears when the user leaves the choice to the recipe.
+        mixed: every linear gets a grid of its own, by what it costs the model; together they take
+            no more bytes than on `linear`.
         table: spec of the embedding and of an untied head; always rounded to nearest, because a
             token seen in no calibration text has no statistics.
-        roles: role within a layer -> spec, where it differs from `linear`.
     """
 
     summary: str
     linear: Spec
     method: Method
+    mixed: bool = False
     table: Spec = Spec(8, 64)
-    roles: Mapping[str, Spec] = field(default_factory=dict)
     gptq: GptqOptions = GptqOptions()
 
 
-# Group 32 costs 4.5 bits a weight, 64 costs 4.25, 128 costs 4.125. On text unlike the calibration's
-# group 32 loses a quarter less than group 64. Values and keys come first where a bit more is to be
-# spent: with one KV head they are 6 % of the linears' parameters.
+# What INT8 has to give is all spent at group 32, so it is not mixed.
 RECIPES: Mapping[str, Recipe] = {
-    "int4": Recipe("INT4 linears, group 32", Spec(4, 32), "gptq"),
-    "int5": Recipe("INT5 linears, group 32", Spec(5, 32), "gptq"),
-    "int6": Recipe("INT6 linears, group 32", Spec(6, 32), "gptq"),
-    "int4-small": Recipe("INT4 linears, group 128", Spec(4, 128), "gptq"),
-    "int4-kv8": Recipe(
-        "INT4 linears, group 32, with INT8 keys and values",
-        Spec(4, 32),
-        "gptq",
-        roles={"self_attn.k_proj": Spec(8, 32), "self_attn.v_proj": Spec(8, 32)},
-    ),
-    "int8": Recipe("INT8 everywhere, group 64", Spec(8, 64), "rtn"),
+    "int4": Recipe("4.5 bits per linear weight, mixed", Spec(4, 32), "gptq", mixed=True),
+    "int4-small": Recipe("4.25 bits per linear weight, mixed", Spec(4, 64), "gptq", mixed=True),
+    "int5": Recipe("5.5 bits per linear weight, mixed", Spec(5, 32), "gptq", mixed=True),
+    "int6": Recipe("6.5 bits per linear weight, mixed", Spec(6, 32), "gptq", mixed=True),
+    "int8": Recipe("INT8 everywhere, group 32", Spec(8, 32), "gptq", table=Spec(8, 32)),
 }
 RECIPE_OF_BITS = {4: "int4", 5: "int5", 6: "int6", 8: "int8"}
 
@@ -102,12 +95,29 @@ class TensorPlan:
 
 
 @dataclass(frozen=True)
+class Budget:
+    """Bytes of codes, scales and zero points that some tensors may take together.
+
+    Attributes:
+        tables: the embedding and an untied head are among them; the linears always are.
+    """
+
+    nbytes: int
+    tables: bool
+
+
+@dataclass(frozen=True)
 class Plan:
-    """Canonical tensor name -> treatment, for every quantized tensor of one model."""
+    """Canonical tensor name -> treatment, for every quantized tensor of one model.
+
+    Attributes:
+        budget: the specs of its tensors are still to be chosen; None when they are final.
+    """
 
     recipe: str
     tensors: Mapping[str, TensorPlan]
     gptq: GptqOptions
+    budget: Budget | None = None
     weighted: bool = False  # rtn searches its scales for the inputs of a calibration text
 
     @property
@@ -152,21 +162,23 @@ def make_plan(
     recipe: str = "int4",
     *,
     group: int | None = None,
+    bpw: float | None = None,
     method: str = "auto",
     targets: Sequence[str] = ("igpu",),
 ) -> Plan:
     """The recipe applied to a model.
 
     Args:
-        group: replaces the recipe's group of every linear. The embedding keeps the recipe's, unless
-            that does not divide the hidden size.
+        group: every linear gets the recipe's bits with this group, none is mixed. The embedding
+            keeps the recipe's, unless that does not divide the hidden size.
+        bpw: bits per weight of the whole model, norms included, spent where they matter.
         method: `rtn`, `gptq`, or `auto` for the recipe's own.
         targets: devices that will run the bundle; the first one's layout is written, the others
             rearrange it when they load.
 
     Raises:
-        UsageError: an unknown group, method or target, or a group that does not divide the columns
-            of a tensor.
+        UsageError: an unknown group, method or target, a group that does not divide the columns of
+            a tensor, or a number of bits that needs a method with calibration.
     """
     rules = _with_group(RECIPES[recipe], group, config.hidden_size)
     chosen = rules.method if method == "auto" else _checked_method(method)
@@ -180,12 +192,32 @@ def make_plan(
     for layer in range(config.num_layers):
         for role, (_, cols) in config.linear_shapes().items():
             name = layer_tensor(layer, role)
-            spec = rules.roles.get(role, rules.linear)
-            tensors[name] = TensorPlan(spec, chosen, layout)
+            tensors[name] = TensorPlan(rules.linear, chosen, layout)
             columns[name] = cols
     for name, tensor in tensors.items():
         _check_group(name, columns[name], tensor.spec.group)
-    return Plan(recipe, tensors, rules.gptq)
+    plan = Plan(recipe, tensors, rules.gptq)
+    if bpw is not None:
+        return _within(config, plan, bpw)
+    if rules.mixed and group is None and chosen == "gptq":
+        return replace(plan, budget=Budget(_linear_bytes(config, rules.linear), tables=False))
+    return plan
+
+
+def _within(config: GemmaConfig, plan: Plan, bpw: float) -> Plan:
+    if not plan.uses_gptq:
+        raise UsageError("--bpw measures on calibration text; it does not go with --method rtn")
+    norms = config.hidden_size + config.num_layers * sum(
+        size for (size,) in config.norm_shapes().values()
+    )
+    nbytes = int(bpw * config.num_parameters() / 8) - 4 * norms
+    return replace(plan, recipe=f"bpw{bpw:g}", budget=Budget(nbytes, tables=True))
+
+
+def _linear_bytes(config: GemmaConfig, spec: Spec) -> int:
+    return config.num_layers * sum(
+        spec.nbytes(rows, cols) for rows, cols in config.linear_shapes().values()
+    )
 
 
 def _with_group(rules: Recipe, group: int | None, hidden: int) -> Recipe:
@@ -198,7 +230,6 @@ def _with_group(rules: Recipe, group: int | None, hidden: int) -> Recipe:
         rules,
         linear=replace(rules.linear, group=group),
         table=table,
-        roles={role: replace(spec, group=group) for role, spec in rules.roles.items()},
     )
 
 

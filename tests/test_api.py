@@ -48,7 +48,7 @@ def test_quantize_takes_an_opened_checkpoint(
     monkeypatch.chdir(tmp_path)
     checkpoint = uq.open_checkpoint(model)
     made = uq.quantize(checkpoint, options=uq.QuantizeOptions(method="rtn"))
-    assert made.path.name == f"{model.name}-int4-g32"
+    assert made.path.name == f"{model.name}-int4"
     assert made.quant("model.layers.0.mlp.up_proj.weight").shape == (256, 128)
 
 

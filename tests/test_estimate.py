@@ -42,7 +42,7 @@ def peak(source: Path, out: Path, **options: object) -> tuple[int, int]:
     return expected, measured
 
 
-@pytest.mark.parametrize("recipe", ["int4", "int4-kv8", "int8"])
+@pytest.mark.parametrize("recipe", ["int4", "int5", "int8"])
 @pytest.mark.parametrize("target", ["igpu", "npu"])
 def test_size_and_bits_are_those_of_the_bundle(
     recipe: str, target: str, tiny_checkpoint: Tiny, tmp_path: Path

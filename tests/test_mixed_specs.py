@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -11,14 +12,14 @@ from numpy.typing import NDArray
 
 from uq.formats.bundle import Bundle, open_bundle
 from uq.formats.checkpoint import open_checkpoint
-from uq.formats.config import EMBEDDING, HEAD, layer_tensor
+from uq.formats.config import EMBEDDING, HEAD, GemmaConfig, layer_tensor
 from uq.formats.manifest import gain_name
 from uq.formats.spec import Spec
 from uq.kernels.cpu import open_cpu
 from uq.kernels.cpu.twin import dequantized, hidden_states, logits
 from uq.progress import SilentProgress
 from uq.quantize.pipeline import QuantizeOptions, quantize
-from uq.quantize.plan import RECIPES, Recipe
+from uq.quantize.plan import Plan, make_plan
 from uq.quantize.scales import weight_error
 
 ROLES = {
@@ -31,14 +32,25 @@ ROLES = {
     "mlp.down_proj": Spec(6, 128),
 }
 TABLE = Spec(6, 32)
-MIXED = Recipe("mixed", Spec(4, 32), "gptq", table=TABLE, roles=ROLES)
 SHAPE = {"family": "gemma3", "hidden": 128, "ffn": 256, "vocab": 700}
 LARGEST = {4: 0.3, 5: 0.15, 6: 0.08, 8: 0.04}  # bits -> error that no weight of a bundle may have
 
 
+def mixed_plan(config: GemmaConfig, options: QuantizeOptions) -> Plan:
+    plan = make_plan(config, group=32, method=options.method)
+    specs = {
+        layer_tensor(layer, role): spec
+        for layer in range(config.num_layers)
+        for role, spec in ROLES.items()
+    }
+    specs |= {EMBEDDING: TABLE, HEAD: TABLE}
+    tensors = {name: replace(old, spec=specs[name]) for name, old in plan.tensors.items()}
+    return replace(plan, tensors=tensors)
+
+
 @pytest.fixture(autouse=True)
 def recipe(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(RECIPES, "mixed", MIXED)
+    monkeypatch.setattr("uq.quantize.pipeline.plan_of", mixed_plan)
 
 
 @pytest.fixture(scope="module")
@@ -47,7 +59,7 @@ def folder(tiny_checkpoint: Callable[..., Path]) -> Path:
 
 
 def options(method: str, threads: int | None = None) -> QuantizeOptions:
-    return QuantizeOptions(recipe="mixed", method=method, calibration_tokens=400, threads=threads)
+    return QuantizeOptions(method=method, calibration_tokens=400, threads=threads)
 
 
 @pytest.mark.parametrize("method", ["rtn", "gptq"])
@@ -77,7 +89,7 @@ def twin_logits(bundle: Bundle, tokens: NDArray[np.int32]) -> NDArray[np.float64
 def test_the_cpu_runs_the_bundle_as_its_dequantized_twin(
     target: str, folder: Path, tmp_path: Path
 ) -> None:
-    asked = QuantizeOptions(recipe="mixed", method="rtn", targets=(target,))
+    asked = QuantizeOptions(method="rtn", targets=(target,))
     bundle = open_bundle(quantize(open_checkpoint(folder), tmp_path / "b", asked))
     tokens = np.random.default_rng(0).integers(0, bundle.config.vocab_size, 70, dtype=np.int32)
     expected = twin_logits(bundle, tokens)

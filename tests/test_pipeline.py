@@ -82,10 +82,9 @@ def test_gptq_follows_the_plan_and_lowers_the_output_error(
     family: str, tiny_checkpoint: Tiny, tmp_path: Path
 ) -> None:
     folder = tiny_checkpoint(family=family, vocab=768)
-    options = QuantizeOptions(recipe="int4-kv8", calibration_tokens=2000)
+    options = QuantizeOptions(calibration_tokens=2000)
     tensors = bundle_of(folder, tmp_path / "b", options).manifest.tensors
     assert tensors[EMBEDDING].method == "rtn"
-    assert tensors[layer_tensor(0, "self_attn.v_proj")].spec == Spec(8, 32)
     linears = [record for name, record in tensors.items() if name != EMBEDDING]
     assert {record.method for record in linears} == {"gptq"}
     nearest = weight_error(

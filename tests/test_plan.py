@@ -9,7 +9,7 @@ import pytest
 from uq.errors import UsageError
 from uq.formats.config import EMBEDDING, FULL, HEAD, GemmaConfig, layer_tensor
 from uq.formats.spec import BITS, Spec
-from uq.quantize.plan import RECIPES, choose_recipe, make_plan
+from uq.quantize.plan import RECIPES, Budget, choose_recipe, make_plan
 
 CONFIG = GemmaConfig(
     family="gemma3",
@@ -57,15 +57,34 @@ def test_plan_holds_every_quantized_tensor() -> None:
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_every_recipe_applies(recipe: str) -> None:
     plan = make_plan(CONFIG, recipe)
-    expected = RECIPES[recipe].roles.get("self_attn.v_proj", RECIPES[recipe].linear)
-    assert plan.tensors[layer_tensor(0, "self_attn.v_proj")].spec == expected
+    assert plan.tensors[layer_tensor(0, "self_attn.v_proj")].spec == RECIPES[recipe].linear
+    assert (plan.budget is not None) == RECIPES[recipe].mixed
 
 
 def test_group_replaces_that_of_the_linears_alone() -> None:
-    plan = make_plan(CONFIG, "int4-kv8", group=128)
+    plan = make_plan(CONFIG, "int4", group=128)
+    assert plan.budget is None
     assert plan.tensors[DOWN].spec == Spec(4, 128)
-    assert plan.tensors[layer_tensor(0, "self_attn.k_proj")].spec == Spec(8, 128)
     assert plan.tensors[EMBEDDING].spec == Spec(8, 64)
+
+
+def test_a_mixed_recipe_takes_the_bytes_of_its_linears_on_one_grid() -> None:
+    plan = make_plan(CONFIG, "int4")
+    weights = 2 * sum(rows * cols for rows, cols in CONFIG.linear_shapes().values())
+    assert plan.budget == Budget(weights * 9 // 16, tables=False)  # 4.5 bits
+    assert make_plan(CONFIG, "int4", method="rtn").budget is None
+
+
+def test_bits_per_weight_count_the_norms_and_tables() -> None:
+    plan = make_plan(CONFIG, bpw=6.0)
+    norms = CONFIG.hidden_size + 2 * (4 * CONFIG.hidden_size + 2 * CONFIG.head_dim)
+    assert plan.recipe == "bpw6"
+    assert plan.budget == Budget(CONFIG.num_parameters() * 6 // 8 - 4 * norms, tables=True)
+
+
+def test_bits_per_weight_need_a_calibration() -> None:
+    with pytest.raises(UsageError, match="--bpw .* --method rtn"):
+        make_plan(CONFIG, bpw=6.0, method="rtn")
 
 
 def test_embedding_follows_the_group_when_its_own_does_not_divide() -> None:

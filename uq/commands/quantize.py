@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 METHODS = ("auto", "rtn", "gptq")
 TARGETS = ("igpu", "npu", "npu-aie2", "npu-aie2p", "cpu")
-RECIPES = ("int4", "int5", "int6", "int4-small", "int4-kv8", "int8")
+RECIPES = ("int4", "int4-small", "int5", "int6", "int8")
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -31,8 +31,19 @@ def configure(parser: argparse.ArgumentParser) -> None:
     grid.add_argument(
         "--bits", type=int, choices=(4, 5, 6, 8), help="short for --recipe int4, int5, int6 or int8"
     )
+    grid.add_argument(
+        "--bpw",
+        type=float,
+        metavar="B",
+        help="bits per weight of the whole model, spent where they matter, e.g. 6.5",
+    )
     grid.add_argument("--recipe", choices=RECIPES, metavar="NAME", help=" ".join(RECIPES))
-    add("--group", type=int, choices=(32, 64, 128), help="default: the recipe's")
+    add(
+        "--group",
+        type=int,
+        choices=(32, 64, 128),
+        help="of all linears alike; default: each its own",
+    )
     add("--method", choices=METHODS, default="auto", help="default: the recipe's")
     add(
         "--calibration",
@@ -100,6 +111,7 @@ def read_options(args: argparse.Namespace) -> QuantizeOptions:
     return QuantizeOptions(
         recipe=choose_recipe(args.recipe, args.bits),
         group=args.group,
+        bpw=args.bpw,
         method=args.method,
         targets=args.target,
         calibration=args.calibration,
@@ -111,11 +123,10 @@ def read_options(args: argparse.Namespace) -> QuantizeOptions:
 
 
 def default_folder(model: str, options: QuantizeOptions) -> Path:
-    """`google/gemma-3-270m` becomes `gemma-3-270m-int4-g32` in the current folder."""
-    from uq.quantize.plan import RECIPES
-
+    """`google/gemma-3-270m` becomes `gemma-3-270m-int4` in the current folder."""
     name = Path(model.removeprefix("demo:")).resolve().name.removesuffix(".gguf")
-    return Path(f"{name}-{options.recipe}-g{options.group or RECIPES[options.recipe].linear.group}")
+    kind = options.recipe if options.bpw is None else f"bpw{options.bpw:g}"
+    return Path(f"{name}-{kind}" + (f"-g{options.group}" if options.group else ""))
 
 
 def facts(bundle: Bundle, seconds: float) -> dict[str, Any]:

@@ -1,0 +1,81 @@
+"""From a budget to a plan: what every grid costs, measured once, and the best use of the bytes."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import replace
+
+import numpy as np
+from numpy.typing import NDArray
+
+from uq.formats.checkpoint import Checkpoint
+from uq.formats.checkpoint.cache import kept
+from uq.formats.manifest import expected_tensors
+from uq.progress import Progress
+from uq.quantize.allocate import allocate
+from uq.quantize.plan import Budget, Plan
+from uq.quantize.sensitivity import Costs, candidates, measure_costs
+
+VERSION = 1  # of the measurement: costs kept by another one are not used
+
+
+def mixed_plan(
+    checkpoint: Checkpoint,
+    plan: Plan,
+    budget: Budget,
+    tokens: NDArray[np.int32],
+    progress: Progress,
+) -> Plan:
+    """The plan with the grids that cost least within the budget.
+
+    The costs are kept in the cache, for a run that is continued and for other budgets.
+
+    Raises:
+        UsageError: the smallest grids take more than the budget.
+    """
+    shapes = expected_tensors(checkpoint.config)[0]
+    costs = _kept_costs(checkpoint, plan, budget, tokens, progress)
+    sizes = {
+        name: {spec: spec.nbytes(*shapes[name]) for spec in choices}
+        for name, choices in costs.items()
+    }
+    chosen = allocate(costs, sizes, budget.nbytes)
+    tensors = {
+        name: replace(tensor, spec=chosen.get(name, tensor.spec))
+        for name, tensor in plan.tensors.items()
+    }
+    return replace(plan, tensors=tensors, budget=None)
+
+
+def _kept_costs(
+    checkpoint: Checkpoint,
+    plan: Plan,
+    budget: Budget,
+    tokens: NDArray[np.int32],
+    progress: Progress,
+) -> Costs:
+    def make() -> bytes:
+        costs = measure_costs(
+            checkpoint, tokens, plan.gptq.damping, tables=budget.tables, progress=progress
+        )
+        return json.dumps(
+            {name: list(choices.values()) for name, choices in costs.items()}
+        ).encode()
+
+    key = {
+        "version": VERSION,
+        "source": {name: [file.size, file.version] for name, file in checkpoint.files().items()},
+        "revision": checkpoint.source.revision,
+        "tokens": hashlib.sha256(tokens.tobytes()).hexdigest(),
+        "damping": plan.gptq.damping,
+        "tables": budget.tables,
+    }
+    digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()
+    stored: Mapping[str, list[float]] = json.loads(kept(f"costs-{digest[:32]}.json", make))
+    shapes = expected_tensors(checkpoint.config)[0]
+    return {
+        name: dict(zip(candidates(shapes[name][1]), costs, strict=True))
+        for name, costs in stored.items()
+    }

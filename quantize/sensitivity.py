@@ -1,0 +1,231 @@
+"""What each tensor's grid costs: the KL divergence of the whole model, tensor by tensor.
+
+Every tensor in turn is rounded on a probe grid, the rest of the model stays as it is, and the
+divergence from the untouched model is taken at the output. All these models walk through the layers
+together, so the checkpoint is read once. What another grid, and GPTQ instead of plain rounding,
+would cost follows from the output errors of the tensor itself, to which the divergence of a small
+error is proportional.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from uq.formats.checkpoint import Checkpoint
+from uq.formats.config import EMBEDDING, HEAD, GemmaConfig, layer_tensor
+from uq.formats.spec import SPECS, Spec
+from uq.kernels.reference import (
+    CheckpointWeights,
+    Weights,
+    embed,
+    flat,
+    layer_forward,
+    linear,
+    rms_norm,
+    soft_cap,
+)
+from uq.progress import Progress
+from uq.quantize.calibrate import Calibration
+from uq.quantize.gptq import Matrix, Statistics, factorize
+from uq.quantize.scales import quantize_rtn, squared_error
+from uq.validate.divergence import Sums
+
+Array = NDArray[np.float32]
+Costs = Mapping[str, Mapping[Spec, float]]  # tensor -> grid -> mean KL divergence, nats per token
+
+# Grids to choose from. INT8 loses so little that its smallest form serves.
+CANDIDATES = tuple(
+    spec for spec in SPECS if spec.bits < 6 or (not spec.zero_point and spec.bits == 6)
+) + (Spec(8, 64),)
+LINEAR_PROBE, TABLE_PROBE = 4, 6  # bits: enough for a divergence that stands out of the rounding
+PROBE_WINDOWS, PROBE_LENGTH = 4, 128
+POSITIONS = slice(31, None, 6)  # of a window, where the divergence is taken
+MOMENT_WINDOWS = 16
+TOKEN_BLOCK = 4096
+VOCAB_BLOCK = 1024
+TABLE_SAMPLE = 16384  # rows on which the grids of the embedding are compared
+
+
+def measure_costs(
+    checkpoint: Checkpoint,
+    tokens: NDArray[np.int32],
+    damping: float,
+    *,
+    tables: bool,
+    progress: Progress,
+) -> Costs:
+    """Cost of every grid in `CANDIDATES` whose group divides the tensor's columns.
+
+    Args:
+        tokens: (sequences, length) int32 of the calibration; a few of them are used.
+        damping: as in `GptqOptions`.
+        tables: the embedding and an untied head, too, rounded to nearest.
+    """
+    config = checkpoint.config
+    source = CheckpointWeights(checkpoint, resident=False)
+    moments = Calibration(config, source.embedding(_spread(tokens, MOMENT_WINDOWS)), None)
+    windows = _spread(tokens, PROBE_WINDOWS)[:, :PROBE_LENGTH]
+    probes = Probes(config, source, windows, tables=tables)
+    errors: dict[str, dict[Spec, float]] = {}
+    progress.start(config.num_layers, "measure")
+    for layer in range(config.num_layers):
+        weights = checkpoint.layer(layer)
+        errors |= _layer_errors(layer, weights, moments, damping)
+        probes.walk(layer, weights)
+        progress.advance(f"layer {layer}")
+    if tables:
+        errors |= {name: _table_errors(checkpoint, name) for name in table_names(config)}
+    divergences = probes.divergences()
+    progress.close()
+    return {
+        name: {spec: divergences[name] * ratio for spec, ratio in ratios.items()}
+        for name, ratios in errors.items()
+    }
+
+
+def table_names(config: GemmaConfig) -> tuple[str, ...]:
+    return (EMBEDDING,) if config.tied_head else (EMBEDDING, HEAD)
+
+
+def candidates(cols: int) -> list[Spec]:
+    """Grids that fit the columns of a tensor."""
+    return [spec for spec in CANDIDATES if cols % spec.group == 0]
+
+
+def probe_spec(bits: int, cols: int) -> Spec:
+    """The probe grid: the middle one of the groups that fit."""
+    groups = [spec.group for spec in candidates(cols) if spec.bits == 4 and not spec.zero_point]
+    return Spec(bits, groups[len(groups) // 2])
+
+
+class Probes:
+    """The untouched model and one model per probed tensor, on their way through the layers."""
+
+    def __init__(
+        self,
+        config: GemmaConfig,
+        source: CheckpointWeights,
+        tokens: NDArray[np.int32],
+        *,
+        tables: bool,
+    ) -> None:
+        """`tokens` are (windows, length) int32."""
+        self._config = config
+        self._source = source
+        rows = source.embedding(tokens)  # (windows, length, hidden)
+        self._names: list[str] = []
+        self._hidden = embed(config, rows)[None]  # (1 + models, windows, length, hidden)
+        if tables:
+            spec = probe_spec(TABLE_PROBE, config.hidden_size)
+            rounded = quantize_rtn(flat(rows), spec).dequantize().reshape(rows.shape)
+            self._add([EMBEDDING], [embed(config, rounded)])
+            if not config.tied_head:
+                self._add([HEAD], [self._hidden[0]])
+
+    def walk(self, layer: int, weights: Weights) -> None:
+        """Take all models through a layer, and start those of its own linears."""
+        names, states = [], []
+        for role, (_, cols) in self._config.linear_shapes().items():
+            rounded = quantize_rtn(weights[role], probe_spec(LINEAR_PROBE, cols)).dequantize()
+            names.append(layer_tensor(layer, role))
+            probed = {**weights, role: rounded}
+            states.append(layer_forward(self._config, layer, probed, self._hidden[0]))
+        step = max(1, TOKEN_BLOCK // self._hidden[0, ..., 0].size)
+        for first in range(0, len(self._hidden), step):
+            block = self._hidden[first : first + step]
+            batch = block.reshape(-1, *block.shape[2:])
+            moved = layer_forward(self._config, layer, weights, batch)
+            self._hidden[first : first + step] = moved.reshape(block.shape)
+        self._add(names, states)
+
+    def divergences(self) -> dict[str, float]:
+        """Mean KL divergence of each model from the untouched one."""
+        hidden = self._hidden[:, :, POSITIONS]  # (1 + models, windows, positions, hidden)
+        last = rms_norm(hidden, self._source.final_norm, self._config.rms_norm_eps)
+        states = last.reshape(len(last), -1, last.shape[-1])  # (1 + models, n, hidden)
+        unused = np.zeros(states.shape[1], np.int32)
+        sums = [Sums(unused) for _ in self._names]
+        for start in range(0, self._config.vocab_size, VOCAB_BLOCK):
+            stop = min(start + VOCAB_BLOCK, self._config.vocab_size)
+            head = self._source.head(start, stop)
+            reference, *logits = soft_cap(self._config, linear(states, head))
+            for name, total, model, state in zip(
+                self._names, sums, logits, states[1:], strict=True
+            ):
+                total.add(reference, self._table_logits(name, head, state, model), start)
+        return {
+            name: float(total.scores().kld.mean())
+            for name, total in zip(self._names, sums, strict=True)
+        }
+
+    def _table_logits(self, name: str, head: Array, states: Array, logits: Array) -> Array:
+        """`logits`, or those of the rounded head where that is the probed tensor."""
+        if name != table_names(self._config)[-1]:
+            return logits
+        rounded = quantize_rtn(head, probe_spec(TABLE_PROBE, head.shape[1])).dequantize()
+        return soft_cap(self._config, linear(states, rounded))
+
+    def _add(self, names: Sequence[str], states: Sequence[Array]) -> None:
+        self._names += names
+        self._hidden = np.concatenate([self._hidden, np.stack(states)])
+
+
+def _layer_errors(
+    layer: int, weights: Weights, moments: Calibration, damping: float
+) -> dict[str, dict[Spec, float]]:
+    """Output error of GPTQ on each grid over that of the probe; takes the tokens a layer on."""
+    found: dict[str, dict[Spec, float]] = {}
+
+    def stage(roles: Sequence[str], statistics: Statistics) -> dict[str, Array]:
+        for role in roles:
+            found[layer_tensor(layer, role)] = _errors(weights[role], statistics, damping)
+        return {}
+
+    moments.quantize_layer(layer, weights, stage)
+    return found
+
+
+def _errors(weight: Array, statistics: Statistics, damping: float) -> dict[Spec, float]:
+    """A column that GPTQ rounds leaves an error of its variance given the columns still to come.
+
+    That variance is U_jj^-2 of the factor U (Frantar et al., "GPTQ", section 3.3), so rounding
+    errors weighted by it, instead of by the Hessian, predict GPTQ without running it.
+    """
+    cols = weight.shape[1]
+    factor = factorize(statistics.hessian, damping)
+    hessian, left = statistics.hessian, np.ones(cols)
+    if factor is None:  # no usable statistics: all channels alike
+        hessian = np.eye(cols)
+    else:
+        left[factor.order] = np.diagonal(factor.upper) ** -2
+    probe = _rounding_error(weight, probe_spec(LINEAR_PROBE, cols), None)
+    base = max(float(np.sum((probe @ hessian) * probe)), 1e-30)
+    return {
+        spec: float(np.sum(_rounding_error(weight, spec, statistics.importance) ** 2 @ left)) / base
+        for spec in candidates(cols)
+    }
+
+
+def _rounding_error(weight: Array, spec: Spec, importance: Array | None) -> Matrix:
+    return weight.astype(np.float64) - quantize_rtn(weight, spec, importance).dequantize()
+
+
+def _table_errors(checkpoint: Checkpoint, name: str) -> dict[Spec, float]:
+    """Squared rounding error on each grid over that of the probe."""
+    vocab, cols = checkpoint.config.vocab_size, checkpoint.config.hidden_size
+    rows = checkpoint.rows(name, 0, min(vocab, TABLE_SAMPLE))
+
+    def error(spec: Spec) -> float:
+        return float(squared_error(rows, quantize_rtn(rows, spec))[0])
+
+    base = max(error(probe_spec(TABLE_PROBE, cols)), 1e-30)
+    return {spec: error(spec) / base for spec in candidates(cols)}
+
+
+def _spread(tokens: NDArray[np.int32], count: int) -> NDArray[np.int32]:
+    """`count` sequences, evenly over all; all of them when there are fewer."""
+    places = np.linspace(0, len(tokens) - 1, min(count, len(tokens))).astype(np.int64)
+    return tokens[places]

@@ -1,0 +1,136 @@
+"""What grids cost: against models with one tensor rounded, run by hand."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from uq.formats.bundle import open_bundle
+from uq.formats.checkpoint import Checkpoint, open_checkpoint
+from uq.formats.config import EMBEDDING, HEAD, GemmaConfig, layer_tensor
+from uq.formats.spec import Spec
+from uq.kernels.reference import ReferenceSession, Weights
+from uq.progress import SilentProgress
+from uq.quantize import sensitivity
+from uq.quantize.pipeline import QuantizeOptions, quantize
+from uq.quantize.scales import quantize_rtn
+from uq.quantize.sensitivity import candidates, measure_costs, probe_spec
+
+Array = NDArray[np.float32]
+TOKENS = np.random.default_rng(0).integers(6, 512, (4, 128)).astype(np.int32)
+SILENT = SilentProgress()
+
+
+@dataclass(frozen=True)
+class Rounded:
+    """A checkpoint with one tensor on its probe grid."""
+
+    inner: Checkpoint
+    name: str
+    bits: int
+
+    @property
+    def config(self) -> GemmaConfig:
+        return self.inner.config
+
+    def layer(self, index: int) -> Weights:
+        return {
+            role: self._round(layer_tensor(index, role), weight)
+            for role, weight in self.inner.layer(index).items()
+        }
+
+    def embedding(self, start: int, stop: int) -> Array:
+        return self._round(EMBEDDING, self.inner.embedding(start, stop))
+
+    def head(self, start: int, stop: int) -> Array:
+        name = EMBEDDING if self.config.tied_head else HEAD
+        return self._round(name, self.inner.head(start, stop))
+
+    def final_norm(self) -> Array:
+        return self.inner.final_norm()
+
+    def _round(self, name: str, weight: Array) -> Array:
+        if name != self.name:
+            return weight
+        return quantize_rtn(weight, probe_spec(self.bits, weight.shape[1])).dequantize()
+
+
+def log_softmax(session: ReferenceSession, tokens: NDArray[np.int32]) -> NDArray[np.float64]:
+    hidden = session.score(tokens)[:, sensitivity.POSITIONS]
+    logits = session.logits(hidden, 0, session.config.vocab_size).astype(np.float64)
+    return logits - np.logaddexp.reduce(logits, axis=-1, keepdims=True)
+
+
+def divergence_by_hand(checkpoint: Checkpoint, name: str, bits: int) -> float:
+    exact = log_softmax(ReferenceSession(checkpoint), TOKENS)
+    rounded = log_softmax(ReferenceSession(Rounded(checkpoint, name, bits)), TOKENS)
+    return float(np.mean(np.sum(np.exp(exact) * (exact - rounded), axis=-1)))
+
+
+@pytest.fixture(scope="module", params=[True, False], ids=["tied", "untied"])
+def checkpoint(request: pytest.FixtureRequest, tiny_checkpoint: Callable[..., Path]) -> Checkpoint:
+    return open_checkpoint(tiny_checkpoint(family="gemma2", tied=request.param, dtype="f32"))
+
+
+def test_probes_diverge_like_models_with_one_rounded_tensor(checkpoint: Checkpoint) -> None:
+    config = checkpoint.config
+    source = sensitivity.CheckpointWeights(checkpoint, resident=False)
+    probes = sensitivity.Probes(config, source, TOKENS, tables=True)
+    for layer in range(config.num_layers):
+        probes.walk(layer, checkpoint.layer(layer))
+    found = probes.divergences()
+    tables = sensitivity.table_names(config)
+    assert len(found) == len(tables) + 7 * config.num_layers
+    names = [*tables, layer_tensor(0, "self_attn.v_proj"), layer_tensor(1, "mlp.down_proj")]
+    for name in names:
+        bits = sensitivity.TABLE_PROBE if name in tables else sensitivity.LINEAR_PROBE
+        assert found[name] == pytest.approx(divergence_by_hand(checkpoint, name, bits), rel=1e-2)
+
+
+def test_more_bits_and_smaller_groups_cost_less(checkpoint: Checkpoint) -> None:
+    costs = measure_costs(checkpoint, TOKENS, 0.05, tables=True, progress=SILENT)
+    for choices in costs.values():
+        groups = sorted({spec.group for spec in choices})
+        for bits in (4, 5):
+            assert choices[Spec(bits, groups[0])] < choices[Spec(bits, groups[-1])]
+            assert choices[Spec(bits + 1, groups[0])] < choices[Spec(bits, groups[0])] / 2
+
+
+def test_costs_cover_the_grids_that_fit(checkpoint: Checkpoint) -> None:
+    costs = measure_costs(checkpoint, TOKENS, 0.05, tables=False, progress=SILENT)
+    assert EMBEDDING not in costs
+    for name, choices in costs.items():
+        cols = checkpoint.tensors[name].shape[1]
+        assert list(choices) == candidates(cols)
+
+
+def test_a_budget_is_spent_and_measured_once(
+    tiny_checkpoint: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("UQ_CACHE", str(tmp_path / "cache"))
+    source = open_checkpoint(tiny_checkpoint())
+    options = QuantizeOptions(bpw=6.0, calibration_tokens=600)
+    bundle = open_bundle(quantize(source, tmp_path / "a", options))
+    weights = source.config.num_parameters()
+    assert (
+        5.5
+        < 8
+        * sum(record.spec.nbytes(*record.shape) for record in bundle.manifest.tensors.values())
+        / weights
+        <= 6.0
+    )
+    assert len({record.spec for record in bundle.manifest.tensors.values()}) > 1
+
+    def measured_again(*_: object, **__: object) -> None:
+        raise AssertionError
+
+    monkeypatch.setattr("uq.quantize.mixing.measure_costs", measured_again)
+    again = open_bundle(quantize(source, tmp_path / "b", replace(options, bpw=5.5)))
+    assert again.nbytes < bundle.nbytes
+    same = open_bundle(quantize(source, tmp_path / "c", options))
+    assert same.sha256 == bundle.sha256
