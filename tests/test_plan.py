@@ -113,7 +113,7 @@ def test_target_decides_the_layout() -> None:
 def test_rtn_needs_no_calibration() -> None:
     assert not make_plan(CONFIG, method="rtn").calibrated
     assert make_plan(CONFIG, method="gptq").calibrated
-    assert not make_plan(CONFIG, "int8").calibrated
+    assert not make_plan(CONFIG, "int8", method="rtn").calibrated
 
 
 @pytest.mark.parametrize(

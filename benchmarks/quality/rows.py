@@ -63,10 +63,15 @@ PACKAGE_ROWS = (
 )
 
 
+# Bits per weight of all tensors: those of llama.cpp's Q4_0, and a sixth less. The embedding counts.
+BUDGETS = ("7", "5.75")
+
+
 def uq_rows(config: GemmaConfig) -> tuple[Row, ...]:
-    """Rounding to nearest, and every recipe that uq has now."""
-    recipes = {f"uq {name}": ("--recipe", name) for name in RECIPES}
-    arguments = {"uq rtn": ("--method", "rtn")} | recipes
+    """Rounding to nearest, every recipe that uq has now, and budgets for all tensors."""
+    arguments = {"uq rtn": ("--method", "rtn")}
+    arguments |= {f"uq {name}": ("--recipe", name) for name in RECIPES}
+    arguments |= {f"uq --bpw {bits}": ("--bpw", bits) for bits in BUDGETS}
     return tuple(uq_row(name, words, config) for name, words in arguments.items())
 
 

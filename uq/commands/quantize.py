@@ -53,7 +53,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     add(
         "--calibration-tokens",
         type=whole(1),
-        default=32768,
+        default=65536,
         metavar="N",
         help="default: %(default)s",
     )
