@@ -18,8 +18,6 @@ from uq.formats.checkpoint import Checkpoint
 from uq.formats.config import EMBEDDING, HEAD, GemmaConfig, layer_tensor
 from uq.formats.spec import SPECS, Spec
 from uq.kernels.reference import (
-    CheckpointWeights,
-    Weights,
     embed,
     flat,
     layer_forward,
@@ -27,6 +25,7 @@ from uq.kernels.reference import (
     rms_norm,
     soft_cap,
 )
+from uq.kernels.weights import CheckpointWeights, Weights
 from uq.progress import Progress
 from uq.quantize.calibrate import Calibration
 from uq.quantize.gptq import Matrix, Statistics, factorize

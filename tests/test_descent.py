@@ -23,7 +23,8 @@ def inputs(tokens: int = 600, n: int = 64) -> NDArray[np.float32]:
 
 def output_error(target: Matrix, tensor: QuantTensor, hessian: Matrix) -> Matrix:
     miss = target - tensor.dequantize()
-    return np.einsum("ri,ij,rj->r", miss, hessian, miss)
+    errors: Matrix = np.einsum("ri,ij,rj->r", miss, hessian, miss)
+    return errors
 
 
 @pytest.mark.parametrize(
@@ -87,6 +88,7 @@ def test_moments_weigh_tokens() -> None:
         (found.residual, lost.astype(np.float64)),
     ]
     for moments, left in pairs:
+        assert moments is not None
         expected = (left * weight).T @ x64 / total
         np.testing.assert_allclose(moments, expected, rtol=0, atol=1e-5 * np.abs(expected).max())
 

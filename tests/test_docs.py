@@ -54,7 +54,7 @@ LIGHTER = {
 TEXT = "the time of the world and the city in which they were not one of the first " * 60
 TRIED: set[tuple[str, ...]] = set()
 BUNDLES = (
-    "gemma-3-1b-it-int4-g32",
+    "gemma-3-1b-it-int4",
     "gemma-3-1b-it-int8-g32",
     "me/gemma-3-1b-it-int4",
     "mine",

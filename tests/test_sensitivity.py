@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +14,8 @@ from uq.formats.bundle import open_bundle
 from uq.formats.checkpoint import Checkpoint, open_checkpoint
 from uq.formats.config import EMBEDDING, HEAD, GemmaConfig, layer_tensor
 from uq.formats.spec import Spec
-from uq.kernels.reference import ReferenceSession, Weights
+from uq.kernels.reference import ReferenceSession
+from uq.kernels.weights import CheckpointWeights, Weights
 from uq.progress import SilentProgress
 from uq.quantize import sensitivity
 from uq.quantize.pipeline import QuantizeOptions, quantize
@@ -26,17 +27,12 @@ TOKENS = np.random.default_rng(0).integers(6, 512, (4, 128)).astype(np.int32)
 SILENT = SilentProgress()
 
 
-@dataclass(frozen=True)
 class Rounded:
     """A checkpoint with one tensor on its probe grid."""
 
-    inner: Checkpoint
-    name: str
-    bits: int
-
-    @property
-    def config(self) -> GemmaConfig:
-        return self.inner.config
+    def __init__(self, inner: Checkpoint, name: str, bits: int) -> None:
+        self.inner, self.name, self.bits = inner, name, bits
+        self.config: GemmaConfig = inner.config
 
     def layer(self, index: int) -> Weights:
         return {
@@ -79,7 +75,7 @@ def checkpoint(request: pytest.FixtureRequest, tiny_checkpoint: Callable[..., Pa
 
 def test_probes_diverge_like_models_with_one_rounded_tensor(checkpoint: Checkpoint) -> None:
     config = checkpoint.config
-    source = sensitivity.CheckpointWeights(checkpoint, resident=False)
+    source = CheckpointWeights(checkpoint, resident=False)
     probes = sensitivity.Probes(config, source, TOKENS, tables=True)
     for layer in range(config.num_layers):
         probes.walk(layer, checkpoint.layer(layer))

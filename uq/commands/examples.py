@@ -7,12 +7,12 @@ from collections.abc import Mapping
 EXAMPLES: Mapping[str, tuple[tuple[str, str], ...]] = {
     "quantize": (
         ("uq quantize google/gemma-3-1b-it --dry-run", "the plan, memory, disk and time"),
-        ("uq quantize google/gemma-3-1b-it", "writes gemma-3-1b-it-int4-g32"),
+        ("uq quantize google/gemma-3-1b-it", "writes gemma-3-1b-it-int4"),
         ("uq quantize ./checkpoint -o small --recipe int4-small", "from a folder, smaller"),
         ("uq quantize model.gguf --bits 8", "from a GGUF file, 8 bits"),
     ),
     "validate": (
-        ("uq validate gemma-3-1b-it-int4-g32", "writes report.html into the bundle"),
+        ("uq validate gemma-3-1b-it-int4", "writes report.html into the bundle"),
         ("uq validate BUNDLE --text mine.txt --chunks all", "over all of your own text"),
         ("uq validate BUNDLE --max-kld 0.1 --json", "exit code 1 if it lost more"),
     ),
@@ -36,7 +36,7 @@ EXAMPLES: Mapping[str, tuple[tuple[str, str], ...]] = {
     ),
     "inspect": (
         ("uq inspect google/gemma-3-1b-it", "a checkpoint"),
-        ("uq inspect gemma-3-1b-it-int4-g32 --json", "a bundle, for programs"),
+        ("uq inspect gemma-3-1b-it-int4 --json", "a bundle, for programs"),
         ("uq inspect design.xclbin", "a file for an NPU"),
     ),
     "npu": (("uq npu verify design.mlir --device npu2", "exit code 1 if it cannot run there"),),
