@@ -23,8 +23,7 @@ from uq.kernels.weights import WeightSource
 from uq.progress import SilentProgress
 from uq.validate.scores import Scores
 from uq.validate.scoring import compare, final_states
-from uq.validate.text import chunks, targets
-from uq.validate.validate import DEFAULT_TEXT
+from uq.validate.text import DEFAULT_TEXT, chunks, targets
 
 CONTEXT = 512
 SILENT = SilentProgress()

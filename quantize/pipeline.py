@@ -18,6 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from uq.errors import HubError, UsageError
+from uq.formats.chat import Render
 from uq.formats.checkpoint import Checkpoint
 from uq.formats.config import EMBEDDING, FINAL_NORM, HEAD, GemmaConfig, layer_tensor
 from uq.formats.disk import require_free
@@ -36,7 +37,7 @@ from uq.quantize.layers import CalibratedLayers
 from uq.quantize.mixing import mixed_plan
 from uq.quantize.plan import Plan, make_plan
 from uq.quantize.rounding import RoundedTensors
-from uq.quantize.text import Text, read_text, token_sequences
+from uq.quantize.text import Text, read_text, text_notes, token_sequences
 
 SEQUENCE = 512
 Result = TypeVar("Result")
@@ -55,6 +56,7 @@ class QuantizeOptions:
         calibration_seed: as in `token_sequences`; None spreads the sequences evenly over the text.
         threads: of everything but the matrix products; one per core when None.
         resume: `auto`, `restart` or `require`, as in `BundleWriter`.
+        render: the model's chat template, for a model that was trained on chats.
     """
 
     recipe: str = "int4"
@@ -67,6 +69,12 @@ class QuantizeOptions:
     calibration_seed: int | None = None
     threads: int | None = None
     resume: str = "auto"
+    render: Render | None = None
+
+    @property
+    def calibration_format(self) -> str:
+        """How the text is put to the model: `chat` by its template, or `plain`."""
+        return "plain" if self.render is None else "chat"
 
 
 DEFAULTS = QuantizeOptions()
@@ -107,7 +115,7 @@ def quantize(
         require_free(out, sum(shard_bytes(config, plan)[first:]))
         assets = _in_background(checkpoint.assets)
         fingerprint = _in_background(checkpoint.fingerprint)
-        tokens = None if text is None else _tokens(checkpoint, text, options)
+        tokens = None if text is None else _tokens(checkpoint, text, options, progress)
         if plan.budget is not None and tokens is not None:
             plan = mixed_plan(checkpoint, plan, plan.budget, tokens, progress)
             require_free(out, sum(shard_bytes(config, plan)[first:]))
@@ -220,16 +228,25 @@ def _calibration_text(plan: Plan, options: QuantizeOptions) -> Text | None:
     return read_text(options.calibration) if plan.calibrated else None
 
 
-def _tokens(checkpoint: Checkpoint, text: Text, options: QuantizeOptions) -> NDArray[np.int32]:
+def _tokens(
+    checkpoint: Checkpoint, text: Text, options: QuantizeOptions, progress: Progress
+) -> NDArray[np.int32]:
     length = min(SEQUENCE, options.calibration_tokens)
     sequences = options.calibration_tokens // length
-    return token_sequences(
-        checkpoint.tokenizer(),
+    tokenizer = checkpoint.tokenizer()
+    tokens = token_sequences(
+        tokenizer,
         text,
         sequences=sequences,
         length=length,
         seed=options.calibration_seed,
+        render=options.render,
     )
+    if options.render is not None:
+        progress.note("calibration: chats, by the model's own template")
+    for note in text_notes(tokenizer, text, tokens, sequences):
+        progress.note(f"calibration: {note}")
+    return tokens
 
 
 def worker_threads(options: QuantizeOptions) -> int:
@@ -262,6 +279,7 @@ def _recorded(options: QuantizeOptions) -> dict[str, object]:
         "targets",
         "calibration_tokens",
         "calibration_seed",
+        "calibration_format",
     )
     return {name: getattr(options, name) for name in names}
 

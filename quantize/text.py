@@ -11,16 +11,28 @@ import json
 import tomllib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain, islice, repeat
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
 from uq.errors import HubError, UsageError
+from uq.formats.chat import (
+    SUFFIX,
+    Conversation,
+    Render,
+    chat_window,
+    continuation,
+    plain,
+    read_conversations,
+)
 from uq.formats.tokenizer import Tokenizer
 
 MIX = Path(__file__).parent / "calibration" / "mix.toml"
 HUB_PREFIX = "hub:"
+FEW_TOKENS = 32  # different ones; a page of prose has more
+LETTERS = 1.1  # characters per token: prose has 3 to 5, Chinese 1.5, unknown scripts less than 1
 
 
 @dataclass(frozen=True)
@@ -30,12 +42,14 @@ class Text:
     Attributes:
         share: of the windows of the mix that this text is a part of, relative to its siblings.
         parts: of a mix, whose own `content` is empty.
+        conversations: of a chat, whose `content` is what they say.
     """
 
     name: str
     content: str = ""
     share: float = 1.0
     parts: tuple[Text, ...] = ()
+    conversations: tuple[Conversation, ...] = ()
 
     @property
     def sha256(self) -> str:
@@ -56,15 +70,17 @@ class Text:
 def read_text(source: str | None) -> Text:
     """The default mix, a file, or `hub:OWNER/DATASET/FILE` of the Hugging Face Hub.
 
+    A `.jsonl` file holds conversations, as in `read_conversations`.
+
     Raises:
-        UsageError: the file cannot be read as UTF-8, or the name is malformed.
+        UsageError: the file cannot be read as UTF-8 or as conversations, or the name is malformed.
         HubError: the Hub does not give the file.
     """
     if source is None:
         return read_mix(MIX)
     path = _download(source) if source.startswith(HUB_PREFIX) else Path(source)
     try:
-        return Text(source, path.read_text("utf-8"))
+        return _text(source, path)
     except OSError as error:
         raise UsageError(f"{source}: cannot be read: {error.strerror or error}") from error
     except UnicodeDecodeError as error:
@@ -75,7 +91,7 @@ def read_mix(path: Path) -> Text:
     """A mix of groups of texts, from a table of shares beside the texts.
 
     Each section is a group: `share` of the mix, and `texts`, name -> share of the group. The text
-    of a name is `NAME.txt`, or `NAME.jsonl` with a list of messages in each line.
+    of a name is `NAME.txt` or, of conversations, `NAME.jsonl`.
     """
     groups = tomllib.loads(path.read_text("utf-8"))
     return Text(
@@ -85,7 +101,7 @@ def read_mix(path: Path) -> Text:
                 name,
                 share=group["share"],
                 parts=tuple(
-                    Text(text, _content(path.parent, text), share)
+                    _text(text, next(path.parent.glob(f"{text}.*")), share)
                     for text, share in group["texts"].items()
                 ),
             )
@@ -95,7 +111,13 @@ def read_mix(path: Path) -> Text:
 
 
 def token_sequences(
-    tokenizer: Tokenizer, text: Text, *, sequences: int, length: int, seed: int | None = None
+    tokenizer: Tokenizer,
+    text: Text,
+    *,
+    sequences: int,
+    length: int,
+    seed: int | None = None,
+    render: Render | None = None,
 ) -> NDArray[np.int32]:
     """Windows of the text that do not overlap, each behind its own `<bos>`.
 
@@ -105,6 +127,7 @@ def token_sequences(
         sequences: at most this many windows; fewer when the text is shorter.
         length: tokens of a window, `<bos>` included; at least 2.
         seed: None spreads the windows evenly, a number draws their places at random.
+        render: writes each window as a chat, cut to `length`; None leaves it a text.
 
     Returns:
         (windows, length) int32.
@@ -129,11 +152,57 @@ def token_sequences(
         name: iter(_starts(len(ids), width, order.count(name), seed))
         for name, ids in tokens.items()
     }
+    leaves = {leaf.name: leaf for leaf in text.leaves()}
     windows = []
     for name in order:
         first = next(starts[name])
-        windows.append(tokens[name][first : first + width])
-    return np.insert(np.stack(windows), 0, tokenizer.bos, axis=1)
+        window = tokens[name][first : first + width]
+        if render is None:
+            windows.append(np.insert(window, 0, tokenizer.bos))
+        else:
+            place = first / len(tokens[name])
+            windows.append(_as_chat(tokenizer, render, leaves[name], window, place))
+    return np.stack(windows)
+
+
+def text_notes(
+    tokenizer: Tokenizer, text: Text, windows: NDArray[np.int32], sequences: int
+) -> tuple[str, ...]:
+    """What is strange about the windows of a text, a line each, for a user to look at.
+
+    Args:
+        windows: of `token_sequences`.
+        sequences: how many were asked for.
+    """
+    notes = []
+    count, length = windows.shape
+    if count < sequences:
+        notes.append(
+            f"{text.name} has {count} sequences of {length} tokens; {sequences} were wanted"
+        )
+    if (different := np.unique(windows).size) < min(FEW_TOKENS, windows.size // 2):
+        notes.append(f"{text.name} repeats itself: {different} different tokens")
+    letters = sum(len(tokenizer.decode(window.tolist())) for window in windows) / windows.size
+    if letters < LETTERS:
+        notes.append(
+            f"{text.name} has {letters:.2f} characters per token: the tokenizer spells it out; is "
+            "it in a language of the model?"
+        )
+    return tuple(notes)
+
+
+def _as_chat(
+    tokenizer: Tokenizer, render: Render, text: Text, window: NDArray[np.int32], place: float
+) -> NDArray[np.int32]:
+    """A window as a chat: the conversations around `place` of 1, or a text and its continuation."""
+    talks = text.conversations or (continuation(tokenizer.decode(window.tolist())),)
+    first = int(place * len(talks))
+    # Around the end, and again and again where all of them are shorter than a window.
+    turns = islice(chain.from_iterable(repeat(talks)), first, first + len(window))
+    found = chat_window(tokenizer, render, turns, len(window) + 1)
+    if found is None:
+        raise UsageError(f"{text.name}: the chat template leaves nothing of the text")
+    return found[0]
 
 
 def _draw(text: Text, room: Mapping[str, int], count: int) -> list[str]:
@@ -173,12 +242,12 @@ def _starts(tokens: int, width: int, count: int, seed: int | None) -> NDArray[np
     return np.sort(gaps) + width * np.arange(count)
 
 
-def _content(folder: Path, name: str) -> str:
-    path = folder / f"{name}.jsonl"
-    if not path.is_file():
-        return (folder / f"{name}.txt").read_text("utf-8")
-    conversations = [json.loads(line)["messages"] for line in path.read_text("utf-8").splitlines()]
-    return "\n\n".join(message["content"] for turns in conversations for message in turns)
+def _text(name: str, path: Path, share: float = 1.0) -> Text:
+    content = path.read_text("utf-8")
+    if path.suffix != SUFFIX:
+        return Text(name, content, share)
+    conversations = read_conversations(name, content)
+    return Text(name, plain(conversations), share, conversations=conversations)
 
 
 def _download(source: str) -> Path:

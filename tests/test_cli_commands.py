@@ -94,6 +94,17 @@ def test_quantize_draws_other_calibration_windows(
     assert open_bundle(tmp_path / "b").manifest.options["calibration_seed"] == 3
 
 
+@pytest.mark.parametrize(("wanted", "found"), [((), "chat"), (("plain",), "plain")])
+def test_a_model_of_chats_is_calibrated_on_chats(
+    wanted: tuple[str, ...], found: str, model: Path, tmp_path: Path, output: Output
+) -> None:
+    options = ("--calibration-tokens", 64, "--method", "gptq")
+    forced = ("--calibration-format", *wanted) if wanted else ()
+    _, err = output("quantize", model, "-o", tmp_path / "b", *options, *forced)
+    assert open_bundle(tmp_path / "b").manifest.options["calibration_format"] == found
+    assert ("calibration: chats, by the model's own template" in err) is (found == "chat")
+
+
 def test_a_dry_run_writes_nothing(model: Path, tmp_path: Path, output: Output) -> None:
     out, _ = output("quantize", model, "-o", tmp_path / "b", "--dry-run")
     assert "memory" in out and "disk" in out
@@ -212,6 +223,16 @@ def test_validate_prints_a_table_and_saves_a_report(
     assert "KL divergence" in out and "perplexity ratio" in out
     assert (bundle / "report.html").is_file()
     open_bundle(bundle)
+
+
+def test_a_model_of_chats_is_validated_on_chats(
+    validation: tuple[object, ...], output: Output
+) -> None:
+    for forced, found in (((), "chat"), (("--text-format", "plain"), "plain")):
+        table, _ = output(*validation, "--no-save", *forced)
+        report, _ = output(*validation, "--no-save", "--json", *forced)
+        assert json.loads(report)["text"]["format"] == found
+        assert ("chunks of 32, as chats" in table) is (found == "chat")
 
 
 def test_validate_prints_the_saved_report_as_json(

@@ -18,8 +18,8 @@ from uq.formats.config import EMBEDDING, FINAL_NORM, layer_tensor
 from uq.kernels.reference import ReferenceSession
 from uq.progress import SilentProgress
 from uq.validate.scoring import compare, final_states
+from uq.validate.text import DEFAULT_TEXT as TEXT
 from uq.validate.text import chunks, targets
-from uq.validate.validate import DEFAULT_TEXT as TEXT
 
 # The running estimates that llama.cpp's perplexity tool prints for float16 weights:
 #   llama-quantize --allow-requantize gemma-3-270m-q4_k_m.gguf f16.gguf f16

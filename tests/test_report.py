@@ -95,7 +95,7 @@ PUBLIC: dict[str, list[str] | None] = {
     "uq": None,
     "bundle": ["name", "sha256", "bits_per_weight", "bytes", "recipe"],
     "reference": ["id", "revision", "dtype"],
-    "text": ["name", "sha256", "chunks", "tokens_scored", "context"],
+    "text": ["name", "sha256", "chunks", "tokens_scored", "context", "format"],
     "device": ["backend", "name", "driver", "features"],
     "perplexity": ["value", "stderr"],
     "reference_perplexity": ["value", "stderr"],

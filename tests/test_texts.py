@@ -128,7 +128,8 @@ def test_every_file_of_the_mix_is_drawn_from() -> None:
 
 def test_the_hash_of_a_mix_covers_texts_and_shares(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("one")
-    (tmp_path / "b.jsonl").write_text(json.dumps({"messages": [{"content": "two"}]}) + "\n")
+    turns = [{"role": "user", "content": "two"}, {"role": "assistant", "content": "three"}]
+    (tmp_path / "b.jsonl").write_text(json.dumps({"messages": turns}) + "\n")
 
     def sha256(shares: str, text: str = "one") -> str:
         (tmp_path / "a.txt").write_text(text)

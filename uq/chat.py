@@ -8,10 +8,11 @@ import sys
 from collections.abc import Mapping, Sequence
 from multiprocessing.connection import Connection, Pipe
 from types import TracebackType
-from typing import Any, TypedDict
+from typing import Any
 
 from uq.errors import BundleError, UsageError
 from uq.formats.bundle import Bundle
+from uq.formats.chat import Message as Message
 
 TEMPLATE = "chat_template.jinja"
 CONFIG = "tokenizer_config.json"
@@ -19,13 +20,6 @@ CHAT_FILES = (TEMPLATE, CONFIG)
 SECONDS = 10.0  # for one rendering, which takes milliseconds
 MAX_SOURCE = 1 << 20
 MAX_TEXT = 64 << 20  # bytes of a rendered text
-
-
-class Message(TypedDict):
-    """`role` is `system`, `user` or `assistant`."""
-
-    role: str
-    content: str
 
 
 class ChatTemplate:
@@ -87,8 +81,11 @@ class ChatTemplate:
             )  # fmt: skip
         self._pipe.send_bytes(json.dumps(self._source).encode())
 
-    def render(self, messages: Sequence[Message]) -> str:
-        """Text of a conversation that asks the model to answer.
+    def render(self, messages: Sequence[Message], *, reply: bool = True) -> str:
+        """Text of a conversation.
+
+        Args:
+            reply: ask the model to answer; else the conversation ends with its last message.
 
         Raises:
             BundleError: the template is broken, refuses these messages, or takes too much time or
@@ -96,7 +93,7 @@ class ChatTemplate:
         """
         self.start()
         assert self._pipe is not None
-        variables = {"messages": messages, "add_generation_prompt": True, **self._tokens}
+        variables = {"messages": messages, "add_generation_prompt": reply, **self._tokens}
         try:
             self._pipe.send_bytes(json.dumps(variables).encode())
             if not self._pipe.poll(self._seconds):

@@ -57,11 +57,14 @@ class ReferenceFacts:
 
 @dataclass(frozen=True)
 class TextFacts:
+    """`format` is `plain`, or `chat`: put to the model by its chat template."""
+
     name: str
     sha256: str
     chunks: int
     tokens_scored: int
     context: int
+    format: str = "plain"
 
 
 @dataclass(frozen=True)

@@ -38,7 +38,7 @@ def _head(report: Report) -> str:
             f"{report.bundle.name} ({report.bundle.recipe}) on {report.device.name}",
             f"against {report.reference.id} ({report.reference.dtype}) in float32",
             f"over {text.tokens_scored:,} tokens of {text.name}: {text.chunks} chunks "
-            f"of {text.context}",
+            f"of {text.context}{', as chats' if text.format == 'chat' else ''}",
         )
     )
 

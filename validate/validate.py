@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from uq import __version__
 from uq.errors import UsageError
+from uq.formats.chat import Render
 from uq.kernels.backends import open_session
 from uq.kernels.numerics import ACTIVATIONS, KV, Numerics
 from uq.kernels.reference import ReferenceSession
@@ -36,7 +37,7 @@ from uq.validate.report import (
 )
 from uq.validate.scoring import ReferenceStates, Scores, final_states, score, states_key
 from uq.validate.speed import Rates, measure_speed
-from uq.validate.text import chunks
+from uq.validate.text import EvaluationText, read_text, text_warnings, windows
 from uq.validate.weights import kind_sizes, weight_errors
 
 if TYPE_CHECKING:
@@ -44,8 +45,6 @@ if TYPE_CHECKING:
     from uq.formats.checkpoint import Checkpoint
     from uq.kernels.session import Session
 
-DEFAULT_TEXT = Path(__file__).with_name("evaluation.txt")
-DEFAULT_NAME = "Jargon File 4.4.7 (default)"
 CURVE_POINTS = 240
 REFERENCE_REPEATS = 2  # float32 decodes slowly and evenly
 
@@ -55,7 +54,8 @@ class ValidateOptions:
     """How to validate; every field is an option of `uq validate`.
 
     Attributes:
-        text: UTF-8 file; None is the text shipped with uq.
+        text: as in `read_text`.
+        render: the model's chat template, for a model that was trained on chats.
         context: tokens of a chunk, the BOS in front of each included; its second half is scored.
         max_chunks: None scores all of the text.
         states: .npz file that keeps the reference's hidden states for the next bundle of the same
@@ -70,6 +70,7 @@ class ValidateOptions:
     device: str = "auto"
     threads: int | None = None
     text: Path | None = None
+    render: Render | None = None
     context: int = 512
     max_chunks: int | None = 40
     states: Path | None = None
@@ -120,8 +121,8 @@ def validate(
     progress = progress or SilentProgress()
     Numerics(ACTIVATIONS[options.activations], KV[options.kv]).check(bundle.config)
     checkpoint, warnings = find_reference(bundle.manifest, reference)
-    name, text = _read_text(options.text)
-    tokens = chunks(bundle.tokenizer(), text, options.context, options.max_chunks)
+    text = read_text(options.text)
+    tokens = windows(bundle.tokenizer(), text, options.context, options.max_chunks, options.render)
 
     session = open_session(
         bundle, options.device, max_context=options.cache_length, threads=options.threads
@@ -141,7 +142,7 @@ def validate(
         uq=__version__,
         bundle=_bundle_facts(bundle),
         reference=_reference_facts(checkpoint),
-        text=TextFacts(name, _sha256(text), len(tokens), scores.kld.size, options.context),
+        text=_text_facts(text, options, tokens, scores),
         device=session.device,
         perplexity=scores.perplexity,
         reference_perplexity=scores.reference_perplexity,
@@ -159,7 +160,7 @@ def validate(
         sizes=kind_sizes(bundle.manifest, checkpoint),
         series=_series(scores, len(tokens)),
         environment=environment(options.command, numba.get_num_threads()),
-        warnings=warnings,
+        warnings=(*warnings, *text_warnings(scores.reference_perplexity.value)),
     )
 
 
@@ -196,24 +197,17 @@ def _reference_facts(checkpoint: Checkpoint) -> ReferenceFacts:
     return ReferenceFacts(source.id, source.revision, checkpoint.dtype)
 
 
-def _sha256(text: str) -> str:
-    return hashlib.sha256(text.encode()).hexdigest()
-
-
-def _read_text(path: Path | None) -> tuple[str, str]:
-    """Name and content of the text.
-
-    Raises:
-        UsageError: it is no readable UTF-8 file.
-    """
-    if path is None:
-        return DEFAULT_NAME, DEFAULT_TEXT.read_text("utf-8")
-    try:
-        return path.name, path.read_text("utf-8")
-    except OSError as error:
-        raise UsageError(f"--text {path}: cannot be read: {error.strerror or error}") from error
-    except UnicodeDecodeError as error:
-        raise UsageError(f"--text {path}: not UTF-8 text ({error.reason})") from error
+def _text_facts(
+    text: EvaluationText, options: ValidateOptions, tokens: NDArray[np.int32], scores: Scores
+) -> TextFacts:
+    return TextFacts(
+        name=text.name,
+        sha256=hashlib.sha256(text.content.encode()).hexdigest(),
+        chunks=len(tokens),
+        tokens_scored=scores.kld.size,
+        context=options.context,
+        format="plain" if options.render is None else "chat",
+    )
 
 
 def _rates(

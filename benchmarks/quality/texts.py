@@ -11,8 +11,7 @@ from numpy.typing import NDArray
 
 from uq.errors import UsageError
 from uq.formats.tokenizer import Tokenizer
-from uq.validate.text import chunks
-from uq.validate.validate import DEFAULT_TEXT
+from uq.validate.text import DEFAULT_TEXT, chunks
 
 CONTEXT = 512
 DEFAULT_NAME = "jargon"

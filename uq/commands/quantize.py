@@ -6,13 +6,18 @@ import argparse
 import json
 import shlex
 import time
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from uq.commands.arguments import names, whole
+from uq.instruct import FORMATS, chat_render
 
 if TYPE_CHECKING:
     from uq.formats.bundle import Bundle
+    from uq.formats.chat import Render
+    from uq.formats.checkpoint import Checkpoint
     from uq.quantize.pipeline import QuantizeOptions
 
 METHODS = ("auto", "rtn", "gptq")
@@ -63,6 +68,11 @@ def configure(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="draw other windows of the text; default: spread evenly over it",
     )
+    add(
+        "--calibration-format", choices=FORMATS, default="auto",
+        help="put the text to the model as it is or by its chat template; default: chat for an "
+        "instruction-tuned model",
+    )  # fmt: skip
     add("--target", type=names(TARGETS), default=("igpu",), metavar="T,T", help="default: igpu")
     add("--revision", metavar="R", help="branch, tag or commit of a Hub id")
     add(
@@ -98,7 +108,10 @@ def run(args: argparse.Namespace) -> int:
         found = estimate(checkpoint, options)
         print(json.dumps(found.to_json(), indent=2) if args.json else f"output: {out}\n{found}")
         return 0
-    bundle = open_bundle(quantize(checkpoint, out, options, terminal_progress()), verify="lazy")
+    with calibration_render(args, checkpoint, options) as render:
+        options = replace(options, render=render)
+        folder = quantize(checkpoint, out, options, terminal_progress())
+    bundle = open_bundle(folder, verify="lazy")
     seconds = time.perf_counter() - began
     print(json.dumps(facts(bundle, seconds), indent=2) if args.json else describe(bundle, seconds))
     return 0
@@ -120,6 +133,18 @@ def read_options(args: argparse.Namespace) -> QuantizeOptions:
         threads=args.threads,
         resume="require" if args.resume else "restart" if args.restart else "auto",
     )
+
+
+def calibration_render(
+    args: argparse.Namespace, checkpoint: Checkpoint, options: QuantizeOptions
+) -> AbstractContextManager[Render | None]:
+    """The chat template for the calibration text, if there is to be a text and a chat."""
+    from uq.quantize.pipeline import plan_of
+
+    if not plan_of(checkpoint.config, options).calibrated:
+        return nullcontext()
+    assets = checkpoint.assets()
+    return chat_render(args.calibration_format, args.model, assets, checkpoint.tokenizer)
 
 
 def default_folder(model: str, options: QuantizeOptions) -> Path:

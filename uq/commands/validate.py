@@ -5,10 +5,19 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from uq.commands.arguments import DEVICE_HELP, bundle, device, real, whole, whole_or_all
 from uq.errors import UsageError
+from uq.instruct import FORMATS, chat_render
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from uq.formats.bundle import Bundle
+    from uq.formats.tokenizer import Tokenizer
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -18,6 +27,11 @@ def configure(parser: argparse.ArgumentParser) -> None:
     add("--revision", metavar="R", help="branch, tag or commit of the reference on the Hub")
     add("--device", type=device, default="auto", metavar="D", help=DEVICE_HELP)
     add("--text", type=Path, metavar="FILE", help="UTF-8 text; default: a text shipped with uq")
+    add(
+        "--text-format", choices=FORMATS, default="auto",
+        help="put the text to the model as it is or by its chat template; default: chat for an "
+        "instruction-tuned model",
+    )  # fmt: skip
     add("--context", type=whole(2), default=512, metavar="N", help="window; default: %(default)s")
     add(
         "--chunks", type=whole_or_all, default=40, metavar="N|all",
@@ -74,7 +88,9 @@ def run(args: argparse.Namespace) -> int:
     reference = open_checkpoint(args.reference, revision=args.revision) if args.reference else None
     if note := first_run_note(args.device):
         print(note, file=sys.stderr)
-    report = validate(bundle, reference, options, terminal_progress())
+    with chat_render(args.text_format, *described(bundle)) as render:
+        options = replace(options, render=render)
+        report = validate(bundle, reference, options, terminal_progress())
     save = not args.no_save and args.bundle.exists()  # a download stays as it came
     if save:
         save_report(report, bundle.path)
@@ -87,3 +103,11 @@ def run(args: argparse.Namespace) -> int:
     sys.stdout.flush()
     report.check()
     return 0
+
+
+def described(bundle: Bundle) -> tuple[str, dict[str, bytes], Callable[[], Tokenizer]]:
+    """What tells whether the model was trained on chats: its name, its files, its tokenizer."""
+    from uq.chat import CHAT_FILES
+
+    assets = {name: bundle.asset(name) for name in CHAT_FILES if name in bundle.manifest.files}
+    return bundle.manifest.provenance.id, assets, bundle.tokenizer
