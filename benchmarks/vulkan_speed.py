@@ -30,10 +30,10 @@ from numpy.typing import NDArray
 from uq.formats.config import FULL, SLIDING, GemmaConfig
 from uq.formats.layouts import LAYOUTS
 from uq.formats.spec import QuantTensor, Spec
+from uq.kernels.profile import by_label
 from uq.kernels.session import Sampling
 from uq.kernels.vulkan.bandwidth import read_bandwidth
 from uq.kernels.vulkan.device import choose
-from uq.kernels.vulkan.profile import by_label
 from uq.kernels.vulkan.session import VulkanSession
 from uq.kernels.vulkan.sources import BundleSource
 from uq.kernels.vulkan.weights import Kind, Source, Weight

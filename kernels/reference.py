@@ -178,6 +178,10 @@ class ReferenceSession:
         self._logits: Array | None = None
 
     @property
+    def probe(self) -> None:
+        return None
+
+    @property
     def bytes_per_token(self) -> int:
         """Float32 bytes of all layers, the norms, the head and one embedding row."""
         config = self.config

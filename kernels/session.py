@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from uq.errors import UsageError
 from uq.formats.config import GemmaConfig
+from uq.kernels.profile import KernelTime
 
 
 @dataclass(frozen=True)
@@ -37,6 +38,22 @@ class Sampling:
     seed: int = 0
 
 
+class Probe(Protocol):
+    """Measures a device that has a memory or a clock of its own."""
+
+    def read_bandwidth(self) -> float:
+        """Bytes per second that its kernels read from its memory, measured now."""
+        ...
+
+    def profile(self) -> list[KernelTime]:
+        """Time the kernels of the next decode step; the sequence stays as it is.
+
+        Raises:
+            UsageError: there is no token, or no room for one more.
+        """
+        ...
+
+
 class Session(Protocol):
     """An opened model with one KV cache.
 
@@ -49,6 +66,11 @@ class Session(Protocol):
 
     @property
     def device(self) -> Device: ...
+
+    @property
+    def probe(self) -> Probe | None:
+        """None on the processor that runs uq itself."""
+        ...
 
     @property
     def bytes_per_token(self) -> int:

@@ -22,7 +22,7 @@ layout(buffer_reference, std430, buffer_reference_align = 16) coherent buffer Qu
     vec4 at[];
 };
 
-const uint MAX_COLUMNS = 16;
+const uint MAX_TOKENS = 512;
 const uint MAX_STEPS = 64;
 
 // Where a sequence stands; the host writes it in front of a submit, the kernels move it on.
@@ -31,7 +31,7 @@ layout(buffer_reference, std430, buffer_reference_align = 16) coherent buffer St
     uint count;                // columns of this pass that are tokens
     uint steps;                // tokens generated since the submit began
     uint choice;               // the likeliest token behind the last one
-    uint tokens[MAX_COLUMNS];  // of a pass
+    uint tokens[MAX_TOKENS];   // of a pass
     uint generated[MAX_STEPS];
     uint arrived[1024];         // of each counter, the workgroups that are done
 };

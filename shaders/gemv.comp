@@ -16,7 +16,7 @@ layout(constant_id = 10) const float CAP = 0.0;  // of the logits
 const uint STORE = 0;   // y as float32
 const uint NORM = 1;    // one column: the last workgroup joins y to the residual stream
 const uint GEGLU = 2;   // half of the blocks are of `weights`, half of `second`: gelu(gate) * up
-const uint CHOOSE = 3;  // one column of logits: the last workgroup finds the likeliest token
+const uint CHOOSE = 3;  // logits of the last token: the last workgroup finds the likeliest one
 
 layout(push_constant) uniform Push {
     Words weights, second, x;
@@ -36,6 +36,7 @@ shared float partial[SLICES * ROWS * COLUMNS];
 
 void accumulate(uint first, uint lane, uint slice) {
     uint piece = lane % 4;
+    uint column = EPILOGUE == CHOOSE ? state.count - 1 : 0;  // the first one that is read
     float total[COLUMNS * BLOCKS];
     [[unroll]] for (uint i = 0; i < COLUMNS * BLOCKS; i++) {
         total[i] = 0.0;
@@ -48,7 +49,7 @@ void accumulate(uint first, uint lane, uint slice) {
             pieces[b] = load_piece(from, block * tiles + tile, lane);
         }
         [[unroll]] for (uint c = 0; c < COLUMNS; c++) {
-            Input v = load_input(x, c * tiles + tile, piece);
+            Input v = load_input(x, (column + c) * tiles + tile, piece);
             [[unroll]] for (uint b = 0; b < BLOCKS; b++) {
                 total[c * BLOCKS + b] += multiply(pieces[b], v);
             }

@@ -8,7 +8,7 @@ from numpy.typing import NDArray
 from uq.errors import DeviceError, UsageError
 from uq.formats.config import FULL, GemmaConfig
 from uq.kernels.session import Device, Sampling
-from uq.validate.bandwidth import buffer_size, measure_bandwidth
+from uq.validate.bandwidth import Ceiling, buffer_size, measure_bandwidth
 from uq.validate.environment import last_level_cache, peak_memory
 from uq.validate.report import Spread
 from uq.validate.speed import measure_speed
@@ -48,6 +48,7 @@ class ClockedSession:
     config = CONFIG
     device = Device("fake", "fake", "none")
     bytes_per_token = 2_000_000_000
+    probe = None
     max_context = 48
 
     def __init__(self, seconds_per_token: Sequence[float]) -> None:
@@ -104,10 +105,10 @@ def test_every_run_prefills_the_same_prompt_behind_bos() -> None:
 def test_the_ceiling_is_bandwidth_over_bytes_per_token() -> None:
     session = ClockedSession([1.0] * 2)
     rates = measure_speed(session, prompt=4, generate=1, repeats=1, clock=session.clock)
-    speed = rates.beside(30.0, cache_bytes=1 << 20)
+    speed = rates.beside(Ceiling(30.0, 1 << 20))
     assert speed.decode_ceiling_tps == 15.0
     assert (speed.batch, speed.context, speed.weights_fit_cache) == (1, 4, False)
-    assert rates.beside(30.0, cache_bytes=4 * GIB).weights_fit_cache
+    assert rates.beside(Ceiling(30.0, 4 * GIB)).weights_fit_cache
 
 
 def test_a_context_that_is_too_short_is_refused() -> None:

@@ -10,7 +10,8 @@ import pytest
 from numpy.typing import NDArray
 
 from tests.vulkan_lab import Floats, Lab, no_messages  # noqa: F401
-from uq.kernels.vulkan.stages import addresses, shared_queries, words
+from uq.kernels.vulkan.push import addresses, words
+from uq.kernels.vulkan.stages import shared_queries
 
 Doubles = NDArray[np.float64]
 WHOLE, PREPARE, ATTEND = range(3)

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from tests.vulkan_lab import Floats, Lab, no_messages, product  # noqa: F401
 from uq.formats.spec import SPECS, QuantTensor, Spec
-from uq.kernels.vulkan.stages import addresses, words
+from uq.kernels.vulkan.push import addresses, words
 from uq.kernels.vulkan.weights import Kind
 
 Doubles = NDArray[np.float64]

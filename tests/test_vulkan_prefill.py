@@ -16,8 +16,8 @@ from uq.formats.spec import SPECS, Spec
 from uq.kernels.vulkan import pipelines
 from uq.kernels.vulkan.compile import compile_variant
 from uq.kernels.vulkan.memory import Span
+from uq.kernels.vulkan.push import addresses, words
 from uq.kernels.vulkan.spirv import load
-from uq.kernels.vulkan.stages import addresses, words
 from uq.kernels.vulkan.variants import VARIANTS
 from uq.kernels.vulkan.weights import Kind, tiles_of
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -19,15 +20,19 @@ from uq.formats.config import EMBEDDING
 from uq.kernels.backends import open_session
 from uq.kernels.reference import ReferenceSession
 from uq.kernels.session import Sampling
-from uq.kernels.vulkan import model
+from uq.kernels.vulkan import model, pipelines
 from uq.kernels.vulkan.api import binding, listed
+from uq.kernels.vulkan.compile import compile_variant
 from uq.kernels.vulkan.device import choose
 from uq.kernels.vulkan.memory import check_memory
 from uq.kernels.vulkan.session import VulkanSession
 from uq.kernels.vulkan.sources import BundleSource, CheckpointSource
+from uq.kernels.vulkan.spirv import load
+from uq.kernels.vulkan.variants import VARIANTS
+from uq.kernels.vulkan.wide import Abilities
 
 GREEDY = Sampling()
-LENGTH = 37  # three passes, and more than two windows of 16
+LENGTH = 37  # more than two windows of 16
 
 
 @pytest.fixture(scope="module")
@@ -174,6 +179,41 @@ def test_the_device_names_its_features(session: VulkanSession) -> None:
     device = session.device
     assert device.backend == "vulkan" and device.name and device.driver
     assert "fp32" in device.features
+
+
+def test_long_prompts_move_around_the_ring(gemma3: Source, cache: Path) -> None:
+    """Windows of 16 lie in rings of 64 slots."""
+    vulkan, cpu = on_vulkan(gemma3, cache, max_context=128, widest=32), gemma3.session()
+    prompt = random_tokens(gemma3.config, 110).tolist()
+    for session in (vulkan, cpu):
+        session.prefill(prompt)
+    assert list(vulkan.decode(12, GREEDY)) == list(cpu.decode(12, GREEDY))
+    vulkan.close()
+
+
+def test_matrix_instructions_answer_like_the_cpu(
+    gemma3: Source, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Their modules with plain arithmetic in their place, where the device has none."""
+    if not choose().has_matrix_blocks:
+        of = Abilities.of
+        monkeypatch.setattr(Abilities, "of", lambda gpu: replace(of(gpu), matrix=True))
+        monkeypatch.setattr(pipelines, "load", emulated)
+    vulkan, cpu = on_vulkan(gemma3, cache, max_context=64), gemma3.session()
+    prompt = random_tokens(gemma3.config, LENGTH).tolist()
+    for session in (vulkan, cpu):
+        session.prefill(prompt)
+    error = np.abs(vulkan.next_logits - cpu.next_logits).max()
+    assert 0 < error <= 2e-2 * np.abs(cpu.next_logits).max()  # float16 weights and activations
+    vulkan.close()
+
+
+def emulated(name: str) -> bytes:
+    row = VARIANTS[name]
+    if row.source != "gemm_matrix.comp":
+        return load(name)
+    macros = {**row.macros, "EMULATED": 1}
+    return compile_variant(replace(row, macros=macros, features=("fp16", "subgroup")))
 
 
 def test_a_bundle_of_another_layout_is_permuted(

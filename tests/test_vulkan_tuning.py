@@ -12,9 +12,9 @@ from tests.test_cpu_session import random_tokens
 from tests.vulkan_lab import no_messages  # noqa: F401
 from uq.errors import UsageError
 from uq.formats.bundle import Bundle, open_bundle
+from uq.kernels.profile import KernelTime, by_label, chrome_trace
 from uq.kernels.session import Sampling
 from uq.kernels.vulkan.device import choose
-from uq.kernels.vulkan.profile import KernelTime, by_label, chrome_trace
 from uq.kernels.vulkan.session import VulkanSession
 from uq.kernels.vulkan.sources import BundleSource
 from uq.kernels.vulkan.tuning import read_measured

@@ -17,8 +17,8 @@ from uq.kernels.vulkan.commands import Recorder, Submission
 from uq.kernels.vulkan.device import Gpu, choose
 from uq.kernels.vulkan.memory import Arena, Span, Transfers
 from uq.kernels.vulkan.pipelines import Pipelines
+from uq.kernels.vulkan.push import addresses, words
 from uq.kernels.vulkan.sources import float_tiles
-from uq.kernels.vulkan.stages import addresses, words
 from uq.kernels.vulkan.weights import Kind, padded_rows, tiles_of
 
 Floats = NDArray[np.float32]

@@ -13,6 +13,7 @@ from numba import njit, prange
 from numpy.typing import NDArray
 
 from uq.errors import DeviceError
+from uq.kernels.session import Session
 from uq.validate.environment import last_level_cache
 
 MIB = 1 << 20
@@ -60,6 +61,30 @@ def buffer_size(cache: int | None, available: int) -> int:
         )
     wanted = max(MIN_BYTES, 4 * (cache or 0))
     return min(wanted, MAX_BYTES, available // 4)
+
+
+@dataclass(frozen=True)
+class Ceiling:
+    """What bounds the decode speed of a session.
+
+    Attributes:
+        bandwidth_gb_s: of the memory that its weights are read from, measured.
+        cache_bytes: last-level cache in front of it; None where it is not known.
+    """
+
+    bandwidth_gb_s: float
+    cache_bytes: int | None
+
+    @classmethod
+    def of(cls, session: Session) -> Ceiling:
+        """Measured now.
+
+        Raises:
+            DeviceError: too little free memory for a buffer that no cache holds.
+        """
+        if session.probe is None:
+            return cls(measure_bandwidth().best, last_level_cache())
+        return cls(session.probe.read_bandwidth() / 1e9, None)
 
 
 def measure_bandwidth(

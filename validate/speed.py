@@ -11,6 +11,7 @@ import numpy as np
 
 from uq.errors import UsageError
 from uq.kernels.session import Sampling, Session
+from uq.validate.bandwidth import Ceiling
 from uq.validate.report import Speed, Spread
 
 GREEDY = Sampling()
@@ -33,19 +34,20 @@ class Rates:
     repeats: int
     bytes_per_token: int
 
-    def beside(self, bandwidth_gb_s: float, cache_bytes: int | None) -> Speed:
-        """These rates with the ceiling that a measured read bandwidth sets."""
+    def beside(self, ceiling: Ceiling) -> Speed:
+        """These rates with what a measured read bandwidth allows."""
+        bandwidth, cache = ceiling.bandwidth_gb_s, ceiling.cache_bytes
         return Speed(
             prefill_tps=self.prefill_tps,
             decode_tps=self.decode_tps,
             batch=1,
             context=self.prompt,
             bytes_per_token=self.bytes_per_token,
-            bandwidth_gb_s=bandwidth_gb_s,
-            decode_ceiling_tps=bandwidth_gb_s * 1e9 / self.bytes_per_token,
+            bandwidth_gb_s=bandwidth,
+            decode_ceiling_tps=bandwidth * 1e9 / self.bytes_per_token,
             generated=self.generated,
             repeats=self.repeats,
-            weights_fit_cache=cache_bytes is not None and self.bytes_per_token < cache_bytes,
+            weights_fit_cache=cache is not None and self.bytes_per_token < cache,
         )
 
 

@@ -18,8 +18,8 @@ from uq.kernels.backends import open_session
 from uq.kernels.numerics import ACTIVATIONS, KV, Numerics
 from uq.kernels.reference import ReferenceSession
 from uq.progress import Progress, SilentProgress
-from uq.validate.bandwidth import measure_bandwidth
-from uq.validate.environment import environment, last_level_cache, peak_memory
+from uq.validate.bandwidth import Ceiling
+from uq.validate.environment import environment, peak_memory
 from uq.validate.losses import losses
 from uq.validate.origin import find_reference
 from uq.validate.report import (
@@ -43,7 +43,7 @@ from uq.validate.weights import kind_sizes, weight_errors
 if TYPE_CHECKING:
     from uq.formats.bundle import Bundle
     from uq.formats.checkpoint import Checkpoint
-    from uq.kernels.session import Session
+    from uq.kernels.session import Device, Session
 
 CURVE_POINTS = 240
 REFERENCE_REPEATS = 2  # float32 decodes slowly and evenly
@@ -136,7 +136,7 @@ def validate(
     truth_rates = _rates(truth, options, REFERENCE_REPEATS, "reference", progress)
     errors = _errors(bundle, checkpoint, progress)
     memory = Memory(peak_memory(), alone)
-    speed, reference_speed = _beside_ceiling(rates, truth_rates)
+    speed, reference_speed = _beside_ceilings((session, rates), (truth, truth_rates))
     return Report(
         schema=SCHEMA,
         uq=__version__,
@@ -233,17 +233,15 @@ def _errors(bundle: Bundle, checkpoint: Checkpoint, progress: Progress) -> tuple
     return errors
 
 
-def _beside_ceiling(
-    rates: Rates | None, reference: Rates | None
-) -> tuple[Speed | None, Speed | None]:
-    """The rates with the ceiling of this machine's bandwidth, measured now."""
-    if rates is None:
-        return None, None
-    bandwidth, cache = measure_bandwidth().best, last_level_cache()
-    return (
-        rates.beside(bandwidth, cache),
-        None if reference is None else reference.beside(bandwidth, cache),
-    )
+def _beside_ceilings(*measured: tuple[Session, Rates | None]) -> list[Speed | None]:
+    """The rates of sessions beside the bandwidth of the memory that each reads, measured now."""
+    ceilings: dict[Device, Ceiling] = {}
+    speeds: list[Speed | None] = []
+    for session, rates in measured:
+        if rates is not None and session.device not in ceilings:
+            ceilings[session.device] = Ceiling.of(session)
+        speeds.append(None if rates is None else rates.beside(ceilings[session.device]))
+    return speeds
 
 
 def thresholds(

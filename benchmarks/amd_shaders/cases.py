@@ -14,8 +14,9 @@ from benchmarks.vulkan_speed import SHAPES, role_of, shape_config
 from uq.formats.config import GemmaConfig
 from uq.formats.spec import SPECS, Spec
 from uq.kernels.vulkan.commands import Recorder
+from uq.kernels.vulkan.mailbox import MOST_TOKENS
 from uq.kernels.vulkan.memory import Arena, Span, Transfers
-from uq.kernels.vulkan.model import Cache, Work, cache_slots, load_model
+from uq.kernels.vulkan.model import Cache, Work, cache_slots, load_model, work_sizes
 from uq.kernels.vulkan.pipelines import Pipelines
 from uq.kernels.vulkan.prefill import attention_constants, gemm_constants, gemm_module
 from uq.kernels.vulkan.runs import WIDTHS
@@ -23,6 +24,7 @@ from uq.kernels.vulkan.stages import Stages
 from uq.kernels.vulkan.tuning import Tuning
 from uq.kernels.vulkan.variants import VARIANTS
 from uq.kernels.vulkan.weights import Kind, Loader, Weight
+from uq.kernels.vulkan.wide import Abilities
 
 CONTEXT = 8192  # tokens of the KV cache
 WAVE, SHARED_BYTES = 64, 65536  # what RADV says of the chips: a subgroup, shared memory
@@ -63,14 +65,16 @@ def session_cases(config: GemmaConfig, body: Kind, table: Kind) -> Iterator[Case
     inventory = Inventory()
     arena, transfers, recorder = Nowhere(), NoTransfers(), Silent()
     model = load_model(config, Loader(NoWeights(config, body, table), arena, transfers))
-    work = Work.take(config, arena, table.is_float)
-    cache = Cache.take(config, CONTEXT, arena, transfers)
-    stages = Stages(config, model, work, inventory, Tuning(integer_dot=True), columns=1)
+    work = Work.take(arena, work_sizes(config, MOST_TOKENS, is_float=table.is_float))
+    cache = Cache.take(config, CONTEXT, MOST_TOKENS, arena, transfers)
+    abilities = Abilities(True, True, (WAVE, 32, WAVE), SHARED_BYTES)
+    tuning = Tuning(integer_dot=True)
+    stages = Stages(config, model, work, inventory, tuning, abilities, columns=1)
     for width in WIDTHS:
         wide = replace(stages, columns=width)
         wide.embed(recorder, decode=False)
         wide.layers(recorder, cache)
-        wide.logits(recorder, model.head.from_row(0, 16))
+        wide.scores(recorder, model.head.from_row(0, 16))
     stages.embed(recorder, decode=True)
     stages.head(recorder)
     yield from inventory.cases
@@ -81,10 +85,11 @@ def prefill_cases(config: GemmaConfig, kinds: Iterable[Kind]) -> Iterator[Case]:
     for kind in kinds:
         for matrix, integer_dot in ((True, True), (False, True), (False, False)):
             module = gemm_module(kind, matrix=matrix, integer_dot=integer_dot)
-            constants = gemm_constants(module, kind, VARIANTS[module].subgroup or WAVE)
+            lanes = VARIANTS[module].subgroup or WAVE
+            constants = gemm_constants(module, kind, lanes, SHARED_BYTES)
             yield Case(module, tuple(sorted(constants.items())))
     yield Case("gemm_half", (("LANES", 256),))
-    for layer, slots in zip(range(config.num_layers), cache_slots(config, CONTEXT), strict=True):
+    for layer, slots in enumerate(cache_slots(config, CONTEXT, MOST_TOKENS)):
         attention = attention_constants(config, layer, slots, WAVE, SHARED_BYTES)
         yield Case("attention_prefill", tuple(sorted(attention.items())))
 

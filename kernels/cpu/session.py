@@ -77,6 +77,10 @@ class CpuSession:
         self._logits: Array | None = None
 
     @property
+    def probe(self) -> None:
+        return None
+
+    @property
     def bytes_per_token(self) -> int:
         row = self._model.table.nbytes // self.config.vocab_size
         return row + self._model.product_bytes

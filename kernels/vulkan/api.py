@@ -102,13 +102,22 @@ def create(function: str, kind: str, *arguments: Any) -> Any:
     return out[0]
 
 
-def listed(function: str, kind: str, *arguments: Any) -> list[Any]:
-    """All that an enumerating function offers."""
+def extension(instance: Any, function: str) -> Any:
+    """`vk<function>` of an extension, which the loader does not export by name."""
+    name = f"vk{function}"
+    found = binding().lib.vkGetInstanceProcAddr(instance, text(name))
+    return binding().ffi.cast(f"PFN_{name}", found)
+
+
+def listed(function: str, kind: str, *arguments: Any, function_of: Any = None) -> list[Any]:
+    """All that an enumerating function offers; `function_of`: the instance of an extension's."""
+    library = binding().lib
+    run = extension(function_of, function) if function_of else getattr(library, f"vk{function}")
     count = binding().ffi.new("uint32_t*")
-    call(function, *arguments, count, binding().ffi.NULL)
+    check(function, run(*arguments, count, binding().ffi.NULL))
     items = binding().ffi.new(f"{kind}[]", max(count[0], 1))
     _tag_all(kind, items)
-    call(function, *arguments, count, items)
+    check(function, run(*arguments, count, items))
     found = [items[i] for i in range(count[0])]
     for item in found:
         if isinstance(item, binding().ffi.CData) and kind not in HANDLES:

@@ -132,7 +132,7 @@ class PhysicalGpu:
         usual, least, most = self.subgroup
         return (
             Ability("cooperative matrix 2", "VK_NV_cooperative_matrix2" in self.extensions),
-            Ability("cooperative matrix", self.has("cooperativeMatrix")),
+            Ability("cooperative matrix", self.has_matrix_blocks),
             Ability(
                 "integer dot product",
                 self.has("shaderIntegerDotProduct"),
@@ -166,6 +166,26 @@ class PhysicalGpu:
         """Invocations that a workgroup may have."""
         limits = self._properties(binding().ffi.NULL)
         return int(limits.properties.limits.maxComputeWorkGroupInvocations)
+
+    @cached_property
+    def shared_bytes(self) -> int:
+        """Shared memory that a workgroup may have."""
+        limits = self._properties(binding().ffi.NULL)
+        return int(limits.properties.limits.maxComputeSharedMemorySize)
+
+    @cached_property
+    def has_matrix_blocks(self) -> bool:
+        """Whether a subgroup multiplies 16 x 16 x 16 blocks of float16 into float32."""
+        needed = ("cooperativeMatrix", "shaderFloat16", "vulkanMemoryModelDeviceScope")
+        if not all(self.has(name) for name in needed):
+            return False
+        return any(
+            (shape.MSize, shape.NSize, shape.KSize) == (16, 16, 16)
+            and shape.AType == shape.BType == constant("COMPONENT_TYPE_FLOAT16_KHR")
+            and shape.CType == shape.ResultType == constant("COMPONENT_TYPE_FLOAT32_KHR")
+            and shape.scope == constant("SCOPE_SUBGROUP_KHR")
+            for shape in _matrix_shapes(self.handle)
+        )
 
     @cached_property
     def timestamp_period(self) -> float:
@@ -271,6 +291,12 @@ def _instance() -> Any:
         return create("CreateInstance", "VkInstance", info, binding().ffi.NULL)
     except DeviceError as error:
         raise DeviceError(f"no Vulkan driver: {error}") from None
+
+
+def _matrix_shapes(handle: Any) -> list[Any]:
+    """VkCooperativeMatrixPropertiesKHR of all that the device multiplies."""
+    name = "GetPhysicalDeviceCooperativeMatrixPropertiesKHR"
+    return listed(name, "VkCooperativeMatrixPropertiesKHR", handle, function_of=_instance())
 
 
 def _describe(handle: Any) -> PhysicalGpu:

@@ -12,20 +12,27 @@ import numpy as np
 from numpy.typing import NDArray
 
 from uq.errors import DeviceError
-from uq.formats.config import GemmaConfig
+from uq.formats.config import EMBEDDING, GemmaConfig
 from uq.kernels.vulkan.autotune import tune
 from uq.kernels.vulkan.commands import Recorder, Submission
 from uq.kernels.vulkan.device import Gpu, PhysicalGpu
-from uq.kernels.vulkan.mailbox import Mailbox
-from uq.kernels.vulkan.memory import Arena, Span, Transfers, check_memory
-from uq.kernels.vulkan.model import Cache, Work, cache_bytes, load_model, weight_names
+from uq.kernels.vulkan.mailbox import MOST_TOKENS, Mailbox
+from uq.kernels.vulkan.memory import Arena, Span, Transfers, aligned, check_memory
+from uq.kernels.vulkan.model import (
+    COLUMNS,
+    Cache,
+    Work,
+    cache_bytes,
+    load_model,
+    weight_names,
+    work_sizes,
+)
 from uq.kernels.vulkan.pipelines import Pipelines
 from uq.kernels.vulkan.runs import Runs, fitting
 from uq.kernels.vulkan.stages import Stages
 from uq.kernels.vulkan.tuning import Tuning, read_measured, write_measured
 from uq.kernels.vulkan.weights import Loader, Source, padded_rows, weight_bytes
-
-SMALL = 16 << 20  # bytes of a slab for activations
+from uq.kernels.vulkan.wide import Abilities, fits_tiles
 
 
 class Closable(Protocol):
@@ -45,34 +52,48 @@ class Engine:
         physical: PhysicalGpu,
         pipeline_cache: Path,
         max_context: int,
+        widest: int = MOST_TOKENS,
     ) -> None:
         """
         Args:
             pipeline_cache: folder in which the driver's compiled kernels are kept.
+            widest: tokens that a pass may have.
 
         Raises:
             DeviceError: the model does not fit, is not of a size the kernels know, or the device
                 fails.
         """
         check_sizes(config)
-        weights = weight_bytes(source, weight_names(config))
-        check_memory(physical, weights + cache_bytes(config, max_context))
         self.config = config
+        self.widest = widest = widest if fits_tiles(config) else min(widest, COLUMNS)
+        weights = weight_bytes(source, weight_names(config))
+        is_float = source.weight(EMBEDDING).kind.is_float
+        sizes = work_sizes(config, max(widest, COLUMNS), is_float=is_float)
+        small = sum(map(aligned, sizes.values()))
+        check_memory(physical, weights + small + cache_bytes(config, max_context, widest))
         self._closing = ExitStack()
         self.gpu = self._keep(Gpu(physical))
         self.close = weakref.finalize(self, _close, self.gpu, self._closing)
         self.transfers = self._keep(Transfers(self.gpu))
         self.pipelines = self._keep(Pipelines(self.gpu, pipeline_cache))
-        arena, small = (self._keep(Arena(self.gpu, size)) for size in (weights, SMALL))
+        arena, activations = (self._keep(Arena(self.gpu, size)) for size in (weights, small))
         self.model = load_model(config, Loader(source, arena, self.transfers))
-        self.work = Work.take(config, small, self.model.table.kind.is_float)
+        self.work = Work.take(activations, sizes)
         for span in self.work.spans:
             self.transfers.fill(span)  # padding must be finite: it meets weights of zero
         self.mailbox = self._keep(Mailbox(self.gpu, self.work.state))
         self._measured = pipeline_cache / f"{physical.identity}.json"
         known = read_measured(self._measured)
         tuning = Tuning(physical.has("shaderIntegerDotProduct"), known)
-        self._stages = Stages(config, self.model, self.work, self.pipelines, tuning, columns=1)
+        self._stages = Stages(
+            config,
+            self.model,
+            self.work,
+            self.pipelines,
+            tuning,
+            Abilities.of(physical),
+            columns=1,
+        )
 
     def tune(self) -> None:
         """Measure what cuts the products best here; recordings that are made later use it.
@@ -87,9 +108,9 @@ class Engine:
 
     def runs(self, capacity: int) -> Runs:
         """Passes and decode steps over a new KV cache of `capacity` tokens."""
-        arena = self._keep(Arena(self.gpu, cache_bytes(self.config, capacity)))
-        cache = Cache.take(self.config, capacity, arena, self.transfers)
-        return self._keep(Runs(self.gpu, self._stages, cache, self.mailbox))
+        arena = self._keep(Arena(self.gpu, cache_bytes(self.config, capacity, self.widest)))
+        cache = Cache.take(self.config, capacity, self.widest, arena, self.transfers)
+        return self._keep(Runs(self.gpu, self._stages, cache, self.mailbox, self.widest))
 
     def read_floats(self, span: Span, rows: int, columns: int) -> NDArray[np.float32]:
         """The first rows of float32 activations."""
@@ -97,19 +118,20 @@ class Engine:
         return data.view(np.float32).reshape(rows, columns)
 
     def logits(self, hidden: NDArray[np.float32], start: int, stop: int) -> NDArray[np.float32]:
-        """Logits of rows `start:stop` of the head; hidden (n, hidden) with n up to `COLUMNS`."""
+        """Logits of rows `start:stop` of the head; hidden (n, hidden) with n up to `widest`."""
         first = start // 16 * 16
         rows = self.model.head.from_row(first, stop - first)
         self.transfers.write(self.work.normed, hidden)
         recorder = Recorder(self.gpu)
-        replace(self._stages, columns=fitting(len(hidden))).logits(recorder, rows)
+        replace(self._stages, columns=fitting(len(hidden), self.widest)).scores(recorder, rows)
         recorder.end()
         submission = Submission(self.gpu, [recorder.commands])
         submission.run()
         for part in (submission, recorder):
             part.close()
-        found = self.read_floats(self.work.logits, len(hidden), padded_rows(rows.rows))
-        return found[:, start - first : stop - first]
+        found = self.read_floats(self.work.scores, len(hidden), padded_rows(rows.rows))
+        cap, found = self.config.final_softcap, found[:, start - first : stop - first]
+        return cap * np.tanh(found / np.float32(cap)) if cap else found
 
     def _keep(self, resource: C) -> C:
         self._closing.callback(resource.close)

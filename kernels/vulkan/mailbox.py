@@ -11,9 +11,9 @@ from uq.kernels.vulkan.commands import Recorder
 from uq.kernels.vulkan.device import Gpu
 from uq.kernels.vulkan.memory import CACHED, HOST, Slab, Span
 
-COLUMNS, STEPS = 16, 64
+MOST_TOKENS, STEPS = 512, 64  # of a pass, of a submit
 POSITION, COUNT, STEP, CHOICE, TOKENS = 0, 1, 2, 3, 4
-GENERATED = TOKENS + COLUMNS
+GENERATED = TOKENS + MOST_TOKENS
 WORDS = GENERATED + STEPS  # that are copied; the counters behind them are the kernels' own
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -9,12 +10,15 @@ from numpy.typing import NDArray
 
 from uq.formats.config import EMBEDDING, FINAL_NORM, HEAD, GemmaConfig, layer_tensor
 from uq.formats.manifest import gain_name
+from uq.kernels.vulkan.mailbox import MOST_TOKENS, STEPS
 from uq.kernels.vulkan.memory import Arena, Span, Transfers
 from uq.kernels.vulkan.weights import Loader, Matrix, padded_rows, tiles_of
 
-COLUMNS = 16  # tokens that run through the layers together
+COLUMNS = 16  # of a GEMV; more tokens of a pass are a GEMM
 SPLITS = 16  # parts of the context that attention works on at the same time
-STATE_BYTES = 4 * (4 + COLUMNS + 64 + 1024)  # struct State in shaders/common.glsl
+MOST_STEPS = 16  # decode steps of one submit; no more than may be taken back
+STATE_BYTES = 4 * (4 + MOST_TOKENS + STEPS + 1024)  # struct State in shaders/common.glsl
+HEAD_ROWS = 1 << 14  # rows of the head whose logits of many tokens are computed at a time
 
 
 @dataclass(frozen=True)
@@ -110,12 +114,14 @@ def _layer(config: GemmaConfig, loader: Loader, index: int) -> Layer:
 
 @dataclass(frozen=True)
 class Work:
-    """Activations of up to `COLUMNS` tokens, a token's values one after the other.
+    """Activations of the tokens of a pass, a token's values one after the other.
 
     Attributes:
         hidden: the residual stream; `branch`: what joins it; `normed`: behind the last norm.
         x, context, gated: inputs of the linears (shaders/activations.glsl).
-        wide: projections of the MLP when gate and up are of two kinds, each with its own half.
+        half, units: one of those as float16, and what each token's were divided by.
+        logits: behind the last token. `scores`: logits of many tokens for some rows of the head.
+        wide: projections of the MLP where they are joined later: gate's half and up's.
         partials: of attention, from each split. `candidates`: (value, id) from each workgroup.
     """
 
@@ -126,39 +132,48 @@ class Work:
     qkv: Span
     wide: Span
     logits: Span
+    scores: Span
     partials: Span
     candidates: Span
     x: Span
     context: Span
     gated: Span
+    half: Span
+    units: Span
 
     @classmethod
-    def take(cls, config: GemmaConfig, arena: Arena, is_float: bool) -> Work:
-        def floats(count: int, columns: int = COLUMNS) -> Span:
-            return arena.take(4 * columns * count)
-
-        def activations(channels: int) -> Span:
-            return arena.take(COLUMNS * tiles_of(channels) * (512 if is_float else 288))
-
-        q, kv = padded_rows(config.q_size), padded_rows(config.kv_size)
-        return cls(
-            state=arena.take(STATE_BYTES),
-            hidden=floats(config.hidden_size),
-            branch=floats(padded_rows(config.hidden_size)),
-            normed=floats(config.hidden_size),
-            qkv=floats(q + 2 * kv),
-            wide=floats(2 * padded_rows(config.intermediate_size)),
-            logits=floats(padded_rows(config.vocab_size)),
-            partials=floats(config.num_heads * SPLITS * (config.head_dim + 2)),
-            candidates=floats(2 * padded_rows(config.vocab_size) // 16, 1),
-            x=activations(config.hidden_size),
-            context=activations(config.q_size),
-            gated=activations(config.intermediate_size),
-        )
+    def take(cls, arena: Arena, sizes: Mapping[str, int]) -> Work:
+        """`sizes` are those of `work_sizes`."""
+        return cls(**{name: arena.take(nbytes) for name, nbytes in sizes.items()})
 
     @property
     def spans(self) -> list[Span]:
         return list(vars(self).values())
+
+
+def work_sizes(config: GemmaConfig, tokens: int, *, is_float: bool) -> dict[str, int]:
+    """Bytes of each span of `Work` for passes of up to `tokens`, at least `COLUMNS`."""
+    hidden, q, mlp = config.hidden_size, config.q_size, config.intermediate_size
+    vocab = padded_rows(config.vocab_size)
+    unit = 512 if is_float else 288  # of 128 channels
+    value = 4 * tokens
+    return {
+        "state": STATE_BYTES,
+        "hidden": value * hidden,
+        "branch": value * padded_rows(hidden),
+        "normed": value * hidden,
+        "qkv": value * (padded_rows(q) + 2 * padded_rows(config.kv_size)),
+        "wide": value * 2 * padded_rows(mlp),
+        "logits": 4 * vocab,
+        "scores": value * min(vocab, HEAD_ROWS),
+        "partials": 4 * COLUMNS * config.num_heads * SPLITS * (config.head_dim + 2),
+        "candidates": 8 * vocab // 16,
+        "x": tokens * tiles_of(hidden) * unit,
+        "context": tokens * tiles_of(q) * unit,
+        "gated": tokens * tiles_of(mlp) * unit,
+        "half": tokens * tiles_of(max(hidden, q, mlp)) * 256,
+        "units": value,
+    }
 
 
 @dataclass(frozen=True)
@@ -178,8 +193,16 @@ class Cache:
     turns: dict[bool, Span]
 
     @classmethod
-    def take(cls, config: GemmaConfig, capacity: int, arena: Arena, transfers: Transfers) -> Cache:
-        slots = cache_slots(config, capacity)
+    def take(
+        cls,
+        config: GemmaConfig,
+        capacity: int,
+        tokens: int,
+        arena: Arena,
+        transfers: Transfers,
+    ) -> Cache:
+        """`capacity` tokens in all, `tokens` in a pass."""
+        slots = cache_slots(config, capacity, tokens)
         row = 2 * config.kv_size
         turns = {}
         for layer in range(config.num_layers):
@@ -196,18 +219,17 @@ class Cache:
         )
 
 
-def cache_slots(config: GemmaConfig, capacity: int) -> tuple[int, ...]:
-    """Tokens that each layer keeps."""
-    # Twice COLUMNS: tokens that were generated in vain may be taken back.
+def cache_slots(config: GemmaConfig, capacity: int, tokens: int) -> tuple[int, ...]:
+    """Tokens that each layer keeps, with passes of up to `tokens`."""
+    # Tokens that were generated in vain may be taken back.
+    more = tokens + MOST_STEPS
     windows = [config.window(layer) for layer in range(config.num_layers)]
-    return tuple(
-        capacity if window is None else min(capacity, window + 2 * COLUMNS) for window in windows
-    )
+    return tuple(capacity if window is None else min(capacity, window + more) for window in windows)
 
 
-def cache_bytes(config: GemmaConfig, capacity: int) -> int:
+def cache_bytes(config: GemmaConfig, capacity: int, tokens: int) -> int:
     """Device bytes of the keys and values."""
-    return 4 * config.kv_size * sum(cache_slots(config, capacity))
+    return 4 * config.kv_size * sum(cache_slots(config, capacity, tokens))
 
 
 def turn_table(config: GemmaConfig, layer: int, capacity: int) -> NDArray[np.float32]:

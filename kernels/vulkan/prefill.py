@@ -30,6 +30,12 @@ class MatrixCut:
     subgroup_tokens: int = 64
     subgroup_rows: int = 32
 
+    @property
+    def shared_bytes(self) -> int:
+        """Shared memory of a workgroup: 64 channels of either side with 8 behind them, blocks."""
+        subgroups = self.tokens // self.subgroup_tokens * (self.rows // self.subgroup_rows)
+        return 144 * (self.tokens + self.rows) + 1024 * subgroups
+
     def constants(self, kind: Kind, subgroup: int) -> Constants:
         """`subgroup`: invocations of a subgroup."""
         across = self.rows // self.subgroup_rows
@@ -41,6 +47,9 @@ class MatrixCut:
             "SM": self.subgroup_tokens,
             "SN": self.subgroup_rows,
         }
+
+
+SMALL_CUT = MatrixCut(64, 64, 32, 32)  # 22 KiB of shared memory: every device has them
 
 
 @dataclass(frozen=True)
@@ -72,10 +81,16 @@ def gemm_module(kind: Kind, *, matrix: bool, integer_dot: bool) -> str:
     return f"gemm_{kind.name}"
 
 
-def gemm_constants(module: str, kind: Kind, subgroup: int) -> Constants:
-    if module.endswith("_matrix"):
-        return MatrixCut().constants(kind, subgroup)
-    return PlainCut().constants(kind)
+def gemm_constants(module: str, kind: Kind, subgroup: int, shared_bytes: int) -> Constants:
+    """
+    Args:
+        subgroup: invocations of a subgroup.
+        shared_bytes: that a workgroup may have.
+    """
+    if not module.endswith("_matrix"):
+        return PlainCut().constants(kind)
+    cut = MatrixCut() if MatrixCut().shared_bytes <= shared_bytes else SMALL_CUT
+    return cut.constants(kind, subgroup)
 
 
 @dataclass(frozen=True)

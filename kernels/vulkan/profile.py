@@ -2,25 +2,14 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
+from uq.kernels.profile import KernelTime
 from uq.kernels.vulkan.api import binding, call, constant, create, new
 from uq.kernels.vulkan.commands import Recorder
 from uq.kernels.vulkan.device import Gpu
 
 MOST_KERNELS = 2048
-
-
-@dataclass(frozen=True)
-class KernelTime:
-    """One dispatch: microseconds from the step's begin, and how many it took."""
-
-    label: str
-    start: float
-    duration: float
 
 
 class TimedRecorder(Recorder):
@@ -66,43 +55,3 @@ class TimedRecorder(Recorder):
     def _stamp(self, index: int) -> None:
         stage = constant("PIPELINE_STAGE_COMPUTE_SHADER_BIT")
         self._lib.vkCmdWriteTimestamp(self.commands, stage, self._queries, index)
-
-
-@dataclass(frozen=True)
-class StageTime:
-    """All dispatches of one label in a step: microseconds, their share of the step, how many."""
-
-    label: str
-    microseconds: float
-    share: float
-    dispatches: int
-
-
-def by_label(times: Sequence[KernelTime]) -> list[StageTime]:
-    """The slowest first. The rest, up to the step's whole time, is between the dispatches."""
-    whole = times[-1].start + times[-1].duration
-    found = []
-    for label in dict.fromkeys(time.label for time in times):
-        spent = [time.duration for time in times if time.label == label]
-        found.append(StageTime(label, sum(spent), sum(spent) / whole, len(spent)))
-    idle = whole - sum(stage.microseconds for stage in found)
-    found.sort(key=lambda stage: -stage.microseconds)
-    return [*found, StageTime("between dispatches", idle, idle / whole, 0)]
-
-
-def chrome_trace(times: Sequence[KernelTime], host: Sequence[KernelTime] = ()) -> str:
-    """A step in the format of chrome://tracing and Perfetto: a row of the GPU, one of the host."""
-    rows = (("GPU", times), ("host", host))
-    events = [
-        {
-            "name": time.label,
-            "ph": "X",
-            "ts": time.start,
-            "dur": time.duration,
-            "pid": 1,
-            "tid": row,
-        }
-        for row, part in rows
-        for time in part
-    ]
-    return json.dumps({"traceEvents": events, "displayTimeUnit": "ns"})

@@ -6,32 +6,38 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
+from uq.kernels.profile import KernelTime
 from uq.kernels.vulkan.commands import Recorder, Submission
 from uq.kernels.vulkan.device import Gpu
 from uq.kernels.vulkan.mailbox import Mailbox
 from uq.kernels.vulkan.model import COLUMNS, Cache
-from uq.kernels.vulkan.profile import KernelTime, TimedRecorder
+from uq.kernels.vulkan.profile import TimedRecorder
 from uq.kernels.vulkan.stages import Stages
 
-WIDTHS = (1, 4, COLUMNS)  # tokens of a pass; more kernels would be compiled for more of them
+WIDTHS = (1, 4, COLUMNS)  # of passes of few tokens; each has kernels of its own
+STEP = 64  # between the widths of passes of many tokens, which share their kernels
 
 
 class Runs:
     """Recordings by what they do; made when first needed."""
 
-    def __init__(self, gpu: Gpu, stages: Stages, cache: Cache, mailbox: Mailbox) -> None:
+    def __init__(
+        self, gpu: Gpu, stages: Stages, cache: Cache, mailbox: Mailbox, widest: int
+    ) -> None:
+        """`widest`: tokens that a pass may have."""
+        self._widest = widest
         self._gpu, self._stages, self.cache, self._mailbox = gpu, stages, cache, mailbox
         self._recorders: dict[object, Recorder] = {}
         self._submissions: dict[object, Submission] = {}
 
     def tokens(self, tokens: Sequence[int], position: int, *, head: bool) -> None:
-        """Run up to `COLUMNS` tokens through the layers; with `head` also the logits of the last.
+        """Run tokens through the layers; with `head` also the logits of the last.
 
         The tokens' keys and values are those of `position` and the following.
         """
-        width = fitting(len(tokens))
+        width = fitting(len(tokens), self._widest)
         self._mailbox.post(position, tokens=tokens)
-        parts = [("pass", width)] + [("head", len(tokens) - 1)] * head
+        parts = [("pass", width)] + [("head", 1)] * head
         self._submission(parts).run()
 
     def steps(self, count: int, position: int, choice: int) -> list[int]:
@@ -88,8 +94,8 @@ class Runs:
         stages.embed(recorder, decode=False)
         stages.layers(recorder, self.cache)
 
-    def _record_head(self, recorder: Recorder, column: int) -> None:
-        replace(self._stages, columns=1).head(recorder, column)
+    def _record_head(self, recorder: Recorder, number: int) -> None:
+        replace(self._stages, columns=1).head(recorder)
 
     def _record_step(self, recorder: Recorder, number: int) -> None:
         stages = replace(self._stages, columns=1)
@@ -98,6 +104,7 @@ class Runs:
         stages.head(recorder)
 
 
-def fitting(count: int) -> int:
-    """The least width that holds `count` tokens."""
-    return next(width for width in WIDTHS if width >= count)
+def fitting(count: int, widest: int) -> int:
+    """The least width that holds `count` tokens, of which there are at most `widest`."""
+    few = next((width for width in WIDTHS if width >= count), None)
+    return few or min(-(-count // STEP) * STEP, widest)

@@ -16,20 +16,21 @@ from numpy.typing import NDArray
 
 from uq.errors import UsageError
 from uq.formats.config import GemmaConfig
+from uq.kernels.profile import KernelTime
 from uq.kernels.sampling import sample
-from uq.kernels.session import Device, Sampling, check_room, check_tokens
+from uq.kernels.session import Device, Probe, Sampling, check_room, check_tokens
+from uq.kernels.vulkan.bandwidth import read_bandwidth
 from uq.kernels.vulkan.device import PhysicalGpu
 from uq.kernels.vulkan.engine import Engine
-from uq.kernels.vulkan.model import COLUMNS
-from uq.kernels.vulkan.profile import KernelTime
+from uq.kernels.vulkan.mailbox import MOST_TOKENS
+from uq.kernels.vulkan.model import HEAD_ROWS, MOST_STEPS
 from uq.kernels.vulkan.runs import Runs
 from uq.kernels.vulkan.weights import Source
 
 Array = NDArray[np.float32]
 
 SUBMIT_SECONDS = 0.25  # of one submit: display drivers end what takes two seconds
-MOST_STEPS = 16  # decode steps of one submit; no more than may be taken back
-HEAD_ROWS = 1 << 14  # rows of the head whose logits are computed at a time
+FIRST_PASS = 64  # tokens of a pass, until it is known how long that takes
 
 
 class VulkanSession:
@@ -43,11 +44,13 @@ class VulkanSession:
         *,
         pipeline_cache: Path,
         max_context: int = 4096,
+        widest: int = MOST_TOKENS,
         tune: bool = False,
     ) -> None:
         """
         Args:
             pipeline_cache: folder in which the driver's compiled kernels are kept.
+            widest: tokens that may run through the layers together.
             tune: first measure how products are best cut into workgroups on this device; the
                 result is kept in the same folder.
 
@@ -59,13 +62,15 @@ class VulkanSession:
             raise UsageError(f"a context of {max_context} tokens; it must hold at least 1")
         self.config, self.max_context = config, max_context
         self.device = describe(physical)
-        self._engine = Engine(config, source, physical, pipeline_cache, max_context)
+        self._physical, self._pipeline_cache = physical, pipeline_cache
+        self._engine = Engine(config, source, physical, pipeline_cache, max_context, widest)
         self.close = self._engine.close
         if tune:
             self._engine.tune()
         self._runs = self._engine.runs(max_context)
         self._scratch: Runs | None = None  # of `score`
-        self._steps = 1  # that a submit may have
+        # Steps and tokens of a submit.
+        self._steps, self._pass = 1, min(FIRST_PASS, self._engine.widest)
         self._position, self._last = 0, 0  # tokens in the cache, and the last of them
         self._choice = 0  # the likeliest token behind it
         self._has_logits = False
@@ -99,18 +104,19 @@ class VulkanSession:
         runs, normed = self._scratch_for(length), self._engine.work.normed
         out = np.empty((batch, length, self.config.hidden_size), np.float32)
         for sequence, hidden in zip(tokens.tolist(), out, strict=True):
-            for first in range(0, length, COLUMNS):
-                piece = sequence[first : first + COLUMNS]
-                runs.tokens(piece, first, head=False)
-                found = self._engine.read_floats(normed, len(piece), self.config.hidden_size)
-                hidden[first : first + len(piece)] = found
+            done = 0
+            while done < length:
+                piece = self._run_pass(runs, sequence, done, done)
+                found = self._engine.read_floats(normed, piece, self.config.hidden_size)
+                hidden[done : done + piece] = found
+                done += piece
         return out
 
     def logits(self, hidden: Array, start: int, stop: int) -> Array:
-        self._has_logits = False  # they share their memory
         out = np.empty((len(hidden), stop - start), np.float32)
-        for first in range(0, len(hidden), COLUMNS):
-            block = slice(first, min(first + COLUMNS, len(hidden)))
+        widest = self._engine.widest
+        for first in range(0, len(hidden), widest):
+            block = slice(first, min(first + widest, len(hidden)))
             for row in range(start, stop, HEAD_ROWS):
                 end = min(row + HEAD_ROWS, stop)
                 found = self._engine.logits(hidden[block], row, end)
@@ -124,10 +130,11 @@ class VulkanSession:
         ids = np.asarray(tokens, np.int32)
         check_tokens(ids, self.config.vocab_size)
         check_room(ids.size, self._position, self.max_context)
-        for first in range(0, ids.size, COLUMNS):
-            piece = ids[first : first + COLUMNS].tolist()
-            self._runs.tokens(piece, self._position, head=first + COLUMNS >= ids.size)
-            self._position += len(piece)
+        done = 0
+        while done < ids.size:
+            piece = self._run_pass(self._runs, ids.tolist(), done, self._position, head=True)
+            self._position += piece
+            done += piece
         self._know(int(ids[-1]))
 
     def decode(self, count: int, sampling: Sampling) -> Iterator[int]:
@@ -146,6 +153,18 @@ class VulkanSession:
                     self._take_back(tokens, used)
                     raise
 
+    @property
+    def probe(self) -> Probe:
+        return self
+
+    def read_bandwidth(self) -> float:
+        """Bytes per second.
+
+        Raises:
+            DeviceError: the device fails, or has no memory left beside the model.
+        """
+        return read_bandwidth(self._physical, self._pipeline_cache)
+
     def profile(self) -> list[KernelTime]:
         """Time the kernels of the next decode step; the sequence stays as it is.
 
@@ -156,6 +175,21 @@ class VulkanSession:
         check_room(1, self._position, self.max_context)
         self._has_logits = False
         return self._runs.profile(self._position)
+
+    def _run_pass(
+        self, runs: Runs, tokens: list[int], done: int, position: int, *, head: bool = False
+    ) -> int:
+        """Run the next of `tokens` behind the first `done`; with `head` logits behind the last.
+
+        Returns:
+            How many ran. There will be more the next time, if that was quick.
+        """
+        began = time.perf_counter()
+        piece = tokens[done : done + self._pass]
+        runs.tokens(piece, position, head=head and done + len(piece) == len(tokens))
+        if len(piece) == self._pass and 2 * (time.perf_counter() - began) < SUBMIT_SECONDS:
+            self._pass = min(2 * self._pass, self._engine.widest)
+        return len(piece)
 
     def _likeliest(self, steps: int) -> list[int]:
         """Append the next `steps` tokens; more at once the next time, if that was quick."""

@@ -7,16 +7,18 @@ conversion of activations are done by whoever produces their input.
 
 from __future__ import annotations
 
-import struct
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from uq.formats.config import GemmaConfig
 from uq.kernels.vulkan.commands import Recorder
 from uq.kernels.vulkan.memory import Span
-from uq.kernels.vulkan.model import SPLITS, Cache, Layer, Model, Work
+from uq.kernels.vulkan.model import COLUMNS, SPLITS, Cache, Layer, Model, Work
 from uq.kernels.vulkan.pipelines import Pipelines
+from uq.kernels.vulkan.push import addresses, words
 from uq.kernels.vulkan.tuning import CHOOSE, GEGLU, NORM, STORE, Shape, Tuning
 from uq.kernels.vulkan.weights import Matrix, padded_rows
+from uq.kernels.vulkan.wide import Abilities, Wide
 
 WHOLE, PREPARE, ATTEND = range(3)  # parts of attention, as in shaders/attention.comp
 NORM_COUNTER, CHOOSE_COUNTER = 1000, 1001  # of `arrived` in the state
@@ -35,7 +37,15 @@ class Stages:
     work: Work
     pipelines: Pipelines
     tuning: Tuning
+    abilities: Abilities
     columns: int
+
+    @property
+    def wide(self) -> Wide | None:
+        """What records products and attention when the columns are too many for a GEMV."""
+        if self.columns <= COLUMNS:
+            return None
+        return Wide(self.config, self.work, self.pipelines, self.abilities, self.columns)
 
     @property
     def float_x(self) -> bool:
@@ -74,10 +84,9 @@ class Stages:
         recorder.barrier()
 
     def qkv(self, recorder: Recorder, layer: Layer) -> None:
-        stride = layer.columns[-1]
-        for matrix, row in layer.qkv:
-            y = self.work.qkv.part(4 * row, self.work.qkv.nbytes - 4 * row)
-            self._product(recorder, matrix, self.work.x, y, stride=stride)
+        qkv, stride = self.work.qkv, layer.columns[-1]
+        outputs = [(matrix, qkv.part(4 * row, qkv.nbytes - 4 * row)) for matrix, row in layer.qkv]
+        self._products(recorder, self.work.x, outputs, stride=stride)
         recorder.barrier()
 
     def attention(self, recorder: Recorder, layer: Layer, cache: Cache) -> None:
@@ -86,7 +95,10 @@ class Stages:
         else:
             self._attention(recorder, layer, cache, PREPARE, 1)
             recorder.barrier()
-            self._attention(recorder, layer, cache, ATTEND, SPLITS)
+            if self.wide:
+                self.wide.attention(recorder, layer, cache, is_float=self.float_x)
+            else:
+                self._attention(recorder, layer, cache, ATTEND, SPLITS)
         recorder.barrier()
 
     def join(
@@ -111,7 +123,7 @@ class Stages:
             push += words(*sizes, NORM_COUNTER)
             self._gemv(recorder, matrix, shape, NORM, push, **constants)
         else:
-            self._product(recorder, matrix, x, work.branch, stride=self.config.hidden_size)
+            self._products(recorder, x, [(matrix, work.branch)], stride=self.config.hidden_size)
             recorder.barrier()
             self._norm(recorder, branch_gain, gain, keep)
         recorder.barrier()
@@ -119,7 +131,7 @@ class Stages:
     def gate(self, recorder: Recorder, layer: Layer) -> None:
         """gated = gelu(gate x) * (up x)."""
         work, gate, up = self.work, layer.gate, layer.up
-        if gate.kind == up.kind:
+        if gate.kind == up.kind and not self.wide:
             shape = self.tuning.shape(gate, self.columns, GEGLU)
             push = addresses(gate.span, up.span, work.x, work.wide, *[work.hidden] * 4)
             push += addresses(work.gated, work.state)
@@ -129,24 +141,23 @@ class Stages:
             self._wide_gate(recorder, gate, up)
         recorder.barrier()
 
-    def head(self, recorder: Recorder, column: int = 0) -> None:
-        """Logits of one column, and the likeliest token."""
+    def head(self, recorder: Recorder) -> None:
+        """Logits of the last of the columns that are tokens, and the likeliest token."""
         recorder.label = "head"
         head, work = self.model.head, self.work
-        per_column = work.x.nbytes // 16
-        x = work.x.part(column * per_column, per_column)
         shape = self.tuning.shape(head, 1, CHOOSE)
-        push = addresses(head.span, head.span, x, work.logits, *[work.hidden] * 4)
+        push = addresses(head.span, head.span, work.x, work.logits, *[work.hidden] * 4)
         push += addresses(work.candidates, work.state)
         push += words(head.blocks, head.tiles, head.rows, self.config.vocab_size, CHOOSE_COUNTER)
-        self._gemv(recorder, head, shape, CHOOSE, push, CAP=self._cap)
+        cap = float(self.config.final_softcap or 0.0)
+        self._gemv(recorder, head, shape, CHOOSE, push, CAP=cap)
         recorder.barrier()
 
-    def logits(self, recorder: Recorder, rows: Matrix) -> None:
-        """Logits of some rows of the head for all columns of `normed`."""
+    def scores(self, recorder: Recorder, rows: Matrix) -> None:
+        """Logits of some rows of the head for all columns of `normed`, not soft-capped."""
         self.quantize(recorder)
-        stride = padded_rows(rows.rows)
-        self._product(recorder, rows, self.work.x, self.work.logits, stride=stride, CAP=self._cap)
+        outputs = [(rows, self.work.scores)]
+        self._products(recorder, self.work.x, outputs, stride=padded_rows(rows.rows))
 
     def quantize(self, recorder: Recorder) -> None:
         """x = activations of `normed`."""
@@ -157,16 +168,12 @@ class Stages:
         self._run(recorder, pipeline, push, (self.columns, 1, 1))
         recorder.barrier()
 
-    @property
-    def _cap(self) -> float:
-        return float(self.config.final_softcap or 0.0)
-
     def _wide_gate(self, recorder: Recorder, gate: Matrix, up: Matrix) -> None:
         work, stride = self.work, padded_rows(gate.rows)
         half = work.wide.nbytes // 2
         halves = work.wide.part(0, half), work.wide.part(half, half)
-        for matrix, y in zip((gate, up), halves, strict=True):
-            self._product(recorder, matrix, work.x, y, stride=stride)
+        outputs = list(zip((gate, up), halves, strict=True))
+        self._products(recorder, work.x, outputs, stride=stride)
         recorder.barrier()
         pipeline = self.pipelines.get(
             "geglu", LANES=ROW_LANES, FLOAT_X=self.float_x, CHANNELS=gate.rows
@@ -211,22 +218,25 @@ class Stages:
         push += words(stride, k, v, 0)
         self._run(recorder, pipeline, push, (splits, config.num_heads // queries, self.columns))
 
-    def _product(
-        self,
-        recorder: Recorder,
-        matrix: Matrix,
-        x: Span,
-        y: Span,
-        *,
-        stride: int,
-        **constants: float,
+    def _products(
+        self, recorder: Recorder, x: Span, outputs: Sequence[tuple[Matrix, Span]], *, stride: int
     ) -> None:
-        """y = matrix x as float32, `stride` values from one column to the next."""
+        """y = matrix x as float32 for each (matrix, y), `stride` values from column to column."""
+        if self.wide:
+            kinds = [matrix.kind for matrix, _ in outputs]
+            self.wide.halve(recorder, kinds, x, outputs[0][0].cols)
+        for matrix, y in outputs:
+            if self.wide:
+                self.wide.product(recorder, matrix, x, y, stride=stride)
+            else:
+                self._product(recorder, matrix, x, y, stride)
+
+    def _product(self, recorder: Recorder, matrix: Matrix, x: Span, y: Span, stride: int) -> None:
         shape = self.tuning.shape(matrix, self.columns, STORE)
         push = addresses(matrix.span, matrix.span, x, y, *[self.work.hidden] * 4)
         push += addresses(self.work.x, self.work.state)
         push += words(matrix.blocks, matrix.tiles, stride, matrix.rows, 0)
-        self._gemv(recorder, matrix, shape, STORE, push, **constants)
+        self._gemv(recorder, matrix, shape, STORE, push)
 
     def _gemv(
         self,
@@ -268,11 +278,3 @@ class Stages:
 def shared_queries(sharing: int) -> int:
     """Query heads that one workgroup of attention serves, of those that share a key head."""
     return max(count for count in range(1, MOST_QUERIES + 1) if sharing % count == 0)
-
-
-def addresses(*spans: Span) -> bytes:
-    return struct.pack(f"<{len(spans)}Q", *(span.address for span in spans))
-
-
-def words(*values: int) -> bytes:
-    return struct.pack(f"<{len(values)}I", *values)
