@@ -156,7 +156,7 @@ def measure(name: str, args: argparse.Namespace, bandwidth: float) -> dict[str, 
     runs = [timed_run(session, prompt, args.generate) for _ in range(1 + args.repeats)][1:]
     session.reset()
     session.prefill(prompt)
-    stages = by_label(session.profile())
+    stages = by_label(session.profile().kernels)
     prefill_rates, decode_rates = (spread(rates) for rates in zip(*runs, strict=True))
     return {
         "model": name,

@@ -17,6 +17,17 @@ class KernelTime:
 
 
 @dataclass(frozen=True)
+class StepTimes:
+    """A decode step: its kernels by the device's clock, and what the host did by its own.
+
+    Both clocks begin with the step; how far they are apart is not known.
+    """
+
+    kernels: list[KernelTime]
+    host: list[KernelTime]
+
+
+@dataclass(frozen=True)
 class StageTime:
     """All dispatches of one label in a step: microseconds, their share of the step, how many."""
 
@@ -38,9 +49,9 @@ def by_label(times: Sequence[KernelTime]) -> list[StageTime]:
     return [*found, StageTime("between dispatches", idle, idle / whole, 0)]
 
 
-def chrome_trace(times: Sequence[KernelTime], host: Sequence[KernelTime] = ()) -> str:
+def chrome_trace(step: StepTimes) -> str:
     """A step in the format of chrome://tracing and Perfetto: a row of the GPU, one of the host."""
-    rows = (("GPU", times), ("host", host))
+    rows = (("GPU", step.kernels), ("host", step.host))
     events = [
         {
             "name": time.label,

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from uq.errors import UsageError
 from uq.formats.config import GemmaConfig
-from uq.kernels.profile import KernelTime
+from uq.kernels.profile import StepTimes
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ class Probe(Protocol):
         """Bytes per second that its kernels read from its memory, measured now."""
         ...
 
-    def profile(self) -> list[KernelTime]:
+    def profile(self) -> StepTimes:
         """Time the kernels of the next decode step; the sequence stays as it is.
 
         Raises:

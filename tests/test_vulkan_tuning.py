@@ -12,7 +12,7 @@ from tests.test_cpu_session import random_tokens
 from tests.vulkan_lab import no_messages  # noqa: F401
 from uq.errors import UsageError
 from uq.formats.bundle import Bundle, open_bundle
-from uq.kernels.profile import KernelTime, by_label, chrome_trace
+from uq.kernels.profile import KernelTime, StepTimes, by_label, chrome_trace
 from uq.kernels.session import Sampling
 from uq.kernels.vulkan.device import choose
 from uq.kernels.vulkan.session import VulkanSession
@@ -57,7 +57,7 @@ def test_a_layer_has_five_stages(bundle: Bundle, tmp_path: Path) -> None:
         session.profile()
     session.prefill([3, 4, 5])
     expected = session.next_logits
-    counts = {stage.label: stage.dispatches for stage in by_label(session.profile())}
+    counts = {stage.label: stage.dispatches for stage in by_label(session.profile().kernels)}
     per_layer = ("q, k, v", "attention", "attention output", "gate, up", "down")
     assert all(counts[label] == LAYERS for label in per_layer)
     assert counts["embedding"] == counts["head"] == 1
@@ -74,7 +74,9 @@ def test_times_by_label() -> None:
 
 
 def test_a_trace_is_what_perfetto_reads() -> None:
-    trace = json.loads(chrome_trace([KernelTime("head", 1.5, 2.0)], [KernelTime("submit", 0, 9)]))
+    trace = json.loads(
+        chrome_trace(StepTimes([KernelTime("head", 1.5, 2.0)], [KernelTime("submit", 0, 9)]))
+    )
     gpu, host = trace["traceEvents"]
     assert (gpu["name"], gpu["ph"], gpu["ts"], gpu["dur"], gpu["tid"]) == (
         "head",

@@ -21,6 +21,7 @@ from typing import NoReturn
 
 from uq import __version__
 from uq.commands import (
+    bench,
     chat,
     compare,
     completion,
@@ -43,6 +44,7 @@ COMMANDS = {
     "chat": (chat, "talk to a bundle in the terminal"),
     "serve": (serve, "answer HTTP requests with a bundle, as OpenAI's API does"),
     "inspect": (inspect, "show what is in a checkpoint or a bundle"),
+    "bench": (bench, "measure how fast a bundle runs"),
     "compare": (compare, "put the reports of several bundles side by side"),
     "publish": (publish, "put a validated bundle on the Hugging Face Hub"),
     "npu": (npu, "check designs for the NPU"),

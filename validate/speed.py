@@ -10,6 +10,7 @@ from statistics import median
 import numpy as np
 
 from uq.errors import UsageError
+from uq.formats.config import GemmaConfig
 from uq.kernels.session import Sampling, Session
 from uq.validate.bandwidth import Ceiling
 from uq.validate.report import Speed, Spread
@@ -73,7 +74,7 @@ def measure_speed(
             f"speed: {prompt} + {generate} tokens do not fit the context of "
             f"{session.max_context}; measure fewer or open the session with a longer context"
         )
-    tokens = _prompt(prompt, session.config.vocab_size, session.config.bos_token_id)
+    tokens = fixed_prompt(prompt, session.config)
     runs = [_run(session, tokens, generate, clock) for _ in range(1 + repeats)][1:]
     session.reset()
     return Rates(
@@ -101,10 +102,10 @@ def _run(
     return filled - began, ended - filled
 
 
-def _prompt(length: int, vocab: int, bos: int) -> list[int]:
+def fixed_prompt(length: int, config: GemmaConfig) -> list[int]:
     """BOS and fixed random tokens: the time of dense layers does not depend on the text."""
     rng = np.random.default_rng(0)
-    return [bos, *rng.integers(0, vocab, length - 1).tolist()]
+    return [config.bos_token_id, *rng.integers(0, config.vocab_size, length - 1).tolist()]
 
 
 def _spread(rates: list[float]) -> Spread:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
-from uq.kernels.profile import KernelTime
+from uq.kernels.profile import KernelTime, StepTimes
 from uq.kernels.vulkan.commands import Recorder, Submission
 from uq.kernels.vulkan.device import Gpu
 from uq.kernels.vulkan.mailbox import Mailbox
@@ -46,7 +47,7 @@ class Runs:
         self._submission([("step", 1)] * count).run()
         return self._mailbox.generated(count)
 
-    def profile(self, position: int) -> list[KernelTime]:
+    def profile(self, position: int) -> StepTimes:
         """Time the kernels of a decode step behind `position` tokens; its token is forgotten."""
         recorder = TimedRecorder(self._gpu)
         self._record_step(recorder, 1)
@@ -54,9 +55,15 @@ class Runs:
         whole = [self._mailbox.begin, recorder.commands, self._mailbox.end]
         submission = Submission(self._gpu, whole)
         for _ in range(2):  # the first time does not count
+            began = time.perf_counter()
             self._mailbox.post(position)
-            submission.run()
-        times = recorder.times()
+            submission.start()
+            submitted = time.perf_counter()
+            submission.finish()
+            ended = time.perf_counter()
+        submit, wait = 1e6 * (submitted - began), 1e6 * (ended - submitted)
+        host = [KernelTime("submit", 0, submit), KernelTime("wait", submit, wait)]
+        times = StepTimes(recorder.times(), host)
         submission.close()
         recorder.close()
         return times

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from uq.errors import UsageError
 from uq.formats.config import GemmaConfig
-from uq.kernels.profile import KernelTime
+from uq.kernels.profile import StepTimes
 from uq.kernels.sampling import sample
 from uq.kernels.session import Device, Probe, Sampling, check_room, check_tokens
 from uq.kernels.vulkan.bandwidth import read_bandwidth
@@ -165,7 +165,7 @@ class VulkanSession:
         """
         return read_bandwidth(self._physical, self._pipeline_cache)
 
-    def profile(self) -> list[KernelTime]:
+    def profile(self) -> StepTimes:
         """Time the kernels of the next decode step; the sequence stays as it is.
 
         Raises:

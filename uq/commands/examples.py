@@ -20,6 +20,11 @@ EXAMPLES: Mapping[str, tuple[tuple[str, str], ...]] = {
         ("uq publish BUNDLE you/name --dry-run", "shows the model card and the files"),
         ("uq publish BUNDLE you/name --private", "uploads them"),
     ),
+    "bench": (
+        ("uq bench BUNDLE", "tokens per second beside what the memory allows"),
+        ("uq bench BUNDLE --device vulkan --by-kernel", "where a decode step's time goes"),
+        ("uq bench BUNDLE --device vulkan --trace step.json", "the same for ui.perfetto.dev"),
+    ),
     "compare": (("uq compare BUNDLE OTHER", "their reports side by side"),),
     "generate": (
         ('uq generate BUNDLE -p "Once upon a time"', "the likeliest continuation"),

@@ -1,0 +1,125 @@
+"""How fast a bundle runs on a device, and where the time of a decode step goes."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
+
+from uq.errors import UsageError
+from uq.kernels.backends import open_session
+from uq.kernels.profile import StageTime, StepTimes, by_label
+from uq.text import size, table
+from uq.validate.bandwidth import Ceiling
+from uq.validate.report import Speed, Spread
+from uq.validate.speed import fixed_prompt, measure_speed
+
+if TYPE_CHECKING:
+    from uq.formats.bundle import Bundle
+    from uq.kernels.session import Device, Session
+
+
+@dataclass(frozen=True)
+class BenchOptions:
+    """What to measure; every field is an option of `uq bench`.
+
+    Attributes:
+        prompt, generate: tokens of each prefill, and of each decoding behind it.
+        kernels: whether the kernels of a decode step are timed, too.
+    """
+
+    device: str = "auto"
+    threads: int | None = None
+    prompt: int = 512
+    generate: int = 64
+    repeats: int = 5
+    kernels: bool = False
+
+
+@dataclass(frozen=True)
+class Bench:
+    """What was measured.
+
+    Attributes:
+        step: of one decode step behind the prompt; None when it was not asked for.
+    """
+
+    bundle: str
+    device: Device
+    speed: Speed
+    step: StepTimes | None = None
+
+    @property
+    def stages(self) -> list[StageTime]:
+        return [] if self.step is None else by_label(self.step.kernels)
+
+    @property
+    def share_of_ceiling(self) -> float:
+        """Decode speed over what reading the weights alone allows."""
+        return self.speed.decode_tps.median / self.speed.decode_ceiling_tps
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "bundle": self.bundle,
+            "device": asdict(self.device),
+            "speed": asdict(self.speed),
+            "share_of_ceiling": self.share_of_ceiling,
+            "stages": [asdict(stage) for stage in self.stages],
+        }
+
+    def __str__(self) -> str:
+        speed = self.speed
+        per_token, bandwidth = size(speed.bytes_per_token), f"{speed.bandwidth_gb_s:.1f} GB/s"
+        rows = [
+            ("prefill", *_rates(speed.prefill_tps), f"{speed.context} tokens"),
+            ("decode", *_rates(speed.decode_tps), f"{speed.generated} behind {speed.context}"),
+            ("ceiling", f"{speed.decode_ceiling_tps:.1f} tokens/s", "", ""),
+        ]
+        lines = [
+            f"{self.bundle} on {self.device.name} ({self.device.driver}), one sequence",
+            table(rows),
+            f"The ceiling is the measured read bandwidth, {bandwidth}, over {per_token} of weights "
+            f"a token; decode reaches {self.share_of_ceiling:.0%} of it.",
+        ]
+        if self.step is not None:
+            stages = [
+                (stage.label, f"{stage.microseconds:.1f}", f"{stage.share:.1%}", stage.dispatches)
+                for stage in self.stages
+            ]
+            lines += ["", table(stages, head=("of a decode step", "µs", "share", "kernels"))]
+        return "\n".join(lines)
+
+
+def bench(bundle: Bundle, options: BenchOptions | None = None) -> Bench:
+    """Measure a bundle on a device.
+
+    Raises:
+        DeviceError: the device is not available, or fails.
+        UsageError: it has no clock for the kernels that are to be timed.
+    """
+    options = options or BenchOptions()
+    session = open_session(
+        bundle,
+        options.device,
+        max_context=options.prompt + options.generate,
+        threads=options.threads,
+    )
+    if options.kernels and session.probe is None:
+        raise UsageError(f"{session.device.name} has no clock for its kernels; use --device vulkan")
+    rates = measure_speed(
+        session, prompt=options.prompt, generate=options.generate, repeats=options.repeats
+    )
+    step = _step(session, options.prompt) if options.kernels else None
+    return Bench(bundle.name, session.device, rates.beside(Ceiling.of(session)), step)
+
+
+def _step(session: Session, prompt: int) -> StepTimes:
+    assert session.probe is not None
+    session.reset()
+    session.prefill(fixed_prompt(prompt, session.config))
+    times = session.probe.profile()
+    session.reset()
+    return times
+
+
+def _rates(rates: Spread) -> tuple[str, str]:
+    return f"{rates.median:.1f} tokens/s", f"{rates.min:.1f} to {rates.max:.1f}"
