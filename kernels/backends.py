@@ -11,6 +11,7 @@ from uq.errors import DeviceError, UsageError
 
 if TYPE_CHECKING:
     from uq.formats.bundle import Bundle
+    from uq.formats.checkpoint import Checkpoint
     from uq.kernels.session import BatchSession, Session
 
 
@@ -88,6 +89,34 @@ def _open_fastest(bundle: Bundle, max_context: int, threads: int | None) -> Sess
     raise DeviceError("no device can run this bundle")
 
 
+def open_reference(checkpoint: Checkpoint, device: str, *, max_context: int) -> Session:
+    """Run a checkpoint in floating point: on a GPU as it is stored, else in float32.
+
+    Args:
+        device: `auto` takes a GPU where the weights fit, else the CPU.
+
+    Raises:
+        DeviceError: the device is not available, or has too little memory.
+        UsageError: no such device.
+    """
+    from uq.kernels.reference import ReferenceSession
+    from uq.kernels.vulkan import open_float
+
+    name, _, wish = device.partition(":")
+    if not is_device(device):
+        raise UsageError(f"--reference-device {device} is not known; use {', '.join(DEVICES)}")
+    if name == "npu":
+        raise DeviceError("--reference-device npu: it has no floating point; use cpu")
+    if name == "vulkan":
+        return open_float(checkpoint, wish, max_context=max_context)
+    if name == "auto" and _vulkan("").preferred:
+        try:
+            return open_float(checkpoint, max_context=max_context)
+        except DeviceError as error:
+            print(f"reference: {error}; it runs on the CPU", file=sys.stderr)
+    return ReferenceSession(checkpoint, max_context=max_context)
+
+
 def open_batch(
     bundle: Bundle,
     device: str = "auto",
@@ -133,7 +162,7 @@ def _vulkan(wish: str) -> Backend:
     try:
         gpu = choose(wish)
     except DeviceError as error:
-        return Backend("vulkan", str(error))
+        return Backend("vulkan", str(error), preferred=False)
 
     def open_it(bundle: Bundle, max_context: int, threads: int | None) -> Session:
         from uq.kernels.vulkan import open_vulkan

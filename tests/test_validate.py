@@ -66,6 +66,29 @@ def test_the_report_names_what_was_measured(report: Report, bundle: Bundle) -> N
     assert report.environment.command == "uq validate 'my bundle'"
 
 
+def test_the_reference_runs_on_a_gpu(
+    report: Report, bundle: Bundle, checkpoint: Checkpoint, options: ValidateOptions, tmp_path: Path
+) -> None:
+    """bfloat16 weights, float16 keys and values: near the CPU's float32, but not the same."""
+    states = tmp_path / "states.npz"
+    on_gpu = replace(options, reference_device="vulkan", speed=False, states=states)
+    found = validate(bundle, checkpoint, on_gpu)
+    assert found.reference_device is not None and found.reference_device.backend == "vulkan"
+    expected = report.reference_perplexity.value
+    assert found.reference_perplexity.value == pytest.approx(expected, rel=1e-3)
+    assert found.kld.mean == pytest.approx(report.kld.mean, rel=2e-2)
+    written = states.read_bytes()
+    validate(bundle, checkpoint, replace(on_gpu, reference_device="cpu"))
+    assert states.read_bytes() != written  # those of a GPU are no others
+
+
+def test_a_reference_that_the_npu_cannot_run(
+    bundle: Bundle, checkpoint: Checkpoint, options: ValidateOptions
+) -> None:
+    with pytest.raises(DeviceError, match="--reference-device npu: it has no floating point"):
+        validate(bundle, checkpoint, replace(options, reference_device="npu"))
+
+
 def test_perplexities_of_the_chunks_make_up_the_whole(report: Report) -> None:
     means = np.log(report.series.perplexity), np.log(report.series.reference_perplexity)
     assert np.exp(means[0].mean()) == pytest.approx(report.perplexity.value, rel=1e-12)

@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 from uq.kernels.numerics import ACTIVATIONS, FLOAT, KV, Numerics
 from uq.kernels.reference import ReferenceSession
+from uq.kernels.session import Session
 from uq.kernels.weights import BundleWeights
 from uq.progress import Progress
 from uq.validate.report import Estimate, Loss
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
 
 def losses(
     bundle: Bundle,
-    truth: ReferenceSession,
+    truth: Session,
     truth_states: NDArray[np.float32],
     tokens: NDArray[np.int32],
     activations: str,

@@ -26,6 +26,7 @@ from uq.validate.text import scored, targets
 
 __all__ = ["ReferenceStates", "Scores", "compare", "final_states", "score", "states_key"]
 
+REFERENCE = "reference"  # backend of float32 on the CPU
 TOKEN_BATCH = 8192  # tokens per call of Session.score
 POSITION_BLOCK = 4096  # positions whose logits are in memory at once ...
 VOCAB_BLOCK = 1024  # ... times so many entries of the vocabulary
@@ -63,10 +64,13 @@ class ReferenceStates:
 
 
 def states_key(
-    fingerprint: Mapping[str, Mapping[str, int | str]], chunks: NDArray[np.int32]
+    fingerprint: Mapping[str, Mapping[str, int | str]],
+    chunks: NDArray[np.int32],
+    backend: str = REFERENCE,
 ) -> str:
-    """sha256 over the reference's weight files and the tokens, so over text and context too."""
+    """sha256 over the reference's weight files, where it ran, and the tokens, so the text too."""
     digest = hashlib.sha256(json.dumps(fingerprint, sort_keys=True).encode())
+    digest.update(b"" if backend == REFERENCE else backend.encode())
     digest.update(repr(chunks.shape).encode())
     digest.update(np.ascontiguousarray(chunks, "<i4").tobytes())
     return digest.hexdigest()

@@ -14,9 +14,8 @@ from numpy.typing import NDArray
 from uq import __version__
 from uq.errors import UsageError
 from uq.formats.chat import Render
-from uq.kernels.backends import open_session
+from uq.kernels.backends import open_reference, open_session
 from uq.kernels.numerics import ACTIVATIONS, KV, Numerics
-from uq.kernels.reference import ReferenceSession
 from uq.progress import Progress, SilentProgress
 from uq.validate.bandwidth import Ceiling
 from uq.validate.environment import environment, peak_memory
@@ -68,6 +67,7 @@ class ValidateOptions:
     """
 
     device: str = "auto"
+    reference_device: str = "auto"
     threads: int | None = None
     text: Path | None = None
     render: Render | None = None
@@ -129,7 +129,7 @@ def validate(
     )
     rates = _rates(session, options, options.repeats, "bundle", progress)
     alone = peak_memory()
-    truth = ReferenceSession(checkpoint, max_context=options.cache_length)
+    truth = open_reference(checkpoint, options.reference_device, max_context=options.cache_length)
     states = _reference_states(truth, checkpoint, tokens, options.states, progress)
     scores = score(session, truth, tokens, progress, reference_states=states)
     parts = losses(bundle, truth, states, tokens, options.activations, options.kv, progress)
@@ -165,7 +165,7 @@ def validate(
 
 
 def _reference_states(
-    truth: ReferenceSession,
+    truth: Session,
     checkpoint: Checkpoint,
     tokens: NDArray[np.int32],
     path: Path | None,
@@ -174,7 +174,7 @@ def _reference_states(
     """Final hidden states of the reference, from `path` where an earlier run left them."""
     if path is None:
         return final_states(truth, tokens, progress, "reference")
-    key = states_key(checkpoint.fingerprint(), tokens)
+    key = states_key(checkpoint.fingerprint(), tokens, truth.device.backend)
     stored = ReferenceStates.load(path, key)
     if stored is None:
         stored = ReferenceStates(key, final_states(truth, tokens, progress, "reference"))

@@ -6,7 +6,10 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from uq.formats.bundle import Bundle
+    from uq.formats.checkpoint import Checkpoint
+    from uq.formats.config import GemmaConfig
     from uq.kernels.vulkan.session import VulkanSession
+    from uq.kernels.vulkan.weights import Source
 
 
 def open_vulkan(bundle: Bundle, wish: str = "", *, max_context: int = 4096) -> VulkanSession:
@@ -20,12 +23,28 @@ def open_vulkan(bundle: Bundle, wish: str = "", *, max_context: int = 4096) -> V
         DeviceError: no device, one that cannot run the kernels, or too little memory.
         UsageError: no device of that name; `max_context` is out of range.
     """
+    from uq.kernels.vulkan.sources import BundleSource
+
+    return _open(bundle.config, BundleSource(bundle), wish, max_context)
+
+
+def open_float(checkpoint: Checkpoint, wish: str = "", *, max_context: int = 4096) -> VulkanSession:
+    """Put a checkpoint on a GPU as it is: in float16 or bfloat16, any other kind in float32.
+
+    Raises: as `open_vulkan`, and CheckpointError: the checkpoint is broken.
+    """
+    from uq.kernels.vulkan.sources import CheckpointSource
+
+    kind = checkpoint.dtype if checkpoint.dtype in ("f16", "bf16") else "f32"
+    return _open(checkpoint.config, CheckpointSource(checkpoint, kind), wish, max_context)
+
+
+def _open(config: GemmaConfig, source: Source, wish: str, max_context: int) -> VulkanSession:
     from uq.formats.checkpoint.cache import cache_folder
     from uq.kernels.vulkan.device import choose
     from uq.kernels.vulkan.session import VulkanSession
-    from uq.kernels.vulkan.sources import BundleSource
 
-    folder, source = cache_folder() / "vulkan", BundleSource(bundle)
+    folder = cache_folder() / "vulkan"
     return VulkanSession(
-        bundle.config, source, choose(wish), pipeline_cache=folder, max_context=max_context
+        config, source, choose(wish), pipeline_cache=folder, max_context=max_context
     )

@@ -27,6 +27,8 @@ from uq.kernels.vulkan.weights import (
 
 Array = NDArray[np.float32]
 
+TABLE_ROWS = 1 << 13  # whole tiles
+
 
 class Record(Protocol):
     """What a bundle says about a tiled weight."""
@@ -89,10 +91,9 @@ class CheckpointSource:
         self._checkpoint, self._kind = checkpoint, Kind(kind)
         config = checkpoint.config
         table = (config.vocab_size, config.hidden_size)
-        vocab = (0, config.vocab_size)
-        self._tables: dict[str, Callable[[], Array]] = {
-            EMBEDDING: partial(checkpoint.embedding, *vocab),
-            HEAD: partial(checkpoint.head, *vocab),
+        self._tables: dict[str, Callable[[int, int], Array]] = {
+            EMBEDDING: checkpoint.embedding,
+            HEAD: checkpoint.head,
         }
         self._shapes = dict.fromkeys((EMBEDDING, HEAD), table)
         self._places: dict[str, tuple[int, str]] = {}
@@ -113,9 +114,19 @@ class CheckpointSource:
         return self._of_layer(*self._places[name])
 
     def _tiles(self, name: str) -> NDArray[np.uint8]:
-        make = self._tables.get(name)
-        values = make() if make else self._of_layer(*self._places[name])
-        return float_tiles(values, self._kind.name)
+        if rows := self._tables.get(name):
+            return self._table(rows, *self._shapes[name])
+        return float_tiles(self._of_layer(*self._places[name]), self._kind.name)
+
+    def _table(self, rows: Callable[[int, int], Array], count: int, cols: int) -> NDArray[np.uint8]:
+        """Tiles of a table, made of some rows at a time: all of it in float32 is gigabytes."""
+        kind, done = self._kind, 0
+        tiles = np.empty(kind.tiled_bytes(count, cols), np.uint8)
+        for start in range(0, count, TABLE_ROWS):
+            part = float_tiles(rows(start, min(start + TABLE_ROWS, count)), kind.name)
+            tiles[done : done + part.size] = part
+            done += part.size
+        return tiles
 
     def _of_layer(self, layer: int, role: str) -> Array:
         if self._latest[0] != layer:

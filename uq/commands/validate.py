@@ -26,6 +26,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     add("--reference", metavar="MODEL", help="default: the checkpoint the bundle was made from")
     add("--revision", metavar="R", help="branch, tag or commit of the reference on the Hub")
     add("--device", type=device, default="auto", metavar="D", help=DEVICE_HELP)
+    add("--reference-device", type=device, default="auto", metavar="D", help="of the reference")
     add("--text", type=Path, metavar="FILE", help="UTF-8 text; default: a text shipped with uq")
     add(
         "--text-format", choices=FORMATS, default="auto",
@@ -71,6 +72,7 @@ def run(args: argparse.Namespace) -> int:
         raise UsageError("--revision belongs to --reference; give both")
     options = ValidateOptions(
         device=args.device,
+        reference_device=args.reference_device,
         threads=args.threads,
         text=args.text,
         context=args.context,
