@@ -235,12 +235,16 @@ def _errors(bundle: Bundle, checkpoint: Checkpoint, progress: Progress) -> tuple
 
 def _beside_ceilings(*measured: tuple[Session, Rates | None]) -> list[Speed | None]:
     """The rates of sessions beside the bandwidth of the memory that each reads, measured now."""
-    ceilings: dict[Device, Ceiling] = {}
+    ceilings: dict[Device | None, Ceiling] = {}
     speeds: list[Speed | None] = []
     for session, rates in measured:
-        if rates is not None and session.device not in ceilings:
-            ceilings[session.device] = Ceiling.of(session)
-        speeds.append(None if rates is None else rates.beside(ceilings[session.device]))
+        if rates is None:
+            speeds.append(None)
+            continue
+        memory = session.device if session.probe else None  # None: this machine's
+        if memory not in ceilings:
+            ceilings[memory] = Ceiling.of(session)
+        speeds.append(rates.beside(ceilings[memory]))
     return speeds
 
 

@@ -1,8 +1,9 @@
 """Runs a bundle on a GPU through Vulkan. See `uq.kernels.session.Session`.
 
 The residual stream, norms and sums are float32; the input of every linear is 16-bit fixed point,
-scaled for each 32 channels; keys and values are float16. A decode step is recorded once and
-replayed: token and position live on the device, and several steps are one submit.
+scaled for each 32 channels; keys and values are float16. Prompts run many tokens at a time; where
+the device has matrix instructions, both sides of their products are float16. A decode step is
+recorded once and replayed: token and position live on the device, several steps are one submit.
 """
 
 from __future__ import annotations
