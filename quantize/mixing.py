@@ -18,7 +18,7 @@ from uq.quantize.allocate import allocate
 from uq.quantize.plan import Budget, Plan
 from uq.quantize.sensitivity import Costs, candidates, measure_costs
 
-VERSION = 1  # of the measurement: costs kept by another one are not used
+VERSION = 2  # of the measurement: costs kept by another one are not used
 
 
 def mixed_plan(
@@ -58,7 +58,7 @@ def _kept_costs(
 ) -> Costs:
     def make() -> bytes:
         costs = measure_costs(
-            checkpoint, tokens, plan.gptq.damping, tables=budget.tables, progress=progress
+            checkpoint, tokens, plan.gptq, tables=budget.tables, progress=progress
         )
         return json.dumps(
             {name: list(choices.values()) for name, choices in costs.items()}
@@ -69,7 +69,7 @@ def _kept_costs(
         "source": {name: [file.size, file.version] for name, file in checkpoint.files().items()},
         "revision": checkpoint.source.revision,
         "tokens": hashlib.sha256(tokens.tobytes()).hexdigest(),
-        "damping": plan.gptq.damping,
+        "gptq": [plan.gptq.damping, plan.gptq.equalize],
         "tables": budget.tables,
     }
     digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()

@@ -28,7 +28,9 @@ from uq.kernels.reference import (
 from uq.kernels.weights import CheckpointWeights, Weights
 from uq.progress import Progress
 from uq.quantize.calibrate import Calibration
-from uq.quantize.gptq import Matrix, Statistics, factorize
+from uq.quantize.equalize import channel_scale, norm_before
+from uq.quantize.gptq import Statistics, factorize
+from uq.quantize.plan import GptqOptions
 from uq.quantize.scales import quantize_rtn, squared_error
 from uq.validate.divergence import Sums
 
@@ -51,7 +53,7 @@ TABLE_SAMPLE = 16384  # rows on which the grids of the embedding are compared
 def measure_costs(
     checkpoint: Checkpoint,
     tokens: NDArray[np.int32],
-    damping: float,
+    options: GptqOptions,
     *,
     tables: bool,
     progress: Progress,
@@ -60,7 +62,6 @@ def measure_costs(
 
     Args:
         tokens: (sequences, length) int32 of the calibration; a few of them are used.
-        damping: as in `GptqOptions`.
         tables: the embedding and an untied head, too, rounded to nearest.
     """
     config = checkpoint.config
@@ -72,7 +73,7 @@ def measure_costs(
     progress.start(config.num_layers, "measure")
     for layer in range(config.num_layers):
         weights = checkpoint.layer(layer)
-        errors |= _layer_errors(layer, weights, moments, damping)
+        errors |= _layer_errors(config, layer, weights, moments, options)
         probes.walk(layer, weights)
         progress.advance(f"layer {layer}")
     if tables:
@@ -173,43 +174,57 @@ class Probes:
 
 
 def _layer_errors(
-    layer: int, weights: Weights, moments: Calibration, damping: float
+    config: GemmaConfig,
+    layer: int,
+    weights: Weights,
+    moments: Calibration,
+    options: GptqOptions,
 ) -> dict[str, dict[Spec, float]]:
     """Output error of GPTQ on each grid over that of the probe; takes the tokens a layer on."""
     found: dict[str, dict[Spec, float]] = {}
 
     def stage(roles: Sequence[str], statistics: Statistics) -> dict[str, Array]:
+        scale = np.ones_like(statistics.importance)
+        if norm_before(config, roles[0]) is not None:
+            scale = channel_scale(statistics.importance, options.equalize)
+        moved = statistics.rescaled(scale)
         for role in roles:
-            found[layer_tensor(layer, role)] = _errors(weights[role], statistics, damping)
+            base = _probe_error(weights[role], statistics)
+            errors = _gptq_errors(weights[role] * scale, moved, options.damping)
+            found[layer_tensor(layer, role)] = {spec: e / base for spec, e in errors.items()}
         return {}
 
     moments.quantize_layer(layer, weights, stage)
     return found
 
 
-def _errors(weight: Array, statistics: Statistics, damping: float) -> dict[Spec, float]:
-    """A column that GPTQ rounds leaves an error of its variance given the columns still to come.
+def _probe_error(weight: Array, statistics: Statistics) -> float:
+    """Squared output error of the probe grid, whose divergence is known."""
+    rounded = quantize_rtn(weight, probe_spec(LINEAR_PROBE, weight.shape[1])).dequantize()
+    error = weight.astype(np.float64) - rounded
+    if not np.isfinite(statistics.hessian).all():
+        return max(float(np.sum(error**2)), 1e-30)
+    return max(float(np.sum((error @ statistics.hessian) * error)), 1e-30)
 
-    That variance is U_jj^-2 of the factor U (Frantar et al., "GPTQ", section 3.3), so rounding
-    errors weighted by it, instead of by the Hessian, predict GPTQ without running it.
+
+def _gptq_errors(weight: Array, statistics: Statistics, damping: float) -> dict[Spec, float]:
+    """Squared output error that GPTQ leaves on each grid, without running it.
+
+    A column that GPTQ rounds leaves an error of its variance given the columns still to come, which is
+    U_jj^-2 with the factor U (Frantar et al., "GPTQ", section 3.3). By then errors of earlier columns
+    have moved it off any grid that it lay on, so its rounding error is uniform: scale^2 / 12.
     """
     cols = weight.shape[1]
     factor = factorize(statistics.hessian, damping)
-    hessian, left = statistics.hessian, np.ones(cols)
-    if factor is None:  # no usable statistics: all channels alike
-        hessian = np.eye(cols)
-    else:
+    left = np.ones(cols)
+    if factor is not None:
         left[factor.order] = np.diagonal(factor.upper) ** -2
-    probe = _rounding_error(weight, probe_spec(LINEAR_PROBE, cols), None)
-    base = max(float(np.sum((probe @ hessian) * probe)), 1e-30)
-    return {
-        spec: float(np.sum(_rounding_error(weight, spec, statistics.importance) ** 2 @ left)) / base
-        for spec in candidates(cols)
-    }
 
+    def error(spec: Spec) -> float:
+        scales = quantize_rtn(weight, spec, statistics.importance).scales.astype(np.float64)
+        return max(float(np.sum(scales**2 @ left.reshape(-1, spec.group))) / 12, 1e-30)
 
-def _rounding_error(weight: Array, spec: Spec, importance: Array | None) -> Matrix:
-    return weight.astype(np.float64) - quantize_rtn(weight, spec, importance).dequantize()
+    return {spec: error(spec) for spec in candidates(cols)}
 
 
 def _table_errors(checkpoint: Checkpoint, name: str) -> dict[Spec, float]:

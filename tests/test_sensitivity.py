@@ -19,6 +19,7 @@ from uq.kernels.weights import CheckpointWeights, Weights
 from uq.progress import SilentProgress
 from uq.quantize import sensitivity
 from uq.quantize.pipeline import QuantizeOptions, quantize
+from uq.quantize.plan import GptqOptions
 from uq.quantize.scales import quantize_rtn
 from uq.quantize.sensitivity import candidates, measure_costs, probe_spec
 
@@ -89,7 +90,7 @@ def test_probes_diverge_like_models_with_one_rounded_tensor(checkpoint: Checkpoi
 
 
 def test_more_bits_and_smaller_groups_cost_less(checkpoint: Checkpoint) -> None:
-    costs = measure_costs(checkpoint, TOKENS, 0.05, tables=True, progress=SILENT)
+    costs = measure_costs(checkpoint, TOKENS, GptqOptions(), tables=True, progress=SILENT)
     for choices in costs.values():
         groups = sorted({spec.group for spec in choices})
         for bits in (4, 5):
@@ -98,7 +99,7 @@ def test_more_bits_and_smaller_groups_cost_less(checkpoint: Checkpoint) -> None:
 
 
 def test_costs_cover_the_grids_that_fit(checkpoint: Checkpoint) -> None:
-    costs = measure_costs(checkpoint, TOKENS, 0.05, tables=False, progress=SILENT)
+    costs = measure_costs(checkpoint, TOKENS, GptqOptions(), tables=False, progress=SILENT)
     assert EMBEDDING not in costs
     for name, choices in costs.items():
         cols = checkpoint.tensors[name].shape[1]
