@@ -210,9 +210,10 @@ def _probe_error(weight: Array, statistics: Statistics) -> float:
 def _gptq_errors(weight: Array, statistics: Statistics, damping: float) -> dict[Spec, float]:
     """Squared output error that GPTQ leaves on each grid, without running it.
 
-    A column that GPTQ rounds leaves an error of its variance given the columns still to come, which is
-    U_jj^-2 with the factor U (Frantar et al., "GPTQ", section 3.3). By then errors of earlier columns
-    have moved it off any grid that it lay on, so its rounding error is uniform: scale^2 / 12.
+    A column that GPTQ rounds leaves an error of its variance given the columns still to come. With
+    the factor U that variance is U_jj^-2 (Frantar et al., "GPTQ", section 3.3). By then the errors
+    of earlier columns have moved the column off any grid that it lay on, so its rounding error is
+    uniform: scale^2 / 12.
     """
     cols = weight.shape[1]
     factor = factorize(statistics.hessian, damping)
