@@ -40,7 +40,7 @@ Tiny = Callable[..., Path]
 WINDOWS = np.random.default_rng(3).integers(6, 512, (3, 64)).astype(np.int32)
 TEXT = EvaluationText("words", WINDOWS)
 ROUNDED = Row("rounded", "uq", ("--method", "rtn"))
-CALIBRATED = Row("calibrated", "uq", ("--method", "gptq"), calibrated=True)
+CALIBRATED = Row("calibrated", "uq", ("--group", "32"), calibrated=True)
 
 
 @pytest.fixture(scope="module")
