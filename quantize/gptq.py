@@ -131,6 +131,8 @@ def quantize_gptq(
     target = _target(weight.astype(np.float64), statistics, factor, options)
     found = quantize_rtn(target.astype(np.float32), spec, statistics.importance)
     found = replace(found, codes=_round_columns(target, found, factor))
+    if not np.isfinite(found.scales).all():  # the caller refuses the weight
+        return found
     if options.refit:
         found = _refitted(target, found, statistics.hessian)
     for _ in range(options.descents):

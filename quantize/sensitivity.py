@@ -31,7 +31,7 @@ from uq.quantize.calibrate import Calibration
 from uq.quantize.equalize import channel_scale, norm_before
 from uq.quantize.gptq import Statistics, factorize
 from uq.quantize.plan import GptqOptions
-from uq.quantize.scales import quantize_rtn, squared_error
+from uq.quantize.scales import checked, quantize_rtn, squared_error
 from uq.validate.divergence import Sums
 
 Array = NDArray[np.float32]
@@ -128,10 +128,9 @@ class Probes:
     def walk(self, layer: int, weights: Weights) -> None:
         """Take all models through a layer, and start those of its own linears."""
         names, states = [], []
-        for role, (_, cols) in self._config.linear_shapes().items():
-            rounded = quantize_rtn(weights[role], probe_spec(LINEAR_PROBE, cols)).dequantize()
+        for role in self._config.linear_shapes():
             names.append(layer_tensor(layer, role))
-            probed = {**weights, role: rounded}
+            probed = {**weights, role: _probe(names[-1], weights[role])}
             states.append(layer_forward(self._config, layer, probed, self._hidden[0]))
         step = max(1, TOKEN_BLOCK // self._hidden[0, ..., 0].size)
         for first in range(0, len(self._hidden), step):
@@ -189,19 +188,26 @@ def _layer_errors(
             scale = channel_scale(statistics.importance, options.equalize)
         moved = statistics.rescaled(scale)
         for role in roles:
-            base = _probe_error(weights[role], statistics)
+            name = layer_tensor(layer, role)
+            base = _probe_error(name, weights[role], statistics)
             errors = _gptq_errors(weights[role] * scale, moved, options.damping)
-            found[layer_tensor(layer, role)] = {spec: e / base for spec, e in errors.items()}
+            found[name] = {spec: e / base for spec, e in errors.items()}
         return {}
 
     moments.quantize_layer(layer, weights, stage)
     return found
 
 
-def _probe_error(weight: Array, statistics: Statistics) -> float:
+def _probe(name: str, weight: Array) -> Array:
+    """A linear on its probe grid; one that no grid holds is refused here, before any work."""
+    return checked(
+        name, quantize_rtn(weight, probe_spec(LINEAR_PROBE, weight.shape[1]))
+    ).dequantize()
+
+
+def _probe_error(name: str, weight: Array, statistics: Statistics) -> float:
     """Squared output error of the probe grid, whose divergence is known."""
-    rounded = quantize_rtn(weight, probe_spec(LINEAR_PROBE, weight.shape[1])).dequantize()
-    error = weight.astype(np.float64) - rounded
+    error = weight.astype(np.float64) - _probe(name, weight)
     if not np.isfinite(statistics.hessian).all():
         return max(float(np.sum(error**2)), 1e-30)
     return max(float(np.sum((error @ statistics.hessian) * error)), 1e-30)

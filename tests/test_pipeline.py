@@ -239,7 +239,7 @@ def test_an_existing_output_is_refused(tiny_checkpoint: Tiny, tmp_path: Path) ->
             "self_attn.o_proj.weight: 192 columns .* use --group 32 or 64",
         ),
         (
-            QuantizeOptions(recipe="int8", group=32, calibration="x.txt"),
+            QuantizeOptions(recipe="int8", group=32, method="rtn", calibration="x.txt"),
             "--calibration: INT8 rounding uses no text; use --method gptq or fewer bits",
         ),
         (QuantizeOptions(calibration_tokens=1), "--calibration-tokens 1: use 2 or more"),
