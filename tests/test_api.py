@@ -62,7 +62,8 @@ def test_validate_returns_the_report_of_the_command(
     report = uq.validate(bundle, options=options)
     assert isinstance(report, Report)
     command = ["validate", str(bundle.path), "--text", str(tmp_path / "text"), "--context", "32"]
-    assert main([*command, "--chunks", "4", "--no-speed", "--no-save", "--json"]) == 0
+    command += ["--chunks", "4", "--device", "cpu", "--text-format", "plain"]
+    assert main([*command, "--no-speed", "--no-save", "--json"]) == 0
     printed = json.loads(capsys.readouterr().out)
     assert printed["kld"] == report.to_json()["kld"]
     assert printed["bundle"] == report.to_json()["bundle"]

@@ -60,7 +60,7 @@ def test_quantize_names_the_result_and_what_to_do_next(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     out, err = output("quantize", model, "--method", "rtn", "--group", 32)
-    name = f"{model.name}-int4"
+    name = f"{model.name}-int4-g32"
     bundle = open_bundle(tmp_path / name)
     assert out.startswith(f"{name}: ") and out.endswith(f"next: uq validate {name}\n")
     assert f"{bundle.bits_per_weight:.2f} bits per weight" in out

@@ -55,7 +55,7 @@ TEXT = "the time of the world and the city in which they were not one of the fir
 TRIED: set[tuple[str, ...]] = set()
 BUNDLES = (
     "gemma-3-1b-it-int4",
-    "gemma-3-1b-it-int8-g32",
+    "gemma-3-1b-it-int8",
     "me/gemma-3-1b-it-int4",
     "mine",
 )

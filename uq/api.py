@@ -88,6 +88,8 @@ def validate(
 ) -> Report:
     """Compare a bundle with its reference, as `uq validate` does; the report is not saved.
 
+    The text is taken as it is, unless `options.render` puts it to the model as a chat.
+
     Args:
         reference: None: the checkpoint that the bundle was made from.
 
