@@ -196,7 +196,7 @@ def test_bash_completes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> N
     assert main(["completion", "bash"]) == 0
     (tmp_path / "uq").write_text(capsys.readouterr().out)
     script = """
-        source uq
+        source ./uq
         COMP_WORDS=("$@") COMP_CWORD=$(($# - 1))
         _shtab_uq; echo "${COMPREPLY[@]}"
     """

@@ -182,7 +182,7 @@ def test_rows_are_measured(measured: list[RowResult]) -> None:
     for result in (*rounded.draws, *calibrated.draws):
         assert 0 < result.texts["words"].kld.value < 1
         assert result.cost.seconds > 0 and result.cost.peak_bytes > 2**24
-        assert result.sizes.body == "int4 g32"
+        assert result.sizes.body.startswith("int")
 
 
 def test_nothing_is_made_twice(

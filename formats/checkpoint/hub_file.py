@@ -53,6 +53,7 @@ class HubFile:
                 "GET",
                 hf_hub_url(self.repo, self.name, revision=self.commit),
                 headers=build_hf_headers() | part,
+                follow_redirects=True,  # whatever client an application has set
                 timeout=constants.HF_HUB_DOWNLOAD_TIMEOUT,
             )
             hf_raise_for_status(response)
