@@ -15,6 +15,7 @@ import huggingface_hub
 import pytest
 from huggingface_hub import constants
 from huggingface_hub.errors import HfHubHTTPError
+from huggingface_hub.utils._http import default_client_factory
 from numpy.testing import assert_array_equal
 
 from uq.errors import CheckpointError, HubError
@@ -72,7 +73,7 @@ def answer(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Callable
         huggingface_hub.set_client_factory(lambda: httpx.Client(transport=transport))
 
     yield install
-    huggingface_hub.set_client_factory(httpx.Client)
+    huggingface_hub.set_client_factory(default_client_factory)
 
 
 def refuse(status: int, **headers: str) -> Respond:
