@@ -104,6 +104,15 @@ class GemmaConfig:
             "mlp.down_proj": (hidden, ffn),
         }
 
+    def norm_before(self, role: str) -> str | None:
+        """Role of the norm whose output is the input of a linear; None for o_proj and down_proj."""
+        if role in ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"):
+            return "input_layernorm"
+        if role in ("mlp.gate_proj", "mlp.up_proj"):
+            # gemma calls the norm in front of the MLP by what it stands behind.
+            return "pre_feedforward_layernorm" if self.post_norms else "post_attention_layernorm"
+        return None
+
     def norm_shapes(self) -> dict[str, tuple[int]]:
         """Role within a layer -> shape of the norm's gain.
 

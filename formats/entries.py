@@ -22,6 +22,8 @@ class QuantEntry:
         shape: (out, in).
         blocks: consecutive rows; every piece but the last has a multiple of the layout's row block.
         relative_error: the number, or a function that is asked for it behind the last block.
+        fallback: why a part of the tensor was not quantized as planned; None if all was. Or a
+            function, as above.
     """
 
     name: str
@@ -31,6 +33,7 @@ class QuantEntry:
     method: str
     blocks: Iterable[QuantTensor]
     relative_error: float | Callable[[], float] | None = None
+    fallback: str | Callable[[], str | None] | None = None
 
     dtype = "U8"
 
@@ -70,6 +73,7 @@ class QuantEntry:
             relative_error=None if error is None else float(error),
             file=file,
             zero_point=self.spec.zero_point,
+            fallback=self.fallback() if callable(self.fallback) else self.fallback,
         )
 
 

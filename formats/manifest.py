@@ -59,6 +59,7 @@ class TensorRecord:
     relative_error: float | None
     file: str
     zero_point: bool = field(default=False, metadata=OPTIONAL)
+    fallback: str | None = field(default=None, metadata=OPTIONAL)
 
     @property
     def spec(self) -> Spec:
@@ -132,6 +133,8 @@ class Manifest:
         for tensor in tree["tensors"].values():
             if not tensor["zero_point"]:
                 del tensor["zero_point"]  # schema 1 does not know it
+            if tensor["fallback"] is None:
+                del tensor["fallback"]
         text = json.dumps(tree, indent=1, ensure_ascii=False, allow_nan=False)
         return text.encode() + b"\n"
 

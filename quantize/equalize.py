@@ -11,8 +11,6 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from uq.formats.config import GemmaConfig
-
 Array = NDArray[np.float32]
 LIMIT = 4  # powers of two that a channel is moved by at most
 
@@ -32,13 +30,3 @@ def channel_scale(importance: Array, power: float) -> Array:
     shifts = np.clip(np.rint(logs), -LIMIT, LIMIT)
     scale: Array = np.exp2(shifts).astype(np.float32)
     return scale
-
-
-def norm_before(config: GemmaConfig, role: str) -> str | None:
-    """Role of the norm whose output is the input of a linear; None for o_proj and down_proj."""
-    if role in ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"):
-        return "input_layernorm"
-    if role in ("mlp.gate_proj", "mlp.up_proj"):
-        # gemma calls the norm in front of the MLP by what it stands behind.
-        return "pre_feedforward_layernorm" if config.post_norms else "post_attention_layernorm"
-    return None

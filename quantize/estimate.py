@@ -22,7 +22,7 @@ from uq.formats.manifest import expected_tensors
 from uq.formats.spec import Spec
 from uq.quantize.calibrate import BATCH_TOKENS, STAGES
 from uq.quantize.gptq import REFIT_NUMBERS, Statistics, factorize, quantize_gptq
-from uq.quantize.pipeline import SEQUENCE, QuantizeOptions, plan_of, worker_threads
+from uq.quantize.pipeline import SEQUENCE, QuantizeOptions, recognised_plan, worker_threads
 from uq.quantize.plan import Plan, TensorPlan
 from uq.quantize.rounding import PIECE, PIECES_AHEAD
 from uq.quantize.scales import quantize_rtn
@@ -92,7 +92,7 @@ def estimate(checkpoint: Checkpoint, options: QuantizeOptions) -> Estimate:
         UsageError: the options do not fit the model or each other.
     """
     config = checkpoint.config
-    plan = plan_of(config, options)
+    plan = recognised_plan(checkpoint, options)
     kinds = tuple(_kinds(config, plan))
     gains = 4 * sum(width for (width,) in expected_tensors(config)[1].values())
     nbytes = gains + sum(kind.nbytes for kind in kinds)

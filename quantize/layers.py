@@ -15,9 +15,10 @@ from uq.formats.writer import ArrayEntry, Entry, QuantEntry
 from uq.kernels.weights import CheckpointWeights
 from uq.progress import Progress
 from uq.quantize.calibrate import Calibration
-from uq.quantize.equalize import channel_scale, norm_before
+from uq.quantize.equalize import channel_scale
 from uq.quantize.gptq import Factor, Statistics, factorize, output_error, quantize_gptq
 from uq.quantize.plan import Plan
+from uq.quantize.recover import misfit, recover
 from uq.quantize.scales import checked, quantize_rtn, weight_error
 
 
@@ -50,7 +51,7 @@ class CalibratedLayers:
         linears: list[Entry] = []
 
         def stage(roles: Sequence[str], statistics: Statistics) -> dict[str, NDArray[np.float32]]:
-            scale = self._equalize(roles[0], statistics.importance, gains)
+            scale = self._equalize(layer, roles, statistics.importance, gains)
             statistics = statistics.rescaled(scale)
             factor = factorize(statistics.hessian, self._plan.gptq.damping)
             found: dict[str, NDArray[np.float32]] = {}
@@ -66,11 +67,19 @@ class CalibratedLayers:
         return [*linears, *norms]
 
     def _equalize(
-        self, role: str, importance: NDArray[np.float32], gains: dict[str, NDArray[np.float32]]
+        self,
+        layer: int,
+        roles: Sequence[str],
+        importance: NDArray[np.float32],
+        gains: dict[str, NDArray[np.float32]],
     ) -> NDArray[np.float32]:
-        """(n,) factors of the columns of a stage; divides the gain in front by them."""
-        norm = norm_before(self._checkpoint.config, role)
-        if norm is None or not self._plan.uses_gptq:
+        """(n,) factors of the columns of a stage; divides the gain in front by them.
+
+        All 1 where a weight lies on its grid: other columns would take it off.
+        """
+        norm = self._checkpoint.config.norm_before(roles[0])
+        methods = {self._plan.tensors[layer_tensor(layer, role)].method for role in roles}
+        if norm is None or "grid" in methods or not self._plan.uses_gptq:
             return np.ones_like(importance)
         scale = channel_scale(importance, self._plan.gptq.equalize)
         gains[norm] = gains[norm] / scale
@@ -95,16 +104,35 @@ class CalibratedLayers:
     ) -> tuple[QuantTensor, QuantEntry]:
         self._progress.work(name)
         plan = self._plan.tensors[name]
-        method = plan.method if factor is not None else "rtn"
-        if factor is None:  # an activation overflowed, or all of them were zero
-            self._progress.note(f"{name}: no usable statistics, rounded to nearest")
+        method, fallback = plan.method, None
+        if method == "grid":
+            found, fits = recover(weight, plan.spec, self._checkpoint.tensors[name].dtype)
+            fallback = misfit(int(fits.sum()), fits.size)
+        elif factor is None:
+            method, fallback = "rtn", f"{unusable(statistics.hessian)}; rounded to nearest"
             found = quantize_rtn(weight, plan.spec)
-            error = weight_error(weight, found)
+        elif method == "gptq":
+            found = quantize_gptq(weight, plan.spec, statistics, factor, self._plan.gptq)
         else:
-            if method == "gptq":
-                found = quantize_gptq(weight, plan.spec, statistics, factor, self._plan.gptq)
-            else:
-                found = quantize_rtn(weight, plan.spec, statistics.importance)
-            error = output_error(weight, found, statistics.hessian)
+            found = quantize_rtn(weight, plan.spec, statistics.importance)
+        if fallback:
+            self._progress.note(f"{name}: {fallback}")
+        measured = method == "grid" or factor is None
+        error = (
+            weight_error(weight, found)
+            if measured
+            else output_error(weight, found, statistics.hessian)
+        )
         blocks = [checked(name, found)]
-        return found, QuantEntry(name, found.shape, plan.spec, plan.layout, method, blocks, error)
+        return found, QuantEntry(
+            name, found.shape, plan.spec, plan.layout, method, blocks, error, fallback
+        )
+
+
+def unusable(hessian: NDArray[np.float64]) -> str:
+    """Why `factorize` found no factor of a matrix of second moments."""
+    if not np.isfinite(hessian).all():
+        return "an input of the calibration is not finite"
+    if not hessian.any():
+        return "every input of the calibration is zero"
+    return "the Hessian of the calibration is not positive definite at any damping"

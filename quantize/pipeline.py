@@ -36,6 +36,7 @@ from uq.progress import Progress, SilentProgress
 from uq.quantize.layers import CalibratedLayers
 from uq.quantize.mixing import mixed_plan
 from uq.quantize.plan import Plan, make_plan
+from uq.quantize.recover import recognise
 from uq.quantize.rounding import RoundedTensors
 from uq.quantize.text import Text, read_text, text_notes, token_sequences
 
@@ -102,7 +103,10 @@ def quantize(
         DeviceError: the disk is full or broken.
     """
     config = checkpoint.config
-    plan = plan_of(config, options)
+    plan = recognised_plan(checkpoint, options)
+    kept = sum(tensor.method == "grid" for tensor in plan.tensors.values())
+    if kept:
+        progress.note(f"{kept} of {len(plan.tensors)} tensors lie on their grid: codes kept")
     text = _calibration_text(plan, options)
     identity = _identity(checkpoint, text, options)
     shards = 1 + config.num_layers
@@ -204,6 +208,17 @@ def plan_of(config: GemmaConfig, options: QuantizeOptions) -> Plan:
             "--calibration: INT8 rounding uses no text; use --method gptq or fewer bits"
         )
     return replace(plan, weighted=True)
+
+
+def recognised_plan(checkpoint: Checkpoint, options: QuantizeOptions) -> Plan:
+    """`plan_of`, with the codes of weights that lie on their grid kept, unless GPTQ is asked for.
+
+    Raises:
+        UsageError: the options do not fit the model or each other.
+        CheckpointError: a weight is not finite.
+    """
+    plan = plan_of(checkpoint.config, options)
+    return plan if options.method == "gptq" else recognise(checkpoint, plan)
 
 
 def shard_tensors(config: GemmaConfig, index: int) -> list[str]:

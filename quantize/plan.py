@@ -10,8 +10,8 @@ from uq.errors import UsageError
 from uq.formats.config import EMBEDDING, HEAD, GemmaConfig, layer_tensor
 from uq.formats.spec import BITS, GROUPS, Spec
 
-Method = Literal["rtn", "gptq"]
-METHODS: tuple[Method, ...] = ("rtn", "gptq")
+Method = Literal["rtn", "gptq", "grid"]
+METHODS: tuple[Method, ...] = ("rtn", "gptq")  # those that the user may ask for
 
 LAYOUT_OF_TARGET = {
     "igpu": "igpu",
@@ -119,6 +119,13 @@ class Plan:
     gptq: GptqOptions
     budget: Budget | None = None
     weighted: bool = False  # rtn searches its scales for the inputs of a calibration text
+
+    def with_grids(self, found: Mapping[str, TensorPlan]) -> Plan:
+        """The plan with other treatments of some tensors; uncalibrated if no linear needs it."""
+        tensors = {**self.tensors, **found}
+        linears = (plan for name, plan in tensors.items() if name not in (EMBEDDING, HEAD))
+        needed = any(plan.method != "grid" for plan in linears)
+        return replace(self, tensors=tensors, weighted=self.weighted and needed)
 
     @property
     def uses_gptq(self) -> bool:

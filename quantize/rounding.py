@@ -1,4 +1,4 @@
-"""Tensors that need no statistics: read, rounded to nearest and handed on in pieces of rows.
+"""Tensors that need no statistics: read, rounded and handed on in pieces of rows.
 
 Threads work ahead of the writer, over the borders of tensors and shards. The pieces do not depend
 on their number, so neither do the bytes.
@@ -20,6 +20,7 @@ from uq.formats.layouts import LAYOUTS
 from uq.formats.spec import QuantTensor
 from uq.formats.writer import QuantEntry
 from uq.quantize.plan import Plan, TensorPlan
+from uq.quantize.recover import misfit, recover
 from uq.quantize.scales import checked, error_ratio, quantize_rtn, squared_error
 
 PIECE = 1 << 20  # weights
@@ -40,10 +41,14 @@ class Rows:
 
 @dataclass(frozen=True)
 class RoundedRows:
-    """A piece of a quantized tensor; `squares` as `squared_error` gives them."""
+    """A piece of a quantized tensor.
+
+    Attributes:
+        sums: the two of `squared_error`, groups that were quantized as planned, groups.
+    """
 
     tensor: QuantTensor
-    squares: NDArray[np.float64]
+    sums: NDArray[np.float64]
 
 
 class RoundedTensors:
@@ -66,13 +71,13 @@ class RoundedTensors:
 
     def entry(self, name: str) -> QuantEntry:
         """The tensor as an entry whose blocks arrive while it is written."""
-        tensor, squares = self._plan.tensors[name], np.zeros(2)
+        tensor, sums = self._plan.tensors[name], np.zeros(4)
 
         def blocks() -> Iterator[QuantTensor]:
             self._started(name)
             for _ in self._split(name):
                 piece = next(self._pieces)
-                np.add(squares, piece.squares, out=squares)
+                np.add(sums, piece.sums, out=sums)
                 yield piece.tensor
 
         shape = self._shape(name)
@@ -81,9 +86,10 @@ class RoundedTensors:
             shape,
             tensor.spec,
             tensor.layout,
-            "rtn",
+            tensor.method if tensor.method == "grid" else "rtn",
             blocks(),
-            lambda: error_ratio(squares),
+            lambda: error_ratio(sums),
+            lambda: misfit(int(sums[2]), int(sums[3])),
         )
 
     def _shape(self, name: str) -> tuple[int, int]:
@@ -98,8 +104,16 @@ class RoundedTensors:
 
     def _round(self, rows: Rows) -> RoundedRows:
         weight = self._checkpoint.rows(rows.name, rows.start, rows.stop)
-        tensor = checked(rows.name, quantize_rtn(weight, self._plan.tensors[rows.name].spec))
-        return RoundedRows(tensor, squared_error(weight, tensor))
+        plan = self._plan.tensors[rows.name]
+        if plan.method == "grid":
+            tensor, fits = recover(weight, plan.spec, self._checkpoint.tensors[rows.name].dtype)
+            fitting = int(fits.sum())
+        else:
+            tensor = quantize_rtn(weight, plan.spec)
+            fitting = tensor.scales.size
+        checked(rows.name, tensor)
+        sums = np.append(squared_error(weight, tensor), [fitting, tensor.scales.size])
+        return RoundedRows(tensor, sums)
 
 
 def ahead(

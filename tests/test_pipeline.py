@@ -222,7 +222,40 @@ def test_inputs_that_are_always_zero_fall_back_to_rounding(
     out = quantize(open_checkpoint(folder), tmp_path / "b", GPTQ, progress)
     tensors = open_bundle(out).manifest.tensors
     assert tensors[DOWN].method == "rtn" and tensors[gate].method == "gptq"
-    assert progress.notes == [f"{DOWN}: no usable statistics, rounded to nearest"]
+    fallback = "every input of the calibration is zero; rounded to nearest"
+    assert tensors[DOWN].fallback == fallback and tensors[gate].fallback is None
+    assert progress.notes == [f"{DOWN}: {fallback}"]
+
+
+def test_inputs_that_overflow_fall_back_to_rounding(tiny_checkpoint: Tiny, tmp_path: Path) -> None:
+    """Everything behind the overflow has none either; what lies in front of it is calibrated."""
+    gain = np.full(128, 3e38, np.float32)
+    name = "model.layers.1.input_layernorm.weight"
+    folder = tiny_checkpoint(extra={name: gain}, dtype="f32")
+    out = quantize(open_checkpoint(folder), tmp_path / "b", GPTQ)
+    records = open_bundle(out).manifest.tensors
+    methods = {name: record.method for name, record in records.items() if "_proj" in name}
+    assert {name.split(".")[2]: method for name, method in methods.items()} == {
+        "0": "gptq",
+        "1": "rtn",
+    }
+    reasons = {record.fallback for name, record in records.items() if ".layers.1." in name}
+    assert reasons == {"an input of the calibration is not finite; rounded to nearest"}
+
+
+def test_a_text_of_one_repeated_word_is_calibrated_on(
+    tiny_checkpoint: Tiny, tmp_path: Path
+) -> None:
+    """Every row of the inputs is almost the same: the Hessian has rank one, about."""
+    text = tmp_path / "same.txt"
+    text.write_text("time" * 3000)
+    options = replace(GPTQ, calibration=str(text))
+    checkpoint = open_checkpoint(tiny_checkpoint())
+    out = open_bundle(quantize(checkpoint, tmp_path / "b", options))
+    for name, record in out.manifest.tensors.items():
+        assert record.fallback is None
+        assert np.isfinite(out.quant(name).dequantize()).all()
+        assert record.relative_error is not None and record.relative_error < 0.2
 
 
 def test_an_existing_output_is_refused(tiny_checkpoint: Tiny, tmp_path: Path) -> None:

@@ -51,9 +51,11 @@ REPORT = Report(
     reference_speed=None,
     memory=Memory(3_000_000_000, 700_000_000),
     layers=(
-        LayerError("model.embed_tokens.weight", 8, 32, 0.005),
-        LayerError("model.layers.0.self_attn.q_proj.weight", 4, 64, 0.085),
-        LayerError("model.layers.1.self_attn.q_proj.weight", 4, 64, 0.0712),
+        LayerError("model.embed_tokens.weight", 8, 32, 0.005, "rtn", None),
+        LayerError("model.layers.0.self_attn.q_proj.weight", 4, 64, 0.085, "gptq", None),
+        LayerError(
+            "model.layers.1.self_attn.q_proj.weight", 4, 64, 0.0712, "rtn", "an input is zero"
+        ),
     ),
     thresholds=(Threshold("max_kld", 0.05, 0.048, True),),
     losses=(
@@ -81,7 +83,9 @@ def test_the_report_survives_json() -> None:
 def test_the_names_that_programs_rely_on() -> None:
     data = REPORT.to_json()
     assert {name: names(value) for name, value in data.items() if name in PUBLIC} == PUBLIC
-    assert list(data["layers"][0]) == ["name", "bits", "group", "relative_error"]
+    assert list(data["layers"][0]) == [
+        *("name", "bits", "group", "relative_error", "method", "fallback")
+    ]
     assert list(data["thresholds"][0]) == ["name", "limit", "value", "passed"]
     assert list(data["speed"]["decode_tps"]) == ["median", "min", "max"]
 

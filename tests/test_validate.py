@@ -12,10 +12,11 @@ from uq.errors import CheckpointError, DeviceError, UsageError
 from uq.formats.bundle import Bundle, open_bundle
 from uq.formats.checkpoint import Checkpoint, open_checkpoint
 from uq.formats.manifest import FileRecord, Manifest, Provenance
+from uq.quantize.pipeline import QuantizeOptions, quantize
 from uq.validate.files import load_report, save_report
 from uq.validate.origin import find_reference
-from uq.validate.report import Report
-from uq.validate.validate import ValidateOptions, survival, thresholds, validate
+from uq.validate.report import LayerError, Report
+from uq.validate.validate import ValidateOptions, fallbacks, survival, thresholds, validate
 from uq.validate.weights import kind_of, kind_sizes, weight_errors
 
 WORDS = "the city of that time was their first and after years people with two other worlds "
@@ -191,6 +192,27 @@ def test_relative_errors_are_those_of_float64(
     (found,) = [entry for entry in report.layers if entry.name == Q_PROJ]
     assert found.relative_error == pytest.approx(error, rel=1e-6)
     assert (found.bits, found.group) == (4, 32)
+
+
+def test_columns_that_a_norm_gave_away_are_no_error(
+    tiny_checkpoint: Callable[..., Path], tmp_path: Path
+) -> None:
+    """GPTQ moves powers of two from gains into columns; the product is what is compared."""
+    checkpoint = open_checkpoint(tiny_checkpoint())
+    text = tmp_path / "words.txt"
+    text.write_text(WORDS * 60)
+    gptq = QuantizeOptions(calibration=str(text), calibration_tokens=512)
+    made = open_bundle(quantize(checkpoint, tmp_path / "made", gptq))
+    gains = made.array("model.layers.1.input_layernorm.gain")
+    assert (gains != checkpoint.gains(1)["input_layernorm"]).any()
+    errors = weight_errors(made, checkpoint, lambda layer: None)
+    assert all(entry.relative_error < 0.2 for entry in errors)
+
+
+def test_tensors_not_quantized_as_planned_are_warnings() -> None:
+    errors = [LayerError(f"t{i}", 4, 32, 0.1, "rtn", reason) for i, reason in enumerate("aab")]
+    errors.append(LayerError("t3", 4, 32, 0.1, "gptq", None))
+    assert fallbacks(tuple(errors)) == ["t0 and 1 more: a", "t2: b"]
 
 
 def test_every_quantized_tensor_has_an_error(

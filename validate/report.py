@@ -119,12 +119,20 @@ class Memory:
 
 @dataclass(frozen=True)
 class LayerError:
-    """`relative_error` is |W - dequantized| / |W| in Frobenius norms, W from the reference."""
+    """How one tensor was quantized.
+
+    Attributes:
+        relative_error: |W - dequantized| / |W| in Frobenius norms, W from the reference.
+        method: as in the manifest.
+        fallback: why it was not quantized as planned, or None.
+    """
 
     name: str
     bits: int
     group: int
     relative_error: float
+    method: str
+    fallback: str | None
 
 
 @dataclass(frozen=True)

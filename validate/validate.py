@@ -160,8 +160,24 @@ def validate(
         sizes=kind_sizes(bundle.manifest, checkpoint),
         series=_series(scores, len(tokens)),
         environment=environment(options.command, numba.get_num_threads()),
-        warnings=(*warnings, *text_warnings(scores.reference_perplexity.value)),
+        warnings=(
+            *warnings,
+            *text_warnings(scores.reference_perplexity.value),
+            *fallbacks(errors),
+        ),
     )
+
+
+def fallbacks(errors: tuple[LayerError, ...]) -> list[str]:
+    """One line for each reason why tensors were not quantized as planned."""
+    names: dict[str, list[str]] = {}
+    for error in errors:
+        if error.fallback is not None:
+            names.setdefault(error.fallback, []).append(error.name)
+    return [
+        f"{tensors[0]}{f' and {len(tensors) - 1} more' if len(tensors) > 1 else ''}: {reason}"
+        for reason, tensors in names.items()
+    ]
 
 
 def _reference_states(

@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
 from uq.formats.config import EMBEDDING, HEAD, layer_tensor
+from uq.formats.manifest import gain_name
 from uq.validate.report import KindSize, LayerError
 
 if TYPE_CHECKING:
     from uq.formats.bundle import Bundle
     from uq.formats.checkpoint import Checkpoint
-    from uq.formats.manifest import Manifest
-    from uq.formats.spec import QuantTensor
+    from uq.formats.manifest import Manifest, TensorRecord
 
 ROWS = 4096  # rows of the embedding that are compared at a time
 KINDS = ("embedding", "head", "attention", "mlp", "norms")
@@ -65,11 +65,24 @@ def weight_errors(
         weights = checkpoint.layer(index)
         for role in checkpoint.config.linear_shapes():
             name = layer_tensor(index, role)
-            tensor = bundle.quant(name)
-            error, size = _squares(weights[role], tensor.dequantize())
-            errors.append(_entry(name, tensor, error, size))
+            ours = bundle.quant(name).dequantize() / _moved(bundle, index, role, weights)
+            error, size = _squares(weights[role], ours)
+            errors.append(_entry(name, bundle.manifest.tensors[name], error, size))
         layer_done(index)
     return tuple(errors)
+
+
+def _moved(bundle: Bundle, layer: int, role: str, weights: Mapping[str, Array]) -> Array:
+    """(in,) what the quantizer took from the gain in front of a linear into the linear's columns.
+
+    1 where the gain is 0: nothing can be taken from it.
+    """
+    norm = bundle.config.norm_before(role)
+    if norm is None:
+        return np.ones(1, np.float32)
+    gain = bundle.array(gain_name(layer_tensor(layer, norm)))
+    moved: Array = np.where(gain == 0, np.float32(1), weights[norm] / np.where(gain == 0, 1, gain))
+    return moved
 
 
 def _table_errors(bundle: Bundle, checkpoint: Checkpoint) -> Iterator[LayerError]:
@@ -83,7 +96,7 @@ def _table_errors(bundle: Bundle, checkpoint: Checkpoint) -> Iterator[LayerError
             stop = min(start + ROWS, tensor.shape[0])
             squares = _squares(read(start, stop), tensor.rows(start, stop).dequantize())
             error, size = error + squares[0], size + squares[1]
-        yield _entry(name, tensor, error, size)
+        yield _entry(name, bundle.manifest.tensors[name], error, size)
 
 
 def _squares(weight: Array, approximation: Array) -> tuple[float, float]:
@@ -96,7 +109,7 @@ def _square(values: Array) -> float:
     return float(np.einsum("ij,ij->", values, values, dtype=np.float64))
 
 
-def _entry(name: str, tensor: QuantTensor, error: float, size: float) -> LayerError:
+def _entry(name: str, record: TensorRecord, error: float, size: float) -> LayerError:
     # a tensor of zeros is exact whatever its scale
     relative = math.sqrt(error / size) if size else 0.0
-    return LayerError(name, tensor.spec.bits, tensor.spec.group, relative)
+    return LayerError(name, record.bits, record.group, relative, record.method, record.fallback)
