@@ -1,6 +1,6 @@
 """Keys and values in 8 or 4 bits: what attention reads back from a quantized KV cache.
 
-Values are harmless. A few channels of Gemma's keys are 10 to 30 times larger than the others and
+Values are harmless. A few channels of Gemma's keys are 8 to 60 times larger than the median and
 hold almost the same number at every position. Three measures against that, each exact in float:
 
 - balanced: channels of the keys are divided by s and those of the queries multiplied by it, which a

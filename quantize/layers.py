@@ -104,29 +104,37 @@ class CalibratedLayers:
     ) -> tuple[QuantTensor, QuantEntry]:
         self._progress.work(name)
         plan = self._plan.tensors[name]
-        method, fallback = plan.method, None
-        if method == "grid":
-            found, fits = recover(weight, plan.spec, self._checkpoint.tensors[name].dtype)
-            fallback = misfit(int(fits.sum()), fits.size)
-        elif factor is None:
-            method, fallback = "rtn", f"{unusable(statistics.hessian)}; rounded to nearest"
-            found = quantize_rtn(weight, plan.spec)
-        elif method == "gptq":
-            found = quantize_gptq(weight, plan.spec, statistics, factor, self._plan.gptq)
-        else:
-            found = quantize_rtn(weight, plan.spec, statistics.importance)
-        if fallback:
+        found, method, fallback = self._codes(name, weight, statistics, factor)
+        if fallback is not None:
             self._progress.note(f"{name}: {fallback}")
-        measured = method == "grid" or factor is None
-        error = (
-            weight_error(weight, found)
-            if measured
-            else output_error(weight, found, statistics.hessian)
-        )
+        if method == "grid" or factor is None:
+            error = weight_error(weight, found)
+        else:
+            error = output_error(weight, found, statistics.hessian)
         blocks = [checked(name, found)]
         return found, QuantEntry(
             name, found.shape, plan.spec, plan.layout, method, blocks, error, fallback
         )
+
+    def _codes(
+        self,
+        name: str,
+        weight: NDArray[np.float32],
+        statistics: Statistics,
+        factor: Factor | None,
+    ) -> tuple[QuantTensor, str, str | None]:
+        """The quantized tensor, the method, and why it is not the planned one."""
+        spec, method = self._plan.tensors[name].spec, self._plan.tensors[name].method
+        if method == "grid":
+            found, fits = recover(weight, spec, self._checkpoint.tensors[name].dtype)
+            return found, method, misfit(int(fits.sum()), fits.size)
+        if factor is None:
+            reason = f"{unusable(statistics.hessian)}; rounded to nearest"
+            return quantize_rtn(weight, spec), "rtn", reason
+        if method == "gptq":
+            gptq = self._plan.gptq
+            return quantize_gptq(weight, spec, statistics, factor, gptq), method, None
+        return quantize_rtn(weight, spec, statistics.importance), method, None
 
 
 def unusable(hessian: NDArray[np.float64]) -> str:

@@ -30,18 +30,22 @@ def mixed_plan(
 ) -> Plan:
     """The plan with the grids that cost least within the budget.
 
-    The costs are kept in the cache, for a run that is continued and for other budgets.
+    Tensors that lie on their grid keep it, and its bytes count. The costs are kept in the cache,
+    for a run that is continued and for other budgets.
 
     Raises:
         UsageError: the smallest grids take more than the budget.
     """
     shapes = expected_tensors(checkpoint.config)[0]
-    costs = _kept_costs(checkpoint, plan, budget, tokens, progress)
+    fixed = {name for name, tensor in plan.tensors.items() if tensor.method == "grid"}
+    measured = _kept_costs(checkpoint, plan, budget, tokens, progress)
+    costs = {name: choices for name, choices in measured.items() if name not in fixed}
+    taken = sum(plan.tensors[name].spec.nbytes(*shapes[name]) for name in fixed & set(measured))
     sizes = {
         name: {spec: spec.nbytes(*shapes[name]) for spec in choices}
         for name, choices in costs.items()
     }
-    chosen = allocate(costs, sizes, budget.nbytes)
+    chosen = allocate(costs, sizes, budget.nbytes - taken)
     tensors = {
         name: replace(tensor, spec=chosen.get(name, tensor.spec))
         for name, tensor in plan.tensors.items()

@@ -121,11 +121,16 @@ class Plan:
     weighted: bool = False  # rtn searches its scales for the inputs of a calibration text
 
     def with_grids(self, found: Mapping[str, TensorPlan]) -> Plan:
-        """The plan with other treatments of some tensors; uncalibrated if no linear needs it."""
+        """The plan with other treatments of some tensors; uncalibrated if no linear needs it.
+
+        Nothing is left to choose then, either, but the tables keep the grid that they have.
+        """
         tensors = {**self.tensors, **found}
         linears = (plan for name, plan in tensors.items() if name not in (EMBEDDING, HEAD))
         needed = any(plan.method != "grid" for plan in linears)
-        return replace(self, tensors=tensors, weighted=self.weighted and needed)
+        if needed:
+            return replace(self, tensors=tensors)
+        return replace(self, tensors=tensors, weighted=False, budget=None)
 
     @property
     def uses_gptq(self) -> bool:

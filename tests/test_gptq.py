@@ -16,6 +16,7 @@ from uq.quantize.gptq import (
     quantize_gptq,
     refit_scales,
 )
+from uq.quantize.layers import unusable
 from uq.quantize.plan import GptqOptions
 from uq.quantize.scales import quantize_rtn
 
@@ -212,3 +213,31 @@ def test_result_is_a_whole_tensor() -> None:
     assert found.codes.dtype == np.int8 and found.codes.flags.c_contiguous
     assert found.scales.dtype == np.float16 and found.scales.shape == (24, 4)
     assert found.codes.min() >= -8 and found.codes.max() <= 7
+
+
+@pytest.mark.parametrize(
+    ("hessian", "reason"),
+    [
+        (np.full((40, 40), np.inf), "an input of the calibration is not finite"),
+        (np.full((40, 40), np.nan), "an input of the calibration is not finite"),
+        (np.zeros((40, 40)), "every input of the calibration is zero"),
+        (np.ones((40, 40)) * 100 - np.eye(40) * 99 - 200 * np.eye(40)[::-1],
+         "the Hessian of the calibration is not positive definite at any damping"),
+    ],
+)  # fmt: skip
+def test_a_hessian_without_factor_says_why(hessian: Array, reason: str) -> None:
+    assert factorize(hessian, 0.01) is None
+    assert unusable(hessian) == reason
+
+
+def test_channels_that_are_never_active_are_rounded_to_nearest() -> None:
+    x = inputs(n=64)
+    x[:, 32:] = 0
+    found_statistics = statistics(x)
+    factor = factorize(found_statistics.hessian, 0.01)
+    assert factor is not None
+    weight, spec = weights(n=64), Spec(4, 32)
+    found = quantize_gptq(weight, spec, found_statistics, factor, PLAIN)
+    nearest = quantize_rtn(weight, spec, found_statistics.importance)
+    np.testing.assert_array_equal(found.codes[:, 32:], nearest.codes[:, 32:])
+    assert (found.codes[:, :32] != nearest.codes[:, :32]).any()
