@@ -28,7 +28,7 @@ from uq.kernels.reference import (
 from uq.kernels.weights import CheckpointWeights, Weights
 from uq.progress import Progress
 from uq.quantize.calibrate import Calibration
-from uq.quantize.equalize import channel_scale, norm_before
+from uq.quantize.equalize import channel_scale
 from uq.quantize.gptq import Statistics, factorize
 from uq.quantize.plan import GptqOptions
 from uq.quantize.scales import checked, quantize_rtn, squared_error
@@ -184,7 +184,7 @@ def _layer_errors(
 
     def stage(roles: Sequence[str], statistics: Statistics) -> dict[str, Array]:
         scale = np.ones_like(statistics.importance)
-        if norm_before(config, roles[0]) is not None:
+        if config.norm_before(roles[0]) is not None:
             scale = channel_scale(statistics.importance, options.equalize)
         moved = statistics.rescaled(scale)
         for role in roles:

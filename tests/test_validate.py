@@ -209,7 +209,8 @@ def test_columns_that_a_norm_gave_away_are_no_error(
     gains = made.array("model.layers.1.input_layernorm.gain")
     assert (gains != checkpoint.gains(1)["input_layernorm"]).any()
     errors = weight_errors(made, checkpoint, lambda layer: None)
-    assert all(entry.relative_error < 0.2 for entry in errors)
+    # columns of little weight are rounded coarsely; a column left 8 times too large gives 1.4
+    assert all(entry.relative_error < 0.3 for entry in errors)
 
 
 def test_tensors_not_quantized_as_planned_are_warnings() -> None:
