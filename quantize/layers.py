@@ -44,6 +44,7 @@ class CalibratedLayers:
             checkpoint.config, rounded.reshape(rows.shape), exact, clip=plan.clip
         )
 
+    @np.errstate(over="ignore", invalid="ignore")
     def quantize(self, layer: int) -> list[Entry]:
         """Bundle entries of a layer; the next call is for the next layer."""
         weights = self._checkpoint.layer(layer)

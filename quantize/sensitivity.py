@@ -9,6 +9,7 @@ error is proportional.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 
 import numpy as np
@@ -50,6 +51,7 @@ VOCAB_BLOCK = 1024
 TABLE_SAMPLE = 16384  # rows on which the grids of the embedding are compared
 
 
+@np.errstate(over="ignore", invalid="ignore")
 def measure_costs(
     checkpoint: Checkpoint,
     tokens: NDArray[np.int32],
@@ -63,6 +65,8 @@ def measure_costs(
     Args:
         tokens: (sequences, length) int32 of the calibration; a few of them are used.
         tables: the embedding and an untied head, too, rounded to nearest.
+
+    Where outputs overflow there is no divergence, and the tensors' own errors decide.
     """
     config = checkpoint.config
     source = CheckpointWeights(checkpoint, resident=False)
@@ -80,6 +84,9 @@ def measure_costs(
         errors |= {name: _table_errors(checkpoint, name) for name in table_names(config)}
     divergences = probes.divergences()
     progress.close()
+    if not all(map(math.isfinite, divergences.values())):
+        progress.note("outputs of the calibration are not finite: grids by the weights' errors")
+        divergences = dict.fromkeys(divergences, 1.0)
     return {
         name: {spec: divergences[name] * ratio for spec, ratio in ratios.items()}
         for name, ratios in errors.items()
@@ -226,9 +233,10 @@ def _gptq_errors(weight: Array, statistics: Statistics, damping: float) -> dict[
     left = np.ones(cols)
     if factor is not None:
         left[factor.order] = np.diagonal(factor.upper) ** -2
+    importance = None if factor is None else statistics.importance
 
     def error(spec: Spec) -> float:
-        scales = quantize_rtn(weight, spec, statistics.importance).scales.astype(np.float64)
+        scales = quantize_rtn(weight, spec, importance).scales.astype(np.float64)
         return max(float(np.sum(scales**2 @ left.reshape(-1, spec.group))) / 12, 1e-30)
 
     return {spec: error(spec) for spec in candidates(cols)}
