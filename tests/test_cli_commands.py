@@ -271,6 +271,8 @@ def test_doctor_prints_json(output: Output) -> None:
     assert machine["memory"] >= machine["memory_available"] > 0
     assert machine["backends"]["cpu"]["available"] is True
     assert machine["backends"]["npu"]["available"] is False
+    keys = {"check", "level", "what", "why", "command", "then", "fixable"}
+    assert all(finding.keys() == keys for finding in machine["findings"])
 
 
 def test_doctor_says_how_to_install_what_is_missing(
@@ -278,7 +280,8 @@ def test_doctor_says_how_to_install_what_is_missing(
 ) -> None:
     monkeypatch.setattr("uq.machine._version", lambda name: None if name == "numba" else "1.0")
     out, _ = output("doctor", code=1)
-    assert "MISSING; run: pip install numba" in out
+    assert "the Python package numba is MISSING" in out
+    assert "-m pip install numba\n" in out
 
 
 def test_a_first_run_announces_the_compiler(monkeypatch: pytest.MonkeyPatch) -> None:

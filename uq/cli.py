@@ -48,7 +48,7 @@ COMMANDS = {
     "compare": (compare, "put the reports of several bundles side by side"),
     "publish": (publish, "put a validated bundle on the Hugging Face Hub"),
     "npu": (npu, "check designs for the NPU"),
-    "doctor": (doctor, "show what this machine offers"),
+    "doctor": (doctor, "show what this machine offers and what is wrong with it"),
     "completion": (completion, "print a script that completes commands in the shell"),
 }
 DEFECT, INTERRUPTED, PIPE_CLOSED = 70, 130, 141

@@ -1,50 +1,64 @@
-"""`uq doctor`: show what this machine offers."""
+"""`uq doctor`: what this machine offers, what is wrong with it, and the command that mends it."""
 
 from __future__ import annotations
 
 import argparse
 import json
+import sys
 from dataclasses import asdict
 from typing import TYPE_CHECKING
 
+from uq.errors import UsageError
+
 if TYPE_CHECKING:
+    from uq.doctor import Finding
     from uq.machine import Machine
+
+MODES = ("default", "powersaver", "balanced", "performance", "turbo")  # of xrt-smi
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    add = parser.add_argument
+    add("--json", action="store_true", help="print one JSON object")
+    add("--fix", action="store_true", help="offer every repair that can be undone, one by one")
+    add("--power-mode", choices=MODES, metavar="MODE", help=f"set the NPU's: {', '.join(MODES)}")
 
 
 def run(args: argparse.Namespace) -> int:
+    """1 when there is a problem: something that is there and cannot be used."""
+    from uq.doctor import Level, diagnose, this_system
+    from uq.doctor.mend import execute, mend, set_power_mode
     from uq.machine import examine
 
+    if args.json and (args.fix or args.power_mode):
+        raise UsageError("--json reads and prints; leave out --fix and --power-mode")
+    system = this_system()
+    if args.power_mode:
+        set_power_mode(args.power_mode, system, execute)
+        return 0
     machine = examine()
-    print(json.dumps(asdict(machine), indent=2) if args.json else describe(machine))
-    missing = [name for name, version in machine.packages.items() if version is None]
-    return 1 if missing else 0
+    findings = diagnose(system, machine)
+    if args.json:
+        shown = asdict(machine) | {"findings": [finding.to_json() for finding in findings]}
+        print(json.dumps(shown, indent=2))
+    else:
+        show(machine, findings)
+    if args.fix and mend(findings, system, ask, execute):
+        print("\nmended; what needs a new login or a reboot shows up after it: uq doctor")
+    return 1 if any(finding.level is Level.PROBLEM for finding in findings) else 0
 
 
-def describe(machine: Machine) -> str:
-    from uq.text import size, table
+def show(machine: Machine, findings: tuple[Finding, ...]) -> None:
+    from uq.doctor.display import display
+    from uq.validate.table import wants_colour
 
-    threads = f"{machine.cores} cores, {machine.threads} threads usable"
-    memory = f"{size(machine.memory)}, {size(machine.memory_available)} available"
-    facts = [
-        ("uq", machine.uq),
-        ("Python", machine.python),
-        ("System", machine.system),
-        ("CPU", f"{machine.cpu}, {threads}"),
-        ("Features", " ".join(machine.features) or "none that the kernels use"),
-        ("Memory", memory),
-        ("Disk here", f"{size(machine.disk_free)} free"),
-    ]
-    packages = [
-        (name, version or f"MISSING; run: pip install {name}")
-        for name, version in machine.packages.items()
-    ]
-    backends = [
-        (name, f"{'available' if found.available else 'not available'}: {found.reason}")
-        for name, found in machine.backends.items()
-    ]
-    sections = {"": facts, "Packages": packages, "Backends": backends}
-    return "\n\n".join(f"{title}\n{table(rows)}".strip() for title, rows in sections.items())
+    ascii_only = not (sys.stdout.encoding or "").lower().startswith("utf")
+    colour = wants_colour(sys.stdout)
+    print(display(machine, findings, colour=colour, ascii_only=ascii_only))
+
+
+def ask(question: str) -> bool:
+    """No, unless a person says yes."""
+    if not sys.stdin.isatty():
+        raise UsageError("--fix asks before every repair; run it in a terminal")
+    return input(f"\n{question} [y/N] ").strip().lower() in ("y", "yes")

@@ -45,7 +45,10 @@ EXAMPLES: Mapping[str, tuple[tuple[str, str], ...]] = {
         ("uq inspect design.xclbin", "a file for an NPU"),
     ),
     "npu": (("uq npu verify design.mlir --device npu2", "exit code 1 if it cannot run there"),),
-    "doctor": (("uq doctor", "what runs here, and why the rest does not"),),
+    "doctor": (
+        ("uq doctor", "what runs here, and the line to type for what does not"),
+        ("uq doctor --fix", "offers what can be undone, one by one"),
+    ),
     "completion": (
         ("uq completion bash > ~/.local/share/bash-completion/completions/uq", "bash"),
         ("uq completion zsh > ~/.zfunc/_uq", "zsh, with ~/.zfunc in its fpath"),
