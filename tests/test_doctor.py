@@ -202,6 +202,11 @@ def test_the_toolchain_is_looked_for_where_wheels_put_it(tmp_path: Path) -> None
         tree.write(f"{VENV}/{tool}", "#!/bin/sh\n")
     (found,) = check_toolchain(tree.system())
     assert found.level is Level.OK
+    tree.write("usr/bin/xclbinutil", "#!/bin/sh\nexit 127\n")
+    assert [found.check for found in check_toolchain(tree.system())] == [
+        "toolchain.packager",
+        "toolchain.compiler",
+    ]
 
 
 Commands = list[tuple[str, ...]]

@@ -44,7 +44,11 @@ EXAMPLES: Mapping[str, tuple[tuple[str, str], ...]] = {
         ("uq inspect gemma-3-1b-it-int4 --json", "a bundle, for programs"),
         ("uq inspect design.xclbin", "a file for an NPU"),
     ),
-    "npu": (("uq npu verify design.mlir --device npu2", "exit code 1 if it cannot run there"),),
+    "npu": (
+        ("uq npu verify design.mlir --device npu2", "exit code 1 if it cannot run there"),
+        ("uq npu build design.mlir", "writes aie.xclbin and insts.bin"),
+        ("uq npu build design.mlir --dry-run", "the commands, without running them"),
+    ),
     "doctor": (
         ("uq doctor", "what runs here, and the line to type for what does not"),
         ("uq doctor --fix", "offers what can be undone, one by one"),

@@ -5,10 +5,12 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from uq.commands import npu_build
 from uq.commands.arguments import whole
 from uq.errors import ToolMissing
 
@@ -37,23 +39,31 @@ def configure(parser: argparse.ArgumentParser) -> None:
     )
     verify.add_argument("--json", action="store_true", help="print one JSON object")
     verify.set_defaults(npu=run_verify)
+    npu_build.configure(commands)
 
 
 def run(args: argparse.Namespace) -> int:
-    code: int = args.npu(args)
+    with _xdsl():
+        code: int = args.npu(args)
     return code
 
 
-def run_verify(args: argparse.Namespace) -> int:
-    """0 when no error is found; warnings alone do not fail."""
+@contextmanager
+def _xdsl() -> Iterator[None]:
     try:
-        from uq.kernels.npu.source import read_design
-        from uq.kernels.npu.verify import verify
+        yield
     except ModuleNotFoundError as error:
         if (error.name or "").partition(".")[0] != "xdsl":
             raise
         advice = "run: pip install 'unicorn-quant[npu]'"
         raise ToolMissing(f"uq npu needs the package xdsl; {advice}") from None
+
+
+def run_verify(args: argparse.Namespace) -> int:
+    """0 when no error is found; warnings alone do not fail."""
+    from uq.kernels.npu.source import read_design
+    from uq.kernels.npu.verify import verify
+
     reports = verify(read_design(args.design), device=args.device, reserved=args.reserve)
     if args.json:
         print(json.dumps(summary(args.design, reports), indent=2))

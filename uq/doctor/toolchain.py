@@ -11,10 +11,13 @@ from uq.kernels.npu.toolchain.find import INSTALL, find_toolchain
 
 def check_toolchain(system: System) -> Iterator[Finding]:
     toolchain = find_toolchain(system.environment, system.python_path)
-    why = "designs for the NPU are compiled with it; everything else works without"
+    why = "`uq npu build` compiles designs with it; everything else works without"
     for package in toolchain.missing():
         what = f"{package} is not installed"
         yield Finding("toolchain.compiler", Level.NOTE, what, why, INSTALL[package])
+    for tool in toolchain.broken:
+        what = f"{tool} does not run; Debian's package is incomplete"
+        yield Finding("toolchain.packager", Level.NOTE, what, "uq writes xclbins without it")
     if toolchain.compiles:
         shown = ", ".join(f"{name} in {path.parent}" for name, path in toolchain.tools.items())
         yield Finding("toolchain.compiler", Level.OK, f"designs can be built: {shown}")

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 import shutil
+import subprocess
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,15 +26,21 @@ TOOLS = {
     "bootgen": "bootgen",
     "xclbinutil": "XRT",
 }
+PATIENCE = 20  # seconds
 NAMES = {"aiecc": ("aiecc", "aiecc.py")}
 FOLDERS = {"XRT": ("/opt/xilinx/xrt/bin",)}
 
 
 @dataclass(frozen=True)
 class Toolchain:
-    """Tools that were found, by the names of `TOOLS`."""
+    """Tools that were found, by the names of `TOOLS`.
+
+    Attributes:
+        broken: found, and of no use: an xclbinutil that does not run, as Debian's.
+    """
 
     tools: Mapping[str, Path]
+    broken: tuple[Path, ...] = ()
 
     def has(self, *names: str) -> bool:
         return all(name in self.tools for name in names)
@@ -57,6 +65,16 @@ class Toolchain:
             lacking.insert(0, "mlir-aie")
         return tuple(lacking)
 
+    def assumed(self) -> Toolchain:
+        """With what is missing where its wheels would put it, to show what would be run."""
+        wheel = {"Peano": "llvm-aie/bin", "mlir-aie": "mlir_aie/bin"}
+        there = {
+            name: Path(wheel[package]) / name
+            for name, package in TOOLS.items()
+            if package in self.missing() and name not in ("aie-opt", "aie-translate")
+        }
+        return Toolchain({**there, **self.tools})
+
 
 def find_toolchain(environment: Mapping[str, str], python_path: Iterable[Path]) -> Toolchain:
     """Look for every tool.
@@ -66,8 +84,19 @@ def find_toolchain(environment: Mapping[str, str], python_path: Iterable[Path]) 
         python_path: folders of installed packages; wheels keep their tools inside them.
     """
     packages = tuple(python_path)
-    found = {name: _find(name, environment, packages) for name in TOOLS}
-    return Toolchain({name: path for name, path in found.items() if path})
+    found = {name: path for name in TOOLS if (path := _find(name, environment, packages))}
+    broken = [path for name, path in found.items() if name == "xclbinutil" and not _runs(path)]
+    tools = {name: path for name, path in found.items() if path not in broken}
+    return Toolchain(tools, tuple(broken))
+
+
+def _runs(tool: Path) -> bool:
+    """Whether it says its version: Debian's wrapper ends with 0 even where it finds no program."""
+    try:
+        done = subprocess.run((str(tool), "--version"), capture_output=True, timeout=PATIENCE)
+    except (OSError, subprocess.SubprocessError):
+        return False
+    return re.search(rb"\d+\.\d+", done.stdout) is not None
 
 
 def _find(name: str, environment: Mapping[str, str], packages: Iterable[Path]) -> Path | None:

@@ -1,0 +1,96 @@
+"""`uq npu build`: compile a design, or the designs of a bundle, with mlir-aie and Peano."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from uq.kernels.npu.toolchain.find import Toolchain
+    from uq.kernels.npu.toolchain.job import Job
+
+
+def configure(commands: Any) -> None:
+    about = "compile a design with mlir-aie and Peano into an xclbin and its instructions"
+    parser = commands.add_parser(
+        "build", help=about, description=f"{about[0].upper()}{about[1:]}.", allow_abbrev=False
+    )
+    add = parser.add_argument
+    add("design", metavar="FILE.mlir", type=Path, help="a design of aie and aiex")
+    add("-o", "--output", metavar="DIR", type=Path, help="default: the design's name and device")
+    add("--sources", metavar="DIR", type=Path, help="C++ of its kernels (default: beside it)")
+    add(
+        "--define",
+        metavar="NAME=VALUE",
+        type=_define,
+        action="append",
+        default=[],
+        help="a macro for all of them; may be repeated",
+    )
+    add("--syntax", metavar="V", help="respell the design for mlir-aie 1.0, 1.1 or 2026")
+    add("--dry-run", action="store_true", help="print the commands and run none of them")
+    add("--json", action="store_true", help="print one JSON object")
+    parser.set_defaults(npu=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    from uq.kernels.npu.source import read_design
+    from uq.kernels.npu.toolchain.find import find_toolchain
+    from uq.kernels.npu.toolchain.job import prepare
+
+    job = prepare(
+        read_design(args.design),
+        name=args.design.stem,
+        sources=args.sources or args.design.resolve().parent,
+        defines=dict(args.define),
+        syntax=args.syntax,
+    )
+    toolchain = find_toolchain(os.environ, [Path(entry) for entry in sys.path if entry])
+    return _show(job, toolchain, args) if args.dry_run else _build(job, toolchain, args)
+
+
+def _show(job: Job, toolchain: Toolchain, args: argparse.Namespace) -> int:
+    from uq.kernels.npu.toolchain.plan import plan
+    from uq.kernels.npu.toolchain.run import ask_tools
+
+    if missing := toolchain.missing():
+        print(f"not installed: {', '.join(missing)}; assumed as its wheels are", file=sys.stderr)
+    steps = plan(job, toolchain.assumed(), ask_tools(toolchain))
+    if args.json:
+        commands = [{"stage": step.stage, "command": str(step)} for step in steps]
+        print(json.dumps({"device": job.device, "commands": commands}, indent=2))
+    else:
+        print("\n".join(str(step) for step in steps))
+    return 0
+
+
+def _build(job: Job, toolchain: Toolchain, args: argparse.Namespace) -> int:
+    from uq.kernels.npu.toolchain.run import build
+
+    out = args.output or Path(f"{job.name}-{job.device}")
+    built = build(job, toolchain, out, say=lambda line: print(line, file=sys.stderr))
+    if args.json:
+        print(json.dumps({"folder": str(out), "cached": built.cached} | dict(built.record)))
+    else:
+        print(_summary(out, built.record, built.cached))
+    return 0
+
+
+def _summary(out: Path, record: Mapping[str, Any], cached: bool) -> str:
+    from uq.text import size
+
+    how = "as built before" if cached else f"in {len(record['commands'])} steps"
+    files = ", ".join(f"{name} {size(made['size'])}" for name, made in record["files"].items())
+    return f"{out}: {files}, for {record['device']}, {how}; how: build.json"
+
+
+def _define(text: str) -> tuple[str, int]:
+    name, equals, value = text.partition("=")
+    if not name.isidentifier() or not (value.lstrip("-").isdecimal() or not equals):
+        raise argparse.ArgumentTypeError(f"expected NAME or NAME=NUMBER, not '{text}'")
+    return name, int(value) if equals else 1
