@@ -1,0 +1,86 @@
+"""Every variant of NPU attention in the emulator: bytes against the twin, error against float64.
+
+    python -m benchmarks.npu_attention [--lengths 256 512 1024 2048]
+
+Rates are those of the emulator on one core of this machine. They say nothing about an NPU.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import time
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import numpy as np
+
+from tests.test_npu_attention import gemma_like, nrmse
+from uq.kernels.npu.kernels.attention import attend, twin
+from uq.kernels.npu.kernels.attention.attend import Inputs
+from uq.kernels.npu.kernels.attention.design import attention
+from uq.kernels.npu.kernels.attention.plan import Plan, plan
+from uq.kernels.npu.kernels.attention.variant import DEVICES, HEAD_DIMS, Variant
+from uq.kernels.npu.source import parse_design, print_design
+from uq.kernels.npu.verify import verify
+
+HEADS, KV_HEADS = 4, 1
+
+
+def macs(made: Plan) -> int:
+    """Multiply-accumulates of the blocks that the cores compute, masked ones included."""
+    variant = made.variant
+    blocks = sum(job.blocks * len(job.lanes) for jobs in made.jobs for job in jobs)
+    return blocks * 2 * variant.rows * variant.keys * variant.head_dim
+
+
+def measure(variant: Variant, length: int) -> str:
+    """One line of the table."""
+    made = plan(variant, HEADS, KV_HEADS, length)
+    source = parse_design(print_design(attention(made)), "attention")
+    accepted = all(report.accepted for report in verify(source))
+    q, k, v = gemma_like(length, made)
+    factor = variant.head_dim**-0.5
+    inputs = Inputs.quantized(q, k, v, variant.kv_bits, factor)
+    attend.emulate(plan(variant, HEADS, KV_HEADS, variant.rows), _first(inputs, variant.rows))
+    start = time.perf_counter()
+    emulated = attend.emulate(made, inputs)
+    seconds = time.perf_counter() - start
+    exact = emulated.tobytes() == attend.compute(made, inputs).tobytes()
+    rows = attend.rows(made, inputs, emulated)
+    stored = twin.softmax_attention(q, *inputs.stored(), factor=factor)
+    floats = twin.softmax_attention(q, k, v, factor=factor)
+    return (
+        f"| {variant.device} | INT8 x INT{variant.kv_bits} | {variant.head_dim} | {length} "
+        f"| {'yes' if accepted else 'NO'} | {'yes' if exact else 'NO'} "
+        f"| {nrmse(rows, stored):.2%} | {nrmse(rows, floats):.2%} "
+        f"| {macs(made) / seconds / 1e6:.0f} |"
+    )
+
+
+def _first(inputs: Inputs, count: int) -> Inputs:
+    """The first tokens: a short run that compiles the kernel before the clock starts."""
+    q, k, v = (
+        (codes[:count], scale[:count])
+        for codes, scale in (inputs.queries, inputs.keys, inputs.values)
+    )
+    return Inputs(q, k, v, inputs.factor)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--lengths", type=int, nargs="+", default=[256, 512, 1024, 2048])
+    print(
+        "| device | type | head size | length | verified | bit-exact | error | with storage "
+        "| M MAC/s |\n|---|---|---|---|---|---|---|---|---|"
+    )
+    for length in parser.parse_args().lengths:
+        for device in DEVICES:
+            for bits in (8, 4):
+                for head_dim in HEAD_DIMS:
+                    print(measure(Variant(device, head_dim, bits), length), flush=True)
+    print(f"\nnumpy {np.__version__}, emulated on one core; nothing ran on an NPU")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""Attention of Gemma with an integer KV cache: prefill and decode, any length, GQA, windows."""

@@ -1,0 +1,155 @@
+"""Queries, keys and values as the kernel reads them, and its rows back into order."""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from uq.formats.pack import pack_pairs
+from uq.kernels.npu.kernels.attention.plan import LANES, NO_WINDOW, Lane, Plan
+
+Array = NDArray[np.float32]
+Codes = NDArray[np.int8]
+Index = NDArray[np.intp]
+WEIGHT_ONE = 32767  # of the value with the largest scale
+
+
+def quantize(x: Array, bits: int) -> tuple[Codes, Array]:
+    """Symmetric codes and one scale for each row (..., channels).
+
+    INT8 codes are -127..127. INT4 codes are -8..7 and the largest magnitude has code -8, so scales
+    have a sign.
+    """
+    if bits == 8:
+        ends = np.abs(x).max(axis=-1, keepdims=True) / 127
+    else:
+        ends = np.take_along_axis(x, np.abs(x).argmax(axis=-1)[..., None], axis=-1) / -8
+    scale = ends.astype(np.float32)
+    codes = np.rint(x / np.where(scale == 0, np.float32(1), scale))
+    low, high = (-127, 127) if bits == 8 else (-8, 7)
+    return codes.clip(low, high).astype(np.int8), scale[..., 0]
+
+
+def rotate(x: Array) -> Array:
+    """A Hadamard transform over the channels: it spreads outliers and keeps every q . k."""
+    return x @ _hadamard(x.shape[-1])
+
+
+@cache
+def _hadamard(size: int) -> Array:
+    matrix: Array = np.ones((1, 1), np.float32)
+    while len(matrix) < size:
+        matrix = np.kron(matrix, np.array([[1, 1], [1, -1]], np.float32))
+    matrix /= np.sqrt(np.float32(size))
+    return matrix
+
+
+def pack_queries(plan: Plan, codes: Codes, scale: Array, factor: float) -> NDArray[np.void]:
+    """Every job's blocks of queries, column by column, in order.
+
+    Args:
+        codes, scale: (length, heads, dim) and (length, heads).
+        factor: what scores are multiplied by in front of exp, 1 / sqrt(head size) for example.
+    """
+    variant = plan.variant
+    per_job = LANES if variant.form == "prefill" else 1
+    count = sum(len(jobs) for jobs in plan.jobs)
+    blocks = np.zeros((count, per_job), variant.queries)
+    blocks["window"] = plan.window or NO_WINDOW
+    blocks["position"] = -1  # lanes without queries see no key
+    exponent = scale * np.float32(factor * np.log2(np.e))
+    for packed, job in zip(blocks, (job for jobs in plan.jobs for job in jobs), strict=True):
+        packed["blocks"] = job.blocks if variant.form == "prefill" else job.blocks // LANES
+        packed["first"] = job.first * variant.keys
+        for block, lane in zip(packed, job.lanes, strict=False):
+            rows = rows_of(plan, lane)
+            block["position"] = lane.position
+            block["step"] = variant.form == "prefill"
+            block["scale"][: len(rows[0])] = exponent[rows]
+            whole = np.zeros((variant.rows, variant.head_dim), np.int8)
+            whole[: len(rows[0])] = codes[rows]
+            block["codes"] = _blocked(whole, *variant.tiles.score[:2])
+    return blocks
+
+
+def rows_of(plan: Plan, lane: Lane) -> tuple[Index, Index]:
+    """Index of a lane's rows in (length, heads)."""
+    if plan.variant.form == "decode":
+        return np.zeros(len(lane.heads), np.intp), np.array(lane.heads)
+    first = lane.position - plan.start
+    count = min(plan.variant.rows, plan.length - first)
+    return np.arange(first, first + count), np.full(count, lane.heads[0])
+
+
+def _blocked(x: NDArray[Any], rows: int, cols: int) -> NDArray[Any]:
+    """(r, c) as blocks of (rows, cols), block rows first, flat."""
+    r, c = x.shape
+    return x.reshape(r // rows, rows, c // cols, cols).swapaxes(1, 2).reshape(-1)
+
+
+def pack_keys(
+    plan: Plan,
+    keys: tuple[Codes, Array],
+    values: tuple[Codes, Array],
+) -> tuple[NDArray[np.void], Array]:
+    """Blocks of each KV head (kv_heads, stored), and the unit of each head's outputs.
+
+    Args:
+        keys, values: codes (keys, kv_heads, dim) and scales (keys, kv_heads).
+    """
+    variant, size = plan.variant, plan.stored * plan.variant.keys
+    blocks = np.zeros((plan.kv_heads, plan.stored), variant.block)
+    units = np.empty(plan.kv_heads, np.float32)
+    _, k, n = variant.tiles.score
+    for head in range(plan.kv_heads):
+        ks, vs = (_padded(codes[:, head], size) for codes in (keys[0], values[0]))
+        scale, value_scale = (_padded(s[:, head], size) for s in (keys[1], values[1]))
+        largest = np.abs(value_scale).max() or np.float32(1)
+        units[head] = largest * np.float32((WEIGHT_ONE + 1) / WEIGHT_ONE)
+        weight = np.rint(value_scale / largest * WEIGHT_ONE).astype(np.int16)
+        for index, block in enumerate(blocks[head]):
+            part = slice(index * variant.keys, (index + 1) * variant.keys)
+            block["keys"] = _bytes(_blocked(ks[part].T, k, n), variant.kv_bits)
+            block["values"] = _bytes(_blocked(vs[part], *variant.tiles.mix[1:]), variant.kv_bits)
+            block["scale"], block["weight"] = scale[part], weight[part]
+    return blocks, units
+
+
+def _padded(x: NDArray[Any], size: int) -> NDArray[Any]:
+    out = np.zeros((size, *x.shape[1:]), x.dtype)
+    out[: min(size, len(x))] = x[:size]
+    return out
+
+
+def _bytes(codes: Codes, bits: int) -> NDArray[np.uint8]:
+    codes = np.ascontiguousarray(codes)
+    return codes.view(np.uint8) if bits == 8 else pack_pairs(codes)
+
+
+def unpack_rows(plan: Plan, outputs: NDArray[np.void], units: Array) -> Array:
+    """(length, heads, dim) of the outputs (jobs, lanes) in the order of the queries.
+
+    Parts of one row over different keys (decode) are merged: rows weighted by 2^m times the sum.
+    """
+    variant = plan.variant
+    shape = (plan.length, plan.heads)
+    total, weight = np.zeros((*shape, variant.head_dim)), np.zeros(shape)
+    highest = int(outputs["maximum"].max())
+    jobs = (job for column in plan.jobs for job in column)
+    for packed, job in zip(outputs, jobs, strict=True):
+        for block, lane in zip(packed, job.lanes, strict=False):
+            rows = rows_of(plan, lane)
+            count = len(rows[0])
+            exponent = (block["maximum"][:count] - highest) / 256
+            part = block["weights"][:count] * np.exp2(np.maximum(exponent, -1000))
+            total[rows] += from_bfloat16(block["rows"][:count]) * part[:, None]
+            weight[rows] += part
+    mixed = total / np.where(weight > 0, weight, 1)[..., None]
+    return (mixed * units.repeat(plan.heads // plan.kv_heads)[:, None]).astype(np.float32)
+
+
+def from_bfloat16(bits: NDArray[np.uint16]) -> Array:
+    return (bits.astype(np.uint32) << 16).view(np.float32)
