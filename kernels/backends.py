@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 from uq.errors import DeviceError, UsageError
 
@@ -27,8 +27,8 @@ class Backend:
     Attributes:
         reason: one sentence, for `uq doctor` and for the error when it is asked for in vain.
         opener: (bundle, max_context, threads) -> Session; None when it is not available.
-        batch_opener: (bundle, slots, max_context, threads) -> BatchSession; None when it runs one
-            sequence at a time only.
+        batch_opener: (bundle, slots, max_context, threads) -> BatchSession; None when it is not
+            available.
         preferred: `auto` takes it where it is available.
     """
 
@@ -61,32 +61,17 @@ def open_session(
         DeviceError: the device is not available; the message says why.
         UsageError: no such device.
     """
-    name, _, wish = device.partition(":")
-    if not is_device(device):
-        raise UsageError(f"--device {device} is not known; use {', '.join(DEVICES)}")
-    if name == "auto":
-        return _open_fastest(bundle, max_context, threads)
-    (backend,) = (found for found in backends(wish) if found.name == name)
-    if backend.opener is None:
-        raise DeviceError(f"--device {device}: {backend.reason}; use --device cpu")
-    return backend.opener(bundle, max_context, threads)
+
+    def opened(backend: Backend) -> Session | None:
+        return backend.opener and backend.opener(bundle, max_context, threads)
+
+    return _opened(device, opened)
 
 
 def is_device(text: str) -> bool:
     """Whether `text` is one of `DEVICES`; only vulkan has several to choose from."""
     name, colon, wish = text.partition(":")
     return bool(wish) and name == "vulkan" if colon else name in DEVICES
-
-
-def _open_fastest(bundle: Bundle, max_context: int, threads: int | None) -> Session:
-    for backend in backends():
-        if backend.opener is None or not backend.preferred:
-            continue
-        try:
-            return backend.opener(bundle, max_context, threads)
-        except DeviceError as error:
-            print(f"{backend.name}: {error}; trying the next device", file=sys.stderr)
-    raise DeviceError("no device can run this bundle")
 
 
 def open_reference(checkpoint: Checkpoint, device: str, *, max_context: int) -> Session:
@@ -132,17 +117,43 @@ def open_batch(
         max_context: tokens that each of their KV caches can hold.
 
     Raises:
-        DeviceError: the device is not available, or runs one sequence at a time only.
+        DeviceError: the device is not available; the message says why.
         UsageError: no such device, or too many slots.
     """
+
+    def opened(backend: Backend) -> BatchSession | None:
+        opener = backend.batch_opener
+        return opener and opener(bundle, slots, max_context, threads)
+
+    return _opened(device, opened)
+
+
+S = TypeVar("S")
+
+
+def _opened(device: str, open_it: Callable[[Backend], S | None]) -> S:
+    """What `open_it` makes of the device, or of the fastest one that it makes something of."""
+    if not is_device(device):
+        raise UsageError(f"--device {device} is not known; use {', '.join(DEVICES)}")
     name, _, wish = device.partition(":")
-    for backend in backends(wish):
-        if backend.batch_opener is not None and name in ("auto", backend.name):
-            return backend.batch_opener(bundle, slots, max_context, threads)
-        if name == backend.name:
-            reason = "it runs one sequence at a time" if backend.available else backend.reason
-            raise DeviceError(f"--device {device}: {reason}; use --device cpu")
-    raise UsageError(f"--device {device} is not known; use {', '.join(DEVICES)}")
+    if name == "auto":
+        return _fastest(open_it)
+    (backend,) = (found for found in backends(wish) if found.name == name)
+    if (opened := open_it(backend)) is None:
+        raise DeviceError(f"--device {device}: {backend.reason}; use --device cpu")
+    return opened
+
+
+def _fastest(open_it: Callable[[Backend], S | None]) -> S:
+    for backend in backends():
+        if not backend.preferred:
+            continue
+        try:
+            if (opened := open_it(backend)) is not None:
+                return opened
+        except DeviceError as error:
+            print(f"{backend.name}: {error}; trying the next device", file=sys.stderr)
+    raise DeviceError("no device can run this bundle")
 
 
 def first_run_note(device: str) -> str | None:
@@ -169,7 +180,14 @@ def _vulkan(wish: str) -> Backend:
 
         return open_vulkan(bundle, wish, max_context=max_context)
 
-    return Backend("vulkan", gpu.summary, open_it, preferred=gpu.kind != "cpu")
+    def open_batch(
+        bundle: Bundle, slots: int, max_context: int, threads: int | None
+    ) -> BatchSession:
+        from uq.kernels.vulkan import open_vulkan_batch
+
+        return open_vulkan_batch(bundle, wish, slots=slots, max_context=max_context)
+
+    return Backend("vulkan", gpu.summary, open_it, open_batch, preferred=gpu.kind != "cpu")
 
 
 def _npu() -> Backend:

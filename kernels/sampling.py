@@ -31,14 +31,14 @@ def sample(logits: NDArray[np.float32], sampling: Sampling, position: int) -> in
 def candidates(
     logits: NDArray[np.float32], sampling: Sampling
 ) -> tuple[NDArray[np.intp], NDArray[np.float64]]:
-    """Ids that can be drawn and their probabilities, which sum to 1."""
+    """Ids that can be drawn, rising, and their probabilities, which sum to 1."""
     ids = greatest(logits, sampling.top_k or logits.size)
     scaled = logits[ids].astype(np.float64) / sampling.temperature
     weights = np.exp(scaled - scaled.max())
     probabilities = weights / weights.sum()
     if sampling.top_p >= 1:
         return ids, probabilities
-    kept = nucleus(probabilities, sampling.top_p)
+    kept = np.sort(nucleus(probabilities, sampling.top_p))
     return ids[kept], probabilities[kept] / probabilities[kept].sum()
 
 

@@ -138,7 +138,8 @@ class Piece(NamedTuple):
 class BatchSession(Protocol):
     """An opened model with several sequences, each in a slot with a KV cache of its own.
 
-    What a sequence gets does not depend on the others, nor on how its tokens are cut into pieces.
+    What a sequence gets does not depend on the others, nor on how its tokens are cut into pieces:
+    on the CPU to the bit, on a GPU up to rounding.
 
     Attributes:
         slots: number of sequences.
@@ -188,6 +189,53 @@ class BatchSession(Protocol):
     def logits(self, hidden: NDArray[np.float32], start: int, stop: int) -> NDArray[np.float32]:
         """As `Session.logits`."""
         ...
+
+    def choose(
+        self,
+        hidden: NDArray[np.float32],
+        samplings: Sequence[Sampling],
+        positions: Sequence[int],
+    ) -> list[int]:
+        """Sample the token that follows each of some rows.
+
+        Args:
+            hidden: (n, hidden) float32, as `extend` returns them.
+            samplings: one for each row.
+            positions: number of tokens in front of each token that is chosen.
+        """
+        ...
+
+    def write(self, firsts: Sequence[Piece], count: int, sampling: Sampling) -> NDArray[np.int64]:
+        """Append a token to each of several sequences, and the `count - 1` that follow it.
+
+        Args:
+            firsts: the first token of each sequence.
+
+        Returns:
+            (sequences, count) the tokens that follow, the last of which is not appended yet.
+
+        Raises:
+            UsageError: as `extend`.
+        """
+        ...
+
+
+def check_pieces(pieces: Sequence[Piece], most: int, vocab_size: int) -> None:
+    """Refuse a step that no session can run.
+
+    Args:
+        most: tokens that fit into it.
+
+    Raises:
+        UsageError: there is no token, one is not in the vocabulary, there are too many, or two
+            pieces are of one sequence.
+    """
+    tokens = np.concatenate([np.asarray(piece.tokens, np.int32) for piece in pieces])
+    check_tokens(tokens, vocab_size)
+    if len({piece.slot for piece in pieces}) < len(pieces):
+        raise UsageError("two pieces of one step belong to the same slot; join them")
+    if tokens.size > most:
+        raise UsageError(f"{tokens.size} tokens in one step; at most {most} fit")
 
 
 def check_tokens(tokens: NDArray[np.int32], vocab_size: int) -> None:

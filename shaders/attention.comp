@@ -4,7 +4,7 @@
 //
 // Workgroup (split, block of QUERIES heads that share a key head, column). Each split takes a run of
 // keys and keeps its maximum, sum and weighted values; the last one to finish joins them.
-// K and V are float16, (kv head, slot, DIM); a token's slot is its position modulo SLOTS.
+// K and V are float16, (sequence, kv head, slot, DIM); a token's slot is its position modulo SLOTS.
 #include "common.glsl"
 layout(constant_id = 1) const bool FLOAT_X = false;
 layout(constant_id = 2) const uint MODE = 0;
@@ -21,9 +21,9 @@ layout(constant_id = 12) const float SCALE = 1.0;
 layout(constant_id = 13) const float CAP = 0.0;
 #include "activations.glsl"
 
-const uint WHOLE = 0;    // one column: everything
-const uint PREPARE = 1;  // many columns: norm, RoPE and the cache; queries go back where they were
-const uint ATTEND = 2;   // many columns: the rest
+const uint WHOLE = 0;    // every column is of another sequence: everything
+const uint PREPARE = 1;  // columns of one sequence: norm, RoPE, the cache; queries go back
+const uint ATTEND = 2;   // the rest, when all keys are there
 
 layout(push_constant) uniform Push {
     Floats qkv;
@@ -51,6 +51,7 @@ shared float gathered[V_SLICES * DIM];
 
 uint lane;
 uint position;
+uint first_row;  // of the sequence, in heads of the cache
 
 void load_row(uint row, uint column) {
     uint from = gl_WorkGroupID.z * stride + column;
@@ -99,7 +100,7 @@ void turn_rows(uint first, uint last) {
 
 // The new key and value of a head, where no other token of the window lies.
 void append(uint head) {
-    uint place = (head * SLOTS + position % SLOTS) * PAIRS;
+    uint place = ((first_row + head) * SLOTS + position % SLOTS) * PAIRS;
     uint v = gl_WorkGroupID.z * stride + v_column + head * DIM;
     for (uint i = lane; i < PAIRS; i += LANES) {
         uint at = QUERIES * DIM + 2 * i;
@@ -111,7 +112,7 @@ void append(uint head) {
 }
 
 uvec4 load_vector(Uints cache, uint head, uint key, uint vector) {
-    return Vectors(cache).at[(head * SLOTS + key % SLOTS) * VECTORS + vector];
+    return Vectors(cache).at[((first_row + head) * SLOTS + key % SLOTS) * VECTORS + vector];
 }
 
 void unpack(uvec4 packed, out vec4 low, out vec4 high) {
@@ -252,10 +253,11 @@ void join(uint first, uint last, uint splits) {
 
 void main() {
     lane = lane_index();
-    position = state.position + gl_WorkGroupID.z;
     if (gl_WorkGroupID.z >= state.count) {
         return;
     }
+    position = state.positions[gl_WorkGroupID.z];
+    first_row = state.slots[gl_WorkGroupID.z] * KV_HEADS;
     uint first = WINDOW > 0 && position >= WINDOW ? position + 1 - WINDOW : 0;
     uint seen = position + 1 - first;
     uint run = max(LEAST, (seen + SPLITS - 1) / SPLITS);

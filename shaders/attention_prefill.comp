@@ -2,10 +2,10 @@
 #extension GL_GOOGLE_include_directive : require
 // Causal attention of many tokens to the KV cache, whose rows are there already: softmax(Q K^T) V.
 //
-// Workgroup (tile of TOKENS tokens, kv head): all query heads of the tokens that share the key head
-// read each key once (Dao et al., FlashAttention: running maximum and sum). K and V are float16,
-// (kv head, slot, DIM), a token's slot is its position modulo SLOTS; SLOTS is at least WINDOW and the
-// tokens of the pass, so no key that is still seen has been overwritten.
+// Workgroup (run of up to TOKENS tokens of one sequence, kv head): all query heads of the tokens that
+// share the key head read each key once (Dao et al., FlashAttention: running maximum and sum). K and V
+// are float16, (sequence, kv head, slot, DIM), a token's slot is its position modulo SLOTS; SLOTS is at
+// least WINDOW and the tokens of the pass, so no key that is still seen has been overwritten.
 // LANES is a multiple of KEYS and of DIM / 8, ROWS one of LANES / KEYS and of LANES / (DIM / 8).
 #include "common.glsl"
 layout(constant_id = 1) const bool FLOAT_X = false;
@@ -43,7 +43,9 @@ shared uvec4 tile[KEYS * VECTORS];    // keys, vector by vector, then values, ke
 shared float weights[ROWS * KEYS];    // scores, then their exponentials
 shared float peaks[ROWS], sums[ROWS], corrections[ROWS];
 
-uint lane, head, first_token;
+uint lane, head, first_token, tokens;
+uint first_position;  // of the run
+uint first_row;       // of the sequence, in heads of the cache
 
 uint row_token(uint row) {
     return first_token + row / SHARING;
@@ -51,7 +53,7 @@ uint row_token(uint row) {
 
 void load_queries() {
     for (uint i = lane; i < ROWS * QUADS; i += LANES) {
-        uint row = i / QUADS, token = min(row_token(row), state.count - 1);
+        uint row = i / QUADS, token = min(row_token(row), first_token + tokens - 1);
         uint query = head * SHARING + row % SHARING;
         rows[i] = qkv.at[token * (stride / 4) + query * QUADS + i % QUADS] * SCALE;
     }
@@ -67,7 +69,7 @@ void load_tile(Words cache, uint first, uint last, bool by_vector) {
         uint key = i / VECTORS, vector = i % VECTORS;
         uint slot = min(first + key, last) % SLOTS;
         uint place = by_vector ? vector * KEYS + key : i;
-        tile[place] = cache.at[(head * SLOTS + slot) * VECTORS + vector];
+        tile[place] = cache.at[((first_row + head) * SLOTS + slot) * VECTORS + vector];
     }
 }
 
@@ -92,7 +94,7 @@ void score(uint first) {
     }
     [[unroll]] for (uint r = 0; r < KEY_ROWS; r++) {
         uint row = r * KEY_GROUPS + group, at = first + key;
-        uint position = state.position + row_token(row);
+        uint position = first_position + row / SHARING;
         bool seen = at <= position && (WINDOW == 0 || at + WINDOW > position);
         float s = CAP > 0.0 ? softcap(total[r], CAP) : total[r];
         weights[row * KEYS + key] = seen ? s : NEVER;
@@ -153,7 +155,7 @@ void store() {
     uint column_size = column_words((HEADS * DIM + 127) / 128);
     for (uint i = lane; i < ROWS * QUADS; i += LANES) {
         uint row = i / QUADS, token = row_token(row), query = head * SHARING + row % SHARING;
-        if (token < state.count) {
+        if (token < first_token + tokens) {
             store_activations(x, token * column_size, query * QUADS + i % QUADS, rows[i]);
         }
     }
@@ -162,17 +164,19 @@ void store() {
 void main() {
     lane = lane_index();
     head = gl_WorkGroupID.y;
-    first_token = gl_WorkGroupID.x * TOKENS;
-    if (first_token >= state.count) {
+    if (gl_WorkGroupID.x >= state.run_count) {
         return;
     }
+    first_token = state.run_columns[gl_WorkGroupID.x];
+    tokens = state.run_tokens[gl_WorkGroupID.x];
+    first_position = state.positions[first_token];
+    first_row = state.slots[first_token] * KV_HEADS;
     [[unroll]] for (uint r = 0; r < VALUE_ROWS; r++) {
         low_sums[r] = high_sums[r] = vec4(0.0);
     }
     load_queries();
-    uint position = state.position + first_token;
-    uint first = WINDOW > 0 && position >= WINDOW ? position + 1 - WINDOW : 0;
-    uint last = state.position + min(first_token + TOKENS, state.count) - 1;
+    uint first = WINDOW > 0 && first_position >= WINDOW ? first_position + 1 - WINDOW : 0;
+    uint last = first_position + tokens - 1;
     for (uint key = first; key <= last; key += KEYS) {
         barrier();
         load_tile(keys, key, last, true);

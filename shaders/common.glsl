@@ -22,19 +22,7 @@ layout(buffer_reference, std430, buffer_reference_align = 16) coherent buffer Qu
     vec4 at[];
 };
 
-const uint MAX_TOKENS = 512;
-const uint MAX_STEPS = 64;
-
-// Where a sequence stands; the host writes it in front of a submit, the kernels move it on.
-layout(buffer_reference, std430, buffer_reference_align = 16) coherent buffer State {
-    uint position;             // tokens in the KV cache
-    uint count;                // columns of this pass that are tokens
-    uint steps;                // tokens generated since the submit began
-    uint choice;               // the likeliest token behind the last one
-    uint tokens[MAX_TOKENS];   // of a pass
-    uint generated[MAX_STEPS];
-    uint arrived[1024];         // of each counter, the workgroups that are done
-};
+#include "state.glsl"
 
 layout(local_size_x_id = 0) in;
 layout(constant_id = 0) const uint LANES = 64;  // invocations of a workgroup
@@ -76,6 +64,20 @@ float workgroup_sum(float value) {
     return total;
 }
 
+// Greatest value of the workgroup, known to all of it. Every invocation must call it.
+float workgroup_max(float value) {
+    value = subgroupMax(value);
+    if (subgroupElect()) {
+        subgroup_totals[gl_SubgroupID] = value;
+    }
+    barrier();
+    for (uint i = 0; i < gl_NumSubgroups; i++) {
+        value = max(value, subgroup_totals[i]);
+    }
+    barrier();
+    return value;
+}
+
 shared bool arrived_last;
 
 // True for the whole of the last of `workgroups` to come here: it sees what the others wrote.
@@ -93,6 +95,24 @@ bool is_last(State state, uint counter, uint workgroups) {
     barrier();
     memoryBarrierBuffer();
     return arrived_last;
+}
+
+// Behind a step of decoding: the sequence has one token more, and its choice is the next one. It is
+// done when the token that it got ends a text; a sequence that is done stays as it is, so that further
+// steps of the submit repeat the last one. One invocation calls this.
+void advance(State state, uint sequence) {
+    if (state.done[sequence] != 0) {
+        return;
+    }
+    uint token = state.tokens[sequence];
+    for (uint i = 0; i < state.stop_count; i++) {
+        if (state.stops[i] == token) {
+            state.done[sequence] = 1;
+        }
+    }
+    state.tokens[sequence] = state.choices[sequence];
+    state.positions[sequence] += 1;
+    state.made[sequence] += 1;
 }
 
 // c * tanh(x / c), without an overflow on the way.

@@ -3,7 +3,7 @@
 // hidden = SCALE * row of the embedding; x = activations of its norm. One workgroup for a column.
 #include "common.glsl"
 layout(constant_id = 1) const uint GROUP = 32;
-layout(constant_id = 2) const bool DECODE = false;  // the token is the one that was chosen
+layout(constant_id = 2) const bool DECODE = false;  // a column is a sequence that is continued
 layout(constant_id = 3) const float SCALE = 1.0;
 #include "weights.glsl"
 #include "norm.glsl"
@@ -17,9 +17,9 @@ layout(push_constant) uniform Push {
 
 void main() {
     uint column = gl_WorkGroupID.x;
-    uint token = DECODE ? state.choice : state.tokens[column];
-    if (DECODE && lane_index() == 0) {
-        state.generated[state.steps] = token;
+    uint token = state.tokens[column];
+    if (DECODE && column < state.count && lane_index() == 0) {
+        state.generated[column * MAX_STEPS + state.made[column]] = token;
     }
     vec4 h[ITEMS];
     for (uint i = 0; i < ITEMS; i++) {

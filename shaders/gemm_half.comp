@@ -16,8 +16,6 @@ layout(push_constant) uniform Push {
     uint tiles;
 };
 
-shared float subgroup_peaks[128];
-
 // Four channels of the column.
 vec4 quad(uint column, uint i) {
     uint tile = (column * tiles + i / 32), piece = i / 8 % 4, word = i % 8;
@@ -28,18 +26,6 @@ vec4 quad(uint column, uint i) {
     ivec4 high = unpack_bytes(x.at[from][word % 4]), low = unpack_bytes(x.at[from + 8][word % 4]);
     float scale = uintBitsToFloat(x.at[tile * (X_WORDS / 4) + 16][piece]);
     return vec4(256 * high + low) * scale;
-}
-
-float workgroup_max(float value) {
-    value = subgroupMax(value);
-    if (subgroupElect()) {
-        subgroup_peaks[gl_SubgroupID] = value;
-    }
-    barrier();
-    for (uint i = 0; i < gl_NumSubgroups; i++) {
-        value = max(value, subgroup_peaks[i]);
-    }
-    return value;
 }
 
 void main() {

@@ -4,6 +4,9 @@
 //
 // A workgroup owns BLOCKS blocks of 16 rows. Its invocations are slices of 64 lanes; slice s takes
 // tiles s, s + slices, ... of the rows, so neighbours always read neighbouring memory.
+//
+// A column's sums are made in an order that depends on LANES alone, and nothing of it may be fused
+// (`precise`): a column has the same bits whatever else is computed with it.
 #include "common.glsl"
 layout(constant_id = 1) const uint GROUP = 32;  // channels that share a scale
 layout(constant_id = 2) const uint COLUMNS = 1;
@@ -32,12 +35,16 @@ const uint HALF = BLOCKS > 1 ? BLOCKS / 2 : 1;
 const uint STEP = EPILOGUE == GEGLU ? HALF : BLOCKS;  // blocks of one weight
 const uint ROWS = 16 * BLOCKS;
 
-shared float partial[SLICES * ROWS * COLUMNS];
+// Sums of all slices beside each other, or, where these are too many, of one after the other.
+const uint SETS = SLICES * ROWS * COLUMNS <= 4096 ? SLICES : 1;
+
+shared float partial[SETS * ROWS * COLUMNS];
+
+float total[COLUMNS * BLOCKS];
 
 void accumulate(uint first, uint lane, uint slice) {
     uint piece = lane % 4;
     uint column = EPILOGUE == CHOOSE ? state.count - 1 : 0;  // the first one that is read
-    float total[COLUMNS * BLOCKS];
     [[unroll]] for (uint i = 0; i < COLUMNS * BLOCKS; i++) {
         total[i] = 0.0;
     }
@@ -51,26 +58,37 @@ void accumulate(uint first, uint lane, uint slice) {
         [[unroll]] for (uint c = 0; c < COLUMNS; c++) {
             Input v = load_input(x, (column + c) * tiles + tile, piece);
             [[unroll]] for (uint b = 0; b < BLOCKS; b++) {
-                total[c * BLOCKS + b] += multiply(pieces[b], v);
+                precise float sum = total[c * BLOCKS + b] + multiply(pieces[b], v);
+                total[c * BLOCKS + b] = sum;
             }
         }
     }
-    [[unroll]] for (uint i = 0; i < COLUMNS * BLOCKS; i++) {
-        float sum = team_sum(total[i], 4);
-        if (piece == 0) {
-            partial[(slice * COLUMNS * BLOCKS + i) * 16 + lane / 4] = sum;
+}
+
+// `total` to shared memory. Either way slices are added in their order.
+void gather(uint lane, uint slice) {
+    for (uint turn = 0; turn < SLICES / SETS; turn++) {
+        if (SETS > 1 || slice == turn) {
+            [[unroll]] for (uint i = 0; i < COLUMNS * BLOCKS; i++) {
+                float sum = team_sum(total[i], 4);
+                uint place = (slice % SETS * COLUMNS * BLOCKS + i) * 16 + lane / 4;
+                if (lane % 4 == 0) {
+                    precise float both = turn == 0 ? sum : partial[place] + sum;
+                    partial[place] = both;
+                }
+            }
         }
+        barrier();
     }
-    barrier();
 }
 
 // Element i of the workgroup's (COLUMNS, ROWS) results.
 float result(uint i) {
-    float total = 0.0;
-    for (uint s = 0; s < SLICES; s++) {
-        total += partial[s * COLUMNS * ROWS + i];
+    precise float sum = 0.0;
+    for (uint s = 0; s < SETS; s++) {
+        sum += partial[s * COLUMNS * ROWS + i];
     }
-    return CAP > 0.0 ? softcap(total, CAP) : total;
+    return CAP > 0.0 ? softcap(sum, CAP) : sum;
 }
 
 void store_rows(uint first) {
@@ -153,15 +171,15 @@ void choose(uint first) {
     }
     workgroup_best(value, id);
     if (lane_index() == 0) {
-        state.choice = id == 0xFFFFFFFFu ? 0 : id;
-        state.position += state.count;
-        state.steps += 1;
+        state.choices[0] = id == 0xFFFFFFFFu ? 0 : id;
+        advance(state, 0);
     }
 }
 
 void main() {
-    uint first = gl_WorkGroupID.x * STEP;
-    accumulate(first, lane_index() % 64, lane_index() / 64);
+    uint first = gl_WorkGroupID.x * STEP, lane = lane_index() % 64, slice = lane_index() / 64;
+    accumulate(first, lane, slice);
+    gather(lane, slice);
     if (EPILOGUE == GEGLU) {
         store_gated(first);
         return;

@@ -140,7 +140,8 @@ float multiply(Piece piece, Input y) {
 #if ZERO_POINT
     total -= piece.zero * y.sum;
 #endif
-    return float(total) * (piece.scale * y.scale);
+    precise float product = float(total) * (piece.scale * y.scale);
+    return product;
 }
 #else
 struct Input {
@@ -170,10 +171,11 @@ vec4 values(Piece piece, uint i) {
 }
 
 float multiply(Piece piece, Input y) {
-    vec4 total = vec4(0.0);
+    precise vec4 total = vec4(0.0);
     [[unroll]] for (uint i = 0; i < 8; i++) {
         total = fma(values(piece, i), uintBitsToFloat(y.quad[i]), total);
     }
-    return total.x + total.y + total.z + total.w;
+    precise float sum = total.x + total.y + total.z + total.w;
+    return sum;
 }
 #endif

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from tests.vulkan_lab import Floats, Lab, no_messages  # noqa: F401
 from uq.kernels.vulkan.push import addresses, words
 from uq.kernels.vulkan.stages import shared_queries
+from uq.kernels.vulkan.state import ATTENTION_COUNTER, blank, views
 
 Doubles = NDArray[np.float64]
 WHOLE, PREPARE, ATTEND = range(3)
@@ -92,15 +93,17 @@ def run(
 ) -> Floats:
     """(tokens, heads * dim), from the kernels in the way the session calls them."""
     table = turns(case, np.concatenate([np.arange(256), 256 * np.arange(8)])).astype(np.float32)
-    state = np.zeros(2000, np.uint32)
-    state[:2] = case.position, case.tokens
+    state = blank()
+    fields = views(state)
+    fields["count"][0] = case.tokens
+    fields["positions"][: case.tokens] = np.arange(case.tokens) + case.position
     queries = shared_queries(case.heads // case.kv_heads)
     x = lab.room(case.tokens * -(-case.heads * case.dim // 128) * 128)
     partials = lab.room(case.tokens * case.heads * 16 * (case.dim + 2))
     caches = [lab.put(keys), lab.put(values), lab.put(table), partials, x, lab.put(state)]
     push = addresses(lab.put(qkv), lab.put(gains[0]), lab.put(gains[1]), *caches)
     k = case.heads * case.dim
-    push += words(case.stride, k, k + case.kv_heads * case.dim, 0)
+    push += words(case.stride, k, k + case.kv_heads * case.dim, ATTENTION_COUNTER)
     for mode in (WHOLE,) if case.tokens == 1 else (PREPARE, ATTEND):
         splits = 1 if mode == PREPARE else 16
         lab.run(

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from tests.vulkan_lab import Floats, Lab, no_messages, product  # noqa: F401
 from uq.formats.spec import SPECS, QuantTensor, Spec
 from uq.kernels.vulkan.push import addresses, words
+from uq.kernels.vulkan.state import CHOOSE_COUNTER, blank, views
 from uq.kernels.vulkan.weights import Kind
 
 Doubles = NDArray[np.float64]
@@ -106,8 +107,8 @@ def test_activations_are_exact_where_they_can_be(lab: Lab) -> None:
 def test_embedding_rows(lab: Lab, spec: Spec) -> None:
     cols = 2 * math.lcm(96, spec.group)
     tensor, kind = random_tensor(53, cols, spec), Kind.of(spec)
-    state = np.zeros(2000, np.uint32)
-    state[4:8] = tokens = [0, 17, 52, 17]
+    state = blank()
+    views(state)["tokens"][:4] = tokens = [0, 17, 52, 17]
     hidden, normed, x = lab.room(4 * cols), lab.room(4 * cols), lab.room(4 * 72 * cols)
     gain = normal(cols)
     push = addresses(lab.weight(tensor, kind), hidden, lab.put(gain), normed, x, lab.put(state))
@@ -146,7 +147,7 @@ def test_gate(lab: Lab) -> None:
     gate, up = random_tensor(96, 64, spec), random_tensor(96, 64, Spec(8, 32))
     up = QuantTensor(up.codes[::-1].copy(), up.scales, spec)
     kind, x = Kind.of(spec), normal(2, 64)
-    gated, state = lab.room(2 * 72), lab.room(2000)
+    gated, state = lab.room(2 * 72), lab.put(blank())
     unused = lab.room(4)
     push = addresses(lab.weight(gate, kind), lab.weight(up, kind), lab.activations(x))
     push += addresses(*[unused] * 5, gated, state) + words(6, 1, 0, 96, 0)
@@ -168,10 +169,13 @@ def test_the_likeliest_token_is_the_first_of_equals(lab: Lab) -> None:
     tensor = QuantTensor(codes, np.ones((700, 2), np.float16), Spec(8, 32))
     kind = Kind.of(tensor.spec)
     x = lab.activations(np.ones((1, 64), np.float32))
-    logits, best, state = lab.room(704), lab.room(200), lab.put(np.array([7, 1] + [0] * 2000, "u4"))
+    words_of_state = blank()
+    fields = views(words_of_state)
+    fields["count"][0], fields["positions"][0], fields["done"][0] = 1, 7, 0
+    logits, best, state = lab.room(704), lab.room(200), lab.put(words_of_state)
     push = addresses(*[lab.weight(tensor, kind)] * 2, x, logits, *[logits] * 4, best, state)
-    push += words(44, 1, 704, 700, 1001)
+    push += words(44, 1, 704, 700, CHOOSE_COUNTER)
     for _ in range(2):  # the second time shows that the counter began anew
         lab.run("gemv_int8", push, 22, GROUP=32, LANES=64, BLOCKS=2, EPILOGUE=3)
-    position, _, steps, choice = lab.get(state, np.uint32, 4)
-    assert (position, steps, choice) == (9, 2, 130)
+    left = views(lab.get(state, np.uint32, words_of_state.size))
+    assert (left["positions"][0], left["made"][0], left["choices"][0]) == (9, 2, 130)

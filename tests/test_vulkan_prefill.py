@@ -18,6 +18,7 @@ from uq.kernels.vulkan.compile import compile_variant
 from uq.kernels.vulkan.memory import Span
 from uq.kernels.vulkan.push import addresses, words
 from uq.kernels.vulkan.spirv import load
+from uq.kernels.vulkan.state import blank, views
 from uq.kernels.vulkan.variants import VARIANTS
 from uq.kernels.vulkan.weights import Kind, tiles_of
 
@@ -226,8 +227,12 @@ def attend(
 ) -> Floats:
     lanes, tokens, step = case.cut
     size = case.heads * case.dim
-    state = np.zeros(2000, np.uint32)
-    state[:2] = case.position, case.tokens
+    state = blank()
+    fields, starts = views(state), range(0, case.tokens, tokens)
+    fields["positions"][: case.tokens] = np.arange(case.tokens) + case.position
+    fields["run_count"][0] = len(starts)
+    fields["run_columns"][: len(starts)] = starts
+    fields["run_tokens"][: len(starts)] = [min(tokens, case.tokens - start) for start in starts]
     x = lab.room(case.tokens * tiles_of(size) * 128)
     rows = np.zeros((case.tokens, size + 8), np.float32)  # others' columns follow the queries
     rows[:, :size] = queries.reshape(case.tokens, size)

@@ -24,11 +24,14 @@ from uq.kernels.vulkan import model, pipelines
 from uq.kernels.vulkan.api import binding, listed
 from uq.kernels.vulkan.compile import compile_variant
 from uq.kernels.vulkan.device import choose
+from uq.kernels.vulkan.engine import Engine
+from uq.kernels.vulkan.mailbox import Run, Writer
 from uq.kernels.vulkan.memory import check_memory
 from uq.kernels.vulkan.session import VulkanSession
 from uq.kernels.vulkan.sources import BundleSource, CheckpointSource
 from uq.kernels.vulkan.spirv import load
 from uq.kernels.vulkan.variants import VARIANTS
+from uq.kernels.vulkan.weights import padded_rows
 from uq.kernels.vulkan.wide import Abilities
 
 GREEDY = Sampling()
@@ -261,3 +264,31 @@ def test_the_validation_layer_is_there() -> None:
     layers = listed("EnumerateInstanceLayerProperties", "VkLayerProperties")
     names = [binding().ffi.string(layer.layerName) for layer in layers]
     assert b"VK_LAYER_KHRONOS_validation" in names
+
+
+@pytest.mark.parametrize("options", [MODELS["gemma2"], MODELS["gemma3"]], ids=["gemma2", "gemma3"])
+def test_a_token_has_the_same_bits_in_any_company(
+    tiny_checkpoint: Callable[..., Path], cache: Path, options: dict[str, Any]
+) -> None:
+    """Alone in a decode step, and in passes of 4 and of 16 tokens."""
+    source = Source(open_checkpoint(tiny_checkpoint(**options)))
+    engine = Engine(source.config, BundleSource(source), choose(), cache, 64, widest=32)
+    vocab = source.config.vocab_size
+    prompt = random_tokens(source.config, 20).tolist()
+    alone = engine.runs(64)
+    alone.tokens([Run(0, 0, prompt)])
+    text, logits, token = [], [], 7
+    for position in range(20, 36):
+        (_,), (following,) = alone.steps(1, [Writer(0, position, token)], ())
+        text.append(token)
+        logits.append(engine.read_floats(engine.work.logits, 1, vocab)[0])
+        token = following
+    for width in (4, 16):
+        together = engine.runs(64)
+        together.tokens([Run(0, 0, prompt)])
+        for start in range(0, 16, width):
+            choices = together.choices(Run(0, 20 + start, text[start : start + width]))
+            rows = engine.read_floats(engine.work.logits, width, padded_rows(vocab))[:, :vocab]
+            np.testing.assert_array_equal(rows, logits[start : start + width])
+            assert choices == rows.argmax(axis=1).tolist()
+    engine.close()

@@ -14,13 +14,13 @@ from benchmarks.vulkan_speed import SHAPES, role_of, shape_config
 from uq.formats.config import GemmaConfig
 from uq.formats.spec import SPECS, Spec
 from uq.kernels.vulkan.commands import Recorder
-from uq.kernels.vulkan.mailbox import MOST_TOKENS
 from uq.kernels.vulkan.memory import Arena, Span, Transfers
 from uq.kernels.vulkan.model import Cache, Work, cache_slots, load_model, work_sizes
 from uq.kernels.vulkan.pipelines import Pipelines
 from uq.kernels.vulkan.prefill import attention_constants, gemm_constants, gemm_module
 from uq.kernels.vulkan.runs import WIDTHS
 from uq.kernels.vulkan.stages import Stages
+from uq.kernels.vulkan.state import MOST_SEQUENCES, MOST_TOKENS
 from uq.kernels.vulkan.tuning import Tuning
 from uq.kernels.vulkan.variants import VARIANTS
 from uq.kernels.vulkan.weights import Kind, Loader, Weight
@@ -65,8 +65,9 @@ def session_cases(config: GemmaConfig, body: Kind, table: Kind) -> Iterator[Case
     inventory = Inventory()
     arena, transfers, recorder = Nowhere(), NoTransfers(), Silent()
     model = load_model(config, Loader(NoWeights(config, body, table), arena, transfers))
-    work = Work.take(arena, work_sizes(config, MOST_TOKENS, is_float=table.is_float))
-    cache = Cache.take(config, CONTEXT, MOST_TOKENS, arena, transfers)
+    sizes = work_sizes(config, MOST_TOKENS, MOST_SEQUENCES, is_float=table.is_float)
+    work = Work.take(arena, sizes)
+    cache = Cache.take(config, CONTEXT, MOST_TOKENS, MOST_SEQUENCES, arena, transfers)
     abilities = Abilities(True, True, (WAVE, 32, WAVE), SHARED_BYTES)
     tuning = Tuning(integer_dot=True)
     stages = Stages(config, model, work, inventory, tuning, abilities, columns=1)
@@ -75,8 +76,10 @@ def session_cases(config: GemmaConfig, body: Kind, table: Kind) -> Iterator[Case
         wide.embed(recorder, decode=False)
         wide.layers(recorder, cache)
         wide.scores(recorder, model.head.from_row(0, 16))
+        wide.heads(recorder)
     stages.embed(recorder, decode=True)
     stages.head(recorder)
+    stages.choose(recorder, advances=True)
     yield from inventory.cases
 
 

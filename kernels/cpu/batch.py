@@ -24,9 +24,12 @@ from uq.kernels.cpu.model import Array, Layer, Work
 from uq.kernels.cpu.session import CpuSession
 from uq.kernels.cpu.tiles import TILE_ROWS
 from uq.kernels.elementwise import kernel
-from uq.kernels.session import Piece, check_room
+from uq.kernels.sampling import sample
+from uq.kernels.session import Piece, Sampling, check_pieces, check_room
 
 Whole = NDArray[np.int64]
+
+ROWS = 32  # rows of logits in memory at once: 32 MiB of Gemma's vocabulary
 
 
 class Step(NamedTuple):
@@ -84,9 +87,11 @@ class CpuBatch(CpuSession):
         return cache.position
 
     def extend(self, pieces: Sequence[Piece]) -> Array:
+        check_pieces(pieces, self.block, self.config.vocab_size)
+        for piece in pieces:
+            check_room(len(piece.tokens), self.length(piece.slot), self.max_context)
         tokens = np.concatenate([np.asarray(piece.tokens, np.int32) for piece in pieces])
         self._begin(tokens)
-        self._check(pieces, tokens.size)
         if len(pieces) == 1:
             return self._extend(tokens, self._caches[pieces[0].slot]).normed
         step = self._step(pieces)
@@ -94,6 +99,30 @@ class CpuBatch(CpuSession):
         for piece in pieces:
             self._caches[piece.slot].position += len(piece.tokens)
         return work.normed
+
+    def choose(
+        self, hidden: Array, samplings: Sequence[Sampling], positions: Sequence[int]
+    ) -> list[int]:
+        chosen: list[int] = []
+        for first in range(0, len(hidden), ROWS):
+            rows = np.ascontiguousarray(hidden[first : first + ROWS])
+            logits = self.logits(rows, 0, self.config.vocab_size)
+            places = zip(logits, samplings[first:], positions[first:], strict=False)
+            chosen += [sample(values, sampling, position) for values, sampling, position in places]
+        return chosen
+
+    def write(self, firsts: Sequence[Piece], count: int, sampling: Sampling) -> Whole:
+        out = np.empty((len(firsts), count), np.int64)
+        pieces = firsts
+        for step in range(count):
+            hidden = self.extend(pieces)
+            positions = [self.length(piece.slot) for piece in pieces]
+            out[:, step] = self.choose(hidden, [sampling] * len(firsts), positions)
+            pieces = [
+                Piece(piece.slot, [token])
+                for piece, token in zip(firsts, out[:, step].tolist(), strict=True)
+            ]
+        return out
 
     def _slot(self, slot: int) -> KVCache:
         """A view of one sequence's keys and values."""
@@ -106,14 +135,6 @@ class CpuBatch(CpuSession):
             if window is not None and position > ring and length < position - ring + window - 1:
                 return False
         return length <= position
-
-    def _check(self, pieces: Sequence[Piece], tokens: int) -> None:
-        if len({piece.slot for piece in pieces}) < len(pieces):
-            raise UsageError("two pieces of one step belong to the same slot; join them")
-        if tokens > self.block:
-            raise UsageError(f"{tokens} tokens in one step; at most {self.block} fit")
-        for piece in pieces:
-            check_room(len(piece.tokens), self.length(piece.slot), self.max_context)
 
     def _step(self, pieces: Sequence[Piece]) -> Step:
         group = self.config.num_heads // self.config.num_kv_heads

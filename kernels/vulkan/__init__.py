@@ -5,9 +5,12 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from uq.formats.bundle import Bundle
     from uq.formats.checkpoint import Checkpoint
     from uq.formats.config import GemmaConfig
+    from uq.kernels.vulkan.batch import VulkanBatch
     from uq.kernels.vulkan.session import VulkanSession
     from uq.kernels.vulkan.weights import Source
 
@@ -28,6 +31,31 @@ def open_vulkan(bundle: Bundle, wish: str = "", *, max_context: int = 4096) -> V
     return _open(bundle.config, BundleSource(bundle), wish, max_context)
 
 
+def open_vulkan_batch(
+    bundle: Bundle, wish: str = "", *, slots: int, max_context: int = 4096
+) -> VulkanBatch:
+    """Put a bundle on a GPU to run several sequences together.
+
+    Args:
+        slots: sequences at a time.
+        max_context: tokens that each of their KV caches holds.
+
+    Raises: as `open_vulkan`, and UsageError: `slots` is out of range.
+    """
+    from uq.kernels.vulkan.batch import VulkanBatch
+    from uq.kernels.vulkan.device import choose
+    from uq.kernels.vulkan.sources import BundleSource
+
+    return VulkanBatch(
+        bundle.config,
+        BundleSource(bundle),
+        choose(wish),
+        slots=slots,
+        pipeline_cache=_cache_folder(),
+        max_context=max_context,
+    )
+
+
 def open_float(checkpoint: Checkpoint, wish: str = "", *, max_context: int = 4096) -> VulkanSession:
     """Put a checkpoint on a GPU as it is: in float16 or bfloat16, any other kind in float32.
 
@@ -40,11 +68,15 @@ def open_float(checkpoint: Checkpoint, wish: str = "", *, max_context: int = 409
 
 
 def _open(config: GemmaConfig, source: Source, wish: str, max_context: int) -> VulkanSession:
-    from uq.formats.checkpoint.cache import cache_folder
     from uq.kernels.vulkan.device import choose
     from uq.kernels.vulkan.session import VulkanSession
 
-    folder = cache_folder() / "vulkan"
     return VulkanSession(
-        config, source, choose(wish), pipeline_cache=folder, max_context=max_context
+        config, source, choose(wish), pipeline_cache=_cache_folder(), max_context=max_context
     )
+
+
+def _cache_folder() -> Path:
+    from uq.formats.checkpoint.cache import cache_folder
+
+    return cache_folder() / "vulkan"

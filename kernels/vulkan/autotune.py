@@ -32,7 +32,7 @@ def tune(gpu: Gpu, stages: Stages, most_lanes: int) -> dict[str, Shape]:
     """Key of a product -> its fastest shape; leaves the activations undefined."""
     found: dict[str, Shape] = {}
     for product in _products(stages):
-        key = product_key(product.matrix, 1, product.epilogue)
+        key = product_key(product.matrix, product.epilogue)
         shapes = candidates(product.matrix, product.epilogue, most_lanes)
         found[key] = min(shapes, key=lambda shape: _measure(gpu, stages, product, key, shape))
     return found

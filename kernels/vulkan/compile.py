@@ -16,13 +16,17 @@ from importlib.metadata import version
 from pathlib import Path
 
 from uq.errors import ToolMissing, UqError
-from uq.kernels.vulkan import layout_header
+from uq.kernels.vulkan import layout_header, state
 from uq.kernels.vulkan.variants import BASE_CAPABILITIES, FEATURES, VARIANTS, Variant
 
 SOURCES = Path(__file__).resolve().parents[2] / "shaders"  # absent in an installed package
 MODULES = Path(__file__).resolve().parent / "spv"
 INDEX = "index.json"
 INCLUDE = re.compile(r'^\s*#include "([^"]+)"', re.MULTILINE)
+GENERATED = {
+    layout_header.NAME: layout_header.layout_header,
+    state.NAME: state.state_header,
+}
 SPIRV_VERSION = {"vulkan1.2": 0x10500, "vulkan1.3": 0x10600}
 
 
@@ -90,8 +94,8 @@ def source_texts(variant: Variant, sources: Path = SOURCES) -> dict[str, str]:
         name = pending.pop()
         if name in texts:
             continue
-        generated = name == layout_header.NAME
-        texts[name] = layout_header.layout_header() if generated else (sources / name).read_text()
+        generate = GENERATED.get(name)
+        texts[name] = generate() if generate else (sources / name).read_text()
         pending += INCLUDE.findall(texts[name])
     return texts
 

@@ -16,10 +16,11 @@ from uq.formats.config import EMBEDDING, GemmaConfig
 from uq.kernels.vulkan.autotune import tune
 from uq.kernels.vulkan.commands import Recorder, Submission
 from uq.kernels.vulkan.device import Gpu, PhysicalGpu
-from uq.kernels.vulkan.mailbox import MOST_TOKENS, Mailbox
+from uq.kernels.vulkan.mailbox import Mailbox
 from uq.kernels.vulkan.memory import Arena, Span, Transfers, aligned, check_memory
 from uq.kernels.vulkan.model import (
     COLUMNS,
+    HEAD_ROWS,
     Cache,
     Work,
     cache_bytes,
@@ -30,6 +31,7 @@ from uq.kernels.vulkan.model import (
 from uq.kernels.vulkan.pipelines import Pipelines
 from uq.kernels.vulkan.runs import Runs, fitting
 from uq.kernels.vulkan.stages import Stages
+from uq.kernels.vulkan.state import MOST_BLOCKS, MOST_TOKENS
 from uq.kernels.vulkan.tuning import Tuning, read_measured, write_measured
 from uq.kernels.vulkan.weights import Loader, Source, padded_rows, weight_bytes
 from uq.kernels.vulkan.wide import Abilities, fits_tiles
@@ -53,11 +55,14 @@ class Engine:
         pipeline_cache: Path,
         max_context: int,
         widest: int = MOST_TOKENS,
+        *,
+        slots: int = 1,
     ) -> None:
         """
         Args:
             pipeline_cache: folder in which the driver's compiled kernels are kept.
             widest: tokens that a pass may have.
+            slots: sequences that are decoded at a time, each with a KV cache.
 
         Raises:
             DeviceError: the model does not fit, is not of a size the kernels know, or the device
@@ -68,9 +73,11 @@ class Engine:
         self.widest = widest = widest if fits_tiles(config) else min(widest, COLUMNS)
         weights = weight_bytes(source, weight_names(config))
         is_float = source.weight(EMBEDDING).kind.is_float
-        sizes = work_sizes(config, max(widest, COLUMNS), is_float=is_float)
+        tokens, rows = max(widest, COLUMNS, slots), max(COLUMNS, slots)
+        sizes = work_sizes(config, tokens, rows, is_float=is_float)
         small = sum(map(aligned, sizes.values()))
-        check_memory(physical, weights + small + cache_bytes(config, max_context, widest))
+        caches = cache_bytes(config, max_context, widest, slots)
+        check_memory(physical, weights + small + caches)
         self._closing = ExitStack()
         self.gpu = self._keep(Gpu(physical))
         self.close = weakref.finalize(self, _close, self.gpu, self._closing)
@@ -106,10 +113,11 @@ class Engine:
         write_measured(self._measured, known)
         self._stages = replace(self._stages, tuning=replace(self._stages.tuning, measured=known))
 
-    def runs(self, capacity: int) -> Runs:
-        """Passes and decode steps over a new KV cache of `capacity` tokens."""
-        arena = self._keep(Arena(self.gpu, cache_bytes(self.config, capacity, self.widest)))
-        cache = Cache.take(self.config, capacity, self.widest, arena, self.transfers)
+    def runs(self, capacity: int, slots: int = 1) -> Runs:
+        """Passes and decode steps over new KV caches of `capacity` tokens each."""
+        config, widest = self.config, self.widest
+        arena = self._keep(Arena(self.gpu, cache_bytes(config, capacity, widest, slots)))
+        cache = Cache.take(config, capacity, widest, slots, arena, self.transfers)
         return self._keep(Runs(self.gpu, self._stages, cache, self.mailbox, self.widest))
 
     def read_floats(self, span: Span, rows: int, columns: int) -> NDArray[np.float32]:
@@ -118,7 +126,17 @@ class Engine:
         return data.view(np.float32).reshape(rows, columns)
 
     def logits(self, hidden: NDArray[np.float32], start: int, stop: int) -> NDArray[np.float32]:
-        """Logits of rows `start:stop` of the head; hidden (n, hidden) with n up to `widest`."""
+        """As `Session.logits`."""
+        out = np.empty((len(hidden), stop - start), np.float32)
+        for first in range(0, len(hidden), self.widest):
+            block = slice(first, min(first + self.widest, len(hidden)))
+            for row in range(start, stop, HEAD_ROWS):
+                end = min(row + HEAD_ROWS, stop)
+                out[block, row - start : end - start] = self._scores(hidden[block], row, end)
+        return out
+
+    def _scores(self, hidden: NDArray[np.float32], start: int, stop: int) -> NDArray[np.float32]:
+        """`logits` of up to `widest` rows and `HEAD_ROWS` tokens of the vocabulary."""
         first = start // 16 * 16
         rows = self.model.head.from_row(first, stop - first)
         self.transfers.write(self.work.normed, hidden)
@@ -149,6 +167,11 @@ def check_sizes(config: GemmaConfig) -> None:
     Raises:
         DeviceError: a size is no multiple of what a lane holds.
     """
+    if config.num_heads > MOST_BLOCKS:
+        raise DeviceError(
+            f"the Vulkan kernels take up to {MOST_BLOCKS} heads, not {config.num_heads}; "
+            "use --device cpu"
+        )
     for name, size, unit in (
         ("head_dim", config.head_dim, 8),
         ("hidden_size", config.hidden_size, 32),

@@ -10,14 +10,13 @@ from numpy.typing import NDArray
 
 from uq.formats.config import EMBEDDING, FINAL_NORM, HEAD, GemmaConfig, layer_tensor
 from uq.formats.manifest import gain_name
-from uq.kernels.vulkan.mailbox import MOST_TOKENS, STEPS
 from uq.kernels.vulkan.memory import Arena, Span, Transfers
+from uq.kernels.vulkan.state import MOST_STEPS, STATE_BYTES
 from uq.kernels.vulkan.weights import Loader, Matrix, padded_rows, tiles_of
 
 COLUMNS = 16  # of a GEMV; more tokens of a pass are a GEMM
 SPLITS = 16  # parts of the context that attention works on at the same time
-MOST_STEPS = 16  # decode steps of one submit; no more than may be taken back
-STATE_BYTES = 4 * (4 + MOST_TOKENS + STEPS + 1024)  # struct State in shaders/common.glsl
+PEAK_LOGITS = 32  # of which peaks.comp keeps the greatest
 HEAD_ROWS = 1 << 14  # rows of the head whose logits of many tokens are computed at a time
 
 
@@ -120,7 +119,8 @@ class Work:
         hidden: the residual stream; `branch`: what joins it; `normed`: behind the last norm.
         x, context, gated: inputs of the linears (shaders/activations.glsl).
         half, units: one of those as float16, and what each token's were divided by.
-        logits: behind the last token. `scores`: logits of many tokens for some rows of the head.
+        logits: behind the last token, or behind each column's. `peaks`: of neighbours among them.
+        scores: logits of many tokens for some rows of the head.
         wide: projections of the MLP where they are joined later: gate's half and up's.
         partials: of attention, from each split. `candidates`: (value, id) from each workgroup.
     """
@@ -132,6 +132,7 @@ class Work:
     qkv: Span
     wide: Span
     logits: Span
+    peaks: Span
     scores: Span
     partials: Span
     candidates: Span
@@ -151,8 +152,13 @@ class Work:
         return list(vars(self).values())
 
 
-def work_sizes(config: GemmaConfig, tokens: int, *, is_float: bool) -> dict[str, int]:
-    """Bytes of each span of `Work` for passes of up to `tokens`, at least `COLUMNS`."""
+def work_sizes(
+    config: GemmaConfig, tokens: int, sequences: int, *, is_float: bool
+) -> dict[str, int]:
+    """Bytes of each span of `Work` for passes of up to `tokens`, and so many sequences at a time.
+
+    Both are `COLUMNS` at least.
+    """
     hidden, q, mlp = config.hidden_size, config.q_size, config.intermediate_size
     vocab = padded_rows(config.vocab_size)
     unit = 512 if is_float else 288  # of 128 channels
@@ -164,9 +170,10 @@ def work_sizes(config: GemmaConfig, tokens: int, *, is_float: bool) -> dict[str,
         "normed": value * hidden,
         "qkv": value * (padded_rows(q) + 2 * padded_rows(config.kv_size)),
         "wide": value * 2 * padded_rows(mlp),
-        "logits": 4 * vocab,
+        "logits": 4 * vocab * sequences,
+        "peaks": 4 * -(-vocab // PEAK_LOGITS) * sequences,
         "scores": value * min(vocab, HEAD_ROWS),
-        "partials": 4 * COLUMNS * config.num_heads * SPLITS * (config.head_dim + 2),
+        "partials": 4 * sequences * config.num_heads * SPLITS * (config.head_dim + 2),
         "candidates": 8 * vocab // 16,
         "x": tokens * tiles_of(hidden) * unit,
         "context": tokens * tiles_of(q) * unit,
@@ -178,7 +185,7 @@ def work_sizes(config: GemmaConfig, tokens: int, *, is_float: bool) -> dict[str,
 
 @dataclass(frozen=True)
 class Cache:
-    """Keys and values of one sequence, float16, (kv head, slot, dim) for each layer.
+    """Keys and values of sequences, float16, (sequence, kv head, slot, dim) for each layer.
 
     A layer with a window has a ring: as many slots as the window and the tokens of a pass need.
 
@@ -187,10 +194,23 @@ class Cache:
     """
 
     capacity: int
+    sequences: int
     keys: tuple[Span, ...]
     values: tuple[Span, ...]
     slots: tuple[int, ...]
     turns: dict[bool, Span]
+
+    @property
+    def nbytes(self) -> int:
+        return sum(span.nbytes for span in (*self.keys, *self.values))
+
+    def holds(self, config: GemmaConfig, length: int, written: int) -> bool:
+        """Whether all that a token at `length` sees is there, when `written` tokens have been."""
+        windows = [config.window(layer) for layer in range(config.num_layers)]
+        return all(
+            window is None or length + 1 - window >= written - slots or written <= slots
+            for window, slots in zip(windows, self.slots, strict=True)
+        )
 
     @classmethod
     def take(
@@ -198,12 +218,13 @@ class Cache:
         config: GemmaConfig,
         capacity: int,
         tokens: int,
+        sequences: int,
         arena: Arena,
         transfers: Transfers,
     ) -> Cache:
-        """`capacity` tokens in all, `tokens` in a pass."""
+        """`capacity` tokens of each sequence in all, `tokens` in a pass."""
         slots = cache_slots(config, capacity, tokens)
-        row = 2 * config.kv_size
+        row = 2 * config.kv_size * sequences
         turns = {}
         for layer in range(config.num_layers):
             if (sliding := config.is_sliding(layer)) not in turns:
@@ -212,6 +233,7 @@ class Cache:
                 transfers.write(turns[sliding], table)
         return cls(
             capacity=capacity,
+            sequences=sequences,
             keys=tuple(arena.take(row * count) for count in slots),
             values=tuple(arena.take(row * count) for count in slots),
             slots=slots,
@@ -227,9 +249,9 @@ def cache_slots(config: GemmaConfig, capacity: int, tokens: int) -> tuple[int, .
     return tuple(capacity if window is None else min(capacity, window + more) for window in windows)
 
 
-def cache_bytes(config: GemmaConfig, capacity: int, tokens: int) -> int:
+def cache_bytes(config: GemmaConfig, capacity: int, tokens: int, sequences: int) -> int:
     """Device bytes of the keys and values."""
-    return 4 * config.kv_size * sum(cache_slots(config, capacity, tokens))
+    return 4 * config.kv_size * sequences * sum(cache_slots(config, capacity, tokens))
 
 
 def turn_table(config: GemmaConfig, layer: int, capacity: int) -> NDArray[np.float32]:

@@ -18,19 +18,19 @@ from numpy.typing import NDArray
 from uq.errors import UsageError
 from uq.formats.config import GemmaConfig
 from uq.kernels.profile import StepTimes
-from uq.kernels.sampling import sample
 from uq.kernels.session import Device, Probe, Sampling, check_room, check_tokens
 from uq.kernels.vulkan.bandwidth import read_bandwidth
 from uq.kernels.vulkan.device import PhysicalGpu
 from uq.kernels.vulkan.engine import Engine
-from uq.kernels.vulkan.mailbox import MOST_TOKENS
-from uq.kernels.vulkan.model import HEAD_ROWS, MOST_STEPS
+from uq.kernels.vulkan.mailbox import Run, Writer
+from uq.kernels.vulkan.pace import Pace
 from uq.kernels.vulkan.runs import Runs
+from uq.kernels.vulkan.state import MOST_STEPS, MOST_STOPS, MOST_TOKENS
 from uq.kernels.vulkan.weights import Source
 
 Array = NDArray[np.float32]
 
-SUBMIT_SECONDS = 0.25  # of one submit: display drivers end what takes two seconds
+GREEDY = Sampling()
 FIRST_PASS = 64  # tokens of a pass, until it is known how long that takes
 
 
@@ -70,10 +70,11 @@ class VulkanSession:
             self._engine.tune()
         self._runs = self._engine.runs(max_context)
         self._scratch: Runs | None = None  # of `score`
-        # Steps and tokens of a submit.
-        self._steps, self._pass = 1, min(FIRST_PASS, self._engine.widest)
+        self._stops = config.eos_token_ids[:MOST_STOPS]
+        self._steps, self._pass = Pace(1, MOST_STEPS), Pace(FIRST_PASS, self._engine.widest)
         self._position, self._last = 0, 0  # tokens in the cache, and the last of them
-        self._choice = 0  # the likeliest token behind it
+        self._choice = 0  # the token behind it, and how it was chosen
+        self._chosen = GREEDY
         self._has_logits = False
 
     @property
@@ -93,9 +94,7 @@ class VulkanSession:
             UsageError: the cache is empty.
         """
         self._require_prompt()
-        if not self._has_logits:
-            self._runs.tokens([self._last], self._position - 1, head=True)
-            self._has_logits = True
+        self._restore_logits()
         found = self._engine.read_floats(self._engine.work.logits, 1, self.config.vocab_size)
         return found.reshape(-1)
 
@@ -114,15 +113,7 @@ class VulkanSession:
         return out
 
     def logits(self, hidden: Array, start: int, stop: int) -> Array:
-        out = np.empty((len(hidden), stop - start), np.float32)
-        widest = self._engine.widest
-        for first in range(0, len(hidden), widest):
-            block = slice(first, min(first + widest, len(hidden)))
-            for row in range(start, stop, HEAD_ROWS):
-                end = min(row + HEAD_ROWS, stop)
-                found = self._engine.logits(hidden[block], row, end)
-                out[block, row - start : end - start] = found
-        return out
+        return self._engine.logits(hidden, start, stop)
 
     def reset(self) -> None:
         self._position, self._has_logits = 0, False
@@ -136,16 +127,16 @@ class VulkanSession:
             piece = self._run_pass(self._runs, ids.tolist(), done, self._position, head=True)
             self._position += piece
             done += piece
-        self._know(int(ids[-1]))
+        self._know(int(ids[-1]), self._engine.mailbox.choices(1)[0], GREEDY)
 
     def decode(self, count: int, sampling: Sampling) -> Iterator[int]:
-        greedy = sampling.temperature == 0
+        sampling = GREEDY if sampling.temperature == 0 else sampling
         while count > 0:
             self._require_prompt()
             room = min(count, self.max_context - self._position)
             if room == 0:
                 return
-            tokens = self._likeliest(min(room, self._steps)) if greedy else self._drawn(sampling)
+            tokens = self._write(min(room, self._steps.size), sampling)
             count -= len(tokens)
             for used, token in enumerate(tokens, 1):
                 try:
@@ -175,7 +166,7 @@ class VulkanSession:
         self._require_prompt()
         check_room(1, self._position, self.max_context)
         self._has_logits = False
-        return self._runs.profile(self._position)
+        return self._runs.profile(Writer(0, self._position, self._last))
 
     def _run_pass(
         self, runs: Runs, tokens: list[int], done: int, position: int, *, head: bool = False
@@ -183,33 +174,41 @@ class VulkanSession:
         """Run the next of `tokens` behind the first `done`; with `head` logits behind the last.
 
         Returns:
-            How many ran. There will be more the next time, if that was quick.
+            How many ran.
         """
         began = time.perf_counter()
-        piece = tokens[done : done + self._pass]
-        runs.tokens(piece, position, head=head and done + len(piece) == len(tokens))
-        if len(piece) == self._pass and 2 * (time.perf_counter() - began) < SUBMIT_SECONDS:
-            self._pass = min(2 * self._pass, self._engine.widest)
+        piece = tokens[done : done + self._pass.size]
+        runs.tokens([Run(0, position, piece)], head=head and done + len(piece) == len(tokens))
+        self._pass.took(len(piece), time.perf_counter() - began)
         return len(piece)
 
-    def _likeliest(self, steps: int) -> list[int]:
-        """Append the next `steps` tokens; more at once the next time, if that was quick."""
+    def _write(self, steps: int, sampling: Sampling) -> list[int]:
+        """Append up to `steps` tokens, fewer where one of them ends the text."""
+        self._choose(sampling)
         began = time.perf_counter()
-        tokens = self._runs.steps(steps, self._position, self._choice)
-        if steps == self._steps and 2 * (time.perf_counter() - began) < SUBMIT_SECONDS:
-            self._steps = min(2 * steps, MOST_STEPS)
-        self._position += steps
-        self._know(tokens[-1])
+        writer = Writer(0, self._position, self._choice, sampling)
+        (tokens,), (choice,) = self._runs.steps(steps, [writer], self._stops)
+        self._steps.took(steps, time.perf_counter() - began)
+        self._position += len(tokens)
+        self._know(tokens[-1], choice, sampling)
         return tokens
 
-    def _drawn(self, sampling: Sampling) -> list[int]:
-        token = sample(self.next_logits, sampling, self._position)
-        self.prefill([token])
-        return [token]
+    def _choose(self, sampling: Sampling) -> None:
+        """Let the next token be one that is chosen in this way."""
+        if self._chosen != sampling:
+            self._restore_logits()
+            self._choice = self._runs.draw(Writer(0, self._position - 1, self._last, sampling))
+            self._chosen = sampling
 
-    def _know(self, last: int) -> None:
-        """The last submit computed the logits behind token `last`."""
-        self._last, self._choice, self._has_logits = last, self._engine.mailbox.choice, True
+    def _restore_logits(self) -> None:
+        """Compute the logits behind the last token again, where something has overwritten them."""
+        if not self._has_logits:
+            self._runs.tokens([Run(0, self._position - 1, [self._last])], head=True)
+            self._has_logits = True
+
+    def _know(self, last: int, choice: int, chosen: Sampling) -> None:
+        """The last submit ended with token `last` and left its logits."""
+        self._last, self._choice, self._chosen, self._has_logits = last, choice, chosen, True
 
     def _take_back(self, tokens: list[int], used: int) -> None:
         """Forget the tokens behind the first `used` ones: nobody asked for them."""

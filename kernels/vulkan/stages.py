@@ -13,24 +13,28 @@ from dataclasses import dataclass
 from uq.formats.config import GemmaConfig
 from uq.kernels.vulkan.commands import Recorder
 from uq.kernels.vulkan.memory import Span
-from uq.kernels.vulkan.model import COLUMNS, SPLITS, Cache, Layer, Model, Work
+from uq.kernels.vulkan.model import COLUMNS, PEAK_LOGITS, SPLITS, Cache, Layer, Model, Work
 from uq.kernels.vulkan.pipelines import Pipelines
 from uq.kernels.vulkan.push import addresses, words
+from uq.kernels.vulkan.state import ATTENTION_COUNTER, CHOOSE_COUNTER, NORM_COUNTER
 from uq.kernels.vulkan.tuning import CHOOSE, GEGLU, NORM, STORE, Shape, Tuning
 from uq.kernels.vulkan.weights import Matrix, padded_rows
 from uq.kernels.vulkan.wide import Abilities, Wide
 
 WHOLE, PREPARE, ATTEND = range(3)  # parts of attention, as in shaders/attention.comp
-NORM_COUNTER, CHOOSE_COUNTER = 1000, 1001  # of `arrived` in the state
 ROW_LANES = 256  # of a workgroup that holds a token
 ATTENTION_LANES = 128
+SAMPLE_LANES = 512
 MOST_QUERIES = 4  # heads that read a key together: their sums are registers
-GREATEST_ID = 0xFFFFFFFF
 
 
 @dataclass(frozen=True)
 class Stages:
-    """Records stages of one model for passes of `columns` tokens."""
+    """Records stages of one model for passes of `columns` tokens.
+
+    Attributes:
+        alone: each column is of a sequence of its own.
+    """
 
     config: GemmaConfig
     model: Model
@@ -39,6 +43,7 @@ class Stages:
     tuning: Tuning
     abilities: Abilities
     columns: int
+    alone: bool = False
 
     @property
     def wide(self) -> Wide | None:
@@ -48,8 +53,17 @@ class Stages:
         return Wide(self.config, self.work, self.pipelines, self.abilities, self.columns)
 
     @property
+    def tile(self) -> int:
+        """Tokens of a sequence that a workgroup of attention takes at a time."""
+        return self.wide.tile if self.wide else 1
+
+    @property
     def float_x(self) -> bool:
         return self.model.table.kind.is_float
+
+    @property
+    def _cap(self) -> float:
+        return float(self.config.final_softcap or 0.0)
 
     def layers(self, recorder: Recorder, cache: Cache) -> None:
         """From the first norm's output to the final norm's."""
@@ -90,7 +104,7 @@ class Stages:
         recorder.barrier()
 
     def attention(self, recorder: Recorder, layer: Layer, cache: Cache) -> None:
-        if self.columns == 1:
+        if self.columns == 1 or self.alone:
             self._attention(recorder, layer, cache, WHOLE, SPLITS)
         else:
             self._attention(recorder, layer, cache, PREPARE, 1)
@@ -123,9 +137,11 @@ class Stages:
             push += words(*sizes, NORM_COUNTER)
             self._gemv(recorder, matrix, shape, NORM, push, **constants)
         else:
-            self._products(recorder, x, [(matrix, work.branch)], stride=self.config.hidden_size)
+            outputs = [(matrix, work.branch)]
+            self._products(recorder, x, outputs, stride=self.config.hidden_size, like=NORM)
             recorder.barrier()
-            self._norm(recorder, branch_gain, gain, keep)
+            lanes = ROW_LANES if self.wide else self.tuning.shape(matrix, 1, NORM).lanes
+            self._norm(recorder, branch_gain, gain, lanes, keep)
         recorder.barrier()
 
     def gate(self, recorder: Recorder, layer: Layer) -> None:
@@ -149,8 +165,35 @@ class Stages:
         push = addresses(head.span, head.span, work.x, work.logits, *[work.hidden] * 4)
         push += addresses(work.candidates, work.state)
         push += words(head.blocks, head.tiles, head.rows, self.config.vocab_size, CHOOSE_COUNTER)
-        cap = float(self.config.final_softcap or 0.0)
-        self._gemv(recorder, head, shape, CHOOSE, push, CAP=cap)
+        self._gemv(recorder, head, shape, CHOOSE, push, CAP=self._cap)
+        recorder.barrier()
+
+    def heads(self, recorder: Recorder) -> None:
+        """Logits of every column, those of a GEMM not soft-capped yet."""
+        recorder.label = "head"
+        outputs = [(self.model.head, self.work.logits)]
+        stride, cap = padded_rows(self.config.vocab_size), self._cap
+        self._products(recorder, self.work.x, outputs, stride=stride, like=CHOOSE, cap=cap)
+        recorder.barrier()
+
+    def choose(self, recorder: Recorder, *, advances: bool) -> None:
+        """The token that follows each column's, by its sequence's own sampling.
+
+        Args:
+            advances: the sequences go on to it.
+        """
+        recorder.label = "sampling"
+        work, vocabulary = self.work, self.config.vocab_size
+        cap = self._cap if self.wide else 0.0
+        groups = -(-vocabulary // PEAK_LOGITS)
+        push = addresses(work.logits, work.peaks, work.state)
+        push += words(padded_rows(vocabulary), vocabulary, groups, int(advances))
+        pipeline = self.pipelines.get("peaks", LANES=ROW_LANES, CAP=cap)
+        parts = -(-groups * 8 // ROW_LANES)
+        self._run(recorder, pipeline, push, (parts, self.columns, 1))
+        recorder.barrier()
+        pipeline = self.pipelines.get("sample", LANES=SAMPLE_LANES, CAP=cap)
+        self._run(recorder, pipeline, push, (self.columns, 1, 1))
         recorder.barrier()
 
     def scores(self, recorder: Recorder, rows: Matrix) -> None:
@@ -181,10 +224,13 @@ class Stages:
         push = addresses(*halves, work.gated) + words(stride)
         self._run(recorder, pipeline, push, (self.columns, 1, 1))
 
-    def _norm(self, recorder: Recorder, branch_gain: Span | None, gain: Span, keep: bool) -> None:
+    def _norm(
+        self, recorder: Recorder, branch_gain: Span | None, gain: Span, lanes: int, keep: bool
+    ) -> None:
+        """`lanes` decide in which order a column is summed up."""
         work = self.work
-        constants = self._norm_constants(ROW_LANES, post=branch_gain is not None, keep=keep)
-        pipeline = self.pipelines.get("norm", LANES=ROW_LANES, FLOAT_X=self.float_x, **constants)
+        constants = self._norm_constants(lanes, post=branch_gain is not None, keep=keep)
+        pipeline = self.pipelines.get("norm", LANES=lanes, FLOAT_X=self.float_x, **constants)
         spans = (work.branch, work.hidden, branch_gain or gain, gain, work.normed, work.x)
         self._run(recorder, pipeline, addresses(*spans), (self.columns, 1, 1))
 
@@ -215,13 +261,25 @@ class Stages:
         rows = (cache.keys[index], cache.values[index])
         push = addresses(work.qkv, *gains, *rows, turns, work.partials, work.context, work.state)
         _, k, v, stride = layer.columns
-        push += words(stride, k, v, 0)
+        push += words(stride, k, v, ATTENTION_COUNTER)
         self._run(recorder, pipeline, push, (splits, config.num_heads // queries, self.columns))
 
     def _products(
-        self, recorder: Recorder, x: Span, outputs: Sequence[tuple[Matrix, Span]], *, stride: int
+        self,
+        recorder: Recorder,
+        x: Span,
+        outputs: Sequence[tuple[Matrix, Span]],
+        *,
+        stride: int,
+        like: int = STORE,
+        cap: float = 0.0,
     ) -> None:
-        """y = matrix x as float32 for each (matrix, y), `stride` values from column to column."""
+        """y = matrix x as float32 for each (matrix, y), `stride` values from column to column.
+
+        Args:
+            like: what follows the product of one column, whose bits these are up to `COLUMNS`.
+            cap: of the results, up to `COLUMNS`.
+        """
         if self.wide:
             kinds = [matrix.kind for matrix, _ in outputs]
             self.wide.halve(recorder, kinds, x, outputs[0][0].cols)
@@ -229,14 +287,23 @@ class Stages:
             if self.wide:
                 self.wide.product(recorder, matrix, x, y, stride=stride)
             else:
-                self._product(recorder, matrix, x, y, stride)
+                self._product(recorder, matrix, x, y, stride, like, cap)
 
-    def _product(self, recorder: Recorder, matrix: Matrix, x: Span, y: Span, stride: int) -> None:
-        shape = self.tuning.shape(matrix, self.columns, STORE)
+    def _product(
+        self,
+        recorder: Recorder,
+        matrix: Matrix,
+        x: Span,
+        y: Span,
+        stride: int,
+        like: int,
+        cap: float,
+    ) -> None:
+        shape = self.tuning.shape(matrix, self.columns, like)
         push = addresses(matrix.span, matrix.span, x, y, *[self.work.hidden] * 4)
         push += addresses(self.work.x, self.work.state)
         push += words(matrix.blocks, matrix.tiles, stride, matrix.rows, 0)
-        self._gemv(recorder, matrix, shape, STORE, push)
+        self._gemv(recorder, matrix, shape, STORE, push, CAP=cap)
 
     def _gemv(
         self,

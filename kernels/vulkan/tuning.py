@@ -40,22 +40,25 @@ class Tuning:
         return f"gemv_{kind.name}_dot" if dotted else f"gemv_{kind.name}"
 
     def shape(self, matrix: Matrix, columns: int, epilogue: int) -> Shape:
-        measured = self.measured.get(product_key(matrix, columns, epilogue))
-        return measured or usual_shape(matrix, columns, epilogue)
+        """`epilogue` is that of one column; more columns have the same lanes, so the same bits."""
+        one = self.measured.get(product_key(matrix, epilogue)) or usual_shape(matrix, epilogue)
+        if columns == 1:
+            return one
+        return Shape(one.lanes, min(one.blocks, 4 if columns <= 4 or epilogue == GEGLU else 2))
 
 
-def product_key(matrix: Matrix, columns: int, epilogue: int) -> str:
+def product_key(matrix: Matrix, epilogue: int) -> str:
     size = f"{matrix.rows}x{matrix.cols}"
-    return f"{matrix.kind.name} g{matrix.kind.group} {size} x{columns} {epilogue}"
+    return f"{matrix.kind.name} g{matrix.kind.group} {size} x1 {epilogue}"
 
 
-def usual_shape(matrix: Matrix, columns: int, epilogue: int) -> Shape:
+def usual_shape(matrix: Matrix, epilogue: int) -> Shape:
     """Few blocks get many lanes each, so that all of the device has work."""
     gated = epilogue == GEGLU
     blocks = 4 if gated else 2 if matrix.blocks >= 4096 else 1
     groups = -(-matrix.blocks // (blocks // 2 if gated else blocks))
     wanted = -(-ENOUGH_LANES // (64 * groups))
-    most = min(MOST_LANES // 64, matrix.tiles, SUMS // (16 * blocks * columns))
+    most = min(MOST_LANES // 64, matrix.tiles, SUMS // (16 * blocks))
     return Shape(64 * max(1, min(max(wanted, 2), most)), blocks)
 
 

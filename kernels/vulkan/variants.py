@@ -79,6 +79,8 @@ def _decode_kernels() -> Iterator[Variant]:
     for name in ("quantize", "geglu"):
         yield _kernel(name, f"{name}.comp", constants=("LANES", "FLOAT_X", "CHANNELS"))
     yield _kernel("read", "read.comp", constants=("LANES",))
+    for name in ("peaks", "sample"):
+        yield _kernel(name, f"{name}.comp", constants=("LANES", "CAP"))
     shape = ("DIM", "HEADS", "KV_HEADS", "QUERIES", "WINDOW", "SLOTS", "SPLITS")
     attention = ("LANES", "FLOAT_X", "MODE", *shape, "QK_NORM", "EPS", "SCALE", "CAP")
     yield _kernel("attention", "attention.comp", constants=attention)

@@ -11,7 +11,7 @@ from uq.kernels.vulkan.device import PhysicalGpu
 from uq.kernels.vulkan.memory import Span
 from uq.kernels.vulkan.model import Cache, Layer, Work
 from uq.kernels.vulkan.pipelines import Pipelines
-from uq.kernels.vulkan.prefill import attention_constants, gemm_constants, gemm_module
+from uq.kernels.vulkan.prefill import AttentionCut, attention_constants, gemm_constants, gemm_module
 from uq.kernels.vulkan.push import addresses, words
 from uq.kernels.vulkan.variants import VARIANTS
 from uq.kernels.vulkan.weights import Kind, Matrix, tiles_of
@@ -102,9 +102,20 @@ class Wide:
         constants["FLOAT_X"] = is_float
         push = addresses(work.qkv, cache.keys[index], cache.values[index], work.context, work.state)
         push += words(layer.columns[-1])
-        groups = -(-self.columns // int(constants["TOKENS"])), self.config.num_kv_heads
+        whole = -(-self.columns // int(constants["TOKENS"]))
+        groups = min(self.columns, whole + cache.sequences - 1), self.config.num_kv_heads
         pipeline = self.pipelines.get("attention_prefill", **constants)
         recorder.dispatch(pipeline, self.pipelines.layout, push, (*groups, 1))
+
+    @property
+    def tile(self) -> int:
+        """Tokens that a workgroup of attention takes at a time."""
+        sharing = self.config.num_heads // self.config.num_kv_heads
+        abilities = self.abilities
+        cut = AttentionCut.of(
+            self.config.head_dim, sharing, abilities.subgroup[2], abilities.shared_bytes
+        )
+        return cut.rows // sharing
 
     def _takes_halves(self, kind: Kind) -> bool:
         return self.abilities.module(kind).endswith("_matrix")
