@@ -59,6 +59,18 @@ def test_json_on_the_cpu(bundle: Path, capsys: pytest.CaptureFixture[str]) -> No
     assert found["speed"]["decode_tps"]["min"] <= found["speed"]["decode_tps"]["max"]
 
 
+@pytest.mark.parametrize("device", ["vulkan", "cpu"])
+def test_several_sequences(bundle: Path, device: str, capsys: pytest.CaptureFixture[str]) -> None:
+    command = ["bench", str(bundle), "--device", device, *SHORT, "--batch", "3"]
+    assert main(command) == 0
+    shown = capsys.readouterr().out
+    assert "batch decode" in shown and "3 sequences together" in shown
+    assert main([*command, "--json"]) == 0
+    batch = json.loads(capsys.readouterr().out)["batch"]
+    assert (batch["sequences"], batch["prompt"], batch["generated"]) == (3, 5, 3)
+    assert batch["decode_tps"]["min"] <= batch["decode_tps"]["median"]
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

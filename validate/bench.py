@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from uq.errors import UsageError
-from uq.kernels.backends import open_session
+from uq.kernels.backends import open_batch, open_session
 from uq.kernels.profile import StageTime, StepTimes, by_label
 from uq.text import size, table
 from uq.validate.bandwidth import Ceiling
+from uq.validate.batch_speed import BatchRates, measure_batch
 from uq.validate.report import Speed, Spread
 from uq.validate.speed import fixed_prompt, measure_speed
 
@@ -25,6 +26,7 @@ class BenchOptions:
     Attributes:
         prompt, generate: tokens of each prefill, and of each decoding behind it.
         kernels: whether the kernels of a decode step are timed, too.
+        batch: sequences that are then run together; 1: none.
     """
 
     device: str = "auto"
@@ -33,6 +35,12 @@ class BenchOptions:
     generate: int = 64
     repeats: int = 5
     kernels: bool = False
+    batch: int = 1
+
+    @property
+    def context(self) -> int:
+        """Tokens of a sequence."""
+        return self.prompt + self.generate
 
 
 @dataclass(frozen=True)
@@ -41,12 +49,14 @@ class Bench:
 
     Attributes:
         step: of one decode step behind the prompt; None when it was not asked for.
+        batch: of several sequences together; None when it was not asked for.
     """
 
     bundle: str
     device: Device
     speed: Speed
     step: StepTimes | None = None
+    batch: BatchRates | None = None
 
     @property
     def stages(self) -> list[StageTime]:
@@ -64,6 +74,7 @@ class Bench:
             "speed": asdict(self.speed),
             "share_of_ceiling": self.share_of_ceiling,
             "stages": [asdict(stage) for stage in self.stages],
+            "batch": None if self.batch is None else asdict(self.batch),
         }
 
     def __str__(self) -> str:
@@ -74,8 +85,15 @@ class Bench:
             ("decode", *_rates(speed.decode_tps), f"{speed.generated} behind {speed.context}"),
             ("ceiling", f"{speed.decode_ceiling_tps:.1f} tokens/s", "", ""),
         ]
+        if self.batch is not None:
+            several = f"{self.batch.sequences} sequences together"
+            rows += [
+                ("batch prefill", *_rates(self.batch.prefill_tps), several),
+                ("batch decode", *_rates(self.batch.decode_tps), several),
+            ]
         lines = [
-            f"{self.bundle} on {self.device.name} ({self.device.driver}), one sequence",
+            f"{self.bundle} on {self.device.name} ({self.device.driver}), one sequence"
+            + (", then several" if self.batch else ""),
             table(rows),
             f"The ceiling is the measured read bandwidth, {bandwidth}, over {per_token} of weights "
             f"a token; decode reaches {self.share_of_ceiling:.0%} of it.",
@@ -97,11 +115,13 @@ def bench(bundle: Bundle, options: BenchOptions | None = None) -> Bench:
         UsageError: it has no clock for the kernels that are to be timed.
     """
     options = options or BenchOptions()
+    alone = _bench_one(bundle, options)
+    return replace(alone, batch=_bench_batch(bundle, options)) if options.batch > 1 else alone
+
+
+def _bench_one(bundle: Bundle, options: BenchOptions) -> Bench:
     session = open_session(
-        bundle,
-        options.device,
-        max_context=options.prompt + options.generate,
-        threads=options.threads,
+        bundle, options.device, max_context=options.context, threads=options.threads
     )
     if options.kernels and session.probe is None:
         raise UsageError(f"{session.device.name} has no clock for its kernels; use --device vulkan")
@@ -110,6 +130,19 @@ def bench(bundle: Bundle, options: BenchOptions | None = None) -> Bench:
     )
     step = _step(session, options.prompt) if options.kernels else None
     return Bench(bundle.name, session.device, rates.beside(Ceiling.of(session)), step)
+
+
+def _bench_batch(bundle: Bundle, options: BenchOptions) -> BatchRates:
+    session = open_batch(
+        bundle,
+        options.device,
+        slots=options.batch,
+        max_context=options.context,
+        threads=options.threads,
+    )
+    return measure_batch(
+        session, prompt=options.prompt, generate=options.generate, repeats=options.repeats
+    )
 
 
 def _step(session: Session, prompt: int) -> StepTimes:

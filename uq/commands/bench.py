@@ -18,6 +18,10 @@ def configure(parser: argparse.ArgumentParser) -> None:
     add("--prompt", type=whole(1), default=512, metavar="N", help="default: %(default)s tokens")
     add("--generate", type=whole(1), default=64, metavar="N", help="default: %(default)s tokens")
     add("--repeats", type=whole(1), default=5, metavar="N", help="default: %(default)s")
+    add(
+        "--batch", type=whole(1), default=1, metavar="N",
+        help="also run N sequences together, up to 64 on a GPU",
+    )  # fmt: skip
     add("--by-kernel", action="store_true", help="time the kernels of a decode step")
     add("--trace", type=Path, metavar="FILE", help="write that step for Perfetto (JSON)")
     add("--json", action="store_true", help="print one JSON object")
@@ -39,6 +43,7 @@ def run(args: argparse.Namespace) -> int:
         generate=args.generate,
         repeats=args.repeats,
         kernels=args.by_kernel or args.trace is not None,
+        batch=args.batch,
     )
     if note := first_run_note(args.device):
         print(note, file=sys.stderr)

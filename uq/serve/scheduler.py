@@ -13,6 +13,7 @@ from itertools import islice, takewhile
 from operator import eq
 
 import numpy as np
+from numpy.typing import NDArray
 
 from uq.kernels.session import BatchSession, Piece
 from uq.serve.metrics import Metrics
@@ -21,6 +22,8 @@ from uq.serve.sequence import Sequence
 PREFILL = 128  # prompt tokens in a step in which others write: they wait for it
 SHARED = 16  # a shorter common beginning is not worth the rest of a KV cache
 ROWS = 32  # rows of logits in memory at once: 32 MiB of Gemma's vocabulary
+
+Place = tuple[Sequence, int]  # and the position of one of its tokens
 
 
 class Scheduler:
@@ -68,16 +71,30 @@ class Scheduler:
         ]
         hidden = self._session.extend(pieces)
         wanted = [row for row, (sequence, at) in enumerate(places) if sequence.wants(at)]
-        vocab = self._session.config.vocab_size
-        for first in range(0, len(wanted), ROWS):
-            rows = wanted[first : first + ROWS]
-            logits = self._session.logits(np.ascontiguousarray(hidden[rows]), 0, vocab)
-            for row, values in zip(rows, logits, strict=True):
-                sequence, position = places[row]
-                sequence.receive(position, values)
+        scored = [row for row in wanted if places[row][0].job.logprobs is not None]
+        others = [row for row in wanted if places[row][0].job.logprobs is None]
+        self._choose(hidden[others], [places[row] for row in others])
+        for first in range(0, len(scored), ROWS):
+            rows = scored[first : first + ROWS]
+            self._score(hidden[rows], [places[row] for row in rows])
         self._metrics.width.observe(len(pieces))
         for slot, _ in pieces:
             self._settle(slot)
+
+    def _choose(self, hidden: NDArray[np.float32], places: list[Place]) -> None:
+        """The next token of sequences that are asked for nothing else."""
+        if places:
+            samplings = [sequence.job.sampling for sequence, _ in places]
+            positions = [position + 1 for _, position in places]
+            tokens = self._session.choose(hidden, samplings, positions)
+            for (sequence, _), token in zip(places, tokens, strict=True):
+                sequence.append(token)
+
+    def _score(self, hidden: NDArray[np.float32], places: list[Place]) -> None:
+        """The probabilities of tokens that are there or are chosen."""
+        logits = self._session.logits(hidden, 0, self._session.config.vocab_size)
+        for (sequence, position), values in zip(places, logits, strict=True):
+            sequence.receive(position, values)
 
     def _settle(self, slot: int) -> None:
         """Report, and free the slot of a sequence that is over."""

@@ -50,7 +50,7 @@ class Sequence:
             token = self.tokens[position + 1]
         else:
             token = sample(logits, self.job.sampling, position + 1)
-            self._append(token)
+            self.append(token)
         if self.job.logprobs is not None:
             self._scores.append(score(logits, token, self.job.logprobs))
 
@@ -70,7 +70,8 @@ class Sequence:
     def fail(self, reason: str) -> None:
         self._sink(Update(generated=self.generated, error=reason))
 
-    def _append(self, token: int) -> None:
+    def append(self, token: int) -> None:
+        """Take the next token."""
         self.tokens.append(token)
         if token in self._eos:
             self._end("stop")
