@@ -1,12 +1,12 @@
-"""Quantize a checkpoint of a real model's shape from a Hub on the loopback, and from a folder.
+"""Quantize a checkpoint of a real model's shape from a Hub on the loopback, and from its folder.
 
-    python -m benchmarks.hub_streaming --shape 1b --runs 3     # both, alternating
-    python -m benchmarks.hub_streaming --shape 12b --runs 0    # from the Hub alone, once
+    python -m benchmarks.hub_streaming --shape 1b --runs 3
+    python -m benchmarks.hub_streaming --shape 12b --layers 2 --method auto --tokens 2048
 
-The weights are noise, made while they are served; the folder is written only if it is compared
-with. The Hub runs in a process of its own, on the same machine, and takes part of its time. The
-most bytes that a run had on the disk are looked up four times a second: the bundle in work and all
-caches.
+The weights are noise. The Hub runs in a process of its own, on the same machine, and takes part of
+its time; it sends the folder's file by sendfile. Runs alternate, so that both find the file in the
+page cache if it fits there. The most bytes that a run had on the disk are looked up four times a
+second: the bundle in work and all caches.
 """
 
 from __future__ import annotations
@@ -15,13 +15,15 @@ import argparse
 import json
 import math
 import os
+import resource
+import shutil
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
-from functools import cached_property
+from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -30,6 +32,7 @@ import numpy as np
 
 from tests.conftest import Tiny, config_of, tokenizer_config, tokenizer_of
 from tests.hub_server.server import HubServer
+from tests.hub_server.store import OnDisk
 
 REPO = "google/gemma-noise"
 SHAPES: dict[str, dict[str, Any]] = {
@@ -39,45 +42,26 @@ SHAPES: dict[str, dict[str, Any]] = {
         "hidden": 3840, "layers": 48, "heads": 16, "kv_heads": 8, "head_dim": 256, "ffn": 15360,
     },
 }  # fmt: skip
-VOCABULARY = 262_144
-TILE = 1 << 24
+VOCABULARY = 262_208
+TILE = 1 << 24  # bytes
+WEIGHTS = "model.safetensors"
 
 
-@dataclass(frozen=True)
-class Noise:
-    """A safetensors file in bf16 whose data repeat one block of noise; never held as a whole."""
+def header(shapes: dict[str, tuple[int, ...]]) -> bytes:
+    """Of a safetensors file in bf16."""
+    entries: dict[str, Any] = {}
+    end = 0
+    for name, shape in shapes.items():
+        start, end = end, end + 2 * math.prod(shape)
+        entries[name] = {"dtype": "BF16", "shape": shape, "data_offsets": [start, end]}
+    text = json.dumps(entries).encode()
+    return len(text).to_bytes(8, "little") + text
 
-    shapes: dict[str, tuple[int, ...]]
 
-    @cached_property
-    def header(self) -> bytes:
-        entries: dict[str, Any] = {}
-        end = 0
-        for name, shape in self.shapes.items():
-            start, end = end, end + 2 * math.prod(shape)
-            entries[name] = {"dtype": "BF16", "shape": shape, "data_offsets": [start, end]}
-        text = json.dumps(entries).encode()
-        return len(text).to_bytes(8, "little") + text
-
-    @cached_property
-    def tile(self) -> bytes:
-        values = np.random.default_rng(0).standard_normal(TILE // 2, np.float32) * 0.02
-        return (values.view(np.uint32) >> 16).astype(np.uint16).tobytes()
-
-    @property
-    def size(self) -> int:
-        return len(self.header) + 2 * sum(map(math.prod, self.shapes.values()))
-
-    @property
-    def sha256(self) -> str:
-        return "0" * 64  # a name for the store: nothing in this benchmark checks it
-
-    def read(self, start: int, stop: int) -> bytes:
-        head = self.header[start:stop]
-        first = max(start - len(self.header), 0) % TILE
-        wanted = stop - start - len(head)
-        copies = -(-(first + wanted) // TILE)
-        return head + (self.tile * copies)[first : first + wanted]
+def noise() -> bytes:
+    """Normal values of a weight's size, as bf16."""
+    values = np.random.default_rng(0).standard_normal(TILE // 2, np.float32) * 0.02
+    return (values.view(np.uint32) >> 16).astype(np.uint16).tobytes()
 
 
 def tensors(tiny: Tiny) -> Iterator[tuple[str, tuple[int, ...]]]:
@@ -110,33 +94,40 @@ def small_files(tiny: Tiny) -> dict[str, bytes]:
     }
 
 
-def serve(tiny: Tiny) -> None:
+def serve(folder: Path) -> None:
     """Be the Hub until stdin ends; the address is the first line of stdout."""
     with HubServer() as hub:
-        hub.store.add(REPO, {**small_files(tiny), "model.safetensors": Noise(dict(tensors(tiny)))})
+        hub.store.add(REPO, {path.name: content(path) for path in folder.iterdir()})
         print(hub.url, flush=True)
         sys.stdin.read()
 
 
+def content(path: Path) -> bytes | OnDisk:
+    return OnDisk(path) if path.name == WEIGHTS else path.read_bytes()
+
+
 def write_folder(tiny: Tiny, folder: Path) -> None:
+    """A checkpoint whose data repeat one block of noise."""
     folder.mkdir()
     for name, data in small_files(tiny).items():
         (folder / name).write_bytes(data)
-    noise = Noise(dict(tensors(tiny)))
-    with (folder / "model.safetensors").open("wb") as file:
-        for start in range(0, noise.size, TILE):
-            file.write(noise.read(start, min(start + TILE, noise.size)))
+    shapes, tile = dict(tensors(tiny)), noise()
+    left = 2 * sum(map(math.prod, shapes.values()))
+    with (folder / WEIGHTS).open("wb") as file:
+        file.write(header(shapes))
+        while left:
+            left -= file.write(tile[:left])
 
 
-def quantize(source: str, work: Path, url: str, method: str) -> dict[str, float]:
-    """Seconds of one run; the bytes of the bundle, and the most that was on the disk beside it."""
+def quantize(source: str, work: Path, url: str, options: list[str]) -> dict[str, float]:
+    """Seconds of one run, by the clock and of the processor; bytes of the bundle, most on disk."""
     environment = os.environ | {
         "HF_ENDPOINT": url, "HF_HOME": str(work / "hf"), "UQ_CACHE": str(work / "cache"),
         "HF_HUB_DISABLE_XET": "1",
     }  # fmt: skip
     out = work / "bundle"
-    command = [sys.executable, "-m", "uq", "quantize", source, "-o", str(out), "--method", method]
-    began, most = time.perf_counter(), 0
+    command = [sys.executable, "-m", "uq", "quantize", source, "-o", str(out), *options]
+    began, most, before = time.perf_counter(), 0, processor()
     with (work / "log").open("w") as log:
         run = subprocess.Popen(command, env=environment, stdout=log, stderr=log)
         while run.poll() is None:
@@ -145,7 +136,18 @@ def quantize(source: str, work: Path, url: str, method: str) -> dict[str, float]
     if run.returncode:
         sys.exit((work / "log").read_text())
     seconds = time.perf_counter() - began
-    return {"seconds": seconds, "bundle": used(out), "most": max(most, used(work))}
+    return {
+        "seconds": seconds,
+        "processor": processor() - before,
+        "bundle": used(out),
+        "most": max(most, used(work)),
+    }
+
+
+def processor() -> float:
+    """Seconds of all processes that have ended and were waited for."""
+    usage = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return usage.ru_utime + usage.ru_stime
 
 
 def used(folder: Path) -> int:
@@ -163,40 +165,47 @@ def used(folder: Path) -> int:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0] if __doc__ else "")
     parser.add_argument("--shape", choices=SHAPES, default="1b")
-    parser.add_argument("--runs", type=int, default=3, help="pairs; 0: the Hub alone, once")
-    parser.add_argument("--method", default="rtn", choices=("rtn", "gptq"))
+    parser.add_argument("--layers", type=int, help="default: as many as the model has")
+    parser.add_argument("--runs", type=int, default=3, help="pairs of runs")
+    parser.add_argument("--method", default="rtn", choices=("auto", "rtn", "gptq"))
+    parser.add_argument("--tokens", type=int, default=2048, help="of calibration")
     parser.add_argument("--work", type=Path, help="folder for everything; default: temporary")
-    parser.add_argument("--serve", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("--serve", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args()
-    tiny = Tiny(vocab=VOCABULARY, window=1024, pattern=6, **SHAPES[args.shape])
     if args.serve:
-        return serve(tiny)
+        return serve(args.serve)
+    tiny = Tiny(vocab=VOCABULARY, window=1024, pattern=6, **SHAPES[args.shape])
+    tiny = replace(tiny, layers=args.layers or tiny.layers)
+    options = ["--method", args.method, "--calibration-tokens", str(args.tokens)]
     with tempfile.TemporaryDirectory(dir=args.work) as work:
-        compare(tiny, Path(work), args)
+        compare(tiny, Path(work), args.runs, options)
 
 
-def compare(tiny: Tiny, work: Path, args: argparse.Namespace) -> None:
-    if args.runs:
-        write_folder(tiny, work / "model")
-    command = [sys.executable, "-m", "benchmarks.hub_streaming", "--serve", "--shape", args.shape]
-    hub = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-    assert hub.stdout is not None and hub.stdin is not None
-    url = hub.stdout.readline().strip()
-    took: dict[str, list[float]] = {}
-    for number in range(max(args.runs, 1)):
-        for kind, source in {"hub": REPO, "folder": str(work / "model")}.items():
-            if kind == "hub" or args.runs:
+def compare(tiny: Tiny, work: Path, runs: int, options: list[str]) -> None:
+    folder = work / "model"
+    write_folder(tiny, folder)
+    took: dict[str, list[float]] = {"hub": [], "folder": []}
+    with loopback_hub(folder) as url:
+        for number in range(runs):
+            for kind, source in {"hub": REPO, "folder": str(folder)}.items():
                 run = work / f"{kind}-{number}"
                 run.mkdir()
-                figures = quantize(source, run, url, args.method)
-                took.setdefault(kind, []).append(figures["seconds"])
+                figures = quantize(source, run, url, options)
+                took[kind].append(figures["seconds"])
                 print(kind, json.dumps(figures), flush=True)
-                subprocess.run(["rm", "-r", str(run)], check=True)
+                shutil.rmtree(run)
+    ratios = [ours / local for ours, local in zip(took["hub"], took["folder"], strict=True)]
+    print(f"hub / folder: median {median(ratios):.2f}, {min(ratios):.2f} to {max(ratios):.2f}")
+
+
+@contextmanager
+def loopback_hub(folder: Path) -> Iterator[str]:
+    command = [sys.executable, "-m", "benchmarks.hub_streaming", "--serve", str(folder)]
+    hub = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    assert hub.stdout is not None and hub.stdin is not None
+    yield hub.stdout.readline().strip()
     hub.stdin.close()
     hub.wait()
-    if args.runs:
-        ratios = [ours / local for ours, local in zip(took["hub"], took["folder"], strict=True)]
-        print(f"hub / folder: median {median(ratios):.2f}, {min(ratios):.2f} to {max(ratios):.2f}")
 
 
 if __name__ == "__main__":

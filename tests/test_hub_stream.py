@@ -73,7 +73,7 @@ def test_opening_fetches_headers_only(hub: HubServer, tiny_checkpoint: Tiny) -> 
     headers = [
         8 + int.from_bytes(path.read_bytes()[:8], "little") for path in folder.glob("model-*")
     ]
-    assert weight_bytes(hub) == sum(headers)
+    assert weight_bytes(hub) == sum(headers) + 2  # one byte of each, to learn where it lies
 
 
 def test_layer_is_fetched_by_itself(
@@ -166,7 +166,7 @@ def test_too_many_requests_are_waited_out(
     remote = streamed()
     hub.fail("GET", WEIGHTS, status=429, headers={"Retry-After": "7"}, times=2)
     assert_array_equal(remote.embedding(0, 64), open_checkpoint(folder).embedding(0, 64))
-    assert pauses == [8, 8]  # the client adds a second
+    assert pauses == [7, 7]
 
 
 @pytest.mark.parametrize("fault", [{"status": 503}, {"cut": 100}], ids=["status", "cut"])
@@ -178,7 +178,63 @@ def test_broken_transfer_is_tried_again(
     remote = streamed()
     hub.fail("GET", "/cdn/", times=3, **fault)
     assert_array_equal(remote.embedding(0, 64), open_checkpoint(folder).embedding(0, 64))
-    assert len(pauses) == 3
+    assert pauses == [1, 2]  # the first attempt after a failure comes at once
+
+
+def test_where_a_file_lies_is_asked_once(hub: HubServer, tiny_checkpoint: Tiny) -> None:
+    hub.store.add_folder(REPO, tiny_checkpoint(shards=2))
+    remote = streamed()
+    remote.embedding(0, 64)
+    remote.layer(0)
+    assert len(hub.requests("GET", r"/resolve/.*\.safetensors$")) == 2
+
+
+def test_address_that_has_expired_is_asked_for_anew(
+    hub: HubServer, tiny_checkpoint: Tiny, pauses: list[float]
+) -> None:
+    folder = tiny_checkpoint()
+    hub.store.add_folder(REPO, folder)
+    remote = streamed()
+    hub.signature = "of the next hour"
+    assert_array_equal(remote.embedding(0, 64), open_checkpoint(folder).embedding(0, 64))
+    assert [entry.status for entry in hub.requests("GET", "/cdn/")][-2:] == [206, 206]
+    assert 403 in [entry.status for entry in hub.requests("GET", "/cdn/")]
+    assert pauses == []
+
+
+def test_store_that_keeps_refusing(hub: HubServer, tiny_checkpoint: Tiny) -> None:
+    hub.store.add_folder(REPO, tiny_checkpoint())
+    remote = streamed()
+    hub.fail("GET", "/cdn/", status=403, times=inf)
+    with pytest.raises(HubError, match="the Hub answered 403"):
+        remote.embedding(0, 64)
+
+
+def test_file_of_xet_storage_is_read_over_its_bridge(
+    hub: HubServer, tiny_checkpoint: Tiny, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_DISABLE_XET", False)
+    monkeypatch.setenv("HF_TOKEN", "hf_reader")
+    hub.store.accounts["hf_reader"] = Account("reader", "read")
+    folder = tiny_checkpoint()
+    hub.store.add_folder(REPO, folder)
+    hub.xet = True
+    assert_array_equal(streamed().embedding(0, 64), open_checkpoint(folder).embedding(0, 64))
+    bridge = hub.requests("GET", "/cdn/")
+    assert bridge and {entry.token for entry in bridge} == {None}
+    assert hub.requests("GET", "xet-read-token") == []
+
+
+def test_proxy_is_used(
+    hub: HubServer, tiny_checkpoint: Tiny, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hub.store.add_folder(REPO, tiny_checkpoint())
+    remote = streamed()
+    monkeypatch.setenv("http_proxy", "http://user:word@127.0.0.1:1")
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
+    monkeypatch.setattr("urllib3.util.retry.time.sleep", lambda seconds: None)
+    with pytest.raises(HubError, match="the transfer broke off .*proxy"):
+        remote.embedding(0, 64)
 
 
 def test_lost_network_stops_and_the_same_command_continues(

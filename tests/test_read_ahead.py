@@ -74,7 +74,7 @@ def test_blocks_follow_the_order_of_reading() -> None:
     file = Slow()
     late, early = tensor(file, "late", 0, 250), tensor(file, "early", 250, 150)
     tensors = read_ahead({"late": late, "early": early}, [["early"], ["late"]], ahead=300)
-    tensors["early"].file.read(250, 10)
+    tensors["early"].file.read(250, 150)
     tensors["late"].file.read(0, 250)
     assert set(file.asked) == {(250, 100), (350, 50), (0, 100), (100, 100), (200, 50)}
 
@@ -83,6 +83,29 @@ def test_a_single_look_fetches_nothing_ahead() -> None:
     file = Slow()
     reader_of(file, 5000).read("weights", 4321, 10)
     assert file.asked == [(4300, 100)]
+
+
+def test_parts_of_a_step_are_fetched_once_in_any_order() -> None:
+    file, rng = Slow(), np.random.default_rng(2)
+    layers = [[f"{n}-{m}" for m in range(5)] for n in range(6)]
+    places = {name: 130 * index for index, name in enumerate(sum(layers, []))}
+    tensors = {name: tensor(file, name, start, 130) for name, start in places.items()}
+    found = read_ahead(tensors, layers, ahead=5 * 130)
+    for layer in layers:
+        for name in rng.permutation(layer):
+            start = places[name]
+            assert_array_equal(found[name].file.read(start, 130), CONTENT[start : start + 130])
+    assert len(file.asked) == len(set(file.asked)) == 6 * 7
+
+
+def test_reading_on_fetches_ahead_more_and_more() -> None:
+    file = Slow()
+    reader = reader_of(file, 500)
+    lead = []
+    for block in range(12):
+        reader.read("weights", 100 * block, 100)
+        lead.append(max(reader._held) - block)
+    assert lead == [0, 1, 2, 3, 4, *[5] * 7]
 
 
 def test_little_is_held() -> None:

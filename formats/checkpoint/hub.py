@@ -72,8 +72,8 @@ def quiet_unless_terminal() -> None:
     from huggingface_hub.utils.tqdm import disable_progress_bars
 
     if "HF_HUB_VERBOSITY" not in os.environ:
-        logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
-
+        for name in ("huggingface_hub", "urllib3"):
+            logging.getLogger(name).setLevel(logging.ERROR)
     if not sys.stderr.isatty() and constants.HF_HUB_DISABLE_PROGRESS_BARS is None:
         disable_progress_bars()
 

@@ -1,7 +1,9 @@
 """Tensors whose bytes are slow to get, fetched in blocks ahead of use by a few threads.
 
 The blocks follow the order in which a model is read, not that of its files. Reading on from one
-block to the next starts the fetching of what comes behind it.
+block to the next fetches what comes behind, the more the longer this goes on: a look at a few rows
+costs one block. What is read together (a layer) is forgotten together, for its parts are read in
+any order.
 """
 
 from __future__ import annotations
@@ -9,7 +11,7 @@ from __future__ import annotations
 import weakref
 from bisect import bisect_right
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, replace
 from queue import SimpleQueue
@@ -30,11 +32,12 @@ Bytes = NDArray[np.uint8]
 
 @dataclass(frozen=True)
 class Block:
-    """Bytes `start:stop` of a file."""
+    """Bytes `start:stop` of a file, which belong to a step of reading."""
 
     file: WeightFile
     start: int
     stop: int
+    step: int = 0
 
     @property
     def size(self) -> int:
@@ -53,8 +56,8 @@ def read_ahead(
         steps: names of tensors that are read together, in the order of reading.
         ahead: bytes to fetch ahead, and to keep behind.
     """
-    blocks = [block for step in steps for block in cut([tensors[name] for name in step])]
-    reader = BlockReader(blocks, ahead)
+    blocks = (cut([tensors[name] for name in step]) for step in steps)
+    reader = BlockReader(list(in_steps(blocks, ahead)), ahead)
     return {
         name: replace(info, file=AheadFile(info.file, reader)) for name, info in tensors.items()
     }
@@ -72,6 +75,19 @@ def cut(tensors: Sequence[TensorInfo]) -> Iterator[Block]:
     for span in spans:
         for start in range(span.start, span.stop, BLOCK):
             yield replace(span, start=start, stop=min(start + BLOCK, span.stop))
+
+
+def in_steps(parts: Iterable[Iterable[Block]], ahead: int) -> Iterator[Block]:
+    """The blocks of all parts; each part is a step, or several of at most `ahead` bytes."""
+    step = 0
+    for part in parts:
+        size = 0
+        for block in part:
+            if size and size + block.size > ahead:
+                step, size = step + 1, 0
+            size += block.size
+            yield replace(block, step=step)
+        step += 1
 
 
 @dataclass(frozen=True)
@@ -109,7 +125,9 @@ class BlockReader:
     def __init__(self, blocks: Sequence[Block], ahead: int) -> None:
         self._blocks = blocks
         self._ahead = ahead
-        self._held: OrderedDict[int, Future[Bytes]] = OrderedDict()  # the last used is last
+        self._held: dict[int, Future[Bytes]] = {}
+        self._steps: OrderedDict[int, list[int]] = OrderedDict()  # held blocks; last used is last
+        self._size = 0  # of all that is held
         self._lock = Lock()
         self._tasks: SimpleQueue[tuple[Block, Future[Bytes]] | None] = SimpleQueue()
         self._places: dict[str, list[tuple[int, int]]] = {}  # file -> (start, index), ascending
@@ -130,15 +148,13 @@ class BlockReader:
         wanted = self._covering(file, offset, offset + nbytes)
         with self._lock:
             futures = [self._want(index) for index in wanted]
-            if len(wanted) > 1 or wanted[0] == 0 or wanted[0] - 1 in self._held:
-                self._fetch_behind(wanted[-1])
+            self._fetch_behind(wanted[-1])
             self._forget(keep=wanted)
-        out = np.empty(nbytes, np.uint8)
-        for index, future in zip(wanted, futures, strict=True):
-            block, data = self._blocks[index], future.result()
-            first, last = max(offset, block.start), min(offset + nbytes, block.stop)
-            out[first - offset : last - offset] = data[first - block.start : last - block.start]
-        return out
+        parts = [
+            future.result()[max(offset - block.start, 0) : offset + nbytes - block.start]
+            for future, block in zip(futures, map(self._blocks.__getitem__, wanted), strict=True)
+        ]
+        return parts[0] if len(parts) == 1 else np.concatenate(parts)
 
     def _covering(self, file: str, start: int, stop: int) -> list[int]:
         """Indices of the blocks that hold bytes `start:stop`."""
@@ -149,31 +165,48 @@ class BlockReader:
 
     def _want(self, index: int) -> Future[Bytes]:
         """The block's bytes, asked for if they are not held or could not be fetched before."""
-        future = self._held.get(index)
+        block, future = self._blocks[index], self._held.get(index)
+        if future is None:
+            self._steps.setdefault(block.step, []).append(index)
+            self._size += block.size
+        self._steps.move_to_end(block.step)
         if future is None or (future.done() and future.exception() is not None):
             future = self._held[index] = Future()
-            self._tasks.put((self._blocks[index], future))
-        self._held.move_to_end(index)
+            self._tasks.put((block, future))
         return future
 
     def _fetch_behind(self, index: int) -> None:
-        room = self._ahead
+        room = self._held_before(index)
         for following in range(index + 1, len(self._blocks)):
             room -= self._blocks[following].size
             if room < 0:
                 return
-            if following not in self._held:
-                self._want(following)
+            self._want(following)
+
+    def _held_before(self, index: int) -> int:
+        """Bytes of the blocks before one that are held without a gap; at most `ahead`."""
+        size = 0
+        while index > 0 and index - 1 in self._held and size < self._ahead:
+            index -= 1
+            size += self._blocks[index].size
+        return min(size, self._ahead)
 
     def _forget(self, keep: Sequence[int]) -> None:
-        """Drop what was not used for longest; what is still being fetched stays."""
-        held = sum(self._blocks[index].size for index in self._held)
-        for index in list(self._held):
-            if held <= 2 * self._ahead:
-                return
-            if index not in keep and self._held[index].done():
-                held -= self._blocks[index].size
-                del self._held[index]
+        """Drop the step that was not used for longest; what is still being fetched stays."""
+        for step in list(self._steps):
+            for index in list(self._steps[step]):
+                if self._size <= 2 * self._ahead:
+                    return
+                if index not in keep and self._held[index].done():
+                    self._drop(index)
+
+    def _drop(self, index: int) -> None:
+        block = self._blocks[index]
+        del self._held[index]
+        self._size -= block.size
+        self._steps[block.step].remove(index)
+        if not self._steps[block.step]:
+            del self._steps[block.step]
 
 
 def work(tasks: SimpleQueue[tuple[Block, Future[Bytes]] | None]) -> None:

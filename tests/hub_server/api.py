@@ -7,6 +7,7 @@ import json
 import re
 from collections.abc import Callable
 from typing import Any
+from urllib.parse import urlencode
 
 from tests.hub_server.access import found, require_accepted, require_writer
 from tests.hub_server.exchange import Refusal, Reply, Request
@@ -96,20 +97,33 @@ def resolve(request: Request, repo: str, revision: str, path: str) -> Reply:
         reply = ranged(request, Reply.of(file.content))
         reply.headers |= headers | {"ETag": f'"{file.etag}"'}
         return reply
-    return Reply(
-        302,
-        headers=headers
-        | {
-            "X-Linked-Etag": f'"{file.etag}"',
-            "X-Linked-Size": str(file.content.size),
-            "Location": f"{request.hub.cdn}/cdn/{file.content.sha256}",
-        },
-    )
+    return Reply(302, headers=headers | way_to(request, repo, commit, file))
+
+
+def way_to(request: Request, repo: str, commit: Commit, file: File) -> dict[str, str]:
+    """Headers that lead to a large object; of Xet storage too, for clients that can use it."""
+    sha256, hub = file.content.sha256, request.hub
+    signature = urlencode({"Signature": hub.signature})
+    headers = {
+        "X-Linked-Etag": f'"{file.etag}"',
+        "X-Linked-Size": str(file.content.size),
+        "Location": f"{hub.cdn}/cdn/{sha256}?{signature}",
+    }
+    if hub.xet:
+        token = f"{hub.url}/api/models/{repo}/xet-read-token/{commit.sha}"
+        headers |= {
+            "X-Xet-Hash": sha256,
+            "Link": f'<{token}>; rel="xet-auth", <{hub.cdn}/xet/{sha256}>; '
+            'rel="xet-reconstruction-info"',
+        }
+    return headers
 
 
 def large_object(request: Request, oid: str) -> Reply:
     if request.token is not None:
         raise Refusal(400, "", "a token was sent to the store of large objects")
+    if request.argument("Signature") != request.hub.signature:
+        raise Refusal(403, "", "Request has expired")
     reply = ranged(request, Reply.of(request.store.objects[oid]))
     reply.headers["ETag"] = f'"{oid}"'
     return reply

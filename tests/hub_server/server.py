@@ -1,8 +1,8 @@
 """A Hugging Face Hub on the loopback, for the unmodified `huggingface_hub` client.
 
 It speaks what the client uses of the Hub's HTTP API, stores what it is sent, and can be told to
-fail: with a status, or by cutting a connection in the middle. It offers no Xet storage, so a client
-must run with HF_HUB_DISABLE_XET=1.
+fail: with a status, or by cutting a connection in the middle. It has no Xet service, so a client
+that downloads or sends whole files must run with HF_HUB_DISABLE_XET=1.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from urllib.parse import unquote, urlsplit
 
 from tests.hub_server.api import ROUTES
 from tests.hub_server.exchange import Reply, Request
-from tests.hub_server.store import Store
+from tests.hub_server.store import Content, OnDisk, Store
 
 BLOCK = 1 << 20
 
@@ -59,11 +59,15 @@ class HubServer:
 
     Attributes:
         part_size: uploads that are larger are asked for in parts of so many bytes.
+        signature: of the addresses of large objects; one that is changed makes them expire.
+        xet: name the hash and the service of Xet storage beside each large object, as the Hub does.
     """
 
     def __init__(self, *, part_size: int | None = None) -> None:
         self.store = Store()
         self.part_size = part_size
+        self.signature = "of this hour"
+        self.xet = False
         self.faults: list[Fault] = []
         self.log: list[Logged] = []
         handler = type("BoundHandler", (Handler,), {"hub": self})
@@ -178,10 +182,17 @@ class Handler(BaseHTTPRequestHandler):
         wanted = 0 if request.method == "HEAD" else size
         stop = wanted if fault is None or fault.cut is None else min(wanted, fault.cut)
         self._note(request, reply.status, stop, received)  # before the client can go on
-        for first in range(reply.start, reply.start + stop, BLOCK):
-            self.wfile.write(reply.content.read(first, min(reply.start + stop, first + BLOCK)))
+        self._send_body(reply.content, reply.start, reply.start + stop)
         if fault is not None and fault.cut is not None:
             self._hang_up()
+
+    def _send_body(self, content: Content, start: int, stop: int) -> None:
+        if isinstance(content, OnDisk) and stop > start:
+            with content.path.open("rb") as file:
+                self.connection.sendfile(file, start, stop - start)
+            return
+        for first in range(start, stop, BLOCK):
+            self.wfile.write(content.read(first, min(stop, first + BLOCK)))
 
     def _note(self, request: Request, status: int, sent: int, received: int) -> None:
         self.hub.log.append(
