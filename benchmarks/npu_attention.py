@@ -1,6 +1,7 @@
 """Every variant of NPU attention in the emulator: bytes against the twin, error against float64.
 
     python -m benchmarks.npu_attention [--lengths 256 512 1024 2048]
+    python -m benchmarks.npu_attention --model MODEL     # the error on a model's own layers
 
 Rates are those of the emulator on one core of this machine. They say nothing about an NPU.
 """
@@ -10,12 +11,19 @@ from __future__ import annotations
 import argparse
 import os
 import time
+from collections.abc import Iterator
+from pathlib import Path
+from unittest import mock
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import numpy as np
+from numpy.typing import NDArray
 
 from tests.test_npu_attention import gemma_like, nrmse
+from uq.formats.checkpoint.opening import open_checkpoint
+from uq.formats.config import GemmaConfig
+from uq.kernels.attention import attend as attention_of_model
 from uq.kernels.npu.kernels.attention import attend, twin
 from uq.kernels.npu.kernels.attention.attend import Inputs
 from uq.kernels.npu.kernels.attention.design import attention
@@ -23,6 +31,7 @@ from uq.kernels.npu.kernels.attention.plan import Plan, plan
 from uq.kernels.npu.kernels.attention.variant import DEVICES, HEAD_DIMS, Variant
 from uq.kernels.npu.source import parse_design, print_design
 from uq.kernels.npu.verify import verify
+from uq.kernels.reference import ReferenceSession
 
 HEADS, KV_HEADS = 4, 1
 
@@ -67,14 +76,50 @@ def _first(inputs: Inputs, count: int) -> Inputs:
     return Inputs(q, k, v, inputs.factor)
 
 
+def measure_layers(model: str, length: int) -> Iterator[str]:
+    """The error of each layer of a checkpoint on the first tokens of benchmarks/texts."""
+    seen: list[tuple[NDArray[np.float32], ...]] = []
+
+    def spy(config: GemmaConfig, layer: int, *qkv: NDArray[np.float32]) -> NDArray[np.float32]:
+        seen.append(tuple(x[0].copy() for x in qkv))
+        return attention_of_model(config, layer, *qkv)
+
+    checkpoint = open_checkpoint(model)
+    text = (Path(__file__).parent / "texts" / "english.txt").read_text(encoding="utf-8")
+    tokens = checkpoint.tokenizer().encode(text[: 8 * length])[:length]
+    with mock.patch("uq.kernels.reference.attend", spy):
+        ReferenceSession(checkpoint).score(np.array([tokens], np.int32))
+    config = checkpoint.config
+    factor = float(config.attention_scale)
+    for layer, (q, k, v) in enumerate(seen):
+        cells = [f"| {layer}"]
+        for bits in (8, 4):
+            variant = Variant("npu1", config.head_dim, bits)
+            window = config.window(layer)
+            made = plan(variant, q.shape[1], k.shape[1], len(q), window=window)
+            inputs = Inputs.quantized(q, k, v, bits, factor)
+            rows = attend.rows(made, inputs, attend.emulate(made, inputs))
+            for keys, values in (inputs.stored(), (k, v)):
+                exact = twin.softmax_attention(q, keys, values, factor=factor, window=window)
+                cells.append(f"{nrmse(rows, exact):.2%}")
+        yield " | ".join(cells) + " |"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--model", help="a checkpoint; measures its layers instead")
     parser.add_argument("--lengths", type=int, nargs="+", default=[256, 512, 1024, 2048])
+    arguments = parser.parse_args()
+    if arguments.model:
+        print("| layer | INT8 | with storage | INT4 | with storage |\n|---|---|---|---|---|")
+        for line in measure_layers(arguments.model, 512):
+            print(line, flush=True)
+        return
     print(
         "| device | type | head size | length | verified | bit-exact | error | with storage "
         "| M MAC/s |\n|---|---|---|---|---|---|---|---|---|"
     )
-    for length in parser.parse_args().lengths:
+    for length in arguments.lengths:
         for device in DEVICES:
             for bits in (8, 4):
                 for head_dim in HEAD_DIMS:
