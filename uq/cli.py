@@ -47,7 +47,7 @@ COMMANDS = {
     "bench": (bench, "measure how fast a bundle runs"),
     "compare": (compare, "put the reports of several bundles side by side"),
     "publish": (publish, "put a validated bundle on the Hugging Face Hub"),
-    "npu": (npu, "check and compile designs for the NPU"),
+    "npu": (npu, "check, compile and run designs for the NPU"),
     "doctor": (doctor, "show what this machine offers and what is wrong with it"),
     "completion": (completion, "print a script that completes commands in the shell"),
 }

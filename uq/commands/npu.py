@@ -10,7 +10,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from uq.commands import npu_build
+from uq.commands import npu_build, npu_run
 from uq.commands.arguments import whole
 from uq.errors import ToolMissing
 
@@ -40,6 +40,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     verify.add_argument("--json", action="store_true", help="print one JSON object")
     verify.set_defaults(npu=run_verify)
     npu_build.configure(commands)
+    npu_run.configure(commands)
 
 
 def run(args: argparse.Namespace) -> int:

@@ -27,7 +27,7 @@ def configure(commands: Any) -> None:
     add(
         "--define",
         metavar="NAME=VALUE",
-        type=_define,
+        type=define,
         action="append",
         default=[],
         help="a macro for all of them; may be repeated",
@@ -89,7 +89,7 @@ def _summary(out: Path, record: Mapping[str, Any], cached: bool) -> str:
     return f"{out}: {files}, for {record['device']}, {how}; how: build.json"
 
 
-def _define(text: str) -> tuple[str, int]:
+def define(text: str) -> tuple[str, int]:
     name, equals, value = text.partition("=")
     if not name.isidentifier() or not (value.lstrip("-").isdecimal() or not equals):
         raise argparse.ArgumentTypeError(f"expected NAME or NAME=NUMBER, not '{text}'")

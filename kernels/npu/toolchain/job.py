@@ -11,7 +11,8 @@ from xdsl.dialects.func import FuncOp
 
 from uq.errors import DesignError, UsageError
 from uq.kernels.npu.dialect.structure import Core, Device, SequenceOperation
-from uq.kernels.npu.model import place_of
+from uq.kernels.npu.dialect.text import memref_type
+from uq.kernels.npu.model import nbytes, place_of
 from uq.kernels.npu.source import Source, print_design
 from uq.kernels.npu.syntax import SYNTAXES, Syntax, to_syntax
 from uq.kernels.npu.target import COLUMNS, Place
@@ -46,7 +47,7 @@ class Job:
         text: the MLIR that the tools get.
         device: such as `npu2` or `npu1_1col`.
         symbol: the name of the aie.device, if it has one.
-        buffers: of the host, arguments of the runtime sequence.
+        buffers: bytes of the host's buffers, the arguments of the runtime sequence.
     """
 
     name: str
@@ -55,7 +56,7 @@ class Job:
     symbol: str | None
     cores: tuple[Place, ...]
     objects: tuple[Object, ...]
-    buffers: int
+    buffers: tuple[int, ...]
 
     @property
     def architecture(self) -> str:
@@ -153,8 +154,8 @@ def _linked(device: Device) -> Iterator[str]:
             yield found.data
 
 
-def _buffers(source: Source, device: Device) -> int:
+def _buffers(source: Source, device: Device) -> tuple[int, ...]:
     sequences = [op for op in device.walk() if isinstance(op, SequenceOperation)]
     if len(sequences) != 1:
         raise DesignError(f"{source.name}: {len(sequences)} runtime sequences; one is needed")
-    return len(sequences[0].body.block.args)
+    return tuple(nbytes(memref_type(argument)) for argument in sequences[0].body.block.args)

@@ -73,7 +73,7 @@ def write_xclbin(folder: Path, job: Job) -> None:
     image = _pdi(folder)
     pdi = PdiEntry(image, (Group(1, (KERNEL_ID,)),), _uuid(image).bytes)
     partition = AiePartition(column_width=job.columns, start_columns=job.start_columns, pdis=(pdi,))
-    xclbin = build_xclbin([npu_kernel(buffers=max(BUFFERS, job.buffers))], partition)
+    xclbin = build_xclbin([npu_kernel(buffers=max(BUFFERS, len(job.buffers)))], partition)
     (folder / XCLBIN).write_bytes(xclbin.to_bytes())
 
 
@@ -81,7 +81,7 @@ def write_sections(folder: Path, job: Job) -> None:
     """The JSON that xclbinutil reads, as mlir-aie writes it."""
     sections = {
         "mem_topology.json": _topology(),
-        "kernels.json": _kernels(max(BUFFERS, job.buffers)),
+        "kernels.json": _kernels(max(BUFFERS, len(job.buffers))),
         "aie_partition.json": _partition(folder, job),
     }
     for name, content in sections.items():
