@@ -127,6 +127,29 @@ def test_weights_are_on_the_disk_only_if_kept(
     assert bool(list((tmp_path / "hub-cache").rglob("*.safetensors"))) == bool(options)
 
 
+@pytest.mark.parametrize("options", [[], ["--keep"]], ids=["streamed", "kept"])
+def test_reference_is_read_like_the_checkpoint(
+    hub: HubServer,
+    tiny_checkpoint: Tiny,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    options: list[str],
+) -> None:
+    folder, out, text = tiny_checkpoint(vocab=2048), tmp_path / "out", tmp_path / "text"
+    hub.store.add_folder(REPO, folder)
+    text.write_text("the time of a world and its city in which no one " * 40)
+    assert main(["quantize", REPO, "--method", "rtn", "-o", str(out)]) == 0
+    scored = ["--text", str(text), "--context", "32", "--chunks", "4", "--no-speed", "--no-save"]
+    capsys.readouterr()
+    assert main(["validate", str(out), *scored, "--json", *options]) == 0
+    ours = json.loads(capsys.readouterr().out)
+    assert bool(list((tmp_path / "hub-cache").rglob("*.safetensors"))) == bool(options)
+    assert main(["validate", str(out), "--reference", str(folder), *scored, "--json"]) == 0
+    theirs = json.loads(capsys.readouterr().out)
+    for figure in ("kld", "perplexity", "layers"):
+        assert ours[figure] == theirs[figure]
+
+
 def test_kept_weights_are_not_fetched_again(hub: HubServer, tiny_checkpoint: Tiny) -> None:
     hub.store.add_folder(REPO, tiny_checkpoint())
     open_checkpoint(REPO)

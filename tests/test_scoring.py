@@ -142,6 +142,22 @@ def test_block_sizes_do_not_change_scores(
     np.testing.assert_array_equal(other.same_top, scores.same_top)
 
 
+@pytest.mark.parametrize("resident", [True, False])
+def test_weights_that_are_streamed_are_read_once(
+    tiny_checkpoint: Callable[..., Path],
+    windows: NDArray[np.int32],
+    monkeypatch: pytest.MonkeyPatch,
+    resident: bool,
+) -> None:
+    checkpoint = open_checkpoint(tiny_checkpoint(vocab=1301))
+    session, read = ReferenceSession(checkpoint, resident=resident), list[int]()
+    layer = checkpoint.layer
+    monkeypatch.setattr(checkpoint, "layer", lambda index: read.append(index) or layer(index))
+    monkeypatch.setattr(scoring, "TOKEN_BATCH", 2 * CONTEXT)
+    final_states(session, windows, SilentProgress(), "reference")
+    assert read == [0, 1]
+
+
 def test_sums_at_extreme_logits() -> None:
     """Logits that rise by hundreds from block to block, where exp alone would overflow."""
     reference = np.array([[-900, 0, 500, 501, 499, 120]], np.float32)

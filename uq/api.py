@@ -101,5 +101,6 @@ def validate(
     """
     opened = bundle if isinstance(bundle, Bundle) else open_bundle(bundle)
     if isinstance(reference, str | Path):
-        reference = open_checkpoint(reference)
+        keep = options is not None and options.keep
+        reference = open_checkpoint(reference, stream=not keep)
     return comparison.validate(opened, reference, options, progress)

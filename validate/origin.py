@@ -23,15 +23,18 @@ SHAPES = (
 
 
 def find_reference(
-    manifest: Manifest, given: Checkpoint | None
+    manifest: Manifest, given: Checkpoint | None, *, keep: bool = False
 ) -> tuple[Checkpoint, tuple[str, ...]]:
     """The given checkpoint, or the one that the bundle was made from; and warnings about it.
+
+    Args:
+        keep: download the weights of the bundle's own; else what is read is fetched from the Hub.
 
     Raises:
         CheckpointError: the bundle's own checkpoint cannot be opened or has changed, or the given
             one has other shapes than the bundle.
     """
-    checkpoint = _open_origin(manifest.provenance) if given is None else given
+    checkpoint = _open_origin(manifest.provenance, keep) if given is None else given
     _check_shapes(manifest.model, checkpoint)
     differences = [
         *_config_differences(manifest.model, checkpoint.config),
@@ -42,18 +45,20 @@ def find_reference(
             f"{checkpoint.source.id}: not what the bundle was made from: {differences[0]}; "
             "pass --reference MODEL to compare with it all the same"
         )
-    if _nbytes(checkpoint) > HASHED_BYTES:
+    if _is_slow_to_hash(checkpoint):
         differences.append("its weight files are large and were compared by name and size alone")
     return checkpoint, tuple(f"reference: {difference}" for difference in differences)
 
 
-def _nbytes(checkpoint: Checkpoint) -> int:
-    return sum(file.size for file in checkpoint.files().values())
+def _is_slow_to_hash(checkpoint: Checkpoint) -> bool:
+    """Whether the files are here and large; the Hub keeps the hashes of its own."""
+    nbytes = sum(file.size for file in checkpoint.files().values())
+    return not checkpoint.streamed and nbytes > HASHED_BYTES
 
 
-def _open_origin(origin: Provenance) -> Checkpoint:
+def _open_origin(origin: Provenance, keep: bool) -> Checkpoint:
     try:
-        return open_checkpoint(origin.id, revision=origin.revision)
+        return open_checkpoint(origin.id, revision=origin.revision, stream=not keep)
     except UqError as error:
         raise CheckpointError(
             f"the checkpoint of this bundle cannot be opened; pass --reference MODEL: {error}"
@@ -85,7 +90,7 @@ def _file_differences(origin: Provenance, checkpoint: Checkpoint) -> list[str]:
     expected = {name: record.size for name, record in origin.files.items()}
     if sizes != expected:
         return ["its weight files differ in name or size from those the bundle was made from"]
-    if _nbytes(checkpoint) > HASHED_BYTES:
+    if _is_slow_to_hash(checkpoint):
         return []
     found = checkpoint.fingerprint()
     changed = [name for name, file in origin.files.items() if found[name]["sha256"] != file.sha256]

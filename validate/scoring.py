@@ -28,6 +28,7 @@ __all__ = ["ReferenceStates", "Scores", "compare", "final_states", "score", "sta
 
 REFERENCE = "reference"  # backend of float32 on the CPU
 TOKEN_BATCH = 8192  # tokens per call of Session.score
+STREAMED_BATCH = 32768  # the same where each call reads the weights anew
 POSITION_BLOCK = 4096  # positions whose logits are in memory at once ...
 VOCAB_BLOCK = 1024  # ... times so many entries of the vocabulary
 
@@ -109,7 +110,7 @@ def final_states(
         DeviceError: one of them is not finite.
     """
     context = chunks.shape[1]
-    step = max(1, TOKEN_BATCH // context)
+    step = max(1, (STREAMED_BATCH if is_streamed(session) else TOKEN_BATCH) // context)
     parts = []
     progress.start(-(-len(chunks) // step), label)
     for first in range(0, len(chunks), step):
@@ -137,9 +138,10 @@ def compare(
     """Scores from the hidden states of both models, (n, hidden) each, and the next tokens (n,)."""
     parts = []
     count = len(target)
-    progress.start(-(-count // POSITION_BLOCK), "logits")
-    for first in range(0, count, POSITION_BLOCK):
-        block = slice(first, first + POSITION_BLOCK)
+    step = (4 if is_streamed(reference) else 1) * POSITION_BLOCK
+    progress.start(-(-count // step), "logits")
+    for first in range(0, count, step):
+        block = slice(first, first + step)
         sums = Sums(target[block])
         vocab = session.config.vocab_size
         for start in range(0, vocab, VOCAB_BLOCK):
@@ -148,6 +150,11 @@ def compare(
             model = session.logits(states[block], start, stop)
             sums.add(reference.logits(reference_states[block], start, stop), model, start)
         parts.append(sums.scores())
-        progress.advance(f"token {min(first + POSITION_BLOCK, count)} of {count}")
+        progress.advance(f"token {min(first + step, count)} of {count}")
     progress.close()
     return join(parts)
+
+
+def is_streamed(session: Session) -> bool:
+    """Whether a session reads its weights from the disk or the network at each use."""
+    return "streamed" in session.device.features

@@ -34,7 +34,14 @@ from uq.validate.report import (
     TextFacts,
     Threshold,
 )
-from uq.validate.scoring import ReferenceStates, Scores, final_states, score, states_key
+from uq.validate.scoring import (
+    ReferenceStates,
+    Scores,
+    final_states,
+    is_streamed,
+    score,
+    states_key,
+)
 from uq.validate.speed import Rates, measure_speed
 from uq.validate.text import EvaluationText, read_text, text_warnings, windows
 from uq.validate.weights import kind_sizes, weight_errors
@@ -53,6 +60,8 @@ class ValidateOptions:
     """How to validate; every field is an option of `uq validate`.
 
     Attributes:
+        keep: download the weights of the bundle's own checkpoint; else its layers are fetched from
+            the Hub as they are read, twice.
         text: as in `read_text`.
         render: the model's chat template, for a model that was trained on chats.
         context: tokens of a chunk, the BOS in front of each included; its second half is scored.
@@ -69,6 +78,7 @@ class ValidateOptions:
     device: str = "auto"
     reference_device: str = "auto"
     threads: int | None = None
+    keep: bool = False
     text: Path | None = None
     render: Render | None = None
     context: int = 512
@@ -120,7 +130,7 @@ def validate(
     options = options or ValidateOptions()
     progress = progress or SilentProgress()
     Numerics(ACTIVATIONS[options.activations], KV[options.kv]).check(bundle.config)
-    checkpoint, warnings = find_reference(bundle.manifest, reference)
+    checkpoint, warnings = find_reference(bundle.manifest, reference, keep=options.keep)
     text = read_text(options.text)
     tokens = windows(bundle.tokenizer(), text, options.context, options.max_chunks, options.render)
 
@@ -230,7 +240,7 @@ def _rates(
     session: Session, options: ValidateOptions, repeats: int, label: str, progress: Progress
 ) -> Rates | None:
     """Speeds of a session whose weights are in memory; from a disk they would be the disk's."""
-    if not options.speed or "streamed" in session.device.features:
+    if not options.speed or is_streamed(session):
         return None
     progress.start(1, f"speed of the {label}")
     progress.work(f"{options.prompt} tokens of prefill, {options.generate} of decoding")

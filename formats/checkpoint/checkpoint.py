@@ -64,6 +64,11 @@ class Checkpoint:
         self._norm_offset = np.float32(norm_offset)
         self._load_assets = load_assets
 
+    @property
+    def streamed(self) -> bool:
+        """Whether its weights are fetched from the Hub as they are read."""
+        return self.buffered > 0
+
     def layer(self, index: int) -> dict[str, NDArray[np.float32]]:
         """Weights of one layer: role -> (out, in) linear, or (size,) norm gain.
 

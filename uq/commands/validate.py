@@ -25,6 +25,11 @@ def configure(parser: argparse.ArgumentParser) -> None:
     add("bundle", type=bundle, metavar="BUNDLE", help="folder written by uq quantize, or Hub id")
     add("--reference", metavar="MODEL", help="default: the checkpoint the bundle was made from")
     add("--revision", metavar="R", help="branch, tag or commit of the reference on the Hub")
+    add(
+        "--keep", action="store_true",
+        help="download a reference on the Hub into the Hugging Face cache; default: fetch layer by "
+        "layer, twice, and keep nothing",
+    )  # fmt: skip
     add("--device", type=device, default="auto", metavar="D", help=DEVICE_HELP)
     add("--reference-device", type=device, default="auto", metavar="D", help="of the reference")
     add("--text", type=Path, metavar="FILE", help="UTF-8 text; default: a text shipped with uq")
@@ -74,6 +79,7 @@ def run(args: argparse.Namespace) -> int:
         device=args.device,
         reference_device=args.reference_device,
         threads=args.threads,
+        keep=args.keep,
         text=args.text,
         context=args.context,
         max_chunks=args.chunks,
@@ -87,7 +93,9 @@ def run(args: argparse.Namespace) -> int:
         command=args.command_line,
     )
     bundle = open_bundle(args.bundle)
-    reference = open_checkpoint(args.reference, revision=args.revision) if args.reference else None
+    reference = None
+    if args.reference:
+        reference = open_checkpoint(args.reference, revision=args.revision, stream=not args.keep)
     if note := first_run_note(args.device):
         print(note, file=sys.stderr)
     with chat_render(args.text_format, *described(bundle)) as render:
