@@ -152,7 +152,12 @@ def test_weights_that_are_streamed_are_read_once(
     checkpoint = open_checkpoint(tiny_checkpoint(vocab=1301))
     session, read = ReferenceSession(checkpoint, resident=resident), list[int]()
     layer = checkpoint.layer
-    monkeypatch.setattr(checkpoint, "layer", lambda index: read.append(index) or layer(index))
+
+    def counted(index: int) -> dict[str, NDArray[np.float32]]:
+        read.append(index)
+        return layer(index)
+
+    monkeypatch.setattr(checkpoint, "layer", counted)
     monkeypatch.setattr(scoring, "TOKEN_BATCH", 2 * CONTEXT)
     final_states(session, windows, SilentProgress(), "reference")
     assert read == [0, 1]
