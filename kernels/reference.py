@@ -69,9 +69,12 @@ def attention_context(
     return attend(config, layer, q, k, v)
 
 
-def add_attention(config: GemmaConfig, weights: Weights, hidden: Array, context: Array) -> Array:
-    """The residual stream behind attention."""
-    out = linear(context, weights["self_attn.o_proj"])
+def add_attention(
+    config: GemmaConfig, weights: Weights, hidden: Array, context: Array, out: Array | None = None
+) -> Array:
+    """The residual stream behind attention; `out` of o_proj is taken over, where it is known."""
+    if out is None:
+        out = linear(context, weights["self_attn.o_proj"])
     if config.post_norms:
         out = rms_norm(out, weights["post_attention_layernorm"], config.rms_norm_eps)
     out += hidden
@@ -93,9 +96,12 @@ def mlp_hidden(config: GemmaConfig, weights: Weights, x: Array) -> Array:
     return gate
 
 
-def add_mlp(config: GemmaConfig, weights: Weights, hidden: Array, y: Array) -> Array:
-    """The residual stream behind the MLP."""
-    out = linear(y, weights["mlp.down_proj"])
+def add_mlp(
+    config: GemmaConfig, weights: Weights, hidden: Array, y: Array, out: Array | None = None
+) -> Array:
+    """The residual stream behind the MLP; `out` of down_proj is taken over, where it is known."""
+    if out is None:
+        out = linear(y, weights["mlp.down_proj"])
     if config.post_norms:
         out = rms_norm(out, weights["post_feedforward_layernorm"], config.rms_norm_eps)
     out += hidden

@@ -27,15 +27,18 @@ from uq.kernels.reference import (
     attention_input,
     embed,
     flat,
+    linear,
     mlp_hidden,
     mlp_input,
 )
 from uq.quantize.gptq import Statistics
-from uq.quantize.moments import Inputs, statistics, token_weights, undo_norm
+from uq.quantize.moments import Inputs, mean_square, statistics, token_weights, undo_norm
+from uq.quantize.plan import GptqOptions
 
 Array = NDArray[np.float32]
 Weights = Mapping[str, Array]
 BATCH_TOKENS = 4096
+PLAIN = GptqOptions(clip=1.0)
 
 
 @dataclass(frozen=True)
@@ -45,10 +48,12 @@ class Batch:
     Attributes:
         hidden: (sequences, length, hidden) residual stream.
         x: (sequences, length, n) input of the current stage's linears.
+        out: (sequences, length, hidden) output of the stage's linear, where it is already known.
     """
 
     hidden: Array
     x: Array
+    out: Array | None = None
 
 
 @dataclass(frozen=True)
@@ -74,7 +79,7 @@ def _enter_context(config: GemmaConfig, layer: int, weights: Weights, batch: Bat
 
 
 def _enter_mlp(config: GemmaConfig, layer: int, weights: Weights, batch: Batch) -> Batch:
-    hidden = add_attention(config, weights, batch.hidden, batch.x)
+    hidden = add_attention(config, weights, batch.hidden, batch.x, batch.out)
     return Batch(hidden, mlp_input(config, weights, hidden))
 
 
@@ -83,7 +88,7 @@ def _enter_mlp_hidden(config: GemmaConfig, layer: int, weights: Weights, batch: 
 
 
 def _leave(config: GemmaConfig, layer: int, weights: Weights, batch: Batch) -> Batch:
-    hidden = add_mlp(config, weights, batch.hidden, batch.x)
+    hidden = add_mlp(config, weights, batch.hidden, batch.x, batch.out)
     return Batch(hidden, hidden)
 
 
@@ -125,18 +130,21 @@ class Calibration:
     """
 
     def __init__(
-        self, config: GemmaConfig, quantized: Array, exact: Array | None, *, clip: float = 1.0
+        self,
+        config: GemmaConfig,
+        quantized: Array,
+        exact: Array | None,
+        options: GptqOptions = PLAIN,
     ) -> None:
         """Begin in front of layer 0.
 
         Args:
             quantized: (sequences, length, hidden) rows of the quantized embedding.
             exact: the same of the checkpoint's; None leaves the floating-point path out.
-            clip: largest ratio of a token's weight to the median token's, and of the median's to
-                it.
+            options: its `clip`, and the strengths of what corrects the outputs.
         """
         self._config = config
-        self._clip = clip
+        self._options = options
         self._quantized = Path(config, quantized)
         self._exact = None if exact is None else Path(config, exact)
 
@@ -169,25 +177,54 @@ class Calibration:
 
     def _statistics(self, stage: Stage, weights: Weights) -> Statistics:
         """Of the stage's input; `weights` are the checkpoint's."""
-        pairs = list(self._pairs())
-        inputs = [Inputs(flat(q.x), None if e is None else flat(e.x)) for q, e in pairs]
         if stage.norm is None:
+            return statistics(
+                [Inputs(flat(q.x), None if e is None else flat(e.x)) for q, e in self._pairs()]
+            )
+        weight = weights[stage.roles[0]]
+        outputs = self._outputs(weight)
+        sizes = [self._size(out) for out in outputs]
+        inputs = [Inputs(flat(batch.x)) for batch in self._quantized.batches]
+        if self._config.post_norms:
+            counts = token_weights(sizes, self._options.clip)
+            inputs = [replace(i, weight=count) for i, count in zip(inputs, counts, strict=True)]
+        if self._exact is None:
             return statistics(inputs)
-        lost = [None if e is None else flat(e.hidden - q.hidden) for q, e in pairs]
-        if not self._config.post_norms:
-            return statistics([replace(i, lost=r) for i, r in zip(inputs, lost, strict=True)])
-        sizes = [
-            self._size(x.x if x.exact is None else x.exact, weights[stage.roles[0]]) for x in inputs
-        ]
-        gain = weights[stage.norm]
-        return statistics(
-            [
-                replace(i, weight=w, lost=None if r is None else undo_norm(r, size, gain))
-                for i, w, r, size in zip(
-                    inputs, token_weights(sizes, self._clip), lost, sizes, strict=True
-                )
+        gain = weights[stage.norm] if self._config.post_norms else None
+        wanted = self._wanted(outputs, sizes, gain)
+        inputs = [replace(i, wanted=w) for i, w in zip(inputs, wanted, strict=True)]
+        found = statistics(inputs)
+        assert found.wanted is not None
+        # sum (W x_float - W x) x^T = sum (W x_float) x^T - W H
+        present = self._options.correction * (weight.astype(np.float64) @ found.hessian)
+        return replace(found, wanted=found.wanted - present)
+
+    def _outputs(self, weight: Array) -> list[Array]:
+        """(tokens, hidden) per batch of a linear that writes to the residual stream.
+
+        On the floating-point path where it is followed, which keeps them.
+        """
+        path = self._quantized if self._exact is None else self._exact
+        outputs = [linear(batch.x, weight) for batch in path.batches]
+        if self._exact is not None:
+            path.batches = [
+                replace(batch, out=out) for batch, out in zip(path.batches, outputs, strict=True)
             ]
-        )
+        return [flat(out) for out in outputs]
+
+    def _wanted(
+        self, outputs: Sequence[Array], sizes: Sequence[Array], gain: Array | None
+    ) -> Iterator[Array]:
+        """(tokens, hidden) per batch: what the outputs should be, in part, and add besides."""
+        assert self._exact is not None
+        correction = np.float32(self._options.correction)
+        residual = np.float32(self._options.residual)
+        batches = zip(self._exact.batches, self._quantized.batches, outputs, sizes, strict=True)
+        for exact, quantized, out, size in batches:
+            lost = flat(exact.hidden - quantized.hidden)
+            if gain is not None:
+                lost = undo_norm(lost, size, gain)
+            yield correction * out + residual * lost
 
     def _pairs(self) -> Iterator[tuple[Batch, Batch | None]]:
         """Batches of the quantized path, each with its double on the floating-point path."""
@@ -195,8 +232,6 @@ class Calibration:
             return zip(self._quantized.batches, repeat(None))
         return zip(self._quantized.batches, self._exact.batches, strict=True)
 
-    def _size(self, x: Array, weight: Array) -> Array:
+    def _size(self, outputs: Array) -> Array:
         """(tokens, 1): mean square of each token's output, as the norm behind it takes it."""
-        outputs = x @ weight.T
-        sizes: Array = np.mean(outputs**2, axis=-1, keepdims=True)
-        return sizes + np.float32(self._config.rms_norm_eps)
+        return mean_square(outputs) + np.float32(self._config.rms_norm_eps)

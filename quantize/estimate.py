@@ -31,6 +31,7 @@ from uq.quantize.sensitivity import (
     POSITIONS,
     PROBE_LENGTH,
     PROBE_WINDOWS,
+    SAMPLE_ROWS,
     table_names,
 )
 from uq.text import duration, size, table
@@ -200,8 +201,18 @@ def _layer_seconds(config: GemmaConfig, plan: Plan, tokens: int) -> float:
     weights = sum(rows * cols for rows, cols in linears.values())
     attention = 2 * SEQUENCE * config.q_size
     forward = OVERHEAD * 2 * tokens * paths * (weights + attention)
-    widths = [linears[stage.roles[0]][1] for stage in STAGES]
-    moments = tokens * sum(width**2 for width in widths) * (3 if plan.corrected else 1)
+    inputs = {stage: linears[stage.roles[0]] for stage in STAGES}  # (rows, cols)
+    widths = [cols for _, cols in inputs.values()]
+    moments = tokens * sum(width**2 for width in widths)
+    if plan.corrected:
+        moments += (
+            2
+            * tokens
+            * sum(
+                cols**2 if stage.norm is None else rows * cols
+                for stage, (rows, cols) in inputs.items()
+            )
+        )
     products = GPTQ_PRODUCTS * sum(rows * cols**2 for rows, cols in linears.values())
     products += sum(width**3 for width in widths)
     return (forward + moments) / single + products / double + weights * per_weight
@@ -215,7 +226,8 @@ def _measuring_seconds(config: GemmaConfig, plan: Plan) -> float:
     walks = PROBE_WINDOWS * PROBE_LENGTH * models * config.num_layers / 2
     positions = PROBE_WINDOWS * len(range(*POSITIONS.indices(PROBE_LENGTH)))
     head = models * positions * config.vocab_size * config.hidden_size
-    searches = len(CANDIDATES) * config.num_layers * weights * per_weight
+    sampled = sum(min(rows, SAMPLE_ROWS) * cols for rows, cols in config.linear_shapes().values())
+    searches = len(CANDIDATES) * config.num_layers * sampled * per_weight
     return OVERHEAD * 2 * (walks * weights + head) / single + searches
 
 

@@ -12,6 +12,7 @@ Index spaces: `col` counts a weight's own columns, `place` counts columns in the
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -39,15 +40,15 @@ class Statistics:
 
     Attributes:
         hessian: (n, n) float64, weighted mean of x x^T over the tokens of the quantized path.
-        cross: (n, n) float64, that of (x_float - x) x^T; None when the floating-point path is not
-            followed.
-        residual: (rows, n) float64, that of r x^T, with r what the outputs would have to add to
-            make up for the error of the residual stream; None where the outputs do not join it.
+        cross: (n, n) float64, that of (x_float - x) x^T, for linears that share inputs and are
+            corrected towards the floating-point path.
+        wanted: (rows, n) float64, that of r x^T, with r what the outputs should change by, for a
+            linear of its own.
     """
 
     hessian: Matrix
     cross: Matrix | None
-    residual: Matrix | None = None
+    wanted: Matrix | None = None
 
     @property
     def importance(self) -> NDArray[np.float32]:
@@ -58,8 +59,8 @@ class Statistics:
         """Of the inputs divided by `scale`, (n,)."""
         pairs = np.outer(scale, scale).astype(np.float64)
         cross = None if self.cross is None else self.cross / pairs
-        residual = None if self.residual is None else self.residual / scale
-        return Statistics(self.hessian / pairs, cross, residual)
+        wanted = None if self.wanted is None else self.wanted / scale
+        return Statistics(self.hessian / pairs, cross, wanted)
 
 
 @dataclass(frozen=True)
@@ -73,6 +74,13 @@ class Factor:
 
     order: NDArray[np.intp]
     upper: Matrix
+
+    @property
+    def left(self) -> NDArray[np.float64]:
+        """(n,) by column, as `left_variances` gives it."""
+        left = np.empty(len(self.order))
+        left[self.order] = np.diagonal(self.upper) ** -2
+        return left
 
     def solve(self, goal: Matrix) -> Matrix:
         """(rows, n): goal (H + damping)^-1."""
@@ -94,18 +102,8 @@ def factorize(hessian: Matrix, damping: float) -> Factor | None:
     Returns:
         None when no attempt succeeds, e.g. because an activation overflowed.
     """
-    diagonal = np.diagonal(hessian)
-    mean = diagonal.mean()
-    if not np.isfinite(mean) or mean <= 0:
-        return None
-    order = np.argsort(-diagonal, kind="stable")
-    for attempt, factor in enumerate(ESCALATION, start=1):
+    for order, damped in _damped(hessian, damping):
         # With both axes reversed, H = R R^T with R upper, hence U = R^-1.
-        damped = hessian[np.ix_(order[::-1], order[::-1])]
-        entries = np.einsum("ii->i", damped)
-        if attempt == len(ESCALATION):
-            np.maximum(entries, DIAGONAL_FLOOR * diagonal.max(), out=entries)
-        entries += factor * damping * mean
         try:
             lower = inverse_cholesky(damped)
         except np.linalg.LinAlgError:
@@ -113,6 +111,39 @@ def factorize(hessian: Matrix, damping: float) -> Factor | None:
         if np.isfinite(lower).all():
             return Factor(order, np.ascontiguousarray(lower[::-1, ::-1]))
     return None
+
+
+def left_variances(hessian: Matrix, damping: float) -> NDArray[np.float64] | None:
+    """(n,) U_jj^-2 by column: what is left of a column's variance given those rounded behind it.
+
+    Much cheaper than `factorize`, which gives the same; None where that does.
+    """
+    for order, damped in _damped(hessian, damping):
+        try:
+            pivots = cholesky_diagonal(damped)
+        except np.linalg.LinAlgError:
+            continue
+        if np.isfinite(pivots).all():
+            left = np.empty_like(pivots)
+            left[order[::-1]] = pivots**2
+            return left
+    return None
+
+
+def _damped(hessian: Matrix, damping: float) -> Iterator[tuple[NDArray[np.intp], Matrix]]:
+    """The order of rounding and, with both axes reversed, the matrix of each attempt."""
+    diagonal = np.diagonal(hessian)
+    mean = diagonal.mean()
+    if not np.isfinite(mean) or mean <= 0:
+        return
+    order = np.argsort(-diagonal, kind="stable")
+    for attempt, factor in enumerate(ESCALATION, start=1):
+        damped = hessian[np.ix_(order[::-1], order[::-1])]
+        entries = np.einsum("ii->i", damped)
+        if attempt == len(ESCALATION):
+            np.maximum(entries, DIAGONAL_FLOOR * diagonal.max(), out=entries)
+        entries += factor * damping * mean
+        yield order, damped
 
 
 def quantize_gptq(
@@ -129,7 +160,8 @@ def quantize_gptq(
         factor: of `statistics.hessian`.
     """
     target = _target(weight.astype(np.float64), statistics, factor, options)
-    found = quantize_rtn(target.astype(np.float32), spec, statistics.importance)
+    importance = scale_importance(statistics, factor.left)
+    found = quantize_rtn(target.astype(np.float32), spec, importance)
     found = replace(found, codes=_round_columns(target, found, factor))
     if not np.isfinite(found.scales).all():  # the caller refuses the weight
         return found
@@ -142,13 +174,21 @@ def quantize_gptq(
     return found
 
 
+def scale_importance(statistics: Statistics, left: NDArray[np.float64]) -> NDArray[np.float32]:
+    """(n,) what scales are searched for: the geometric mean of a column's variance and what GPTQ
+    leaves of it. Either alone gives errors larger by 1 to 2 %.
+    """
+    importance: NDArray[np.float32] = np.sqrt(statistics.importance * left).astype(np.float32)
+    return importance
+
+
 def _target(weight: Matrix, statistics: Statistics, factor: Factor, options: GptqOptions) -> Matrix:
     """(rows, n): the weight whose outputs on the quantized path come closest to the exact ones."""
     goal = np.zeros_like(weight)
     if statistics.cross is not None:
         goal += options.correction * (weight @ statistics.cross)
-    if statistics.residual is not None:
-        goal += options.residual * statistics.residual
+    if statistics.wanted is not None:
+        goal += statistics.wanted
     return weight + factor.solve(goal)
 
 
@@ -184,6 +224,23 @@ def inverse_cholesky(matrix: Matrix) -> Matrix:
     side = matrix[half:, :half] @ top.T  # L's lower left
     bottom = inverse_cholesky(matrix[half:, half:] - side @ side.T)
     return np.block([[top, np.zeros((half, n - half))], [-(bottom @ side) @ top, bottom]])
+
+
+def cholesky_diagonal(matrix: Matrix) -> NDArray[np.float64]:
+    """(n,) diagonal of L for a positive definite matrix L L^T, which is overwritten.
+
+    Raises:
+        numpy.linalg.LinAlgError: the matrix is not positive definite.
+    """
+    n = len(matrix)
+    diagonal = np.empty(n)
+    for start in range(0, n, CHOLESKY_BASE):
+        here, rest = slice(start, start + CHOLESKY_BASE), slice(start + CHOLESKY_BASE, n)
+        lower = np.linalg.cholesky(matrix[here, here])
+        diagonal[here] = np.diagonal(lower)
+        side = matrix[rest, here] @ np.linalg.inv(lower).T  # of L, below the block
+        matrix[rest, rest] -= side @ side.T
+    return diagonal
 
 
 def _round_columns(target: Matrix, grid: QuantTensor, factor: Factor) -> NDArray[np.int8]:
@@ -273,9 +330,11 @@ def _refit_rows(
     grouped = levels.reshape(rows, groups, -1).astype(np.float64)  # (rows, groups, group)
     group = grouped.shape[2]
     system = np.empty((rows, groups, groups))
-    for g in range(groups):
-        moved = grouped[:, g] @ hessian[g * group : (g + 1) * group]  # (rows, n): L_g^T H_g:
-        system[:, g] = np.einsum("rhi,rhi->rh", moved.reshape(grouped.shape), grouped)
+    for g in range(groups):  # the system is symmetric
+        moved = grouped[:, g] @ hessian[g * group : (g + 1) * group, g * group :]
+        later = grouped[:, g:]  # (rows, groups from g on, group)
+        system[:, g, g:] = np.einsum("rhi,rhi->rh", moved.reshape(later.shape), later)
+        system[:, g:, g] = system[:, g, g:]
     outputs = (target @ hessian).reshape(grouped.shape)
     goal = np.einsum("rgi,rgi->rg", grouped, outputs)
 

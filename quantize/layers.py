@@ -41,7 +41,7 @@ class CalibratedLayers:
         rounded = quantize_rtn(flat, plan.tensors[EMBEDDING].spec).dequantize()
         exact = rows if plan.corrected else None
         self._calibration = Calibration(
-            checkpoint.config, rounded.reshape(rows.shape), exact, clip=plan.clip
+            checkpoint.config, rounded.reshape(rows.shape), exact, plan.gptq
         )
 
     @np.errstate(over="ignore", invalid="ignore")

@@ -12,13 +12,15 @@ from numpy.typing import NDArray
 
 from uq.formats.checkpoint import Checkpoint
 from uq.formats.checkpoint.cache import kept
+from uq.formats.layouts import LAYOUTS
 from uq.formats.manifest import expected_tensors
+from uq.formats.spec import Spec
 from uq.progress import Progress
 from uq.quantize.allocate import allocate
 from uq.quantize.plan import Budget, Plan
 from uq.quantize.sensitivity import Costs, candidates, measure_costs
 
-VERSION = 2  # of the measurement: costs kept by another one are not used
+VERSION = 3  # of the measurement: costs kept by another one are not used
 
 
 def mixed_plan(
@@ -40,10 +42,13 @@ def mixed_plan(
     fixed = {name for name, tensor in plan.tensors.items() if tensor.method == "grid"}
     measured = _kept_costs(checkpoint, plan, budget, tokens, progress)
     costs = {name: choices for name, choices in measured.items() if name not in fixed}
-    taken = sum(plan.tensors[name].spec.nbytes(*shapes[name]) for name in fixed & set(measured))
+
+    def stored(name: str, spec: Spec) -> int:
+        return LAYOUTS[plan.tensors[name].layout].nbytes(*shapes[name], spec)
+
+    taken = sum(stored(name, plan.tensors[name].spec) for name in fixed & set(measured))
     sizes = {
-        name: {spec: spec.nbytes(*shapes[name]) for spec in choices}
-        for name, choices in costs.items()
+        name: {spec: stored(name, spec) for spec in choices} for name, choices in costs.items()
     }
     chosen = allocate(costs, sizes, budget.nbytes - taken)
     tensors = {

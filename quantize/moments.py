@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import reduce
 
 import numpy as np
 from numpy.typing import NDArray
@@ -25,29 +24,48 @@ class Inputs:
         x: (tokens, n) on the quantized path.
         exact: (tokens, n) on the floating-point path, when it is followed.
         weight: (tokens, 1) how much each token counts; all alike when None.
-        lost: (tokens, rows) what the outputs would have to add to make up for the error of the
-            residual stream; None where they do not join it.
+        wanted: (tokens, rows) what the outputs should change by, of a linear of its own.
     """
 
     x: Array
-    exact: Array | None
+    exact: Array | None = None
     weight: Array | None = None
-    lost: Array | None = None
+    wanted: Array | None = None
 
 
 def statistics(batches: Sequence[Inputs]) -> Statistics:
-    """Weighted means over the tokens of all batches: products in float32, sums in float64."""
+    """Weighted means over the tokens: products in float32, sums over the batches in float64."""
+    hessian, cross, wanted = Mean(), Mean(), Mean()
+    for batch in batches:
+        count = float(len(batch.x)) if batch.weight is None else _sum(batch.weight)
+        root = None if batch.weight is None else np.sqrt(batch.weight)
+        x = _weighted(batch.x, root)
+        hessian.add(x.T @ x, count)
+        if batch.exact is not None:
+            cross.add(_weighted(batch.exact - batch.x, root).T @ x, count)
+        if batch.wanted is not None:
+            wanted.add(_weighted(batch.wanted, root).T @ x, count)
+    return Statistics(hessian.value(), cross.found(), wanted.found())
 
-    def mean(left: Callable[[Inputs], Array]) -> Matrix:
-        return _sum(left(batch).T @ _weighted(batch) for batch in batches) / total
 
-    total = sum(float(_weight(batch).sum(dtype=np.float64)) for batch in batches)
-    first = batches[0]
-    return Statistics(
-        hessian=mean(lambda batch: batch.x),
-        cross=None if first.exact is None else mean(_shift),
-        residual=None if first.lost is None else mean(_lost),
-    )
+class Mean:
+    """Running mean of matrices: float64 sum over total weight."""
+
+    def __init__(self) -> None:
+        self._sum: Matrix | None = None
+        self._count = 0.0
+
+    def add(self, product: Array, count: float) -> None:
+        self._sum = product.astype(np.float64) if self._sum is None else self._sum + product
+        self._count += count
+
+    def found(self) -> Matrix | None:
+        return None if self._sum is None else self._sum / self._count
+
+    def value(self) -> Matrix:
+        found = self.found()
+        assert found is not None
+        return found
 
 
 def token_weights(sizes: Sequence[Array], clip: float) -> list[Array]:
@@ -64,6 +82,12 @@ def token_weights(sizes: Sequence[Array], clip: float) -> list[Array]:
     ]
 
 
+def mean_square(x: Array) -> Array:
+    """(tokens, 1) of (tokens, n)."""
+    squares: Array = np.einsum("ti,ti->t", x, x)[:, None] / np.float32(x.shape[1])
+    return squares
+
+
 def undo_norm(error: Array, size: Array, gain: Array) -> Array:
     """What an output must add in front of its norm so that `error` is added behind it.
 
@@ -77,24 +101,9 @@ def undo_norm(error: Array, size: Array, gain: Array) -> Array:
     return error * np.sqrt(size) * inverse
 
 
-def _shift(batch: Inputs) -> Array:
-    assert batch.exact is not None
-    return batch.exact - batch.x
+def _weighted(x: Array, root: Array | None) -> Array:
+    return x if root is None else x * root
 
 
-def _lost(batch: Inputs) -> Array:
-    assert batch.lost is not None
-    return batch.lost
-
-
-def _weight(batch: Inputs) -> Array:
-    return np.ones((len(batch.x), 1), np.float32) if batch.weight is None else batch.weight
-
-
-def _weighted(batch: Inputs) -> Array:
-    return batch.x if batch.weight is None else batch.x * batch.weight
-
-
-def _sum(products: Iterable[Array]) -> Matrix:
-    total: Matrix = reduce(np.add, (product.astype(np.float64) for product in products))
-    return total
+def _sum(weight: Array) -> float:
+    return float(weight.sum(dtype=np.float64))

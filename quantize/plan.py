@@ -8,6 +8,7 @@ from typing import Literal
 
 from uq.errors import UsageError
 from uq.formats.config import EMBEDDING, HEAD, GemmaConfig, layer_tensor
+from uq.formats.layouts import LAYOUTS
 from uq.formats.spec import BITS, GROUPS, Spec
 
 Method = Literal["rtn", "gptq", "grid"]
@@ -96,7 +97,7 @@ class TensorPlan:
 
 @dataclass(frozen=True)
 class Budget:
-    """Bytes of codes, scales and zero points that some tensors may take together.
+    """Bytes on the disk that some tensors may take together, padding of the layout included.
 
     Attributes:
         tables: the embedding and an untied head are among them; the linears always are.
@@ -212,7 +213,9 @@ def make_plan(
     if bpw is not None:
         return _within(config, plan, bpw)
     if rules.mixed and group is None and chosen == "gptq":
-        return replace(plan, budget=Budget(_linear_bytes(config, rules.linear), tables=False))
+        return replace(
+            plan, budget=Budget(_linear_bytes(config, rules.linear, layout), tables=False)
+        )
     return plan
 
 
@@ -226,9 +229,9 @@ def _within(config: GemmaConfig, plan: Plan, bpw: float) -> Plan:
     return replace(plan, recipe=f"bpw{bpw:g}", budget=Budget(nbytes, tables=True))
 
 
-def _linear_bytes(config: GemmaConfig, spec: Spec) -> int:
+def _linear_bytes(config: GemmaConfig, spec: Spec, layout: str) -> int:
     return config.num_layers * sum(
-        spec.nbytes(rows, cols) for rows, cols in config.linear_shapes().values()
+        LAYOUTS[layout].nbytes(rows, cols, spec) for rows, cols in config.linear_shapes().values()
     )
 
 

@@ -30,7 +30,7 @@ from uq.kernels.weights import CheckpointWeights, Weights
 from uq.progress import Progress
 from uq.quantize.calibrate import Calibration
 from uq.quantize.equalize import channel_scale
-from uq.quantize.gptq import Statistics, factorize
+from uq.quantize.gptq import Statistics, left_variances, scale_importance
 from uq.quantize.plan import GptqOptions
 from uq.quantize.scales import checked, quantize_rtn, squared_error
 from uq.validate.divergence import Sums
@@ -43,9 +43,10 @@ CANDIDATES = tuple(
     spec for spec in SPECS if spec.bits < 6 or (not spec.zero_point and spec.bits == 6)
 ) + (Spec(8, 64),)
 LINEAR_PROBE, TABLE_PROBE = 4, 6  # bits: enough for a divergence that stands out of the rounding
-PROBE_WINDOWS, PROBE_LENGTH = 4, 128
+PROBE_WINDOWS, PROBE_LENGTH = 3, 128
 POSITIONS = slice(31, None, 6)  # of a window, where the divergence is taken
-MOMENT_WINDOWS = 16
+MOMENT_WINDOWS = 8
+SAMPLE_ROWS = 256  # of a linear, on which its grids are compared
 TOKEN_BLOCK = 4096
 VOCAB_BLOCK = 1024
 TABLE_SAMPLE = 16384  # rows on which the grids of the embedding are compared
@@ -194,15 +195,22 @@ def _layer_errors(
         if config.norm_before(roles[0]) is not None:
             scale = channel_scale(statistics.importance, options.equalize)
         moved = statistics.rescaled(scale)
+        left = left_variances(moved.hessian, options.damping)
         for role in roles:
             name = layer_tensor(layer, role)
-            base = _probe_error(name, weights[role], statistics)
-            errors = _gptq_errors(weights[role] * scale, moved, options.damping)
+            weight = _sample(weights[role])
+            base = _probe_error(name, weight, statistics)
+            errors = _gptq_errors(weight * scale, moved, left)
             found[name] = {spec: e / base for spec, e in errors.items()}
         return {}
 
     moments.quantize_layer(layer, weights, stage)
     return found
+
+
+def _sample(weight: Array) -> Array:
+    """Rows spread over a tensor, about `SAMPLE_ROWS` of them."""
+    return weight[:: max(1, len(weight) // SAMPLE_ROWS)]
 
 
 def _probe(name: str, weight: Array) -> Array:
@@ -220,24 +228,22 @@ def _probe_error(name: str, weight: Array, statistics: Statistics) -> float:
     return max(float(np.sum((error @ statistics.hessian) * error)), 1e-30)
 
 
-def _gptq_errors(weight: Array, statistics: Statistics, damping: float) -> dict[Spec, float]:
+def _gptq_errors(
+    weight: Array, statistics: Statistics, left: NDArray[np.float64] | None
+) -> dict[Spec, float]:
     """Squared output error that GPTQ leaves on each grid, without running it.
 
-    A column that GPTQ rounds leaves an error of its variance given the columns still to come. With
-    the factor U that variance is U_jj^-2 (Frantar et al., "GPTQ", section 3.3). By then the errors
-    of earlier columns have moved the column off any grid that it lay on, so its rounding error is
-    uniform: scale^2 / 12.
+    A column that GPTQ rounds leaves an error of its variance given the columns still to come,
+    `left` (Frantar et al., "GPTQ", section 3.3). By then the errors of earlier columns have moved
+    the column off any grid that it lay on, so its rounding error is uniform: scale^2 / 12.
     """
     cols = weight.shape[1]
-    factor = factorize(statistics.hessian, damping)
-    left = np.ones(cols)
-    if factor is not None:
-        left[factor.order] = np.diagonal(factor.upper) ** -2
-    importance = None if factor is None else statistics.importance
+    weights = np.ones(cols) if left is None else left
+    importance = None if left is None else scale_importance(statistics, left)
 
     def error(spec: Spec) -> float:
         scales = quantize_rtn(weight, spec, importance).scales.astype(np.float64)
-        return max(float(np.sum(scales**2 @ left.reshape(-1, spec.group))) / 12, 1e-30)
+        return max(float(np.sum(scales**2 @ weights.reshape(-1, spec.group))) / 12, 1e-30)
 
     return {spec: error(spec) for spec in candidates(cols)}
 

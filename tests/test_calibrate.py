@@ -15,10 +15,13 @@ from numpy.typing import NDArray
 from uq.errors import UsageError
 from uq.formats.checkpoint import Checkpoint, open_checkpoint
 from uq.formats.spec import Spec
+from uq.kernels.reference import attention_context, attention_input, embed, flat
 from uq.kernels.weights import CheckpointWeights
 from uq.quantize import calibrate
 from uq.quantize.calibrate import STAGES, Calibration
 from uq.quantize.gptq import Statistics
+from uq.quantize.moments import GAIN_RIDGE
+from uq.quantize.plan import GptqOptions
 from uq.quantize.scales import quantize_rtn
 from uq.quantize.text import Text, read_text, token_sequences
 
@@ -112,19 +115,55 @@ def test_later_stages_see_the_quantized_weights(folder: Path) -> None:
         np.testing.assert_array_equal(with_stages, at_once)
 
 
-def test_cross_moments_are_zero_until_something_is_quantized(folder: Path) -> None:
+def test_corrections_are_zero_until_something_is_quantized(folder: Path) -> None:
     checkpoint = open_checkpoint(folder)
-    crosses: list[NDArray[Any]] = []
+    found: list[NDArray[Any]] = []
     weights = checkpoint.layer(0)
 
     def quantize(roles: Sequence[str], statistics: Statistics) -> Mapping[str, Array]:
-        assert statistics.cross is not None
-        crosses.append(statistics.cross)
+        correction = statistics.wanted if statistics.cross is None else statistics.cross
+        assert correction is not None
+        found.append(correction)
         return {role: rounded(weights[role]) for role in roles}
 
     start(checkpoint, exact=True).quantize_layer(0, weights, quantize)
-    assert not crosses[0].any()
-    assert all(np.abs(cross).max() > 0 for cross in crosses[1:])
+    assert not found[0].any()
+    assert all(np.abs(correction).max() > 0 for correction in found[1:])
+
+
+def test_what_o_proj_should_add_is_that_of_float64(folder: Path) -> None:
+    """Behind a rounded embedding: half of what its outputs and the residual stream have lost."""
+    checkpoint = open_checkpoint(folder)
+    config, weights = checkpoint.config, checkpoint.layer(0)
+    rows = CheckpointWeights(checkpoint, resident=False).embedding(TOKENS)
+    options = GptqOptions(clip=10.0)
+    found: list[Statistics] = []
+
+    def watch(_roles: Sequence[str], statistics: Statistics) -> Mapping[str, Array]:
+        found.append(statistics)
+        return {}
+
+    calibration = Calibration(config, rounded(flat(rows)).reshape(rows.shape), rows, options)
+    calibration.quantize_layer(0, weights, watch)
+
+    def stream(embedded: Array) -> tuple[NDArray[Any], NDArray[Any]]:
+        hidden = embed(config, embedded)
+        x = attention_context(config, 0, weights, attention_input(config, weights, hidden))
+        return flat(hidden).astype(np.float64), flat(x).astype(np.float64)
+
+    hidden, x = stream(rounded(flat(rows)).reshape(rows.shape))
+    exact_hidden, exact_x = stream(rows)
+    weight = weights["self_attn.o_proj"].astype(np.float64)
+    lost, count = exact_hidden - hidden, np.ones((len(x), 1))
+    if config.post_norms:
+        size = np.square(exact_x @ weight.T).mean(1, keepdims=True) + config.rms_norm_eps
+        count = np.clip(np.median(size) / size, 0.1, 10)
+        gain = weights["post_attention_layernorm"].astype(np.float64)
+        lost = lost * np.sqrt(size) * gain / (gain**2 + GAIN_RIDGE * np.mean(gain**2))
+    wanted = 0.5 * (exact_x - x) @ weight.T + 0.5 * lost
+    expected = (wanted * count).T @ x / count.sum()
+    assert found[1].wanted is not None
+    np.testing.assert_allclose(found[1].wanted, expected, atol=1e-4 * np.abs(expected).max())
 
 
 def test_a_passed_layer_leaves_the_tokens_where_quantizing_it_did(folder: Path) -> None:
@@ -146,6 +185,7 @@ def test_a_passed_layer_leaves_the_tokens_where_quantizing_it_did(folder: Path) 
     for first, second in zip(seen[:4], seen[4:], strict=True):
         np.testing.assert_array_equal(first.hessian, second.hessian)
         np.testing.assert_array_equal(first.cross, second.cross)
+        np.testing.assert_array_equal(first.wanted, second.wanted)
 
 
 def test_sequences_are_spread_over_the_text_behind_bos(folder: Path) -> None:

@@ -85,7 +85,7 @@ def test_moments_weigh_tokens() -> None:
     pairs = [
         (found.hessian, x64),
         (found.cross, exact.astype(np.float64) - x),
-        (found.residual, lost.astype(np.float64)),
+        (found.wanted, lost.astype(np.float64)),
     ]
     for moments, left in pairs:
         assert moments is not None

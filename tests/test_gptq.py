@@ -12,9 +12,11 @@ from uq.quantize.gptq import (
     Statistics,
     factorize,
     inverse_cholesky,
+    left_variances,
     output_error,
     quantize_gptq,
     refit_scales,
+    scale_importance,
 )
 from uq.quantize.layers import unusable
 from uq.quantize.plan import GptqOptions
@@ -91,12 +93,26 @@ def test_codes_equal_the_textbook(n: int, spec: Spec) -> None:
 @pytest.mark.parametrize("spec", [Spec(4, 64), Spec(5, 64, True)], ids=str)
 def test_the_grid_is_that_of_the_weighted_search(spec: Spec) -> None:
     w, moments = weights(), statistics(inputs())
-    found = quantize_gptq(w, spec, moments, factor_of(moments.hessian), PLAIN)
-    searched = quantize_rtn(w, spec, moments.importance)
+    factor = factor_of(moments.hessian)
+    found = quantize_gptq(w, spec, moments, factor, PLAIN)
+    searched = quantize_rtn(w, spec, scale_importance(moments, factor.left))
     np.testing.assert_array_equal(found.scales, searched.scales)
     assert found.zeros is None or searched.zeros is not None
     if found.zeros is not None:
         np.testing.assert_array_equal(found.zeros, searched.zeros)
+
+
+def test_what_is_left_of_a_column_is_its_variance_given_those_behind_it() -> None:
+    hessian = statistics(inputs(n=48)).hessian
+    damped = hessian + 0.01 * np.diagonal(hessian).mean() * np.eye(48)
+    order = np.argsort(-np.diagonal(hessian), kind="stable")
+    expected = np.empty(48)
+    for place, col in enumerate(order):
+        behind = order[place + 1 :]
+        known = np.linalg.solve(damped[np.ix_(behind, behind)], damped[behind, col])
+        expected[col] = damped[col, col] - damped[col, behind] @ known
+    np.testing.assert_allclose(factor_of(hessian).left, expected, rtol=1e-9)
+    np.testing.assert_allclose(left_variances(hessian, 0.01), expected, rtol=1e-9)
 
 
 @pytest.mark.parametrize("spec", [s for s in SPECS if s.group == 64], ids=str)

@@ -58,7 +58,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     add(
         "--calibration-tokens",
         type=whole(1),
-        default=65536,
+        default=32768,
         metavar="N",
         help="default: %(default)s",
     )
