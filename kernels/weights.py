@@ -64,6 +64,10 @@ class CheckpointWeights:
         rows = [self._checkpoint.embedding(int(token), int(token) + 1) for token in ids]
         return np.concatenate(rows)[inverse.reshape(tokens.shape)]
 
+    def head_rows(self, ids: NDArray[np.intp]) -> Array:
+        """Some rows of the output matrix: (ids, hidden)."""
+        return np.concatenate([self.head(int(token), int(token) + 1) for token in ids])
+
     def head(self, start: int, stop: int) -> Array:
         if self._resident:
             tied = self._checkpoint.config.tied_head

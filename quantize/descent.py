@@ -7,6 +7,8 @@ r = (t - w) H. Each step moves a code to the grid point next to that lowest poin
 
 from __future__ import annotations
 
+from typing import TypeVar
+
 import numpy as np
 from numba import njit, prange
 from numpy.typing import NDArray
@@ -15,21 +17,22 @@ from uq.formats.spec import QuantTensor
 
 SWEEPS = 3  # over all columns
 
-Matrix = NDArray[np.float64]
+Floats = TypeVar("Floats", np.float32, np.float64)
 
 
 def descend(
-    target: Matrix, tensor: QuantTensor, hessian: Matrix, damping: float
+    target: NDArray[Floats], tensor: QuantTensor, hessian: NDArray[Floats], damping: float
 ) -> NDArray[np.int8]:
     """Codes (rows, n) with an output error no larger than the tensor's; scales are kept.
 
     Args:
-        target: (rows, n) float64.
-        hessian: (n, n) float64.
+        target: (rows, n); hessian: (n, n). What is computed has their type.
         damping: added to the diagonal, in units of its mean.
     """
-    hessian = hessian + damping * np.diagonal(hessian).mean() * np.eye(len(hessian))
-    spec, scales = tensor.spec, tensor.scales.astype(np.float64)
+    hessian = hessian.copy()
+    diagonal = np.einsum("ii->i", hessian)
+    diagonal += damping * diagonal.mean()
+    spec, scales = tensor.spec, tensor.scales.astype(hessian.dtype)
     slope = (target - tensor.dequantize()) @ hessian
     codes = tensor.codes.copy()
     curvature = np.ascontiguousarray(np.diagonal(hessian))
@@ -39,10 +42,10 @@ def descend(
 
 @njit(parallel=True, cache=True)
 def _sweep(
-    slope: Matrix,
-    hessian: Matrix,
-    curvature: NDArray[np.float64],
-    scales: Matrix,
+    slope: NDArray[Floats],
+    hessian: NDArray[Floats],
+    curvature: NDArray[Floats],
+    scales: NDArray[Floats],
     qmin: int,
     qmax: int,
     codes: NDArray[np.int8],
@@ -61,6 +64,6 @@ def _sweep(
             wish = min(max(wish, np.float64(qmin)), np.float64(qmax))
             if wish != code:
                 codes[row, col] = np.int8(wish)
-                moved = (wish - code) * scale
+                moved = slope.dtype.type((wish - code) * scale)
                 for other in range(n):
                     slope[row, other] -= moved * hessian[col, other]

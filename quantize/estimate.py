@@ -28,6 +28,7 @@ from uq.quantize.rounding import PIECE, PIECES_AHEAD
 from uq.quantize.scales import quantize_rtn
 from uq.quantize.sensitivity import (
     CANDIDATES,
+    LIKELIEST,
     POSITIONS,
     PROBE_LENGTH,
     PROBE_WINDOWS,
@@ -225,7 +226,7 @@ def _measuring_seconds(config: GemmaConfig, plan: Plan) -> float:
     models = len(config.linear_shapes()) * config.num_layers
     walks = PROBE_WINDOWS * PROBE_LENGTH * models * config.num_layers / 2
     positions = PROBE_WINDOWS * len(range(*POSITIONS.indices(PROBE_LENGTH)))
-    head = models * positions * config.vocab_size * config.hidden_size
+    head = positions * config.hidden_size * (models * LIKELIEST + config.vocab_size)
     sampled = sum(min(rows, SAMPLE_ROWS) * cols for rows, cols in config.linear_shapes().values())
     searches = len(CANDIDATES) * config.num_layers * sampled * per_weight
     return OVERHEAD * 2 * (walks * weights + head) / single + searches

@@ -20,7 +20,7 @@ from numba import njit, prange
 from numpy.typing import NDArray
 
 from uq.formats.spec import QuantTensor, Spec
-from uq.quantize.descent import descend
+from uq.quantize.descent import Floats, descend
 from uq.quantize.plan import GptqOptions
 from uq.quantize.scales import quantize_rtn
 
@@ -28,7 +28,7 @@ BLOCK = 128  # columns rounded before the columns behind them are updated in one
 ESCALATION = (1.0, 10.0, 100.0)  # of the damping, while the Hessian is not positive definite
 DIAGONAL_FLOOR = 1e-6  # of the largest diagonal entry, in the last attempt
 CHOLESKY_BASE = 64
-REFIT_NUMBERS = 1 << 23  # float64 in work at once, about
+REFIT_NUMBERS = 1 << 23  # floats in work at once, about
 REFIT_RIDGE = 1e-3
 
 Matrix = NDArray[np.float64]
@@ -165,12 +165,13 @@ def quantize_gptq(
     found = replace(found, codes=_round_columns(target, found, factor))
     if not np.isfinite(found.scales).all():  # the caller refuses the weight
         return found
+    goal, hessian = target.astype(np.float32), statistics.hessian.astype(np.float32)
     if options.refit:
-        found = _refitted(target, found, statistics.hessian)
+        found = _refitted(goal, found, hessian)
     for _ in range(options.descents):
-        found = replace(found, codes=descend(target, found, statistics.hessian, options.damping))
+        found = replace(found, codes=descend(goal, found, hessian, options.damping))
         if options.refit:
-            found = _refitted(target, found, statistics.hessian)
+            found = _refitted(goal, found, hessian)
     return found
 
 
@@ -192,7 +193,9 @@ def _target(weight: Matrix, statistics: Statistics, factor: Factor, options: Gpt
     return weight + factor.solve(goal)
 
 
-def _refitted(target: Matrix, tensor: QuantTensor, hessian: Matrix) -> QuantTensor:
+def _refitted(
+    target: NDArray[Floats], tensor: QuantTensor, hessian: NDArray[Floats]
+) -> QuantTensor:
     return replace(tensor, scales=refit_scales(target, tensor.levels(), tensor.scales, hessian))
 
 
@@ -300,7 +303,10 @@ def _round_block(
 
 
 def refit_scales(
-    target: Matrix, levels: NDArray[np.int8], scales: NDArray[np.float16], hessian: Matrix
+    target: NDArray[Floats],
+    levels: NDArray[np.int8],
+    scales: NDArray[np.float16],
+    hessian: NDArray[Floats],
 ) -> NDArray[np.float16]:
     """Scales that fit the target's outputs best when the codes stay as they are.
 
@@ -309,7 +315,8 @@ def refit_scales(
     also keeps rows of zero levels solvable.
 
     Args:
-        target: (rows, n) float64; levels: (rows, n); scales: (rows, groups) float16.
+        target: (rows, n), hessian: (n, n); what is computed has their type.
+        levels: (rows, n); scales: (rows, groups) float16.
 
     Returns:
         (rows, groups) float16.
@@ -324,12 +331,15 @@ def refit_scales(
 
 
 def _refit_rows(
-    target: Matrix, levels: NDArray[np.int8], scales: NDArray[np.float16], hessian: Matrix
+    target: NDArray[Floats],
+    levels: NDArray[np.int8],
+    scales: NDArray[np.float16],
+    hessian: NDArray[Floats],
 ) -> NDArray[np.float16]:
     rows, groups = scales.shape
-    grouped = levels.reshape(rows, groups, -1).astype(np.float64)  # (rows, groups, group)
+    grouped = levels.reshape(rows, groups, -1).astype(hessian.dtype)  # (rows, groups, group)
     group = grouped.shape[2]
-    system = np.empty((rows, groups, groups))
+    system = np.empty((rows, groups, groups), hessian.dtype)
     for g in range(groups):  # the system is symmetric
         moved = grouped[:, g] @ hessian[g * group : (g + 1) * group, g * group :]
         later = grouped[:, g:]  # (rows, groups from g on, group)
@@ -338,7 +348,7 @@ def _refit_rows(
     outputs = (target @ hessian).reshape(grouped.shape)
     goal = np.einsum("rgi,rgi->rg", grouped, outputs)
 
-    old = scales.astype(np.float64)
+    old = scales.astype(hessian.dtype)
     diagonal = np.einsum("rgg->rg", system)
     ridge = REFIT_RIDGE * diagonal.mean(axis=1, keepdims=True)
     ridge[ridge == 0] = 1.0

@@ -43,8 +43,9 @@ CANDIDATES = tuple(
     spec for spec in SPECS if spec.bits < 6 or (not spec.zero_point and spec.bits == 6)
 ) + (Spec(8, 64),)
 LINEAR_PROBE, TABLE_PROBE = 4, 6  # bits: enough for a divergence that stands out of the rounding
-PROBE_WINDOWS, PROBE_LENGTH = 3, 128
-POSITIONS = slice(31, None, 6)  # of a window, where the divergence is taken
+PROBE_WINDOWS, PROBE_LENGTH = 4, 80
+POSITIONS = slice(24, None)  # of a window, where the divergence is taken
+LIKELIEST = 8192  # tokens of the vocabulary on which it is taken: nearly all of the probability
 MOMENT_WINDOWS = 8
 SAMPLE_ROWS = 256  # of a linear, on which its grids are compared
 TOKEN_BLOCK = 4096
@@ -149,15 +150,15 @@ class Probes:
         self._add(names, states)
 
     def divergences(self) -> dict[str, float]:
-        """Mean KL divergence of each model from the untouched one."""
+        """Mean KL divergence of each model from the untouched one, among the likeliest tokens."""
         hidden = self._hidden[:, :, POSITIONS]  # (1 + models, windows, positions, hidden)
         last = rms_norm(hidden, self._source.final_norm, self._config.rms_norm_eps)
         states = last.reshape(len(last), -1, last.shape[-1])  # (1 + models, n, hidden)
         unused = np.zeros(states.shape[1], np.int32)
         sums = [Sums(unused) for _ in self._names]
-        for start in range(0, self._config.vocab_size, VOCAB_BLOCK):
-            stop = min(start + VOCAB_BLOCK, self._config.vocab_size)
-            head = self._source.head(start, stop)
+        kept = self._likeliest(states[0])
+        for start in range(0, len(kept), VOCAB_BLOCK):
+            head = self._source.head_rows(kept[start : start + VOCAB_BLOCK])
             reference, *logits = soft_cap(self._config, linear(states, head))
             for name, total, model, state in zip(
                 self._names, sums, logits, states[1:], strict=True
@@ -167,6 +168,18 @@ class Probes:
             name: float(total.scores().kld.mean())
             for name, total in zip(self._names, sums, strict=True)
         }
+
+    def _likeliest(self, states: Array) -> NDArray[np.intp]:
+        """Ids, rising, of the tokens with the largest sum of probabilities; states (n, hidden)."""
+        vocab = self._config.vocab_size
+        starts = range(0, vocab, TOKEN_BLOCK)
+        heads = (self._source.head(start, min(start + TOKEN_BLOCK, vocab)) for start in starts)
+        blocks = [soft_cap(self._config, linear(states, head)) for head in heads]
+        logits = np.concatenate(blocks, axis=1)  # (n, vocab)
+        logits -= logits.max(axis=1, keepdims=True)
+        masses = np.exp(logits, out=logits)
+        total = (masses / masses.sum(axis=1, keepdims=True)).sum(axis=0)
+        return np.sort(np.argsort(-total, kind="stable")[:LIKELIEST])
 
     def _table_logits(self, name: str, head: Array, states: Array, logits: Array) -> Array:
         """`logits`, or those of the rounded head where that is the probed tensor."""
