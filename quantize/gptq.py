@@ -237,11 +237,11 @@ def cholesky_diagonal(matrix: Matrix) -> NDArray[np.float64]:
     """
     n = len(matrix)
     diagonal = np.empty(n)
-    for start in range(0, n, CHOLESKY_BASE):
-        here, rest = slice(start, start + CHOLESKY_BASE), slice(start + CHOLESKY_BASE, n)
-        lower = np.linalg.cholesky(matrix[here, here])
-        diagonal[here] = np.diagonal(lower)
-        side = matrix[rest, here] @ np.linalg.inv(lower).T  # of L, below the block
+    for start in range(0, n, BLOCK):
+        here, rest = slice(start, start + BLOCK), slice(start + BLOCK, n)
+        inverse = inverse_cholesky(matrix[here, here])
+        diagonal[here] = 1 / np.diagonal(inverse)
+        side = matrix[rest, here] @ inverse.T  # of L, below the block
         matrix[rest, rest] -= side @ side.T
     return diagonal
 

@@ -66,7 +66,7 @@ class QuantizeOptions:
     method: str = "auto"
     targets: tuple[str, ...] = ("igpu",)
     calibration: str | None = None
-    calibration_tokens: int = 32768
+    calibration_tokens: int = 28672
     calibration_seed: int | None = None
     threads: int | None = None
     resume: str = "auto"

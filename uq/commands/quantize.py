@@ -58,7 +58,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     add(
         "--calibration-tokens",
         type=whole(1),
-        default=32768,
+        default=28672,
         metavar="N",
         help="default: %(default)s",
     )
