@@ -25,7 +25,7 @@ from uq.formats.bundle import Bundle, open_bundle
 from uq.kernels.backends import open_batch, open_session
 from uq.kernels.session import BatchSession, Piece, Sampling
 
-AT_A_TIME, PROMPT, GENERATED, ROUNDS = 16, 64, 64, 3
+AT_A_TIME, PROMPT, GENERATED, ROUNDS = 16, 64, 64, 8
 WORDS = ["the", "time", "of", "a", "world", "and", "its", "city", "in", "which", "no", "one"]
 KINDS = 100  # different requests; their answers are computed once, alone
 
@@ -44,29 +44,37 @@ def main() -> None:
 
 
 async def rate(bundle: Bundle) -> None:
-    """Alternate rounds of the bare batch and of the server; medians."""
-    prompts = random_prompts(bundle)
+    """Alternate rounds of the bare batch and of the server; medians, and of the ratios of pairs."""
     session = open_batch(bundle, slots=AT_A_TIME, max_context=1024)
     bare, served = [], []
     with serving(bundle, AT_A_TIME) as port:
-        bodies = [
-            {"prompt": prompt, "max_tokens": GENERATED, "temperature": 0} for prompt in prompts
-        ]
-        await all_at_once(port, bodies, AT_A_TIME)
-        for _ in range(ROUNDS):
+        for number in range(1 + ROUNDS):
+            prompts = random_prompts(bundle, number)
             bare.append(batch_rate(session, prompts))
-            began = time.perf_counter()
-            answers = await all_at_once(port, bodies, AT_A_TIME)
-            count = sum(answer["usage"]["completion_tokens"] for answer in answers)
-            served.append(count / (time.perf_counter() - began))
-    one, other = statistics.median(bare), statistics.median(served)
-    print(f"the batch alone: {one:.1f} tokens/s ({min(bare):.1f} to {max(bare):.1f})")
-    print(f"uq serve:        {other:.1f} tokens/s ({min(served):.1f} to {max(served):.1f})")
-    print(f"ratio {other / one:.3f}")
+            served.append(await served_rate(port, prompts))
+    del bare[0], served[0]  # the first round warms up
+    print(f"the batch alone: {spread(bare, 1)} tokens/s")
+    print(f"uq serve:        {spread(served, 1)} tokens/s")
+    ratios = [ours / alone for ours, alone in zip(served, bare, strict=True)]
+    print(f"ratio of pairs:  {spread(ratios, 3)}")
 
 
-def random_prompts(bundle: Bundle) -> list[list[int]]:
-    rng = np.random.default_rng(0)
+def spread(values: list[float], digits: int) -> str:
+    low, middle, high = min(values), statistics.median(values), max(values)
+    return f"{middle:.{digits}f} ({low:.{digits}f} to {high:.{digits}f})"
+
+
+async def served_rate(port: int, prompts: list[list[int]]) -> float:
+    bodies = [{"prompt": prompt, "max_tokens": GENERATED, "temperature": 0} for prompt in prompts]
+    began = time.perf_counter()
+    answers = await all_at_once(port, bodies, AT_A_TIME)
+    count = sum(answer["usage"]["completion_tokens"] for answer in answers)
+    return count / (time.perf_counter() - began)
+
+
+def random_prompts(bundle: Bundle, number: int) -> list[list[int]]:
+    """Others in each round: the server would find the beginning of an earlier one in its cache."""
+    rng = np.random.default_rng(number + 1)
     vocab = bundle.tokenizer().size
     return [[2, *rng.integers(1000, vocab, PROMPT - 1).tolist()] for _ in range(AT_A_TIME)]
 
