@@ -5,8 +5,8 @@
 Both sides run the same Gemma 3 270M weights: the demo checkpoint as an F16 GGUF, made once by
 llama-quantize. uq's bundle is its default, the peer is Q4_0, as many bits per weight; its embedding
 falls back to Q8_0 at this width. Data-free quantizing is timed on one grid, that of Q4_0. Runs
-alternate, uq then llama.cpp, and every figure is the ratio of one pair, so a drifting machine moves both sides.
-Above 1 means that uq is faster.
+alternate, uq then llama.cpp, and every figure is the ratio of one pair, so a drifting machine moves
+both sides. Above 1 means that uq is faster.
 
 Build llama.cpp for the host (GGML_NATIVE). On Intel machines with AMX leave AMX out
 (-mno-amx-tile -mno-amx-int8 -mno-amx-bf16): no Ryzen has it.
