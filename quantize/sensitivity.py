@@ -43,10 +43,10 @@ CANDIDATES = tuple(
     spec for spec in SPECS if spec.bits < 6 or (not spec.zero_point and spec.bits == 6)
 ) + (Spec(8, 64),)
 LINEAR_PROBE, TABLE_PROBE = 4, 6  # bits: enough for a divergence that stands out of the rounding
-PROBE_WINDOWS, PROBE_LENGTH = 4, 80
-POSITIONS = slice(24, None)  # of a window, where the divergence is taken
+PROBE_WINDOWS, PROBE_LENGTH = 12, 32  # many short ones: texts differ more than positions
+POSITIONS = slice(12, None)  # of a window, where the divergence is taken
 LIKELIEST = 8192  # tokens of the vocabulary on which it is taken: nearly all of the probability
-MOMENT_WINDOWS = 8
+MOMENT_WINDOWS, MOMENT_LENGTH = 16, 256
 SAMPLE_ROWS = 128  # of a linear, on which its grids are compared
 TOKEN_BLOCK = 4096
 VOCAB_BLOCK = 1024
@@ -72,7 +72,8 @@ def measure_costs(
     """
     config = checkpoint.config
     source = CheckpointWeights(checkpoint, resident=False)
-    moments = Calibration(config, source.embedding(_spread(tokens, MOMENT_WINDOWS)), None)
+    sampled = _spread(tokens, MOMENT_WINDOWS)[:, :MOMENT_LENGTH]
+    moments = Calibration(config, source.embedding(sampled), None)
     windows = _spread(tokens, PROBE_WINDOWS)[:, :PROBE_LENGTH]
     probes = Probes(config, source, windows, tables=tables)
     errors: dict[str, dict[Spec, float]] = {}
