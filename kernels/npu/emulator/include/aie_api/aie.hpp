@@ -53,6 +53,10 @@ vector<T, N> downshift(const vector<T, N>& v, unsigned shift) {
   return host::map(v, [shift](T x) { return x >> shift; });
 }
 template <class T, unsigned N>
+vector<T, N> upshift(const vector<T, N>& v, unsigned shift) {
+  return host::map(v, [shift](T x) { return x << shift; });
+}
+template <class T, unsigned N>
 vector<T, N> bit_and(T a, const vector<T, N>& v) {
   return host::map(v, [a](T x) { return a & x; });
 }
@@ -65,12 +69,20 @@ template <class T, unsigned N>
 mask<N> gt(const vector<T, N>& v, T a) {
   return host::test<N>(v, [a](T x) { return x > a; });
 }
-// v where the mask is set, a elsewhere.
+template <class T, unsigned N>
+mask<N> lt(const vector<T, N>& v, T a) {
+  return host::test<N>(v, [a](T x) { return x < a; });
+}
+// b where the mask is set, a elsewhere.
+template <class T, unsigned N>
+vector<T, N> select(const vector<T, N>& a, const vector<T, N>& b, const mask<N>& m) {
+  vector<T, N> out;
+  for (unsigned i = 0; i < N; ++i) out.data[i] = m.data[i] ? b.data[i] : a.data[i];
+  return out;
+}
 template <class T, unsigned N>
 vector<T, N> select(T a, const vector<T, N>& v, const mask<N>& m) {
-  vector<T, N> out;
-  for (unsigned i = 0; i < N; ++i) out.data[i] = m.data[i] ? v.data[i] : a;
-  return out;
+  return select(broadcast<T, N>(a), v, m);
 }
 
 template <class T, unsigned N>
@@ -101,7 +113,7 @@ product<T, N> mul(const vector<T, N>& a, T b) {
   return mul(a, broadcast<T, N>(b));
 }
 template <class T, unsigned N>
-product<T, N> mac(const product<T, N>& acc, const vector<T, N>& a, T b) {
+product<T, N> mac(const product<T, N>& acc, const vector<T, N>& a, const vector<T, N>& b) {
   product<T, N> out = mul(a, b);
   for (unsigned i = 0; i < N; ++i) out.data[i] = acc.data[i] + out.data[i];
   return out;

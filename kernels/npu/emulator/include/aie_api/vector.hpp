@@ -123,8 +123,9 @@ void store_v(T* to, const vector<T, N>& v) {
 }
 
 template <class T, unsigned N>
-vector<T, N> zeros() {
-  return {};
+auto zeros() {
+  constexpr bool tag = std::is_same_v<T, acc32> || std::is_same_v<T, accfloat>;
+  return std::conditional_t<tag, accum<T, N>, vector<T, N>>{};
 }
 
 template <class T, unsigned N>
