@@ -68,7 +68,7 @@ async def served_rate(port: int, prompts: list[list[int]]) -> float:
     bodies = [{"prompt": prompt, "max_tokens": GENERATED, "temperature": 0} for prompt in prompts]
     began = time.perf_counter()
     answers = await all_at_once(port, bodies, AT_A_TIME)
-    count = sum(answer["usage"]["completion_tokens"] for answer in answers)
+    count: int = sum(answer["usage"]["completion_tokens"] for answer in answers)
     return count / (time.perf_counter() - began)
 
 

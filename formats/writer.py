@@ -1,4 +1,5 @@
-"""Writing a bundle shard by shard, so that a killed run loses at most one shard of work.
+"""Writing a bundle shard by shard, so that a killed run loses at most the shard in work, and the
+one before if its commit, which takes milliseconds, was still under way.
 
     with BundleWriter(out, shard_count, identity) as writer:
         for index in range(writer.committed, shard_count):
@@ -14,6 +15,7 @@ import fcntl
 import os
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
@@ -83,10 +85,20 @@ class BundleWriter:
                 shutil.rmtree(self._work)
             os.close(self._lock)
             raise
+        self._written = len(self._journal.shards)
+        self._committer = ThreadPoolExecutor(1)
+        self._commit_under_way: Future[None] | None = None
 
     @property
     def committed(self) -> int:
+        self._settle()
         return len(self._journal.shards)
+
+    def _settle(self) -> None:
+        """Wait for the commit that runs beside the work on the next shard; raises what it met."""
+        pending, self._commit_under_way = self._commit_under_way, None
+        if pending is not None:
+            pending.result()
 
     def __enter__(self) -> Self:
         return self
@@ -98,42 +110,53 @@ class BundleWriter:
         trace: TracebackType | None,
     ) -> None:
         """Unlock; leave a work folder only if there is something to continue."""
-        if not self._finished and not self.committed:
+        self._committer.shutdown()
+        if not self._finished and not self._journal.shards:
             shutil.rmtree(self._work)
         os.close(self._lock)
+        if kind is None:
+            self._settle()
 
     def write_shard(self, index: int, entries: Sequence[Entry]) -> None:
-        """Write, sync and commit shard `index`, which must be `committed`.
+        """Write and sync the next shard, `index`; it is committed while the one behind is made.
 
         The entries are consumed one after the other, by falling alignment.
 
         Raises:
-            DeviceError: the disk is full or broken; nothing of this shard is left.
+            DeviceError: the disk is full or broken; nothing of this shard is left, or of the one
+                before, whose commit failed.
             ValueError: shards out of order, or pieces that do not add up to their tensor.
         """
-        if index != self.committed:
-            raise ValueError(f"shard {index} is not the next one, {self.committed}")
+        if index != self._written:
+            raise ValueError(f"shard {index} is not the next one, {self._written}")
         file = shard_file(index, self._count)
         entries = sorted(entries, key=lambda entry: -entry.alignment)
         header = make_header({e.name: (e.dtype, e.stored_shape) for e in entries})
         size = len(header) + sum(entry.nbytes for entry in entries)
         sha256 = write_file(self._work / file, _contents(header, entries), size)
         try:
-            self._commit(file, FileRecord(size, sha256), entries)
+            self._settle()
+            tensors = {e.name: e.record(file) for e in entries if isinstance(e, QuantEntry)}
+            arrays = {e.name: e.record(file) for e in entries if isinstance(e, ArrayEntry)}
         except BaseException:
             (self._work / file).unlink()
             raise
+        shard = CommittedShard(file, FileRecord(size, sha256), tensors, arrays)
+        self._commit_under_way = self._committer.submit(self._commit, shard)
+        self._written += 1
 
-    def _commit(self, file: str, record: FileRecord, entries: Sequence[Entry]) -> None:
-        tensors = {e.name: e.record(file) for e in entries if isinstance(e, QuantEntry)}
-        arrays = {e.name: e.record(file) for e in entries if isinstance(e, ArrayEntry)}
-        shard = CommittedShard(file, record, tensors, arrays)
+    def _commit(self, shard: CommittedShard) -> None:
         journal = replace(self._journal, shards=(*self._journal.shards, shard))
-        journal.save(self._work)
+        try:
+            journal.save(self._work)
+        except BaseException:
+            (self._work / shard.file).unlink()
+            raise
         self._journal = journal
 
     def read_layer(self, layer: int) -> dict[str, QuantTensor | NDArray[np.float32]]:
         """A committed layer, as the runs that follow will see it: role -> weight or gain."""
+        self._settle()
         committed = self._journal.shards[layer + 1]
         shard = Shard(self._work / committed.file)
         values: dict[str, QuantTensor | NDArray[np.float32]] = {

@@ -95,6 +95,7 @@ def endless():
     os.kill(os.getpid(), 9)
 with BundleWriter(Path(sys.argv[1]), 3, {"x": 1}) as writer:
     writer.write_shard(0, layer_entries(0))
+    assert writer.committed == 1
     entry = quant_entry("w", weight(), weight())
     object.__setattr__(entry, "blocks", endless())
     writer.write_shard(1, [entry])
@@ -318,6 +319,7 @@ def test_a_folder_that_cannot_be_created_is_named(tmp_path: Path) -> None:
 def test_the_journal_is_plain_json(tmp_path: Path) -> None:
     with BundleWriter(tmp_path / "out", 2, {"source": "tiny"}) as writer:
         writer.write_shard(0, layer_entries(0))
+        assert writer.committed == 1
         journal = json.loads((tmp_path / "out.partial" / "journal.json").read_bytes())
     assert journal["identity"]["source"] == "tiny"
     assert [shard["file"] for shard in journal["shards"]] == ["model-00001-of-00002.safetensors"]
