@@ -10,18 +10,21 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from uq.errors import UsageError
+
 if TYPE_CHECKING:
     from uq.kernels.npu.toolchain.find import Toolchain
     from uq.kernels.npu.toolchain.job import Job
 
 
 def configure(commands: Any) -> None:
-    about = "compile a design with mlir-aie and Peano into an xclbin and its instructions"
+    about = "compile a design, or those of a bundle, with mlir-aie and Peano"
     parser = commands.add_parser(
         "build", help=about, description=f"{about[0].upper()}{about[1:]}.", allow_abbrev=False
     )
     add = parser.add_argument
-    add("design", metavar="FILE.mlir", type=Path, help="a design of aie and aiex")
+    add("design", metavar="FILE.mlir|BUNDLE", type=Path, help="a design, or a bundle with an NPU's")
+    add("--device", choices=("npu1", "npu2"), help="of a bundle (default: by its layout)")
     add("-o", "--output", metavar="DIR", type=Path, help="default: the design's name and device")
     add("--sources", metavar="DIR", type=Path, help="C++ of its kernels (default: beside it)")
     add(
@@ -43,6 +46,11 @@ def run(args: argparse.Namespace) -> int:
     from uq.kernels.npu.toolchain.find import find_toolchain
     from uq.kernels.npu.toolchain.job import prepare
 
+    toolchain = find_toolchain(os.environ, [Path(entry) for entry in sys.path if entry])
+    if args.design.is_dir():
+        return _build_bundle(args, toolchain)
+    if args.device:
+        raise UsageError("--device is for bundles; a design says its own")
     job = prepare(
         read_design(args.design),
         name=args.design.stem,
@@ -50,7 +58,6 @@ def run(args: argparse.Namespace) -> int:
         defines=dict(args.define),
         syntax=args.syntax,
     )
-    toolchain = find_toolchain(os.environ, [Path(entry) for entry in sys.path if entry])
     return _show(job, toolchain, args) if args.dry_run else _build(job, toolchain, args)
 
 
@@ -78,6 +85,34 @@ def _build(job: Job, toolchain: Toolchain, args: argparse.Namespace) -> int:
         print(json.dumps({"folder": str(out), "cached": built.cached} | dict(built.record)))
     else:
         print(_summary(out, built.record, built.cached))
+    return 0
+
+
+def _build_bundle(args: argparse.Namespace, toolchain: Toolchain) -> int:
+    """Carry the designs if the bundle has none; compile them where that is possible."""
+    from uq.formats.bundle import open_bundle
+    from uq.kernels.npu.toolchain.carried import (
+        FOLDER,
+        INDEX,
+        carry,
+        compile_carried,
+        designs_for,
+        device_of,
+    )
+
+    if args.output or args.sources or args.define or args.syntax or args.dry_run:
+        raise UsageError("a bundle takes --device and --json only; the rest is for one design")
+    bundle = open_bundle(args.design, verify="lazy")
+    if args.device or not (bundle.path / FOLDER / INDEX).is_file():
+        layouts = {record.layout for record in bundle.manifest.tensors.values()}
+        device = device_of(layouts, args.device)
+        carry(bundle.path, list(designs_for(bundle.config, device)))
+        print(f"{bundle.path / FOLDER}: designs for {device}, not compiled", file=sys.stderr)
+    names = compile_carried(bundle.path, toolchain, say=lambda line: print(line, file=sys.stderr))
+    if args.json:
+        print(json.dumps({"folder": str(bundle.path / FOLDER), "compiled": names}))
+    else:
+        print(f"{bundle.path / FOLDER}: {', '.join(names)}: compiled")
     return 0
 
 

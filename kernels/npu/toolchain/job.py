@@ -80,6 +80,7 @@ def prepare(
     name: str,
     sources: Path,
     defines: Mapping[str, int] | None = None,
+    objects: tuple[Object, ...] | None = None,
     syntax: str | None = None,
 ) -> Job:
     """Check a design and find the C++ of its objects.
@@ -87,6 +88,7 @@ def prepare(
     Args:
         sources: folder with `NAME.cc` for each `NAME.o` that a core links.
         defines: macros for all of them.
+        objects: what the cores link, in place of `sources` and `defines`.
         syntax: the spelling that the tools understand; None leaves the design as it is.
 
     Raises:
@@ -101,6 +103,8 @@ def prepare(
         raise DesignError(
             f"{place}: {first.rule}: {first.message}; see all with: uq npu verify {source.name}"
         )
+    if objects is None:
+        objects = tuple(_objects(device, sources, defines or {}))
     module = to_syntax(source.module, _syntax(syntax)) if syntax else source.module
     return Job(
         name=name,
@@ -108,7 +112,7 @@ def prepare(
         device=report.device,
         symbol=device.sym_name.data if device.sym_name else None,
         cores=tuple(_cores(device)),
-        objects=tuple(_objects(device, sources, defines or {})),
+        objects=objects,
         buffers=_buffers(source, device),
     )
 
