@@ -12,12 +12,32 @@ from uq.errors import DeviceError, UsageError
 if TYPE_CHECKING:
     from uq.formats.bundle import Bundle
     from uq.formats.checkpoint import Checkpoint
+    from uq.kernels.numerics import Numerics
     from uq.kernels.session import BatchSession, Session
 
 
 DEVICES = ("auto", "vulkan", "vulkan:N", "vulkan:NAME", "npu", "cpu")
-Opener = Callable[["Bundle", int, int | None], "Session"]
-BatchOpener = Callable[["Bundle", int, int, int | None], "BatchSession"]
+
+
+@dataclass(frozen=True)
+class Options:
+    """How a bundle is opened.
+
+    Attributes:
+        max_context: tokens that a KV cache can hold.
+        threads: None takes one per core.
+        numerics: what is kept in integers beside the weights; None: nothing.
+        speculate: check guessed tokens where a greedy text repeats itself.
+    """
+
+    max_context: int
+    threads: int | None = None
+    numerics: Numerics | None = None
+    speculate: bool = False
+
+
+Opener = Callable[["Bundle", Options], "Session"]
+BatchOpener = Callable[["Bundle", int, Options], "BatchSession"]
 
 
 @dataclass(frozen=True)
@@ -26,9 +46,8 @@ class Backend:
 
     Attributes:
         reason: one sentence, for `uq doctor` and for the error when it is asked for in vain.
-        opener: (bundle, max_context, threads) -> Session; None when it is not available.
-        batch_opener: (bundle, slots, max_context, threads) -> BatchSession; None when it is not
-            available.
+        opener: (bundle, options) -> Session; None when it is not available.
+        batch_opener: (bundle, slots, options) -> BatchSession; None when it is not available.
         preferred: `auto` takes it where it is available.
     """
 
@@ -49,21 +68,26 @@ def backends(wish: str = "") -> tuple[Backend, ...]:
 
 
 def open_session(
-    bundle: Bundle, device: str = "auto", *, max_context: int, threads: int | None = None
+    bundle: Bundle,
+    device: str = "auto",
+    *,
+    max_context: int,
+    threads: int | None = None,
+    numerics: Numerics | None = None,
+    speculate: bool = False,
 ) -> Session:
     """Run a bundle on `device`, or on the fastest available one for `auto`.
 
-    Args:
-        max_context: tokens that the KV cache can hold.
-        threads: None takes one per core.
+    Args: as in `Options`.
 
     Raises:
         DeviceError: the device is not available; the message says why.
-        UsageError: no such device.
+        UsageError: no such device, or it has no such numerics.
     """
+    options = Options(max_context, threads, numerics, speculate)
 
     def opened(backend: Backend) -> Session | None:
-        return backend.opener and backend.opener(bundle, max_context, threads)
+        return backend.opener and backend.opener(bundle, options)
 
     return _opened(device, opened)
 
@@ -109,21 +133,21 @@ def open_batch(
     slots: int,
     max_context: int,
     threads: int | None = None,
+    numerics: Numerics | None = None,
 ) -> BatchSession:
     """Run several sequences of a bundle together, as `open_session` chooses the device.
 
     Args:
-        slots: sequences at a time.
-        max_context: tokens that each of their KV caches can hold.
+        slots: sequences at a time; the others are those of `Options`, for each sequence.
 
     Raises:
         DeviceError: the device is not available; the message says why.
-        UsageError: no such device, or too many slots.
+        UsageError: no such device or numerics, or too many slots.
     """
+    options = Options(max_context, threads, numerics)
 
     def opened(backend: Backend) -> BatchSession | None:
-        opener = backend.batch_opener
-        return opener and opener(bundle, slots, max_context, threads)
+        return backend.batch_opener and backend.batch_opener(bundle, slots, options)
 
     return _opened(device, opened)
 
@@ -175,17 +199,17 @@ def _vulkan(wish: str) -> Backend:
     except DeviceError as error:
         return Backend("vulkan", str(error), preferred=False)
 
-    def open_it(bundle: Bundle, max_context: int, threads: int | None) -> Session:
+    def open_it(bundle: Bundle, options: Options) -> Session:
         from uq.kernels.vulkan import open_vulkan
 
-        return open_vulkan(bundle, wish, max_context=max_context)
+        return open_vulkan(bundle, wish, max_context=options.max_context, numerics=options.numerics)
 
-    def open_batch(
-        bundle: Bundle, slots: int, max_context: int, threads: int | None
-    ) -> BatchSession:
+    def open_batch(bundle: Bundle, slots: int, options: Options) -> BatchSession:
         from uq.kernels.vulkan import open_vulkan_batch
 
-        return open_vulkan_batch(bundle, wish, slots=slots, max_context=max_context)
+        return open_vulkan_batch(
+            bundle, wish, slots=slots, max_context=options.max_context, numerics=options.numerics
+        )
 
     return Backend("vulkan", gpu.summary, open_it, open_batch, preferred=gpu.kind != "cpu")
 
@@ -198,16 +222,31 @@ def _cpu() -> Backend:
     return Backend("cpu", "it runs on every machine", _open_cpu, _open_cpu_batch)
 
 
-def _open_cpu(bundle: Bundle, max_context: int, threads: int | None) -> Session:
+def _open_cpu(bundle: Bundle, options: Options) -> Session:
     from uq.kernels.cpu import open_cpu
 
-    return open_cpu(bundle, max_context=max_context, threads=threads)
+    _check_cpu(options)
+    return open_cpu(bundle, max_context=options.max_context, threads=options.threads)
 
 
-def _open_cpu_batch(
-    bundle: Bundle, slots: int, max_context: int, threads: int | None
-) -> BatchSession:
+def _open_cpu_batch(bundle: Bundle, slots: int, options: Options) -> BatchSession:
     import uq.kernels.cpu  # noqa: F401  # before numba: it says how threads wait
     from uq.kernels.cpu.batch import CpuBatch
 
-    return CpuBatch(bundle.config, bundle, slots=slots, max_context=max_context, threads=threads)
+    _check_cpu(options)
+    return CpuBatch(
+        bundle.config,
+        bundle,
+        slots=slots,
+        max_context=options.max_context,
+        threads=options.threads,
+    )
+
+
+def _check_cpu(options: Options) -> None:
+    from uq.kernels.numerics import FLOAT
+
+    if options.numerics not in (None, FLOAT):
+        raise UsageError("the CPU keeps keys and values in float32; use --device vulkan for --kv")
+    if options.speculate:
+        raise UsageError("the CPU does not check guessed tokens; use --device vulkan")

@@ -4,7 +4,7 @@
 //
 // Workgroup (split, block of QUERIES heads that share a key head, column). Each split takes a run of
 // keys and keeps its maximum, sum and weighted values; the last one to finish joins them.
-// K and V are float16, (sequence, kv head, slot, DIM); a token's slot is its position modulo SLOTS.
+// K and V are (sequence, kv head, slot, DIM); a token's slot is its position modulo SLOTS.
 #include "common.glsl"
 layout(constant_id = 1) const bool FLOAT_X = false;
 layout(constant_id = 2) const uint MODE = 0;
@@ -20,6 +20,7 @@ layout(constant_id = 11) const float EPS = 1e-6;
 layout(constant_id = 12) const float SCALE = 1.0;
 layout(constant_id = 13) const float CAP = 0.0;
 #include "activations.glsl"
+#include "cache.glsl"
 
 const uint WHOLE = 0;    // every column is of another sequence: everything
 const uint PREPARE = 1;  // columns of one sequence: norm, RoPE, the cache; queries go back
@@ -29,6 +30,7 @@ layout(push_constant) uniform Push {
     Floats qkv;
     Floats q_gain, k_gain;
     Uints keys, values;
+    Floats key_scales, value_scales;  // of KV_INT8
     Floats turns;     // (cos, sin) of 256 positions, then of every 256th position: (rows, DIM / 2, 2)
     Floats partials;  // (column, block, split, query, DIM + 2)
     Uints x;
@@ -39,7 +41,7 @@ layout(push_constant) uniform Push {
 const uint LEAST = 32;  // keys that are worth a split
 const uint TILE = 32;   // keys between two barriers
 const uint PAIRS = DIM / 2;
-const uint VECTORS = DIM / 8;  // of 16 bytes in a row of the cache
+const uint VECTORS = DIM / 8;  // of 8 channels in a row of the cache
 const uint SHARING = HEADS / KV_HEADS;
 const uint BLOCKS = HEADS / QUERIES;
 const uint V_SLICES = LANES / VECTORS;
@@ -98,31 +100,28 @@ void turn_rows(uint first, uint last) {
     barrier();
 }
 
-// The new key and value of a head, where no other token of the window lies.
-void append(uint head) {
-    uint place = ((first_row + head) * SLOTS + position % SLOTS) * PAIRS;
-    uint v = gl_WorkGroupID.z * stride + v_column + head * DIM;
-    for (uint i = lane; i < PAIRS; i += LANES) {
-        uint at = QUERIES * DIM + 2 * i;
-        keys.at[place + i] = packHalf2x16(vec2(rows[at], rows[at + 1]));
-        values.at[place + i] = packHalf2x16(vec2(qkv.at[v + 2 * i], qkv.at[v + 2 * i + 1]));
-    }
-    memoryBarrierBuffer();
-    barrier();
-}
-
-uvec4 load_vector(Uints cache, uint head, uint key, uint vector) {
-    return Vectors(cache).at[((first_row + head) * SLOTS + key % SLOTS) * VECTORS + vector];
-}
-
-void unpack(uvec4 packed, out vec4 low, out vec4 high) {
-    low = vec4(unpackHalf2x16(packed.x), unpackHalf2x16(packed.y));
-    high = vec4(unpackHalf2x16(packed.z), unpackHalf2x16(packed.w));
-}
-
+// Of the query or, behind the queries, of the new key.
 vec4 query_quad(uint query, uint i) {
     uint at = query * DIM + i;
     return vec4(rows[at], rows[at + 1], rows[at + 2], rows[at + 3]);
+}
+
+uint cache_row(uint head, uint key) {
+    return (first_row + head) * SLOTS + key % SLOTS;
+}
+
+// The new key and value of a head, where no other token of the window lies.
+void append(uint head) {
+    uint row = cache_row(head, position);
+    uint v = gl_WorkGroupID.z * stride + v_column + head * DIM;
+    for (uint i = lane; i < DIM / 4; i += LANES) {
+        uint from = v + 4 * i;
+        vec4 value = vec4(qkv.at[from], qkv.at[from + 1], qkv.at[from + 2], qkv.at[from + 3]);
+        store_quad(keys, key_scales, row, i, query_quad(QUERIES, 4 * i));
+        store_quad(values, value_scales, row, i, value);
+    }
+    memoryBarrierBuffer();
+    barrier();
 }
 
 // weights = scores of up to TILE keys, eight lanes for a key.
@@ -136,7 +135,7 @@ void score(uint head, uint first, uint stop) {
         if (key < stop) {
             for (uint vector = lane % 8; vector < VECTORS; vector += 8) {
                 vec4 low, high;
-                unpack(load_vector(keys, head, key, vector), low, high);
+                load_channels(keys, key_scales, cache_row(head, key), vector, low, high);
                 [[unroll]] for (uint q = 0; q < QUERIES; q++) {
                     total[q] += dot(low, query_quad(q, 8 * vector));
                     total[q] += dot(high, query_quad(q, 8 * vector + 4));
@@ -187,7 +186,7 @@ void mix(uint head, uint first, uint stop, inout vec4 low[QUERIES], inout vec4 h
     if (slice < V_SLICES) {
         for (uint key = first + slice; key < min(stop, first + TILE); key += V_SLICES) {
             vec4 a, b;
-            unpack(load_vector(values, head, key, vector), a, b);
+            load_channels(values, value_scales, cache_row(head, key), vector, a, b);
             [[unroll]] for (uint q = 0; q < QUERIES; q++) {
                 float w = weights[q * TILE + key - first];
                 low[q] += w * a;

@@ -4,7 +4,7 @@
 //
 // Workgroup (run of up to TOKENS tokens of one sequence, kv head): all query heads of the tokens that
 // share the key head read each key once (Dao et al., FlashAttention: running maximum and sum). K and V
-// are float16, (sequence, kv head, slot, DIM), a token's slot is its position modulo SLOTS; SLOTS is at
+// are (sequence, kv head, slot, DIM), a token's slot is its position modulo SLOTS; SLOTS is at
 // least WINDOW and the tokens of the pass, so no key that is still seen has been overwritten.
 // LANES is a multiple of KEYS and of DIM / 8, ROWS one of LANES / KEYS and of LANES / (DIM / 8).
 #include "common.glsl"
@@ -19,10 +19,12 @@ layout(constant_id = 8) const uint SLOTS = 1;
 layout(constant_id = 9) const float SCALE = 1.0;
 layout(constant_id = 10) const float CAP = 0.0;
 #include "activations.glsl"
+#include "cache.glsl"
 
 layout(push_constant) uniform Push {
     Quads qkv;  // (count, stride): queries behind norm and RoPE, (heads, DIM), come first
-    Words keys, values;
+    Uints keys, values;
+    Floats key_scales, value_scales;  // of KV_INT8
     Uints x;  // activations, HEADS * DIM channels
     State state;
     uint stride;
@@ -31,7 +33,7 @@ layout(push_constant) uniform Push {
 const uint SHARING = HEADS / KV_HEADS;
 const uint ROWS = TOKENS * SHARING;  // a row is a token's head
 const uint QUADS = DIM / 4;
-const uint VECTORS = DIM / 8;  // of 16 bytes in a row of the cache
+const uint VECTORS = DIM / 8;  // of 8 channels in a row of the cache
 const uint KEY_GROUPS = LANES / KEYS;
 const uint KEY_ROWS = ROWS / KEY_GROUPS;  // whose scores of one key a lane makes
 const uint VALUE_GROUPS = LANES / VECTORS;
@@ -64,12 +66,19 @@ void load_queries() {
 }
 
 // Keys vector by vector: neighbouring lanes, which take neighbouring keys, read neighbours.
-void load_tile(Words cache, uint first, uint last, bool by_vector) {
+void load_tile(Uints cache, Floats scales, uint first, uint last, bool by_vector) {
     for (uint i = lane; i < KEYS * VECTORS; i += LANES) {
         uint key = i / VECTORS, vector = i % VECTORS;
-        uint slot = min(first + key, last) % SLOTS;
-        uint place = by_vector ? vector * KEYS + key : i;
-        tile[place] = cache.at[((first_row + head) * SLOTS + slot) * VECTORS + vector];
+        uint row = (first_row + head) * SLOTS + min(first + key, last) % SLOTS;
+#if KV_INT8
+        vec4 low, high;
+        load_channels(cache, scales, row, vector, low, high);
+        uvec2 front = uvec2(packHalf2x16(low.xy), packHalf2x16(low.zw));
+        uvec4 packed = uvec4(front, packHalf2x16(high.xy), packHalf2x16(high.zw));
+#else
+        uvec4 packed = Words(cache).at[row * VECTORS + vector];
+#endif
+        tile[by_vector ? vector * KEYS + key : i] = packed;
     }
 }
 
@@ -179,11 +188,11 @@ void main() {
     uint last = first_position + tokens - 1;
     for (uint key = first; key <= last; key += KEYS) {
         barrier();
-        load_tile(keys, key, last, true);
+        load_tile(keys, key_scales, key, last, true);
         barrier();
         score(key);
         barrier();
-        load_tile(values, key, last, false);
+        load_tile(values, value_scales, key, last, false);
         renormalize();
         barrier();
         mix();

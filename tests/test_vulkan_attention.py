@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -10,6 +10,7 @@ import pytest
 from numpy.typing import NDArray
 
 from tests.vulkan_lab import Floats, Lab, no_messages  # noqa: F401
+from uq.kernels.vulkan.memory import Span
 from uq.kernels.vulkan.push import addresses, words
 from uq.kernels.vulkan.stages import shared_queries
 from uq.kernels.vulkan.state import ATTENTION_COUNTER, blank, views
@@ -72,7 +73,8 @@ def test_attention(lab: Lab, case: Case) -> None:
     gains = 1 + 0.1 * rng.standard_normal((2, case.dim)).astype(np.float32)
     shape = (case.kv_heads, case.slots, case.dim)
     keys, values = (rng.standard_normal(shape).astype(np.float16) for _ in range(2))
-    actual = run(lab, case, qkv, gains, keys, values)
+    spans = [lab.put(keys), lab.put(values)]
+    actual = run(lab, case, qkv, gains, "attention", spans * 2)
     expected = twin(case, qkv, gains, keys.astype(np.float64), values.astype(np.float64))
     assert np.abs(actual - expected).max() <= 2e-3 * np.abs(expected).max()
 
@@ -88,10 +90,13 @@ def run(
     case: Case,
     qkv: Floats,
     gains: Floats,
-    keys: NDArray[np.float16],
-    values: NDArray[np.float16],
+    module: str,
+    cache: list[Span],
 ) -> Floats:
-    """(tokens, heads * dim), from the kernels in the way the session calls them."""
+    """(tokens, heads * dim), from the kernels in the way the session calls them.
+
+    `cache`: keys, values and their scales.
+    """
     table = turns(case, np.concatenate([np.arange(256), 256 * np.arange(8)])).astype(np.float32)
     state = blank()
     fields = views(state)
@@ -100,14 +105,14 @@ def run(
     queries = shared_queries(case.heads // case.kv_heads)
     x = lab.room(case.tokens * -(-case.heads * case.dim // 128) * 128)
     partials = lab.room(case.tokens * case.heads * 16 * (case.dim + 2))
-    caches = [lab.put(keys), lab.put(values), lab.put(table), partials, x, lab.put(state)]
+    caches = [*cache, lab.put(table), partials, x, lab.put(state)]
     push = addresses(lab.put(qkv), lab.put(gains[0]), lab.put(gains[1]), *caches)
     k = case.heads * case.dim
     push += words(case.stride, k, k + case.kv_heads * case.dim, ATTENTION_COUNTER)
     for mode in (WHOLE,) if case.tokens == 1 else (PREPARE, ATTEND):
         splits = 1 if mode == PREPARE else 16
         lab.run(
-            "attention",
+            module,
             push,
             *(splits, case.heads // queries, case.tokens),
             LANES=128,
@@ -129,14 +134,26 @@ def run(
     return found
 
 
-def twin(case: Case, qkv: Floats, gains: Floats, keys: Doubles, values: Doubles) -> Doubles:
+def unchanged(x: Doubles) -> Doubles:
+    return x
+
+
+def twin(
+    case: Case,
+    qkv: Floats,
+    gains: Floats,
+    keys: Doubles,
+    values: Doubles,
+    kept: Callable[[Doubles], Doubles] = unchanged,
+) -> Doubles:
+    """`kept`: what the cache holds of keys and values that enter it."""
     out = np.empty((case.tokens, case.heads, case.dim))
     for token in range(case.tokens):
         position = case.position + token
         rows = qkv[token].astype(np.float64).reshape(-1, case.dim)
         q, k, v = np.split(rows, [case.heads, case.heads + case.kv_heads])
         q, k = (prepared(case, x, gain, position) for x, gain in zip((q, k), gains, strict=True))
-        keys[:, position % case.slots], values[:, position % case.slots] = k, v
+        keys[:, position % case.slots], values[:, position % case.slots] = kept(k), kept(v)
         seen = np.arange(max(0, position + 1 - case.window) if case.window else 0, position + 1)
         for head in range(case.heads):
             group = head // (case.heads // case.kv_heads)

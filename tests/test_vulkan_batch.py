@@ -152,12 +152,12 @@ def test_a_rewound_sequence_is_as_good_as_new(
 
 def test_what_a_ring_has_lost_is_computed_anew(gemma3: Source, cache: Path) -> None:
     batch = opened(gemma3, cache, 2)
-    cached, config = batch._runs.cache, gemma3.config
-    slots = min(cached.slots)
-    assert cached.holds(config, 5, slots) and cached.holds(config, slots + 9, slots + 9)
+    size, config = batch._runs.cache.size, gemma3.config
+    slots = min(size.slots)
+    assert size.holds(5, slots) and size.holds(slots + 9, slots + 9)
     window = config.window(0)
-    assert window and cached.holds(config, window + 9 - 1, slots + 9)
-    assert not cached.holds(config, window + 9 - 2, slots + 9)
+    assert window and size.holds(window + 9 - 1, slots + 9)
+    assert not size.holds(window + 9 - 2, slots + 9)
     batch.close()
 
 

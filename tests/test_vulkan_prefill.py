@@ -217,14 +217,13 @@ def test_attention_of_many_tokens(lab: Lab, case: Case) -> None:
     queries = rng.standard_normal((case.tokens, case.heads, case.dim)).astype(np.float32)
     shape = (case.kv_heads, case.slots, case.dim)
     keys, values = (rng.standard_normal(shape).astype(np.float16) for _ in range(2))
-    actual = attend(lab, case, queries, keys, values)
+    actual = attend(lab, case, queries, "attention_prefill", [lab.put(keys), lab.put(values)] * 2)
     expected = attention_twin(case, queries, keys.astype(np.float64), values.astype(np.float64))
     assert np.abs(actual - expected).max() <= 2e-6 * np.abs(expected).max()
 
 
-def attend(
-    lab: Lab, case: Case, queries: Floats, keys: NDArray[np.float16], values: NDArray[np.float16]
-) -> Floats:
+def attend(lab: Lab, case: Case, queries: Floats, module: str, cache: list[Span]) -> Floats:
+    """`cache`: keys, values and their scales."""
     lanes, tokens, step = case.cut
     size = case.heads * case.dim
     state = blank()
@@ -236,9 +235,9 @@ def attend(
     x = lab.room(case.tokens * tiles_of(size) * 128)
     rows = np.zeros((case.tokens, size + 8), np.float32)  # others' columns follow the queries
     rows[:, :size] = queries.reshape(case.tokens, size)
-    push = addresses(lab.put(rows), lab.put(keys), lab.put(values), x, lab.put(state))
+    push = addresses(lab.put(rows), *cache, x, lab.put(state))
     lab.run(
-        "attention_prefill",
+        module,
         push + words(size + 8),
         *(-(-case.tokens // tokens), case.kv_heads),
         LANES=lanes,

@@ -12,6 +12,7 @@ from uq.errors import UsageError
 from uq.formats.bundle import open_bundle
 from uq.formats.tokenizer import Tokenizer
 from uq.kernels.backends import open_session
+from uq.kernels.numerics import FLOAT, Numerics
 from uq.kernels.session import Sampling
 
 GREEDY = Sampling()
@@ -45,12 +46,16 @@ def generate(
     sampling: Sampling = GREEDY,
     device: str = "auto",
     threads: int | None = None,
+    numerics: Numerics = FLOAT,
+    speculate: bool = False,
     write: Callable[[str], None],
 ) -> Generated:
     """Continue `prompt` until the model ends the text or `max_tokens` are generated.
 
     Args:
         chat: put the prompt into the bundle's chat template first.
+        numerics: what the device keeps in integers beside the weights.
+        speculate: check guessed tokens where a greedy text repeats itself.
         write: receives the text piece by piece, as soon as it is known.
 
     Raises:
@@ -66,7 +71,14 @@ def generate(
     tokens = tokenizer.encode(prompt)
     context = len(tokens) + max_tokens
     _check_context(context, bundle.config.max_position_embeddings)
-    session = open_session(bundle, device, max_context=context, threads=threads)
+    session = open_session(
+        bundle,
+        device,
+        max_context=context,
+        threads=threads,
+        numerics=numerics,
+        speculate=speculate,
+    )
 
     began = time.perf_counter()
     session.prefill(tokens)

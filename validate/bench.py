@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from uq.errors import UsageError
 from uq.kernels.backends import open_batch, open_session
+from uq.kernels.numerics import FLOAT, Numerics
 from uq.kernels.profile import StageTime, StepTimes, by_label
 from uq.text import size, table
 from uq.validate.bandwidth import Ceiling
@@ -27,6 +28,7 @@ class BenchOptions:
         prompt, generate: tokens of each prefill, and of each decoding behind it.
         kernels: whether the kernels of a decode step are timed, too.
         batch: sequences that are then run together; 1: none.
+        numerics: what the device keeps in integers beside the weights.
     """
 
     device: str = "auto"
@@ -36,6 +38,7 @@ class BenchOptions:
     repeats: int = 5
     kernels: bool = False
     batch: int = 1
+    numerics: Numerics = FLOAT
 
     @property
     def context(self) -> int:
@@ -121,7 +124,11 @@ def bench(bundle: Bundle, options: BenchOptions | None = None) -> Bench:
 
 def _bench_one(bundle: Bundle, options: BenchOptions) -> Bench:
     session = open_session(
-        bundle, options.device, max_context=options.context, threads=options.threads
+        bundle,
+        options.device,
+        max_context=options.context,
+        threads=options.threads,
+        numerics=options.numerics,
     )
     if options.kernels and session.probe is None:
         raise UsageError(f"{session.device.name} has no clock for its kernels; use --device vulkan")
@@ -139,6 +146,7 @@ def _bench_batch(bundle: Bundle, options: BenchOptions) -> BatchRates:
         slots=options.batch,
         max_context=options.context,
         threads=options.threads,
+        numerics=options.numerics,
     )
     return measure_batch(
         session, prompt=options.prompt, generate=options.generate, repeats=options.repeats

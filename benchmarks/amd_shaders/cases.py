@@ -13,9 +13,10 @@ from numpy.typing import NDArray
 from benchmarks.vulkan_speed import SHAPES, role_of, shape_config
 from uq.formats.config import GemmaConfig
 from uq.formats.spec import SPECS, Spec
+from uq.kernels.vulkan.cache import Cache, CacheSize
 from uq.kernels.vulkan.commands import Recorder
 from uq.kernels.vulkan.memory import Arena, Span, Transfers
-from uq.kernels.vulkan.model import Cache, Work, cache_slots, load_model, work_sizes
+from uq.kernels.vulkan.model import Work, load_model, work_sizes
 from uq.kernels.vulkan.pipelines import Pipelines
 from uq.kernels.vulkan.prefill import attention_constants, gemm_constants, gemm_module
 from uq.kernels.vulkan.runs import WIDTHS
@@ -67,20 +68,26 @@ def session_cases(config: GemmaConfig, body: Kind, table: Kind) -> Iterator[Case
     model = load_model(config, Loader(NoWeights(config, body, table), arena, transfers))
     sizes = work_sizes(config, MOST_TOKENS, MOST_SEQUENCES, is_float=table.is_float)
     work = Work.take(arena, sizes)
-    cache = Cache.take(config, CONTEXT, MOST_TOKENS, MOST_SEQUENCES, arena, transfers)
+    sizes_of_caches = [cache_size(config, is_int8=is_int8) for is_int8 in (False, True)]
+    caches = [Cache.take(size, arena, transfers) for size in sizes_of_caches]
     abilities = Abilities(True, True, (WAVE, 32, WAVE), SHARED_BYTES)
     tuning = Tuning(integer_dot=True)
     stages = Stages(config, model, work, inventory, tuning, abilities, columns=1)
     for width in WIDTHS:
         wide = replace(stages, columns=width)
         wide.embed(recorder, decode=False)
-        wide.layers(recorder, cache)
+        for each in caches:
+            wide.layers(recorder, each)
         wide.scores(recorder, model.head.from_row(0, 16))
         wide.heads(recorder)
     stages.embed(recorder, decode=True)
     stages.head(recorder)
     stages.choose(recorder, advances=True)
     yield from inventory.cases
+
+
+def cache_size(config: GemmaConfig, *, is_int8: bool = False) -> CacheSize:
+    return CacheSize(config, CONTEXT, MOST_TOKENS, MOST_SEQUENCES, is_int8)
 
 
 def prefill_cases(config: GemmaConfig, kinds: Iterable[Kind]) -> Iterator[Case]:
@@ -92,9 +99,10 @@ def prefill_cases(config: GemmaConfig, kinds: Iterable[Kind]) -> Iterator[Case]:
             constants = gemm_constants(module, kind, lanes, SHARED_BYTES)
             yield Case(module, tuple(sorted(constants.items())))
     yield Case("gemm_half", (("LANES", 256),))
-    for layer, slots in enumerate(cache_slots(config, CONTEXT, MOST_TOKENS)):
+    for layer, slots in enumerate(cache_size(config).slots):
         attention = attention_constants(config, layer, slots, WAVE, SHARED_BYTES)
-        yield Case("attention_prefill", tuple(sorted(attention.items())))
+        for module in ("attention_prefill", "attention_prefill_int8"):
+            yield Case(module, tuple(sorted(attention.items())))
 
 
 class Inventory(Pipelines):

@@ -10,29 +10,44 @@ if TYPE_CHECKING:
     from uq.formats.bundle import Bundle
     from uq.formats.checkpoint import Checkpoint
     from uq.formats.config import GemmaConfig
+    from uq.kernels.numerics import Numerics
     from uq.kernels.vulkan.batch import VulkanBatch
     from uq.kernels.vulkan.session import VulkanSession
     from uq.kernels.vulkan.weights import Source
 
 
-def open_vulkan(bundle: Bundle, wish: str = "", *, max_context: int = 4096) -> VulkanSession:
+def open_vulkan(
+    bundle: Bundle,
+    wish: str = "",
+    *,
+    max_context: int = 4096,
+    numerics: Numerics | None = None,
+    speculate: bool = False,
+) -> VulkanSession:
     """Put a bundle on a GPU.
 
     Args:
         wish: number or part of the name of the device; nothing is the best one.
         max_context: tokens that the KV cache holds.
+        numerics: with INT8 keys and values; None: float16.
+        speculate: check guessed tokens where the text repeats itself.
 
     Raises:
         DeviceError: no device, one that cannot run the kernels, or too little memory.
-        UsageError: no device of that name; `max_context` is out of range.
+        UsageError: no device of that name; `max_context` is out of range; no such numerics.
     """
     from uq.kernels.vulkan.sources import BundleSource
 
-    return _open(bundle.config, BundleSource(bundle), wish, max_context)
+    return _open(bundle.config, BundleSource(bundle), wish, max_context, numerics, speculate)
 
 
 def open_vulkan_batch(
-    bundle: Bundle, wish: str = "", *, slots: int, max_context: int = 4096
+    bundle: Bundle,
+    wish: str = "",
+    *,
+    slots: int,
+    max_context: int = 4096,
+    numerics: Numerics | None = None,
 ) -> VulkanBatch:
     """Put a bundle on a GPU to run several sequences together.
 
@@ -42,6 +57,7 @@ def open_vulkan_batch(
 
     Raises: as `open_vulkan`, and UsageError: `slots` is out of range.
     """
+    from uq.kernels.numerics import FLOAT
     from uq.kernels.vulkan.batch import VulkanBatch
     from uq.kernels.vulkan.device import choose
     from uq.kernels.vulkan.sources import BundleSource
@@ -53,6 +69,7 @@ def open_vulkan_batch(
         slots=slots,
         pipeline_cache=_cache_folder(),
         max_context=max_context,
+        numerics=numerics or FLOAT,
     )
 
 
@@ -67,12 +84,26 @@ def open_float(checkpoint: Checkpoint, wish: str = "", *, max_context: int = 409
     return _open(checkpoint.config, CheckpointSource(checkpoint, kind), wish, max_context)
 
 
-def _open(config: GemmaConfig, source: Source, wish: str, max_context: int) -> VulkanSession:
+def _open(
+    config: GemmaConfig,
+    source: Source,
+    wish: str,
+    max_context: int,
+    numerics: Numerics | None = None,
+    speculate: bool = False,
+) -> VulkanSession:
+    from uq.kernels.numerics import FLOAT
     from uq.kernels.vulkan.device import choose
     from uq.kernels.vulkan.session import VulkanSession
 
     return VulkanSession(
-        config, source, choose(wish), pipeline_cache=_cache_folder(), max_context=max_context
+        config,
+        source,
+        choose(wish),
+        pipeline_cache=_cache_folder(),
+        max_context=max_context,
+        numerics=numerics or FLOAT,
+        speculate=speculate,
     )
 
 

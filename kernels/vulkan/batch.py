@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from uq.errors import UsageError
 from uq.formats.config import GemmaConfig
+from uq.kernels.numerics import FLOAT, Numerics
 from uq.kernels.session import Piece, Sampling, check_pieces, check_room
 from uq.kernels.vulkan.device import PhysicalGpu
 from uq.kernels.vulkan.engine import Engine
@@ -44,6 +45,7 @@ class VulkanBatch:
         slots: int,
         pipeline_cache: Path,
         max_context: int = 4096,
+        numerics: Numerics = FLOAT,
     ) -> None:
         """
         Args:
@@ -51,7 +53,8 @@ class VulkanBatch:
 
         Raises:
             DeviceError: the model and its caches do not fit, or the device fails.
-            UsageError: `slots` or `max_context` is out of range.
+            UsageError: `slots` or `max_context` is out of range, or the kernels have no such
+                numerics.
         """
         if not 1 <= slots <= MOST_SEQUENCES:
             raise UsageError(f"{slots} sequences at a time on a GPU; use 1 to {MOST_SEQUENCES}")
@@ -59,7 +62,9 @@ class VulkanBatch:
             raise UsageError(f"a context of {max_context} tokens; it must hold at least 1")
         self.config, self.slots, self.max_context = config, slots, max_context
         self.device = describe(physical)
-        self._engine = Engine(config, source, physical, pipeline_cache, max_context, slots=slots)
+        self._engine = Engine(
+            config, source, physical, pipeline_cache, max_context, slots=slots, numerics=numerics
+        )
         self.close = self._engine.close
         self._runs = self._engine.runs(max_context, slots)
         self.block = max(self._engine.widest, slots)
@@ -68,15 +73,14 @@ class VulkanBatch:
 
     @property
     def cache_bytes(self) -> int:
-        return self._runs.cache.nbytes
+        return self._runs.cache.size.nbytes
 
     def length(self, slot: int) -> int:
         return self._lengths[slot]
 
     def rewind(self, slot: int, length: int) -> int:
-        kept = length <= self._lengths[slot] and self._runs.cache.holds(
-            self.config, length, self._written[slot]
-        )
+        size, written = self._runs.cache.size, self._written[slot]
+        kept = length <= self._lengths[slot] and size.holds(length, written)
         self._lengths[slot] = length if kept else 0
         return self._lengths[slot]
 

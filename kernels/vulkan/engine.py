@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Protocol, TypeVar
@@ -11,19 +11,19 @@ from typing import Protocol, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from uq.errors import DeviceError
+from uq.errors import DeviceError, UsageError
 from uq.formats.config import EMBEDDING, GemmaConfig
+from uq.kernels.numerics import FLOAT, KV, Numerics
 from uq.kernels.vulkan.autotune import tune
+from uq.kernels.vulkan.cache import Cache, CacheSize, check_memory
 from uq.kernels.vulkan.commands import Recorder, Submission
 from uq.kernels.vulkan.device import Gpu, PhysicalGpu
 from uq.kernels.vulkan.mailbox import Mailbox
-from uq.kernels.vulkan.memory import Arena, Span, Transfers, aligned, check_memory
+from uq.kernels.vulkan.memory import Arena, Span, Transfers, aligned
 from uq.kernels.vulkan.model import (
     COLUMNS,
     HEAD_ROWS,
-    Cache,
     Work,
-    cache_bytes,
     load_model,
     weight_names,
     work_sizes,
@@ -57,6 +57,7 @@ class Engine:
         widest: int = MOST_TOKENS,
         *,
         slots: int = 1,
+        numerics: Numerics = FLOAT,
     ) -> None:
         """
         Args:
@@ -67,17 +68,18 @@ class Engine:
         Raises:
             DeviceError: the model does not fit, is not of a size the kernels know, or the device
                 fails.
+            UsageError: the kernels have no such numerics.
         """
         check_sizes(config)
-        self.config = config
+        check_numerics(config, numerics)
+        self.config, self._is_int8 = config, numerics.kv is not None
         self.widest = widest = widest if fits_tiles(config) else min(widest, COLUMNS)
         weights = weight_bytes(source, weight_names(config))
         is_float = source.weight(EMBEDDING).kind.is_float
         tokens, rows = max(widest, COLUMNS, slots), max(COLUMNS, slots)
         sizes = work_sizes(config, tokens, rows, is_float=is_float)
         small = sum(map(aligned, sizes.values()))
-        caches = cache_bytes(config, max_context, widest, slots)
-        check_memory(physical, weights + small + caches)
+        check_memory(physical, weights + small, self._cache_size(max_context, slots))
         self._closing = ExitStack()
         self.gpu = self._keep(Gpu(physical))
         self.close = weakref.finalize(self, _close, self.gpu, self._closing)
@@ -115,10 +117,13 @@ class Engine:
 
     def runs(self, capacity: int, slots: int = 1) -> Runs:
         """Passes and decode steps over new KV caches of `capacity` tokens each."""
-        config, widest = self.config, self.widest
-        arena = self._keep(Arena(self.gpu, cache_bytes(config, capacity, widest, slots)))
-        cache = Cache.take(config, capacity, widest, slots, arena, self.transfers)
+        size = self._cache_size(capacity, slots)
+        arena = self._keep(Arena(self.gpu, size.arena_bytes))
+        cache = Cache.take(size, arena, self.transfers)
         return self._keep(Runs(self.gpu, self._stages, cache, self.mailbox, self.widest))
+
+    def _cache_size(self, capacity: int, slots: int) -> CacheSize:
+        return CacheSize(self.config, capacity, self.widest, slots, self._is_int8)
 
     def read_floats(self, span: Span, rows: int, columns: int) -> NDArray[np.float32]:
         """The first rows of float32 activations."""
@@ -157,8 +162,10 @@ class Engine:
 
 
 def _close(gpu: Gpu, closing: ExitStack) -> None:
-    gpu.wait()
-    closing.close()
+    with suppress(DeviceError):  # a device that is lost has said so before
+        gpu.wait()
+    with suppress(DeviceError):
+        closing.close()
 
 
 def check_sizes(config: GemmaConfig) -> None:
@@ -183,3 +190,14 @@ def check_sizes(config: GemmaConfig) -> None:
                 f"the Vulkan kernels need a {name} that divides by {unit}, not {size}; "
                 "use --device cpu"
             )
+
+
+def check_numerics(config: GemmaConfig, numerics: Numerics) -> None:
+    """Refuse integers that the kernels do not have.
+
+    Raises:
+        UsageError: other than INT8 keys and values, or heads that do not divide by their groups.
+    """
+    if numerics.activations is not None or numerics.kv not in (None, KV["int8"]):
+        raise UsageError("the Vulkan kernels have INT8 keys and values, and no other integers")
+    numerics.check(config)

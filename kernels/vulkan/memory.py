@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from uq.errors import DeviceError
 from uq.kernels.vulkan.api import binding, call, constant, create, new
 from uq.kernels.vulkan.commands import Recorder, Submission
-from uq.kernels.vulkan.device import Gpu, PhysicalGpu
+from uq.kernels.vulkan.device import Gpu
 
 ALIGNMENT = 256  # of every piece: a cache line or more on all devices
 SLAB = 1 << 30
@@ -155,20 +155,6 @@ class Transfers:
 
 def aligned(nbytes: int, alignment: int = ALIGNMENT) -> int:
     return -(-nbytes // alignment) * alignment
-
-
-def check_memory(physical: PhysicalGpu, needed: int) -> None:
-    """Refuse a model before any of it is loaded.
-
-    Raises:
-        DeviceError: the device has less memory than `needed` bytes.
-    """
-    there = physical.memory
-    if needed > there:
-        raise DeviceError(
-            f"the model needs {needed / 2**30:.1f} GiB on {physical.name}, which has "
-            f"{there / 2**30:.1f} GiB; use fewer bits, a shorter context, or --device cpu"
-        )
 
 
 def _allocate(gpu: Gpu, needs: Any, properties: tuple[str, ...], nbytes: int) -> Any:

@@ -1,17 +1,14 @@
-"""A model as the kernels find it: weights, gains, the KV cache and the activations, by address."""
+"""A model as the kernels find it: weights, gains and the activations, by address."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-import numpy as np
-from numpy.typing import NDArray
-
 from uq.formats.config import EMBEDDING, FINAL_NORM, HEAD, GemmaConfig, layer_tensor
 from uq.formats.manifest import gain_name
-from uq.kernels.vulkan.memory import Arena, Span, Transfers
-from uq.kernels.vulkan.state import MOST_STEPS, STATE_BYTES
+from uq.kernels.vulkan.memory import Arena, Span
+from uq.kernels.vulkan.state import STATE_BYTES
 from uq.kernels.vulkan.weights import Loader, Matrix, padded_rows, tiles_of
 
 COLUMNS = 16  # of a GEMV; more tokens of a pass are a GEMM
@@ -181,87 +178,3 @@ def work_sizes(
         "half": tokens * tiles_of(max(hidden, q, mlp)) * 256,
         "units": value,
     }
-
-
-@dataclass(frozen=True)
-class Cache:
-    """Keys and values of sequences, float16, (sequence, kv head, slot, dim) for each layer.
-
-    A layer with a window has a ring: as many slots as the window and the tokens of a pass need.
-
-    Attributes:
-        turns: RoPE's (cos, sin) tables of sliding and of full layers.
-    """
-
-    capacity: int
-    sequences: int
-    keys: tuple[Span, ...]
-    values: tuple[Span, ...]
-    slots: tuple[int, ...]
-    turns: dict[bool, Span]
-
-    @property
-    def nbytes(self) -> int:
-        return sum(span.nbytes for span in (*self.keys, *self.values))
-
-    def holds(self, config: GemmaConfig, length: int, written: int) -> bool:
-        """Whether all that a token at `length` sees is there, when `written` tokens have been."""
-        windows = [config.window(layer) for layer in range(config.num_layers)]
-        return all(
-            window is None or length + 1 - window >= written - slots or written <= slots
-            for window, slots in zip(windows, self.slots, strict=True)
-        )
-
-    @classmethod
-    def take(
-        cls,
-        config: GemmaConfig,
-        capacity: int,
-        tokens: int,
-        sequences: int,
-        arena: Arena,
-        transfers: Transfers,
-    ) -> Cache:
-        """`capacity` tokens of each sequence in all, `tokens` in a pass."""
-        slots = cache_slots(config, capacity, tokens)
-        row = 2 * config.kv_size * sequences
-        turns = {}
-        for layer in range(config.num_layers):
-            if (sliding := config.is_sliding(layer)) not in turns:
-                table = turn_table(config, layer, capacity)
-                turns[sliding] = arena.take(table.nbytes)
-                transfers.write(turns[sliding], table)
-        return cls(
-            capacity=capacity,
-            sequences=sequences,
-            keys=tuple(arena.take(row * count) for count in slots),
-            values=tuple(arena.take(row * count) for count in slots),
-            slots=slots,
-            turns=turns,
-        )
-
-
-def cache_slots(config: GemmaConfig, capacity: int, tokens: int) -> tuple[int, ...]:
-    """Tokens that each layer keeps, with passes of up to `tokens`."""
-    # Tokens that were generated in vain may be taken back.
-    more = tokens + MOST_STEPS
-    windows = [config.window(layer) for layer in range(config.num_layers)]
-    return tuple(capacity if window is None else min(capacity, window + more) for window in windows)
-
-
-def cache_bytes(config: GemmaConfig, capacity: int, tokens: int, sequences: int) -> int:
-    """Device bytes of the keys and values."""
-    return 4 * config.kv_size * sequences * sum(cache_slots(config, capacity, tokens))
-
-
-def turn_table(config: GemmaConfig, layer: int, capacity: int) -> NDArray[np.float32]:
-    """(cos, sin) of positions 0 .. 255, then of 0, 256, 512, ...: (rows, dim / 2, 2).
-
-    A position's angle is the sum of two rows' angles. Angles are float64: float32 would lose a
-    radian's fourth digit at a few thousand tokens (Su et al., RoFormer).
-    """
-    half = config.head_dim // 2
-    frequency = config.theta(layer) ** (-np.arange(half) / half) * config.position_scale(layer)
-    coarse = 256 * np.arange(capacity // 256 + 1)
-    angle = np.outer(np.concatenate([np.arange(256), coarse]), frequency)
-    return np.stack([np.cos(angle), np.sin(angle)], axis=-1).astype(np.float32)

@@ -8,10 +8,11 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from uq.kernels.profile import KernelTime, StepTimes
+from uq.kernels.vulkan.cache import Cache
 from uq.kernels.vulkan.commands import Recorder, Submission
 from uq.kernels.vulkan.device import Gpu
 from uq.kernels.vulkan.mailbox import Mailbox, Run, Writer
-from uq.kernels.vulkan.model import COLUMNS, Cache
+from uq.kernels.vulkan.model import COLUMNS
 from uq.kernels.vulkan.profile import TimedRecorder
 from uq.kernels.vulkan.stages import Stages
 

@@ -1,8 +1,8 @@
 """Runs a bundle on a GPU through Vulkan. See `uq.kernels.session.Session`.
 
 The residual stream, norms and sums are float32; the input of every linear is 16-bit fixed point,
-scaled for each 32 channels; keys and values are float16. Prompts run many tokens at a time; where
-the device has matrix instructions, both sides of their products are float16. A decode step is
+scaled for each 32 channels; keys and values are float16 or INT8. Prompts run many tokens at a time;
+where the device has matrix instructions, both sides of their products are float16. A decode step is
 recorded once and replayed: token and position live on the device, several steps are one submit.
 """
 
@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Sequence
+from itertools import takewhile
+from operator import eq
 from pathlib import Path
 
 import numpy as np
@@ -17,12 +19,15 @@ from numpy.typing import NDArray
 
 from uq.errors import UsageError
 from uq.formats.config import GemmaConfig
+from uq.kernels.numerics import FLOAT, Numerics
 from uq.kernels.profile import StepTimes
 from uq.kernels.session import Device, Probe, Sampling, check_room, check_tokens
 from uq.kernels.vulkan.bandwidth import read_bandwidth
 from uq.kernels.vulkan.device import PhysicalGpu
+from uq.kernels.vulkan.drafts import Drafts
 from uq.kernels.vulkan.engine import Engine
 from uq.kernels.vulkan.mailbox import Run, Writer
+from uq.kernels.vulkan.model import COLUMNS
 from uq.kernels.vulkan.pace import Pace
 from uq.kernels.vulkan.runs import Runs
 from uq.kernels.vulkan.state import MOST_STEPS, MOST_STOPS, MOST_TOKENS
@@ -31,6 +36,7 @@ from uq.kernels.vulkan.weights import Source
 Array = NDArray[np.float32]
 
 GREEDY = Sampling()
+FEW_GUESSES, MOST_GUESSES = 3, COLUMNS - 1  # with the token before them a pass of few tokens
 FIRST_PASS = 64  # tokens of a pass, until it is known how long that takes
 
 
@@ -47,6 +53,8 @@ class VulkanSession:
         max_context: int = 4096,
         widest: int = MOST_TOKENS,
         tune: bool = False,
+        numerics: Numerics = FLOAT,
+        speculate: bool = False,
     ) -> None:
         """
         Args:
@@ -54,17 +62,22 @@ class VulkanSession:
             widest: tokens that may run through the layers together.
             tune: first measure how products are best cut into workgroups on this device; the
                 result is kept in the same folder.
+            speculate: check several guessed tokens in one pass where the text repeats itself.
+                Greedy text stays what it is: a token of a pass has the bits that it has alone.
+            numerics: with INT8 keys and values, half the memory and half the reads of a context.
 
         Raises:
             DeviceError: the model does not fit, or the device fails.
-            UsageError: `max_context` is out of range.
+            UsageError: `max_context` is out of range, or the kernels have no such numerics.
         """
         if max_context < 1:
             raise UsageError(f"a context of {max_context} tokens; it must hold at least 1")
         self.config, self.max_context = config, max_context
         self.device = describe(physical)
         self._physical, self._pipeline_cache = physical, pipeline_cache
-        self._engine = Engine(config, source, physical, pipeline_cache, max_context, widest)
+        self._engine = Engine(
+            config, source, physical, pipeline_cache, max_context, widest, numerics=numerics
+        )
         self.close = self._engine.close
         if tune:
             self._engine.tune()
@@ -76,6 +89,8 @@ class VulkanSession:
         self._choice = 0  # the token behind it, and how it was chosen
         self._chosen = GREEDY
         self._has_logits = False
+        self._drafts = Drafts() if speculate else None
+        self._ahead = FEW_GUESSES
 
     @property
     def bytes_per_token(self) -> int:
@@ -117,6 +132,8 @@ class VulkanSession:
 
     def reset(self) -> None:
         self._position, self._has_logits = 0, False
+        if self._drafts:
+            self._drafts.cut(0)
 
     def prefill(self, tokens: Sequence[int]) -> None:
         ids = np.asarray(tokens, np.int32)
@@ -128,6 +145,8 @@ class VulkanSession:
             self._position += piece
             done += piece
         self._know(int(ids[-1]), self._engine.mailbox.choices(1)[0], GREEDY)
+        if self._drafts:
+            self._drafts.add(ids.tolist())
 
     def decode(self, count: int, sampling: Sampling) -> Iterator[int]:
         sampling = GREEDY if sampling.temperature == 0 else sampling
@@ -136,7 +155,7 @@ class VulkanSession:
             room = min(count, self.max_context - self._position)
             if room == 0:
                 return
-            tokens = self._write(min(room, self._steps.size), sampling)
+            tokens = self._next(room, sampling)
             count -= len(tokens)
             for used, token in enumerate(tokens, 1):
                 try:
@@ -182,9 +201,29 @@ class VulkanSession:
         self._pass.took(len(piece), time.perf_counter() - began)
         return len(piece)
 
+    def _next(self, room: int, sampling: Sampling) -> list[int]:
+        """Append one token or more, up to `room`."""
+        self._choose(sampling)
+        if self._drafts is None or sampling != GREEDY:
+            return self._write(min(room, self._steps.size), sampling)
+        guess = self._drafts.guess(self._choice, min(self._ahead, room - 1))
+        tokens = self._check(guess) if guess else self._write(1, sampling)
+        self._drafts.add(tokens)
+        return tokens
+
+    def _check(self, guess: list[int]) -> list[int]:
+        """Append the next token and as much of the guess behind it as is what would follow."""
+        tokens = [self._choice, *guess]
+        choices = self._runs.choices(Run(0, self._position, tokens))
+        right = sum(takewhile(bool, map(eq, guess, choices)))
+        self._ahead = MOST_GUESSES if right == len(guess) else FEW_GUESSES
+        self._position += 1 + right
+        self._know(tokens[right], choices[right], GREEDY)
+        self._has_logits = False  # those of the first token lie where they are looked for
+        return tokens[: 1 + right]
+
     def _write(self, steps: int, sampling: Sampling) -> list[int]:
         """Append up to `steps` tokens, fewer where one of them ends the text."""
-        self._choose(sampling)
         began = time.perf_counter()
         writer = Writer(0, self._position, self._choice, sampling)
         (tokens,), (choice,) = self._runs.steps(steps, [writer], self._stops)
@@ -215,13 +254,15 @@ class VulkanSession:
         if used < len(tokens):
             self._position -= len(tokens) - used
             self._last, self._choice, self._has_logits = tokens[used - 1], tokens[used], False
+            if self._drafts:
+                self._drafts.cut(self._position)
 
     def _require_prompt(self) -> None:
         if self._position == 0:
             raise UsageError("decode needs at least one token before it; call prefill first")
 
     def _scratch_for(self, length: int) -> Runs:
-        if self._scratch is None or self._scratch.cache.capacity < length:
+        if self._scratch is None or self._scratch.cache.size.capacity < length:
             self._scratch = self._engine.runs(length)
         return self._scratch
 

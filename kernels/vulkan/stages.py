@@ -7,19 +7,15 @@ conversion of activations are done by whoever produces their input.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-
-from uq.formats.config import GemmaConfig
+from uq.kernels.vulkan.cache import Cache
 from uq.kernels.vulkan.commands import Recorder
 from uq.kernels.vulkan.memory import Span
-from uq.kernels.vulkan.model import COLUMNS, PEAK_LOGITS, SPLITS, Cache, Layer, Model, Work
-from uq.kernels.vulkan.pipelines import Pipelines
+from uq.kernels.vulkan.model import PEAK_LOGITS, SPLITS, Layer
+from uq.kernels.vulkan.products import Products
 from uq.kernels.vulkan.push import addresses, words
 from uq.kernels.vulkan.state import ATTENTION_COUNTER, CHOOSE_COUNTER, NORM_COUNTER
-from uq.kernels.vulkan.tuning import CHOOSE, GEGLU, NORM, STORE, Shape, Tuning
+from uq.kernels.vulkan.tuning import CHOOSE, GEGLU, NORM
 from uq.kernels.vulkan.weights import Matrix, padded_rows
-from uq.kernels.vulkan.wide import Abilities, Wide
 
 WHOLE, PREPARE, ATTEND = range(3)  # parts of attention, as in shaders/attention.comp
 ROW_LANES = 256  # of a workgroup that holds a token
@@ -28,38 +24,8 @@ SAMPLE_LANES = 512
 MOST_QUERIES = 4  # heads that read a key together: their sums are registers
 
 
-@dataclass(frozen=True)
-class Stages:
-    """Records stages of one model for passes of `columns` tokens.
-
-    Attributes:
-        alone: each column is of a sequence of its own.
-    """
-
-    config: GemmaConfig
-    model: Model
-    work: Work
-    pipelines: Pipelines
-    tuning: Tuning
-    abilities: Abilities
-    columns: int
-    alone: bool = False
-
-    @property
-    def wide(self) -> Wide | None:
-        """What records products and attention when the columns are too many for a GEMV."""
-        if self.columns <= COLUMNS:
-            return None
-        return Wide(self.config, self.work, self.pipelines, self.abilities, self.columns)
-
-    @property
-    def tile(self) -> int:
-        """Tokens of a sequence that a workgroup of attention takes at a time."""
-        return self.wide.tile if self.wide else 1
-
-    @property
-    def float_x(self) -> bool:
-        return self.model.table.kind.is_float
+class Stages(Products):
+    """Records stages of one model for passes of `columns` tokens."""
 
     @property
     def _cap(self) -> float:
@@ -90,17 +56,17 @@ class Stages:
             GROUP=table.kind.group,
             DECODE=decode,
             SCALE=float(self.config.embed_scale),
-            **self._norm_constants(ROW_LANES, post=False, keep=False),
+            **self.norm_constants(ROW_LANES, post=False, keep=False),
         )
         gain = self.model.first_gain
         spans = (table.span, work.hidden, gain, work.normed, work.x, work.state)
-        self._run(recorder, pipeline, addresses(*spans), (self.columns, 1, 1))
+        self.run(recorder, pipeline, addresses(*spans), (self.columns, 1, 1))
         recorder.barrier()
 
     def qkv(self, recorder: Recorder, layer: Layer) -> None:
         qkv, stride = self.work.qkv, layer.columns[-1]
         outputs = [(matrix, qkv.part(4 * row, qkv.nbytes - 4 * row)) for matrix, row in layer.qkv]
-        self._products(recorder, self.work.x, outputs, stride=stride)
+        self.products(recorder, self.work.x, outputs, stride=stride)
         recorder.barrier()
 
     def attention(self, recorder: Recorder, layer: Layer, cache: Cache) -> None:
@@ -131,14 +97,14 @@ class Stages:
         if self.columns == 1:
             norms = (work.hidden, branch, gain, work.normed, work.x, work.state)
             shape = self.tuning.shape(matrix, 1, NORM)
-            constants = self._norm_constants(shape.lanes, post=branch_gain is not None, keep=keep)
+            constants = self.norm_constants(shape.lanes, post=branch_gain is not None, keep=keep)
             push = addresses(matrix.span, matrix.span, x, work.branch, *norms)
             sizes = (matrix.blocks, matrix.tiles, self.config.hidden_size, matrix.rows)
             push += words(*sizes, NORM_COUNTER)
-            self._gemv(recorder, matrix, shape, NORM, push, **constants)
+            self.gemv(recorder, matrix, shape, NORM, push, **constants)
         else:
             outputs = [(matrix, work.branch)]
-            self._products(recorder, x, outputs, stride=self.config.hidden_size, like=NORM)
+            self.products(recorder, x, outputs, stride=self.config.hidden_size, like=NORM)
             recorder.barrier()
             lanes = ROW_LANES if self.wide else self.tuning.shape(matrix, 1, NORM).lanes
             self._norm(recorder, branch_gain, gain, lanes, keep)
@@ -152,7 +118,7 @@ class Stages:
             push = addresses(gate.span, up.span, work.x, work.wide, *[work.hidden] * 4)
             push += addresses(work.gated, work.state)
             push += words(gate.blocks, gate.tiles, 0, gate.rows, 0)
-            self._gemv(recorder, gate, shape, GEGLU, push)
+            self.gemv(recorder, gate, shape, GEGLU, push)
         else:
             self._wide_gate(recorder, gate, up)
         recorder.barrier()
@@ -165,7 +131,7 @@ class Stages:
         push = addresses(head.span, head.span, work.x, work.logits, *[work.hidden] * 4)
         push += addresses(work.candidates, work.state)
         push += words(head.blocks, head.tiles, head.rows, self.config.vocab_size, CHOOSE_COUNTER)
-        self._gemv(recorder, head, shape, CHOOSE, push, CAP=self._cap)
+        self.gemv(recorder, head, shape, CHOOSE, push, CAP=self._cap)
         recorder.barrier()
 
     def heads(self, recorder: Recorder) -> None:
@@ -173,7 +139,7 @@ class Stages:
         recorder.label = "head"
         outputs = [(self.model.head, self.work.logits)]
         stride, cap = padded_rows(self.config.vocab_size), self._cap
-        self._products(recorder, self.work.x, outputs, stride=stride, like=CHOOSE, cap=cap)
+        self.products(recorder, self.work.x, outputs, stride=stride, like=CHOOSE, cap=cap)
         recorder.barrier()
 
     def choose(self, recorder: Recorder, *, advances: bool) -> None:
@@ -190,17 +156,17 @@ class Stages:
         push += words(padded_rows(vocabulary), vocabulary, groups, int(advances))
         pipeline = self.pipelines.get("peaks", LANES=ROW_LANES, CAP=cap)
         parts = -(-groups * 8 // ROW_LANES)
-        self._run(recorder, pipeline, push, (parts, self.columns, 1))
+        self.run(recorder, pipeline, push, (parts, self.columns, 1))
         recorder.barrier()
         pipeline = self.pipelines.get("sample", LANES=SAMPLE_LANES, CAP=cap)
-        self._run(recorder, pipeline, push, (self.columns, 1, 1))
+        self.run(recorder, pipeline, push, (self.columns, 1, 1))
         recorder.barrier()
 
     def scores(self, recorder: Recorder, rows: Matrix) -> None:
         """Logits of some rows of the head for all columns of `normed`, not soft-capped."""
         self.quantize(recorder)
         outputs = [(rows, self.work.scores)]
-        self._products(recorder, self.work.x, outputs, stride=padded_rows(rows.rows))
+        self.products(recorder, self.work.x, outputs, stride=padded_rows(rows.rows))
 
     def quantize(self, recorder: Recorder) -> None:
         """x = activations of `normed`."""
@@ -208,7 +174,7 @@ class Stages:
             "quantize", LANES=ROW_LANES, FLOAT_X=self.float_x, CHANNELS=self.config.hidden_size
         )
         push = addresses(self.work.normed, self.work.x)
-        self._run(recorder, pipeline, push, (self.columns, 1, 1))
+        self.run(recorder, pipeline, push, (self.columns, 1, 1))
         recorder.barrier()
 
     def _wide_gate(self, recorder: Recorder, gate: Matrix, up: Matrix) -> None:
@@ -216,23 +182,23 @@ class Stages:
         half = work.wide.nbytes // 2
         halves = work.wide.part(0, half), work.wide.part(half, half)
         outputs = list(zip((gate, up), halves, strict=True))
-        self._products(recorder, work.x, outputs, stride=stride)
+        self.products(recorder, work.x, outputs, stride=stride)
         recorder.barrier()
         pipeline = self.pipelines.get(
             "geglu", LANES=ROW_LANES, FLOAT_X=self.float_x, CHANNELS=gate.rows
         )
         push = addresses(*halves, work.gated) + words(stride)
-        self._run(recorder, pipeline, push, (self.columns, 1, 1))
+        self.run(recorder, pipeline, push, (self.columns, 1, 1))
 
     def _norm(
         self, recorder: Recorder, branch_gain: Span | None, gain: Span, lanes: int, keep: bool
     ) -> None:
         """`lanes` decide in which order a column is summed up."""
         work = self.work
-        constants = self._norm_constants(lanes, post=branch_gain is not None, keep=keep)
+        constants = self.norm_constants(lanes, post=branch_gain is not None, keep=keep)
         pipeline = self.pipelines.get("norm", LANES=lanes, FLOAT_X=self.float_x, **constants)
         spans = (work.branch, work.hidden, branch_gain or gain, gain, work.normed, work.x)
-        self._run(recorder, pipeline, addresses(*spans), (self.columns, 1, 1))
+        self.run(recorder, pipeline, addresses(*spans), (self.columns, 1, 1))
 
     def _attention(
         self, recorder: Recorder, layer: Layer, cache: Cache, mode: int, splits: int
@@ -240,7 +206,7 @@ class Stages:
         config, work, index = self.config, self.work, layer.index
         queries = shared_queries(config.num_heads // config.num_kv_heads)
         pipeline = self.pipelines.get(
-            "attention",
+            f"attention{cache.suffix}",
             LANES=ATTENTION_LANES,
             FLOAT_X=self.float_x,
             MODE=mode,
@@ -249,7 +215,7 @@ class Stages:
             KV_HEADS=config.num_kv_heads,
             QUERIES=queries,
             WINDOW=layer.window,
-            SLOTS=cache.slots[index],
+            SLOTS=cache.size.slots[index],
             SPLITS=SPLITS,
             QK_NORM=config.qk_norm,
             EPS=float(config.rms_norm_eps),
@@ -258,75 +224,13 @@ class Stages:
         )
         turns = cache.turns[config.is_sliding(index)]
         gains = (layer.q_gain or turns, layer.k_gain or turns)
-        rows = (cache.keys[index], cache.values[index])
-        push = addresses(work.qkv, *gains, *rows, turns, work.partials, work.context, work.state)
+        spans = (*cache.spans(index), turns, work.partials, work.context, work.state)
+        push = addresses(work.qkv, *gains, *spans)
         _, k, v, stride = layer.columns
         push += words(stride, k, v, ATTENTION_COUNTER)
-        self._run(recorder, pipeline, push, (splits, config.num_heads // queries, self.columns))
+        self.run(recorder, pipeline, push, (splits, config.num_heads // queries, self.columns))
 
-    def _products(
-        self,
-        recorder: Recorder,
-        x: Span,
-        outputs: Sequence[tuple[Matrix, Span]],
-        *,
-        stride: int,
-        like: int = STORE,
-        cap: float = 0.0,
-    ) -> None:
-        """y = matrix x as float32 for each (matrix, y), `stride` values from column to column.
-
-        Args:
-            like: what follows the product of one column, whose bits these are up to `COLUMNS`.
-            cap: of the results, up to `COLUMNS`.
-        """
-        if self.wide:
-            kinds = [matrix.kind for matrix, _ in outputs]
-            self.wide.halve(recorder, kinds, x, outputs[0][0].cols)
-        for matrix, y in outputs:
-            if self.wide:
-                self.wide.product(recorder, matrix, x, y, stride=stride)
-            else:
-                self._product(recorder, matrix, x, y, stride, like, cap)
-
-    def _product(
-        self,
-        recorder: Recorder,
-        matrix: Matrix,
-        x: Span,
-        y: Span,
-        stride: int,
-        like: int,
-        cap: float,
-    ) -> None:
-        shape = self.tuning.shape(matrix, self.columns, like)
-        push = addresses(matrix.span, matrix.span, x, y, *[self.work.hidden] * 4)
-        push += addresses(self.work.x, self.work.state)
-        push += words(matrix.blocks, matrix.tiles, stride, matrix.rows, 0)
-        self._gemv(recorder, matrix, shape, STORE, push, CAP=cap)
-
-    def _gemv(
-        self,
-        recorder: Recorder,
-        matrix: Matrix,
-        shape: Shape,
-        epilogue: int,
-        push: bytes,
-        **constants: int | float,
-    ) -> None:
-        pipeline = self.pipelines.get(
-            self.tuning.kernel(matrix.kind),
-            LANES=shape.lanes,
-            GROUP=matrix.kind.group,
-            COLUMNS=1 if epilogue == CHOOSE else self.columns,
-            BLOCKS=shape.blocks,
-            EPILOGUE=epilogue,
-            **constants,
-        )
-        step = shape.blocks // 2 if epilogue == GEGLU else shape.blocks
-        self._run(recorder, pipeline, push, (-(-matrix.blocks // step), 1, 1))
-
-    def _norm_constants(self, lanes: int, *, post: bool, keep: bool) -> dict[str, int | float]:
+    def norm_constants(self, lanes: int, *, post: bool, keep: bool) -> dict[str, int | float]:
         hidden = self.config.hidden_size
         return {
             "ITEMS": -(-hidden // (4 * lanes)),
@@ -335,11 +239,6 @@ class Stages:
             "POST_NORM": post,
             "KEEP_NORMED": keep,
         }
-
-    def _run(
-        self, recorder: Recorder, pipeline: object, push: bytes, groups: tuple[int, int, int]
-    ) -> None:
-        recorder.dispatch(pipeline, self.pipelines.layout, push, groups)
 
 
 def shared_queries(sharing: int) -> int:

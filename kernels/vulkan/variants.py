@@ -83,7 +83,14 @@ def _decode_kernels() -> Iterator[Variant]:
         yield _kernel(name, f"{name}.comp", constants=("LANES", "CAP"))
     shape = ("DIM", "HEADS", "KV_HEADS", "QUERIES", "WINDOW", "SLOTS", "SPLITS")
     attention = ("LANES", "FLOAT_X", "MODE", *shape, "QK_NORM", "EPS", "SCALE", "CAP")
-    yield _kernel("attention", "attention.comp", constants=attention)
+    for name, macros in _caches("attention"):
+        yield _kernel(name, "attention.comp", macros, constants=attention)
+
+
+def _caches(name: str) -> Iterator[tuple[str, dict[str, str | int]]]:
+    """Modules of attention, by what the KV cache holds, and their macros."""
+    yield name, {"KV_INT8": 0}
+    yield f"{name}_int8", {"KV_INT8": 1}
 
 
 def _weights() -> dict[str, dict[str, str | int]]:
@@ -121,7 +128,8 @@ def _prefill_kernels() -> Iterator[Variant]:
     yield _kernel("gemm_half", "gemm_half.comp", constants=("LANES", "FLOAT_X"))
     shape = ("DIM", "HEADS", "KV_HEADS", "TOKENS", "KEYS", "WINDOW", "SLOTS", "SCALE", "CAP")
     attention = ("LANES", "FLOAT_X", *shape)
-    yield _kernel("attention_prefill", "attention_prefill.comp", constants=attention)
+    for name, macros in _caches("attention_prefill"):
+        yield _kernel(name, "attention_prefill.comp", macros, constants=attention)
 
 
 VARIANTS: Mapping[str, Variant] = _table(

@@ -6,10 +6,11 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from uq.formats.config import GemmaConfig
+from uq.kernels.vulkan.cache import Cache
 from uq.kernels.vulkan.commands import Recorder
 from uq.kernels.vulkan.device import PhysicalGpu
 from uq.kernels.vulkan.memory import Span
-from uq.kernels.vulkan.model import Cache, Layer, Work
+from uq.kernels.vulkan.model import Layer, Work
 from uq.kernels.vulkan.pipelines import Pipelines
 from uq.kernels.vulkan.prefill import AttentionCut, attention_constants, gemm_constants, gemm_module
 from uq.kernels.vulkan.push import addresses, words
@@ -95,16 +96,16 @@ class Wide:
         constants = attention_constants(
             self.config,
             index,
-            cache.slots[index],
+            cache.size.slots[index],
             self.abilities.subgroup[2],
             self.abilities.shared_bytes,
         )
         constants["FLOAT_X"] = is_float
-        push = addresses(work.qkv, cache.keys[index], cache.values[index], work.context, work.state)
+        push = addresses(work.qkv, *cache.spans(index), work.context, work.state)
         push += words(layer.columns[-1])
         whole = -(-self.columns // int(constants["TOKENS"]))
-        groups = min(self.columns, whole + cache.sequences - 1), self.config.num_kv_heads
-        pipeline = self.pipelines.get("attention_prefill", **constants)
+        groups = min(self.columns, whole + cache.size.sequences - 1), self.config.num_kv_heads
+        pipeline = self.pipelines.get(f"attention_prefill{cache.suffix}", **constants)
         recorder.dispatch(pipeline, self.pipelines.layout, push, (*groups, 1))
 
     @property

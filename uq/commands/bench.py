@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 from uq.commands.arguments import bundle, whole
-from uq.commands.sampling import add_device
+from uq.commands.sampling import add_device, read_numerics
 from uq.errors import UsageError
 
 
@@ -44,6 +44,7 @@ def run(args: argparse.Namespace) -> int:
         repeats=args.repeats,
         kernels=args.by_kernel or args.trace is not None,
         batch=args.batch,
+        numerics=read_numerics(args),
     )
     if note := first_run_note(args.device):
         print(note, file=sys.stderr)

@@ -13,7 +13,13 @@ from typing import TYPE_CHECKING
 
 from uq.commands.arguments import bundle, whole
 from uq.commands.generate import write
-from uq.commands.sampling import add_device, add_sampling, read_sampling
+from uq.commands.sampling import (
+    add_device,
+    add_sampling,
+    add_speculate,
+    read_numerics,
+    read_sampling,
+)
 from uq.errors import UqError, UsageError
 
 if TYPE_CHECKING:
@@ -44,6 +50,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
         help="longest answer; default: %(default)s",
     )  # fmt: skip
     add_sampling(parser)
+    add_speculate(parser)
     add_device(parser)
 
 
@@ -59,7 +66,14 @@ def run(args: argparse.Namespace) -> int:
         if note := first_run_note(args.device):
             print(note, file=sys.stderr)
         context = min(args.context, model.config.max_position_embeddings)
-        session = open_session(model, args.device, max_context=context, threads=args.threads)
+        session = open_session(
+            model,
+            args.device,
+            max_context=context,
+            threads=args.threads,
+            numerics=read_numerics(args),
+            speculate=args.speculate,
+        )
         conversation = Conversation(
             session,
             model.tokenizer(),

@@ -7,7 +7,13 @@ import io
 import sys
 
 from uq.commands.arguments import bundle, whole
-from uq.commands.sampling import add_device, add_sampling, read_sampling
+from uq.commands.sampling import (
+    add_device,
+    add_sampling,
+    add_speculate,
+    read_numerics,
+    read_sampling,
+)
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -17,6 +23,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     add("--chat", action="store_true", help="put the text into the model's chat template")
     add("--max-tokens", type=whole(1), default=256, metavar="N", help="default: %(default)s")
     add_sampling(parser)
+    add_speculate(parser)
     add_device(parser)
 
 
@@ -36,6 +43,8 @@ def run(args: argparse.Namespace) -> int:
             sampling=read_sampling(args),
             device=args.device,
             threads=args.threads,
+            numerics=read_numerics(args),
+            speculate=args.speculate,
             write=write,
         )
     except KeyboardInterrupt:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from uq.commands.arguments import DEVICE_HELP, device, real, whole
 
 if TYPE_CHECKING:
+    from uq.kernels.numerics import Numerics
     from uq.kernels.session import Sampling
 
 
@@ -22,6 +23,14 @@ def add_sampling(parser: argparse.ArgumentParser) -> None:
     add("--seed", type=whole(0, 2**63 - 1), default=0, metavar="S", help="default: %(default)s")
 
 
+def add_speculate(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--speculate", action="store_true",
+        help="check several guessed tokens at once where the text repeats itself, on a GPU; "
+        "greedy text stays the same",
+    )  # fmt: skip
+
+
 def read_sampling(args: argparse.Namespace) -> Sampling:
     from uq.kernels.session import Sampling
 
@@ -31,3 +40,13 @@ def read_sampling(args: argparse.Namespace) -> Sampling:
 def add_device(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", type=device, default="auto", metavar="D", help=DEVICE_HELP)
     parser.add_argument("--threads", type=whole(1), metavar="N", help="default: one per core")
+    parser.add_argument(
+        "--kv", choices=("float", "int8"), default="float",
+        help="int8: a KV cache of about half the size, on a GPU; default: %(default)s",
+    )  # fmt: skip
+
+
+def read_numerics(args: argparse.Namespace) -> Numerics:
+    from uq.kernels.numerics import KV, Numerics
+
+    return Numerics(kv=KV[args.kv])

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from uq.commands.arguments import bundle, whole
 from uq.commands.chat import read_template
-from uq.commands.sampling import add_device
+from uq.commands.sampling import add_device, read_numerics
 from uq.errors import ToolMissing, UsageError
 
 if TYPE_CHECKING:
@@ -67,6 +67,7 @@ def run(args: argparse.Namespace) -> int:
         name=args.name,
         device=args.device,
         threads=args.threads,
+        numerics=read_numerics(args),
         parallel=args.parallel,
         queue=args.queue,
         context=args.context,

@@ -15,6 +15,7 @@ from uq.chat import ChatTemplate
 from uq.errors import DeviceError, UsageError
 from uq.formats.bundle import Bundle
 from uq.kernels.backends import open_batch
+from uq.kernels.numerics import FLOAT, Numerics
 from uq.kernels.session import BatchSession
 from uq.serve.app import Application
 from uq.serve.engine import Engine
@@ -37,6 +38,7 @@ class ServeOptions:
         queue: requests that may wait for their turn.
         context: tokens of prompt and answer, at most; never more than the model's.
         template: chat template in place of the model's own.
+        numerics: what the device keeps in integers beside the weights.
     """
 
     host: str = "127.0.0.1"
@@ -49,6 +51,7 @@ class ServeOptions:
     context: int = 4096
     key: str | None = None
     template: str | None = None
+    numerics: Numerics = FLOAT
 
     @property
     def local(self) -> bool:
@@ -142,7 +145,7 @@ def running(bundle: Bundle, options: ServeOptions) -> Iterator[Server]:
             stack.enter_context(template).start()
         session = open_batch(
             bundle, options.device, slots=options.parallel, max_context=context,
-            threads=options.threads,
+            threads=options.threads, numerics=options.numerics,
         )  # fmt: skip
         engine = stack.enter_context(Engine(session, tokenizer, metrics, queue=options.queue))
         service = Service(name, tokenizer, template, max_context=context, capacity=options.queue)
