@@ -111,8 +111,8 @@ class Layout(ABC):
 
 def _check(tensor: QuantTensor) -> None:
     codes, zeros, spec = tensor.codes, tensor.zeros, tensor.spec
-    whole_byte = spec.bits == 8  # every code is on the grid
-    if not whole_byte and (codes.min() < spec.qmin or codes.max() > spec.qmax):
+    highest = 127 if spec.bits == 8 else codes.max()  # int8 itself ends where INT8 does
+    if codes.min() < spec.qmin or highest > spec.qmax:
         raise ValueError(f"codes outside {spec.qmin}..{spec.qmax}")
     if (zeros is not None) != spec.zero_point:
         raise ValueError(f"zero points {'missing' if zeros is None else 'given'} with {spec}")

@@ -103,6 +103,7 @@ def quantize(
         DeviceError: the disk is full or broken.
     """
     config = checkpoint.config
+    fingerprint = _in_background(checkpoint.fingerprint)
     plan = recognised_plan(checkpoint, options)
     kept = sum(tensor.method == "grid" for tensor in plan.tensors.values())
     if kept:
@@ -118,7 +119,6 @@ def quantize(
         first = writer.committed
         require_free(out, sum(shard_bytes(config, plan)[first:]))
         assets = _in_background(checkpoint.assets)
-        fingerprint = _in_background(checkpoint.fingerprint)
         tokens = None if text is None else _tokens(checkpoint, text, options, progress)
         if plan.budget is not None and tokens is not None:
             plan = mixed_plan(checkpoint, plan, plan.budget, tokens, progress)

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import islice
 from typing import TypeVar
 
 import numpy as np
@@ -24,7 +25,7 @@ from uq.quantize.recover import misfit, recover
 from uq.quantize.scales import checked, error_ratio, quantize_rtn, squared_error
 
 PIECE = 1 << 20  # weights
-PIECES_AHEAD = 16  # enough to hide the pauses of the disk
+PIECES_AHEAD = 48  # enough to hide the pauses of the disk
 
 Task = TypeVar("Task")
 Result = TypeVar("Result")
@@ -119,14 +120,20 @@ class RoundedTensors:
 def ahead(
     pool: ThreadPoolExecutor, work: Callable[[Task], Result], tasks: Iterable[Task], depth: int
 ) -> Iterator[Result]:
-    """`map` over threads, in order, that never runs more than `depth` results ahead."""
-    waiting: deque[Future[Result]] = deque()
-    for task in tasks:
-        waiting.append(pool.submit(work, task))
-        if len(waiting) >= depth:
-            yield waiting.popleft().result()
-    while waiting:
-        yield waiting.popleft().result()
+    """`map` over threads, in order, that never runs more than `depth` results ahead.
+
+    The first tasks begin at once, before a result is asked for.
+    """
+    left = iter(tasks)
+    waiting = deque(pool.submit(work, task) for task in islice(left, depth))
+
+    def results() -> Iterator[Result]:
+        while waiting:
+            result = waiting.popleft().result()
+            waiting.extend(pool.submit(work, task) for task in islice(left, 1))
+            yield result
+
+    return results()
 
 
 def _piece_rows(cols: int, tensor: TensorPlan) -> int:
