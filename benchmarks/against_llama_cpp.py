@@ -74,6 +74,8 @@ def run(*command: object) -> str:
 
 
 def wall(*command: object) -> float:
+    """Seconds of a command that begins with the disk at rest: what others wrote is synced."""
+    os.sync()
     start = time.perf_counter()
     run(*command)
     return time.perf_counter() - start
