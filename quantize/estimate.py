@@ -160,6 +160,7 @@ def _peak_memory(config: GemmaConfig, plan: Plan, tokens: int, threads: int) -> 
     linears = config.linear_shapes()
     widest = max(cols for _, cols in linears.values())
     activations = 4 * paths * tokens * (config.hidden_size + widest)
+    activations += 4 * paths * tokens * config.hidden_size  # outputs and their corrections
     batch = 4 * min(tokens, BATCH_TOKENS) * 4 * config.intermediate_size
     layer = (2 * 4 + 1) * sum(rows * cols for rows, cols in linears.values())
     moments = 8 * 6 * widest * widest  # H, D, the damped H and what factorizing it needs

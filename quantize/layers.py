@@ -14,7 +14,7 @@ from uq.formats.spec import QuantTensor
 from uq.formats.writer import ArrayEntry, Entry, QuantEntry
 from uq.kernels.weights import CheckpointWeights
 from uq.progress import Progress
-from uq.quantize.calibrate import Calibration
+from uq.quantize.calibrate import PLAIN, Calibration
 from uq.quantize.equalize import channel_scale
 from uq.quantize.gptq import Factor, Statistics, factorize, output_error, quantize_gptq
 from uq.quantize.plan import Plan
@@ -40,8 +40,9 @@ class CalibratedLayers:
         flat = rows.reshape(-1, rows.shape[-1])
         rounded = quantize_rtn(flat, plan.tensors[EMBEDDING].spec).dequantize()
         exact = rows if plan.corrected else None
+        options = plan.gptq if plan.uses_gptq else PLAIN  # rtn weighs all tokens alike
         self._calibration = Calibration(
-            checkpoint.config, rounded.reshape(rows.shape), exact, plan.gptq
+            checkpoint.config, rounded.reshape(rows.shape), exact, options
         )
 
     @np.errstate(over="ignore", invalid="ignore")

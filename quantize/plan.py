@@ -146,11 +146,6 @@ class Plan:
         """Calibration follows the floating-point path, too."""
         return self.uses_gptq and self.gptq.follows_exact
 
-    @property
-    def clip(self) -> float:
-        """Bound of the tokens' weights."""
-        return self.gptq.clip if self.uses_gptq else 1.0
-
 
 def choose_recipe(name: str | None, bits: int | None) -> str:
     """Name of the recipe that `--recipe` or `--bits` asks for; `int4` when neither does.
