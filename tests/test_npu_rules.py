@@ -13,7 +13,7 @@ from uq.kernels.npu.verify.rule import Rule
 
 DESIGNS = Path(__file__).parent / "npu"
 PASS, MATMUL = "accepted/passthrough_npu1", "accepted/matmul_int8_1col_npu1"
-LOW, OLD = "lowlevel", "legacy"
+LOW, OLD, TWO = "lowlevel", "legacy", "reconfigure"
 
 
 class Seed(NamedTuple):
@@ -42,7 +42,7 @@ CASCADE = "aie.cascade_flow(%core, %east)"
 LINK_IN = "[@in] -> [@fwd] ([] [])"
 UNDER_IF = """%t = arith.constant true
   scf.if %t {
-    %u = aie.objectfifo.acquire @seed(Produce, 1) : !aie.objectfifosubview<memref<4xi8>>
+    %u = aie.objectfifo.acquire @out(Produce, 1) : !aie.objectfifosubview<memref<16xi8>>
   }
   """
 AWAIT = "aiex.dma_await_task(%task)"
@@ -172,6 +172,7 @@ SEEDS = [
     Seed("sequence.queue", LOW, AWAIT, "".join(TASK.format(n) for n in range(4)) + AWAIT),
     Seed("sequence.reuse", PASS, "id = 1 : i64", "id = 0 : i64"),
     Seed("sequence.unawaited", PASS, OUT, ""),
+    Seed("sequence.bounds", PASS, IN, IN.replace("[0, 0, 0, 0]", "[0, 0, 0, 4]")),
     Seed(
         "sequence.element-type",
         PASS,
@@ -187,6 +188,9 @@ SEEDS = [
     Seed("task.pool", LOW, AWAIT, "".join(TASK.format(n) for n in range(16)) + AWAIT),
     Seed("rtp.buffer", LOW, "rtp_write(@table, 3", "rtp_write(@table, 4"),
     Seed("register.address", LOW, "address = 0x1d210", "address = 0x1d211"),
+    Seed("configure.device", TWO, "aiex.configure @add", "aiex.configure @sub"),
+    Seed("run.sequence", TWO, "aiex.run @twice(%part)", "aiex.run @thrice(%part)"),
+    Seed("register.descriptor", TWO, "bd_id = 3", "bd_id = 16"),
     Seed("register.value", LOW, "value = 5 : ui32", "value = 4294967296 : i64"),
     Seed("patch.argument", LOW, "arg_idx = 1", "arg_idx = 2"),
     Seed("sync.channel", LOW, "direction = 1", "direction = 2"),
@@ -209,7 +213,8 @@ def broken(seed: Seed) -> str:
 
 @pytest.mark.parametrize("seed", SEEDS, ids=lambda seed: seed.rule)
 def test_a_seeded_violation_breaks_its_rule(seed: Seed) -> None:
-    found = [f for f in verify(parse_design(broken(seed)))[0].findings if f.rule == seed.rule]
+    reports = verify(parse_design(broken(seed)))
+    found = [f for report in reports for f in report.findings if f.rule == seed.rule]
     rule = next(rule for rule in RULES if rule.id == seed.rule)
     assert found
     assert {(f.severity, f.source) for f in found} == {(rule.severity, rule.source)}

@@ -19,7 +19,7 @@ from uq.kernels.npu.verify import Report, verify
 
 DESIGNS = Path(__file__).parent / "npu"
 ACCEPTED = sorted((DESIGNS / "accepted").glob("*.mlir"))
-OWN = [DESIGNS / "lowlevel.mlir", DESIGNS / "legacy.mlir"]
+OWN = [DESIGNS / f"{stem}.mlir" for stem in ("lowlevel", "legacy", "reconfigure")]
 PASS = DESIGNS / "accepted" / "passthrough_npu1.mlir"
 
 # What the tools of mlir-aie (March 2026) say to each wrong design is in its first line; those

@@ -18,7 +18,7 @@ from xdsl.dialects.builtin import (
     ModuleOp,
     RankedStructure,
 )
-from xdsl.ir import Operation
+from xdsl.ir import Operation, SSAValue
 from xdsl.parser import Parser
 from xdsl.parser.core import ForwardDeclaredValue
 from xdsl.printer import Printer
@@ -48,6 +48,7 @@ class _LocatingParser(Parser):
         super().__init__(context, text, name)
         self.starts: dict[Operation, int] = {}
         self.start = self._current_token.span
+        self.within = ""  # the operation that is being read
 
     def _parse_dense_literal_type(self) -> DenseType:
         kind = super()._parse_dense_literal_type()
@@ -56,16 +57,30 @@ class _LocatingParser(Parser):
 
     def parse_operation(self) -> Operation:
         self.start = self._current_token.span
-        start = self.start.start
+        start, around = self.start.start, self.within
         op = super().parse_operation()
-        self.starts[op] = start
+        self.starts[op], self.within = start, around
         return op
 
     def _get_op_by_name(self, name: str) -> type[Operation]:
         stack = self._parser_state.dialect_stack
         if (known := self.ctx.get_optional_op(name, dialect_stack=stack)) is None:
+            self.within = ""
             self.raise_error(f"unknown operation {name}", at_position=self.start)
+        self.within = name
         return known
+
+
+class _Printer(Printer):
+    """Gives each value of a scope a name of its own; `%a_1` may be a name or the second `%a`."""
+
+    def print_ssa_value(self, value: SSAValue) -> str:
+        hint = value.name_hint
+        if value not in self._ssa_values and hint in self.ssa_names:
+            while f"{hint}_{self.ssa_names[hint]}" in self.ssa_names:
+                self.ssa_names[hint] += 1
+            self.ssa_names[f"{hint}_{self.ssa_names[hint]}"] = 1
+        return super().print_ssa_value(value)
 
 
 def parse_design(text: str, name: str = "design") -> Source:
@@ -83,7 +98,8 @@ def parse_design(text: str, name: str = "design") -> Source:
         module = parser.parse_module()
     except ParseError as error:
         line, column = _position(text, error.span.start)
-        raise DesignError(f"{name}:{line}:{column}: {_one_line(error.msg)}") from None
+        within = f"{parser.within}: " if parser and parser.within else ""
+        raise DesignError(f"{name}:{line}:{column}: {within}{_one_line(error.msg)}") from None
     except RecursionError:
         raise DesignError(f"{name}: nested too deeply to be a design") from None
     except (DiagnosticException, ValueError, OverflowError) as error:
@@ -111,7 +127,7 @@ def read_design(path: Path) -> Source:
 
 def print_design(module: Operation) -> str:
     stream = io.StringIO()
-    Printer(stream).print_op(module)
+    _Printer(stream).print_op(module)
     return stream.getvalue() + "\n"
 
 

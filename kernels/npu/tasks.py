@@ -130,34 +130,39 @@ class Flight:
     def __init__(self, design: Design) -> None:
         self.design = design
         self.running: defaultdict[Line, list[Start]] = defaultdict(list)
+        self.done: list[Start] = []  # taken to be done; their tokens were not awaited yet
 
     def start(self, start: Start) -> None:
         self.running[start.line].append(start)
 
     def awaited(self, wait: Wait) -> Start | None:
         """The task whose token this wait takes; None when none will come."""
-        if wait.task is not None:
-            tasks = [task for queue in self.running.values() for task in queue]
-            return next((task for task in tasks if task.task is wait.task and task.token), None)
-        for line, queue in self.running.items():
-            if wait.line is not None and _same(line, wait.line):
-                for task in queue:
-                    if task.token:
-                        return task
-        return None
+        return next(
+            (task for task in (*self, *self.done) if task.token and _meant(wait, task)), None
+        )
 
     def retire(self, task: Start) -> None:
+        if task in self.done:
+            self.done.remove(task)
+            return
         queue = self.running[task.line]
         del queue[: queue.index(task) + 1]
         if task.line.direction is Direction.S2MM and not queue:
             feeding = upstream(self.design, task.fifo)
             for line, tasks in self.running.items():
                 if line.direction is Direction.MM2S:
+                    self.done += [t for t in tasks if not feeding or t.fifo in feeding]
                     tasks[:] = [t for t in tasks if feeding and t.fifo not in feeding]
 
     def __iter__(self) -> Iterator[Start]:
         for queue in self.running.values():
             yield from queue
+
+
+def _meant(wait: Wait, task: Start) -> bool:
+    if wait.task is not None:
+        return task.task is wait.task
+    return wait.line is not None and _same(task.line, wait.line)
 
 
 def _same(line: Line, other: Line) -> bool:

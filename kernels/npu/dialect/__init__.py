@@ -12,19 +12,20 @@ from xdsl.dialects.vector import Vector
 from xdsl.ir import Dialect
 
 from uq.kernels.npu.dialect.attributes import ATTRIBUTES
+from uq.kernels.npu.dialect.configure import CONFIGURE
 from uq.kernels.npu.dialect.dma import DMA
 from uq.kernels.npu.dialect.fifo import FIFO
-from uq.kernels.npu.dialect.memref import Global
+from uq.kernels.npu.dialect.memref import MEMREF as OWN_MEMREF
 from uq.kernels.npu.dialect.sequence import SEQUENCE
 from uq.kernels.npu.dialect.streams import STREAMS
 from uq.kernels.npu.dialect.structure import STRUCTURE
 from uq.kernels.npu.dialect.tasks import TASKS
 
 AIE = Dialect("aie", [*STRUCTURE, *STREAMS, *FIFO, *DMA], ATTRIBUTES)
-AIEX = Dialect("aiex", [*SEQUENCE, *TASKS], [])
+AIEX = Dialect("aiex", [*SEQUENCE, *TASKS, *CONFIGURE], [])
 MEMREF = Dialect(
     "memref",
-    [op for op in MemRef.operations if op.name != Global.name] + [Global],
+    [*{op.name: op for op in (*MemRef.operations, *OWN_MEMREF)}.values()],
     list(MemRef.attributes),
 )
 STANDARD = (Builtin, Arith, Cf, Func, Math, MEMREF, Scf, Vector)

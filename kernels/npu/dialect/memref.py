@@ -1,4 +1,4 @@
-"""`memref.global` in the syntax of MLIR, which xDSL only has in the generic form."""
+"""`memref.global` and `memref.copy` in the syntax of MLIR; xDSL only has the generic form."""
 
 from __future__ import annotations
 
@@ -10,7 +10,15 @@ from xdsl.dialects.builtin import (
     UnitAttr,
 )
 from xdsl.ir import Attribute
-from xdsl.irdl import IRDLOperation, base, irdl_op_definition, opt_prop_def, prop_def, traits_def
+from xdsl.irdl import (
+    IRDLOperation,
+    base,
+    irdl_op_definition,
+    operand_def,
+    opt_prop_def,
+    prop_def,
+    traits_def,
+)
 from xdsl.parser import Parser
 from xdsl.printer import Printer
 from xdsl.traits import SymbolOpInterface
@@ -65,3 +73,16 @@ class Global(IRDLOperation):
         elif self.initial_value is not None:
             printer.print_string(" = uninitialized")
         print_attributes(printer, self, list(self.properties))
+
+
+@irdl_op_definition
+class Copy(IRDLOperation):
+    """`memref.copy %source, %target : memref<8xi32> to memref<8xi32>`."""
+
+    name = "memref.copy"
+    source = operand_def(MemRefType)
+    target = operand_def(MemRefType)
+    assembly_format = "$source `,` $target attr-dict `:` type($source) `to` type($target)"
+
+
+MEMREF: tuple[type[IRDLOperation], ...] = (Global, Copy)

@@ -215,16 +215,6 @@ class SetLock(IRDLOperation):
 
 
 @irdl_op_definition
-class LoadPdi(IRDLOperation):
-    name = "aiex.npu.load_pdi"
-    id = prop_def(IntegerAttr)
-    size = opt_prop_def(IntegerAttr)
-    address = opt_prop_def(IntegerAttr)
-    assembly_format = "attr-dict"
-    irdl_options = (ParsePropInAttrDict(),)
-
-
-@irdl_op_definition
 class Preempt(IRDLOperation):
     name = "aiex.npu.preempt"
     level = prop_def(IntegerAttr)
@@ -261,7 +251,6 @@ SEQUENCE: list[type[Operation]] = [
     PushQueue,
     RtpWrite,
     SetLock,
-    LoadPdi,
     Preempt,
     LegacyRuntimeSequence,
 ]

@@ -42,6 +42,7 @@ from uq.kernels.npu.dialect.attributes import (
     PacketInfoAttr,
 )
 from uq.kernels.npu.dialect.text import (
+    of_type,
     parse_attributes,
     parse_dense,
     parse_region,
@@ -180,6 +181,8 @@ class Buffer(IRDLOperation):
         kind = parser.parse_type()
         if parser.parse_optional_punctuation("="):
             properties["initial_value"] = parse_dense(parser, kind)
+        elif isinstance(value := properties.get("initial_value"), DenseIntOrFPElementsAttr):
+            properties["initial_value"] = of_type(parser, value, kind)
         return cls.create(
             operands=[tile], result_types=[kind], properties=properties, attributes=attributes
         )

@@ -13,12 +13,10 @@ from xdsl.irdl import (
     prop_def,
     region_def,
     result_def,
-    traits_def,
 )
-from xdsl.traits import SingleBlockImplicitTerminator
 
 from uq.kernels.npu.dialect.attributes import DirectionAttr
-from uq.kernels.npu.dialect.structure import End, close_region
+from uq.kernels.npu.dialect.structure import close_region
 
 NUMBER = IntegerAttr.constr(type=i32)
 
@@ -30,7 +28,6 @@ class TaskOperation(IRDLOperation):
     repeat_count = opt_prop_def(IntegerAttr)
     body = region_def()
     result = result_def(IndexType())
-    traits = traits_def(SingleBlockImplicitTerminator(End))
     irdl_options = (ParsePropInAttrDict(),)
 
     def __post_init__(self) -> None:

@@ -65,6 +65,15 @@ def parse_dense(parser: Parser, kind: Attribute) -> DenseIntOrFPElementsAttr:
     return parser.parse_dense_int_or_fp_elements_attr(kind)
 
 
+def of_type(
+    parser: Parser, value: DenseIntOrFPElementsAttr, kind: Attribute
+) -> DenseIntOrFPElementsAttr:
+    """A value that an attribute dictionary gives as a tensor, in the type of its buffer."""
+    if not isinstance(kind, MemRefType) or kind.get_shape() != value.get_shape():
+        parser.raise_error("an initial value has the shape of its buffer")
+    return DenseIntOrFPElementsAttr(kind, value.data)
+
+
 def check_dense(parser: AttrParser, kind: ShapedType) -> None:
     """A splat is as long as its type says: refuse what would fill the memory."""
     if prod(kind.get_shape()) > MAX_DENSE:

@@ -17,6 +17,7 @@ from uq.kernels.npu.source import Source
 from uq.kernels.npu.target import COLUMNS, Place, Target
 from uq.kernels.npu.verify import (
     commands,
+    configure,
     cores,
     descriptors,
     fifos,
@@ -28,7 +29,7 @@ from uq.kernels.npu.verify.rule import AIE_VERIFIER, TARGET_MODEL, Finding, Rule
 
 RULES: tuple[Rule, ...] = tuple(
     rule
-    for module in (tiles, streams, descriptors, fifos, cores, sequences, commands)
+    for module in (tiles, streams, descriptors, fifos, cores, sequences, commands, configure)
     for rule in module.RULES
 )
 # Two rules come before the others: without them there is nothing to gather.

@@ -129,13 +129,19 @@ def register_value(design: Design) -> Iterator[Problem]:
                 yield Problem(op, f"value {value} does not fit 32 bits")
 
 
-@rule("patch.argument", "An address patch names an argument of the sequence.", AIEX_VERIFIER)
+@rule(
+    "patch.argument",
+    "An address patch names an argument of the sequence.",
+    SILENT,
+    severity="warning",
+)
 def patch_argument(design: Design) -> Iterator[Problem]:
     for sequence in design.sequences:
         count = len(sequence.body.block.args)
         for op in sequence.walk():
             if isinstance(op, AddressPatch) and not 0 <= op.arg_idx.value.data < count:
-                yield Problem(op, f"argument {op.arg_idx.value.data}: the sequence has {count}")
+                text = f"argument {op.arg_idx.value.data}: the sequence has {count}"
+                yield Problem(op, f"{text}; the host must give it too")
 
 
 @rule(

@@ -14,6 +14,7 @@ from uq.kernels.npu.dialect.fifo import Access, Acquire
 from uq.kernels.npu.dialect.structure import Buffer, Core, Lock, UseLock
 from uq.kernels.npu.dialect.text import flat
 from uq.kernels.npu.model import CoreProgram, Design, place_of
+from uq.kernels.npu.resources import lowered_depth
 from uq.kernels.npu.verify.held import surplus_releases, unreleased
 from uq.kernels.npu.verify.rule import (
     AIE_VERIFIER,
@@ -113,7 +114,8 @@ def fifo_unreleased(design: Design) -> Iterator[Problem]:
 @rule("fifo.conditional", "With static lowering no acquire stands under a condition.", SILENT)
 def fifo_conditional(design: Design) -> Iterator[Problem]:
     for core, op in _static_acquires(design):
-        if any(isinstance(parent, CONDITIONS) for parent in _parents(op, core.op)):
+        conditional = any(isinstance(parent, CONDITIONS) for parent in _parents(op, core.op))
+        if conditional and _rotates(design, core, op):
             text = f"@{flat(op.fifo)} is acquired under a condition"
             yield Problem(op, f"{text}; set dynamic_objfifo_lowering = true on the core")
 
@@ -122,10 +124,17 @@ def fifo_conditional(design: Design) -> Iterator[Problem]:
 def fifo_loop_bound(design: Design) -> Iterator[Problem]:
     for core, op in _static_acquires(design):
         for parent in _parents(op, core.op):
-            if isinstance(parent, WhileOp) or (isinstance(parent, ForOp) and not _constant(parent)):
+            endless = isinstance(parent, WhileOp) and _rotates(design, core, op)
+            if endless or (isinstance(parent, ForOp) and not _constant(parent)):
                 text = f"@{flat(op.fifo)} is acquired in a loop whose bounds are not constant"
                 yield Problem(op, f"{text}; set dynamic_objfifo_lowering = true on the core")
                 break
+
+
+def _rotates(design: Design, core: CoreProgram, op: Acquire) -> bool:
+    """Whether this end has several objects, so that passes of a loop take different ones."""
+    fifo = design.fifos.get(flat(op.fifo))
+    return fifo is None or lowered_depth(design, fifo, core.place) > 1
 
 
 @rule("buffer.reach", "A core uses memory of its own and of its neighbours.", TARGET_MODEL)

@@ -8,6 +8,7 @@ from xdsl.ir import Operation
 
 from uq.kernels.npu.dialect.attributes import Action, Direction
 from uq.kernels.npu.dialect.dma import Dma, DmaBd
+from uq.kernels.npu.dialect.sequence import MemcpyNd
 from uq.kernels.npu.dialect.structure import Buffer, Lock, UseLock
 from uq.kernels.npu.dialect.text import integer
 from uq.kernels.npu.model import Design, elements, place_of
@@ -210,7 +211,7 @@ def bd_length_bytes(design: Design) -> Iterator[Problem]:
 @rule("bd.bounds", "A pattern stays inside its buffer.", AIE_VERIFIER)
 def bd_bounds(design: Design) -> Iterator[Problem]:
     for pattern in patterns(design):
-        count = elements(pattern.buffer)
+        count = 0 if isinstance(pattern.op, MemcpyNd) else elements(pattern.buffer)
         if count and pattern.last >= count and not pattern.pads:
             yield Problem(pattern.op, f"touches element {pattern.last}; the buffer has {count}")
 

@@ -22,8 +22,8 @@ from uq.kernels.npu.dialect.tasks import (
     ConfigureTaskFor,
 )
 from uq.kernels.npu.dialect.text import flat, integer, memref_type
-from uq.kernels.npu.model import Design, element_bits, nbytes
-from uq.kernels.npu.pattern import list_values
+from uq.kernels.npu.model import Design, element_bits, elements, nbytes
+from uq.kernels.npu.pattern import list_values, transfer
 from uq.kernels.npu.target import LIMITS, QUEUE_DEPTH, Kind
 from uq.kernels.npu.tasks import Flight, Start, Wait, events, line_of, upstream
 from uq.kernels.npu.verify.rule import (
@@ -184,6 +184,20 @@ def sequence_objects(design: Design) -> Iterator[Problem]:
         total = prod(lists[1]) * element_bits(memref_type(op.memref)) // 8
         if total % size:
             yield Problem(op, f"{total} bytes for @{fifo.name}, whose objects have {size}")
+
+
+@rule(
+    "sequence.bounds",
+    "A transfer stays inside the buffer that the sequence declares.",
+    SILENT,
+    severity="warning",
+)
+def sequence_bounds(design: Design) -> Iterator[Problem]:
+    for op in design.ops(MemcpyNd):
+        pattern, count = transfer(design, op), elements(memref_type(op.memref))
+        if pattern is not None and count and pattern.last >= count:
+            text = f"touches element {pattern.last} of {count}"
+            yield Problem(op, f"{text}; the host must give a larger buffer")
 
 
 def _flights(design: Design) -> Iterator[tuple[Start | Wait, Flight]]:
