@@ -128,6 +128,53 @@ def test_no_other_state_is_taken_for_success(state: State, program: Program) -> 
         Npu(double([Copier(state)])).open(program).run(arrays())
 
 
+def test_two_runs_under_way_have_buffers_of_their_own(program: Program) -> None:
+    """The double refuses whoever touches a buffer of a run that is under way."""
+    machine = Copier()
+    npu = Npu(double([machine]))
+    opened = npu.open(program)
+    first, second, third = arrays(), arrays(), arrays()
+    second[0] += 7
+    running = opened.start(first, results=1)
+    other = opened.start(second, results=1)
+    assert machine.runs == []  # the double computes at the last moment
+    running.wait()
+    opened.start(third, results=1).wait()
+    other.wait()
+    for given, taken in (first, second, third):
+        np.testing.assert_array_equal(taken, given)
+    assert npu.pool.made == 6  # two sets: the third run has that of the first
+
+
+def test_results_are_not_sent_and_inputs_not_fetched(program: Program) -> None:
+    given, taken = np.ones(1024, np.int32), np.full(1024, 5, np.int32)
+    machine = Copier()
+    running = Npu(double([machine])).open(program).start([given, taken], results=1)
+    given[:] = 2  # of no effect: it was sent
+    running.wait()
+    assert (given == 2).all() and (taken == 1).all()
+
+
+def test_a_run_takes_the_instructions_of_another_sequence(program: Program) -> None:
+    machine = Copier()
+    opened = Npu(double([machine])).open(program)
+    opened.start(arrays(), instructions=b"12345678").wait()
+    assert machine.runs[0][1][: machine.runs[0][2]].tobytes() == b"12345678"
+
+
+def test_the_double_guards_buffers_of_a_run(program: Program) -> None:
+    xrt = double([Copier()])
+    device = xrt.device(0)
+    uuid = device.register_xclbin(xrt.xclbin(str(program.xclbin)))
+    kernel = xrt.kernel(xrt.hw_context(device, uuid), "MLIR_AIE")
+    code, *data = (xrt.bo(device, 4096, xrt.bo.flags.host_only, 0) for _ in range(3))
+    run = kernel(3, code, 16, *data)
+    with pytest.raises(RuntimeError, match="belongs to a run that is under way"):
+        data[0].write(b"1234", 0)
+    run.wait(10)
+    data[0].write(b"1234", 0)
+
+
 @pytest.mark.parametrize(
     ("said", "meaning"),
     [
@@ -219,7 +266,7 @@ def test_arguments_are_checked_before_pyxrt_swallows_them(
 ) -> None:
     opened = Npu(double([Copier()])).open(program)
     with pytest.raises(UsageError, match="argument (opcode|instr) takes a"):
-        opened._call(arguments, 100)
+        opened._call(arguments)
 
 
 def test_the_double_swallows_what_pyxrt_swallows(program: Program) -> None:

@@ -10,8 +10,9 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from uq.commands import npu_build, npu_run
+from uq.commands import npu_build, npu_lower, npu_run
 from uq.commands.arguments import whole
+from uq.commands.npu_arguments import add_command
 from uq.errors import ToolMissing
 
 if TYPE_CHECKING:
@@ -21,9 +22,7 @@ if TYPE_CHECKING:
 def configure(parser: argparse.ArgumentParser) -> None:
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     about = "check a design in MLIR against the limits of the NPU"
-    verify = commands.add_parser(
-        "verify", help=about, description=f"{about[0].upper()}{about[1:]}.", allow_abbrev=False
-    )
+    verify = add_command(commands, "verify", about, run_verify)
     verify.add_argument("design", metavar="FILE.mlir", type=Path, help="aie and aiex dialects")
     verify.add_argument(
         "--device",
@@ -38,8 +37,8 @@ def configure(parser: argparse.ArgumentParser) -> None:
         help="memory of every core that tables and constants of its kernels take (default 0)",
     )
     verify.add_argument("--json", action="store_true", help="print one JSON object")
-    verify.set_defaults(npu=run_verify)
     npu_build.configure(commands)
+    npu_lower.configure(commands)
     npu_run.configure(commands)
 
 

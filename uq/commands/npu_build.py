@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from uq.commands.npu_arguments import add_command, add_sources
 from uq.errors import UsageError
 
 if TYPE_CHECKING:
@@ -19,26 +20,15 @@ if TYPE_CHECKING:
 
 def configure(commands: Any) -> None:
     about = "compile a design, or those of a bundle, with mlir-aie and Peano"
-    parser = commands.add_parser(
-        "build", help=about, description=f"{about[0].upper()}{about[1:]}.", allow_abbrev=False
-    )
+    parser = add_command(commands, "build", about, run)
     add = parser.add_argument
     add("design", metavar="FILE.mlir|BUNDLE", type=Path, help="a design, or a bundle with an NPU's")
     add("--device", choices=("npu1", "npu2"), help="of a bundle (default: by its layout)")
     add("-o", "--output", metavar="DIR", type=Path, help="default: the design's name and device")
-    add("--sources", metavar="DIR", type=Path, help="C++ of its kernels (default: beside it)")
-    add(
-        "--define",
-        metavar="NAME=VALUE",
-        type=define,
-        action="append",
-        default=[],
-        help="a macro for all of them; may be repeated",
-    )
+    add_sources(parser)
     add("--syntax", metavar="V", help="respell the design for mlir-aie 1.0, 1.1 or 2026")
     add("--dry-run", action="store_true", help="print the commands and run none of them")
     add("--json", action="store_true", help="print one JSON object")
-    parser.set_defaults(npu=run)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -122,10 +112,3 @@ def _summary(out: Path, record: Mapping[str, Any], cached: bool) -> str:
     how = "as built before" if cached else f"in {len(record['commands'])} steps"
     files = ", ".join(f"{name} {size(made['size'])}" for name, made in record["files"].items())
     return f"{out}: {files}, for {record['device']}, {how}; how: build.json"
-
-
-def define(text: str) -> tuple[str, int]:
-    name, equals, value = text.partition("=")
-    if not name.isidentifier() or not (value.lstrip("-").isdecimal() or not equals):
-        raise argparse.ArgumentTypeError(f"expected NAME or NAME=NUMBER, not '{text}'")
-    return name, int(value) if equals else 1

@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from uq.commands.arguments import whole
-from uq.commands.npu_build import define
-from uq.errors import DeviceError, UsageError
+from uq.commands.npu_arguments import add_command, add_sources
+from uq.errors import UsageError
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -21,9 +21,7 @@ DEVICES = ("npu", "npu-emulator")
 
 def configure(commands: Any) -> None:
     about = "run a design once, on arrays of numpy"
-    parser = commands.add_parser(
-        "run", help=about, description=f"{about[0].upper()}{about[1:]}.", allow_abbrev=False
-    )
+    parser = add_command(commands, "run", about, run)
     add = parser.add_argument
     add(
         "design",
@@ -41,19 +39,10 @@ def configure(commands: Any) -> None:
         help="the buffers of the design in their order; those left out are random bytes",
     )
     add("--output", metavar="DIR", type=Path, help="write all buffers there afterwards")
-    add("--sources", metavar="DIR", type=Path, help="C++ of its kernels, for the emulator")
-    add(
-        "--define",
-        metavar="NAME=VALUE",
-        type=define,
-        action="append",
-        default=[],
-        help="a macro for all of them; may be repeated",
-    )
+    add_sources(parser)
     add("--seed", type=whole(0), default=0, metavar="N", help="of the random bytes (default 0)")
     add("--timeout", type=whole(1), default=10_000, metavar="MS", help="default: %(default)s")
     add("--json", action="store_true", help="print one JSON object")
-    parser.set_defaults(npu=run)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -98,13 +87,11 @@ def _on_emulator(args: argparse.Namespace) -> tuple[str, list[Any], list[Any]]:
     npu, emulator = emulated_npu(job.device.partition("_")[0])
     arrays = _arrays(args, job.buffers)
     before = [array.copy() for array in arrays]
-    with tempfile.TemporaryDirectory() as made:
-        program = emulator.program(job, Path(made))
-        try:
-            with npu.open(program) as opened:
-                opened.run(arrays, timeout=args.timeout)
-        except DeviceError as error:
-            raise emulator.fault or error from None
+    with (
+        tempfile.TemporaryDirectory() as made,
+        npu.open(emulator.program(job, Path(made))) as opened,
+    ):
+        opened.run(arrays, timeout=args.timeout)
     return f"{npu.name}, which has no clock", before, arrays
 
 

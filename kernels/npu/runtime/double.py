@@ -3,7 +3,8 @@
 Behind it stands a `Machine`, which the emulator is and tests write. As in pyxrt: wrong types are a
 TypeError, failures of XRT are RuntimeErrors, integers are C ints, `kernel(...)` drops arguments of
 wrong types without a word, and `load_xclbin` warns that it is deprecated. Stricter than hardware:
-host and device memory differ until a sync, and a run that lacks an argument fails.
+host and device memory differ until a sync, a run that lacks an argument fails, and nobody touches a
+buffer while a run has it. A run computes when it is awaited, the latest moment that hardware could.
 
 Written after src/python/pybind11/src/pyxrt.cpp of XRT (August 2026).
 """
@@ -200,6 +201,7 @@ class Bo:
             raise TypeError("bo(): incompatible constructor arguments")
         self._host = np.zeros(size, np.uint8)
         self.on_device = np.zeros(size, np.uint8)
+        self.runs = 0  # that have it
 
     def size(self) -> int:
         return len(self._host)
@@ -231,6 +233,8 @@ class Bo:
     def _inside(self, size: int, offset: int) -> None:
         if not (_int(size) and _int(offset)):
             raise TypeError("bo: incompatible function arguments")
+        if self.runs:
+            raise RuntimeError("the buffer belongs to a run that is under way")
         if size < 0 or offset < 0 or offset + size > self.size():
             raise RuntimeError("attempting to access past buffer size: Invalid argument")
 
@@ -271,13 +275,22 @@ class Run:
         self._kernel = kernel
         self._arguments = arguments
         self._state = State.ERT_CMD_STATE_SUBMITTED
+        self._claim(1)
 
     def wait(self, timeout_ms: int = 0) -> State:
         """0 waits for ever."""
         if not _int(timeout_ms) or timeout_ms < 0:
             raise TypeError("wait(): incompatible function arguments")
-        self._state = self._go(timeout_ms)
+        if self._state is State.ERT_CMD_STATE_SUBMITTED:
+            self._state = self._go(timeout_ms)
+            if self._state is State.ERT_CMD_STATE_COMPLETED:
+                self._claim(-1)  # after any other end the device may still write
         return self._state
+
+    def _claim(self, change: int) -> None:
+        for value in self._arguments.values():
+            if isinstance(value, Bo):
+                value.runs += change
 
     def state(self) -> State:
         return self._state

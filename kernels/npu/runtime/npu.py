@@ -8,15 +8,16 @@ cards and never called.
 from __future__ import annotations
 
 import importlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
+from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Self
 
 import numpy as np
 from numpy.typing import NDArray
 
-from uq.errors import DeviceError, ToolMissing, UsageError
+from uq.errors import DeviceError, ToolMissing, UqError, UsageError
 from uq.formats.xdna.metadata import GLOBAL
 from uq.kernels.npu.runtime.faults import NpuTimeout, ended, refused
 from uq.kernels.npu.runtime.pool import Pool
@@ -48,15 +49,19 @@ def load_pyxrt() -> Any:
 class Npu:
     """A device, and the buffers that its programs share."""
 
-    def __init__(self, xrt: Any, index: int = 0) -> None:
+    def __init__(
+        self, xrt: Any, index: int = 0, explain: Callable[[], UqError | None] = lambda: None
+    ) -> None:
         """
         Args:
             xrt: pyxrt, or what stands for it.
+            explain: why the last run failed, if the machine itself can tell.
 
         Raises:
             DeviceError: there is no such device.
         """
         self.xrt = xrt
+        self.explain = explain
         try:
             self.device = xrt.device(index)
             self.name = str(self.device.get_info(xrt.xrt_info_device.name))
@@ -120,66 +125,72 @@ class Opened:
     def run(self, arrays: Sequence[NDArray[Any]], *, timeout: int = TIMEOUT) -> None:
         """Run once. Every array is sent, and filled with what its buffer holds afterwards.
 
+        Args: and Raises: as `start` and `Running.wait`.
+        """
+        self.start(arrays).wait(timeout)
+
+    def start(
+        self,
+        arrays: Sequence[NDArray[Any]],
+        *,
+        results: int | None = None,
+        instructions: bytes | None = None,
+    ) -> Running:
+        """Send arrays and start a run on them, which goes on while the caller works.
+
         Args:
             arrays: one for each argument of the design's sequence; C-contiguous and writable.
-            timeout: milliseconds.
+            results: this many arrays, the last ones, are not sent but filled, and the others are
+                only sent; None sends and fills every one.
+            instructions: of another sequence of the same design; None: the program's own.
 
         Raises:
             UsageError: too many arrays, or one that cannot be sent.
-            NpuTimeout: no answer in time; the program must be opened again.
-            DeviceError: the run failed.
+            DeviceError: the run cannot be started.
         """
         views = [_bytes(array, index) for index, array in enumerate(arrays)]
-        self._check(views, timeout)
+        self._check(views)
+        code = self.program.instructions if instructions is None else instructions
+        sent = len(views) - (results or 0)
         with ExitStack() as stack:
-            code = self._take(stack, self.program.instructions, "cacheable", 1)
+            program = self._take(stack, len(code), "cacheable", 1)
+            self._send(program, code)
             data = [
-                self._take(stack, view, "host_only", FIRST_BUFFER + index)
+                self._take(stack, len(view), "host_only", FIRST_BUFFER + index)
                 for index, view in enumerate(views)
             ]
-            self._call((RUN_TXN, code, len(self.program.instructions), *data), timeout)
-            for view, buffer in zip(views, data, strict=True):
-                self._fetch(buffer, view)
+            for view, buffer in zip(views[:sent], data[:sent], strict=True):
+                self._send(buffer, view)
+            run = self._call((RUN_TXN, program, len(code), *data))
+            first = 0 if results is None else sent
+            fills = tuple(zip(views[first:], data[first:], strict=True))
+            return Running(self, run, fills, stack.pop_all())
 
-    def _check(self, views: Sequence[Bytes], timeout: int) -> None:
+    def _check(self, views: Sequence[Bytes]) -> None:
         if self._kernel is None:
             raise UsageError(f"{self.program.xclbin}: the program was closed; open it again")
         if len(views) > (most := len(self.program.buffers)):
             raise UsageError(f"{len(views)} arrays for a kernel of {most} buffers")
-        if not 0 < timeout <= MAX_INT:
-            raise UsageError(f"a timeout of {timeout} ms; use 1 to {MAX_INT}")
 
-    def _take(self, stack: ExitStack, content: bytes | Bytes, flags: str, argument: int) -> Any:
-        """A buffer for an argument with `content` in it."""
+    def _take(self, stack: ExitStack, nbytes: int, flags: str, argument: int) -> Any:
+        """A buffer for an argument."""
         group = self._kernel.group_id(argument)
-        size = len(content)
-        buffer = stack.enter_context(self.npu.pool.take(max(size, 1), flags, group))
+        return stack.enter_context(self.npu.pool.take(max(nbytes, 1), flags, group))
+
+    def _send(self, buffer: Any, content: bytes | Bytes) -> None:
         buffer.write(content, 0)
-        self._sync(buffer, "XCL_BO_SYNC_BO_TO_DEVICE", size)
-        return buffer
+        self.sync(buffer, "XCL_BO_SYNC_BO_TO_DEVICE", len(content))
 
-    def _fetch(self, buffer: Any, view: Bytes) -> None:
-        self._sync(buffer, "XCL_BO_SYNC_BO_FROM_DEVICE", len(view))
-        view[:] = np.asarray(buffer.read(len(view), 0)).view(np.uint8)
-
-    def _sync(self, buffer: Any, direction: str, size: int) -> None:
+    def sync(self, buffer: Any, direction: str, size: int) -> None:
         if size:
             buffer.sync(getattr(self.npu.xrt.xclBOSyncDirection, direction), size, 0)
 
-    def _call(self, arguments: Sequence[Any], timeout: int) -> None:
+    def _call(self, arguments: Sequence[Any]) -> Any:
         self._check_arguments(arguments)
         try:
-            run = self._kernel(*arguments)
-            state = run.wait(timeout)
+            return self._kernel(*arguments)
         except RuntimeError as error:
             raise refused("the run could not be started", error) from error
-        name = str(getattr(state, "name", state)).removeprefix("ERT_CMD_STATE_")
-        if name == "COMPLETED":
-            return
-        fault = ended(name, timeout)
-        if isinstance(fault, NpuTimeout):
-            self.close()
-        raise fault
 
     def _check_arguments(self, arguments: Sequence[Any]) -> None:
         """pyxrt's call drops an argument of a wrong type without a word, and runs."""
@@ -191,6 +202,49 @@ class Opened:
             if not right:
                 kind = "buffer" if wanted.qualifier == GLOBAL else f"whole number up to {MAX_INT}"
                 raise UsageError(f"argument {wanted.name} takes a {kind}, not {value!r}")
+
+
+@dataclass(frozen=True)
+class Running:
+    """A run under way. Its buffers are its own until `wait` has seen its end.
+
+    Attributes:
+        fills: arrays' bytes, and the buffers that they are filled from.
+        held: the buffers; given back to the pool when it is closed.
+    """
+
+    opened: Opened
+    run: Any
+    fills: tuple[tuple[Bytes, Any], ...]
+    held: ExitStack
+
+    def wait(self, timeout: int = TIMEOUT) -> None:
+        """Fill the arrays. After a failure the buffers are dropped: the NPU may still write.
+
+        Args:
+            timeout: milliseconds.
+
+        Raises:
+            UsageError: a timeout that XRT does not take.
+            NpuTimeout: no answer in time; the program must be opened again.
+            DeviceError: the run failed.
+        """
+        if not 0 < timeout <= MAX_INT:
+            raise UsageError(f"a timeout of {timeout} ms; use 1 to {MAX_INT}")
+        try:
+            state = self.run.wait(timeout)
+        except RuntimeError as error:
+            raise refused("the run broke off", error) from error
+        name = str(getattr(state, "name", state)).removeprefix("ERT_CMD_STATE_")
+        if name != "COMPLETED":
+            fault = ended(name, timeout)
+            if isinstance(fault, NpuTimeout):
+                self.opened.close()
+            raise self.opened.npu.explain() or fault
+        for view, buffer in self.fills:
+            self.opened.sync(buffer, "XCL_BO_SYNC_BO_FROM_DEVICE", len(view))
+            view[:] = np.asarray(buffer.read(len(view), 0)).view(np.uint8)
+        self.held.close()
 
 
 def _bytes(array: NDArray[Any], index: int) -> Bytes:

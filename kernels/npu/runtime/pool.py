@@ -14,7 +14,7 @@ Key = tuple[int, str, int]
 
 
 class Pool:
-    """Buffers by size in pages, kind and memory group."""
+    """Buffers by size, a power of two pages, and by kind and memory group."""
 
     def __init__(self, xrt: Any, device: Any) -> None:
         self._xrt = xrt
@@ -34,7 +34,8 @@ class Pool:
         Raises:
             DeviceError: there is no memory for it.
         """
-        key = (-(-nbytes // PAGE) * PAGE, flags, group)
+        pages = 1 << (-(-nbytes // PAGE) - 1).bit_length()  # a growing cache finds its size again
+        key = (pages * PAGE, flags, group)
         buffer = self._free[key].pop() if self._free[key] else self._make(key)
         yield buffer
         self._free[key].append(buffer)
