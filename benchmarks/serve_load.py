@@ -1,6 +1,7 @@
 """What `uq serve` makes of its backend, and whether it keeps every request apart.
 
 python benchmarks/serve_load.py rate BUNDLE             tokens per second beside the bare batch
+python benchmarks/serve_load.py stream BUNDLE           the same, every token sent as it comes
 python benchmarks/serve_load.py many BUNDLE [REQUESTS]  short requests; each answer is checked
 """
 
@@ -27,23 +28,24 @@ from uq.kernels.session import BatchSession, Piece, Sampling
 
 AT_A_TIME, PROMPT, GENERATED, ROUNDS = 16, 64, 64, 8
 WORDS = ["the", "time", "of", "a", "world", "and", "its", "city", "in", "which", "no", "one"]
+READ = 1 << 20  # bytes that an answer may have
 KINDS = 100  # different requests; their answers are computed once, alone
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("what", choices=("rate", "many"))
+    parser.add_argument("what", choices=("rate", "stream", "many"))
     parser.add_argument("bundle", type=Path)
     parser.add_argument("requests", type=int, nargs="?", default=10_000)
     args = parser.parse_args()
     bundle = open_bundle(args.bundle)
-    if args.what == "rate":
-        asyncio.run(rate(bundle))
-    else:
+    if args.what == "many":
         asyncio.run(many(bundle, args.requests))
+    else:
+        asyncio.run(rate(bundle, stream=args.what == "stream"))
 
 
-async def rate(bundle: Bundle) -> None:
+async def rate(bundle: Bundle, *, stream: bool) -> None:
     """Alternate rounds of the bare batch and of the server; medians, and of the ratios of pairs."""
     session = open_batch(bundle, slots=AT_A_TIME, max_context=1024)
     bare, served = [], []
@@ -51,7 +53,7 @@ async def rate(bundle: Bundle) -> None:
         for number in range(1 + ROUNDS):
             prompts = random_prompts(bundle, number)
             bare.append(batch_rate(session, prompts))
-            served.append(await served_rate(port, prompts))
+            served.append(await served_rate(port, prompts, stream))
     del bare[0], served[0]  # the first round warms up
     print(f"the batch alone: {spread(bare, 1)} tokens/s")
     print(f"uq serve:        {spread(served, 1)} tokens/s")
@@ -64,8 +66,12 @@ def spread(values: list[float], digits: int) -> str:
     return f"{middle:.{digits}f} ({low:.{digits}f} to {high:.{digits}f})"
 
 
-async def served_rate(port: int, prompts: list[list[int]]) -> float:
-    bodies = [{"prompt": prompt, "max_tokens": GENERATED, "temperature": 0} for prompt in prompts]
+async def served_rate(port: int, prompts: list[list[int]], stream: bool) -> float:
+    """Generated tokens per second, from sending the first request to reading the last answer."""
+    options: dict[str, object] = {"max_tokens": GENERATED, "temperature": 0}
+    if stream:
+        options |= {"stream": True, "stream_options": {"include_usage": True}}
+    bodies = [options | {"prompt": prompt} for prompt in prompts]
     began = time.perf_counter()
     answers = await all_at_once(port, bodies, AT_A_TIME)
     count: int = sum(answer["usage"]["completion_tokens"] for answer in answers)
@@ -140,13 +146,14 @@ async def all_at_once(port: int, bodies: list[dict], width: int) -> list[dict]: 
     numbers = iter(range(len(bodies)))
 
     async def worker() -> None:
-        reader, writer = await asyncio.open_connection("127.0.0.1", port)
+        reader, writer = await asyncio.open_connection("127.0.0.1", port, limit=READ)
         for number in numbers:
             data = json.dumps(bodies[number]).encode()
             head = "POST /v1/completions HTTP/1.1\r\nHost: localhost\r\n"
             head += f"Content-Type: application/json\r\nContent-Length: {len(data)}\r\n\r\n"
             writer.write(head.encode() + data)
-            answers[number] = await read_answer(reader)
+            read = read_stream if bodies[number].get("stream") else read_answer
+            answers[number] = await read(reader)
         writer.close()
 
     await asyncio.gather(*(worker() for _ in range(width)))
@@ -160,6 +167,12 @@ async def read_answer(reader: asyncio.StreamReader) -> dict:  # type: ignore[typ
     if " 200 " not in head.splitlines()[0]:
         raise SystemExit(f"{head.splitlines()[0]}: {body}")
     return body  # type: ignore[no-any-return]
+
+
+async def read_stream(reader: asyncio.StreamReader) -> dict:  # type: ignore[type-arg]
+    """The event behind the last token: it holds the usage."""
+    events = (await reader.readuntil(b"data: [DONE]\n\n\r\n0\r\n\r\n")).split(b"data: ")
+    return json.loads(events[-2].partition(b"\n")[0])  # type: ignore[no-any-return]
 
 
 @contextmanager

@@ -11,7 +11,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -26,8 +26,9 @@ from numpy.typing import NDArray
 from uq.cli import main
 from uq.formats.bundle import Bundle, open_bundle
 from uq.formats.writer import BundleWriter
+from uq.kernels.backends import open_batch
 from uq.kernels.cpu.session import CpuSession
-from uq.kernels.session import Sampling
+from uq.kernels.session import BatchSession, Piece, Sampling
 from uq.serve import app
 from uq.serve.server import ServeOptions, Server, listening, running, web_server
 
@@ -415,6 +416,29 @@ def log_softmax(logits: NDArray[np.float32]) -> NDArray[np.float64]:
     rows = logits.astype(np.float64)
     logs: NDArray[np.float64] = rows - np.log(np.exp(rows).sum(axis=1, keepdims=True))
     return logs
+
+
+def test_one_thread_opens_the_model_and_runs_it(
+    bundle: Bundle, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two would have a team of OpenMP threads each, more than there are cores."""
+    opened = []
+
+    def opening(*args: Any, **options: Any) -> BatchSession:
+        opened.append(threading.current_thread())
+        return open_batch(*args, **options)
+
+    monkeypatch.setattr("uq.serve.server.open_batch", opening)
+    with site(bundle) as fresh:
+        before, ran = fresh.server.session.extend, []
+
+        def extend(pieces: Sequence[Piece]) -> NDArray[np.float32]:
+            ran.append(threading.current_thread())
+            return before(pieces)
+
+        monkeypatch.setattr(fresh.server.session, "extend", extend)
+        assert fresh.send("POST", "/v1/completions", {"prompt": "x", "max_tokens": 2})[0] == 200
+    assert set(ran) == set(opened) != {threading.main_thread()}
 
 
 def test_the_command_serves_until_it_is_told_to_stop(bundle: Bundle) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
@@ -267,7 +268,7 @@ def test_the_common_beginning(one: list[int], other: list[int], length: int) -> 
 
 def test_a_full_queue_takes_all_or_none(bundle: Bundle, tokenizer: Tokenizer) -> None:
     session = CpuBatch(bundle.config, bundle, slots=1, max_context=CONTEXT)
-    engine = Engine(session, tokenizer, Metrics(), queue=3)
+    engine = Engine(session, tokenizer, Metrics(), thread=ThreadPoolExecutor(1), queue=3)
     job = (Job((2, 3), 1, Sampling()), list[Update]().append)
     with pytest.raises(QueueFull):
         engine.submit([job] * 4)

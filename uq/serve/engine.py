@@ -8,6 +8,7 @@ import threading
 import traceback
 from collections import deque
 from collections.abc import Sequence as Many
+from concurrent.futures import Executor, Future
 from types import TracebackType
 
 from uq.errors import UqError
@@ -39,20 +40,32 @@ class Engine:
     """Runs a `Scheduler` in a thread that alone has the session, within a `with` block."""
 
     def __init__(
-        self, session: BatchSession, tokenizer: Tokenizer, metrics: Metrics, *, queue: int
+        self,
+        session: BatchSession,
+        tokenizer: Tokenizer,
+        metrics: Metrics,
+        *,
+        thread: Executor,
+        queue: int,
     ) -> None:
-        """`queue`: jobs that may wait for a slot."""
-        self._tokenizer, self._queue = tokenizer, queue
+        """
+        Args:
+            thread: of one worker, which opened the session: OpenMP keeps a team for every thread
+                that ever began parallel work, and where two teams exceed the cores, each goes to
+                sleep between two loops (decoding took 1.3 times as long).
+            queue: jobs that may wait for a slot.
+        """
+        self._tokenizer, self._thread, self._queue = tokenizer, thread, queue
         self._scheduler = Scheduler(session, metrics)
         metrics.waiting.set_function(lambda: len(self._scheduler.waiting))
         metrics.running.set_function(lambda: len(self._scheduler.running))
         self._arrived: deque[Sequence] = deque()
         self._changed = threading.Condition()
         self._closed = False
-        self._thread = threading.Thread(target=self._run, name="uq-engine", daemon=True)
+        self._work: Future[None] | None = None
 
     def __enter__(self) -> Engine:
-        self._thread.start()
+        self._work = self._thread.submit(self._run)
         return self
 
     def __exit__(
@@ -65,7 +78,8 @@ class Engine:
         with self._changed:
             self._closed = True
             self._changed.notify()
-        self._thread.join()
+        assert self._work is not None
+        self._work.result()
 
     def submit(self, jobs: Many[tuple[Job, Sink]]) -> Ticket:
         """Queue jobs, all or none. Sinks are called in the engine's thread and must not wait.

@@ -7,6 +7,7 @@ import ipaddress
 import os
 import socket
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import uvicorn
@@ -143,11 +144,14 @@ def running(bundle: Bundle, options: ServeOptions) -> Iterator[Server]:
         template = find_template(bundle, options.template)
         if template is not None:
             stack.enter_context(template).start()
-        session = open_batch(
-            bundle, options.device, slots=options.parallel, max_context=context,
+        thread = stack.enter_context(ThreadPoolExecutor(1, "uq-engine"))
+        session = thread.submit(
+            open_batch, bundle, options.device, slots=options.parallel, max_context=context,
             threads=options.threads, numerics=options.numerics,
-        )  # fmt: skip
-        engine = stack.enter_context(Engine(session, tokenizer, metrics, queue=options.queue))
+        ).result()  # fmt: skip
+        engine = stack.enter_context(
+            Engine(session, tokenizer, metrics, thread=thread, queue=options.queue)
+        )
         service = Service(name, tokenizer, template, max_context=context, capacity=options.queue)
         application = Application(
             service, engine, metrics, fingerprint=f"uq-{bundle.sha256[:12]}",
