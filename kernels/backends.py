@@ -98,6 +98,16 @@ def is_device(text: str) -> bool:
     return bool(wish) and name == "vulkan" if colon else name in DEVICES
 
 
+def device_numerics(device: str, numerics: Numerics) -> Numerics:
+    """What a device keeps in integers when it is asked for `numerics`: a GPU that is asked for by
+    name what its kernels have, any other device nothing."""
+    from uq.kernels.numerics import FLOAT
+    from uq.kernels.vulkan.engine import has_numerics
+
+    is_gpu = device.partition(":")[0] == "vulkan"
+    return numerics if is_gpu and has_numerics(numerics) else FLOAT
+
+
 def open_reference(checkpoint: Checkpoint, device: str, *, max_context: int) -> Session:
     """Run a checkpoint in floating point: on a GPU as it is stored, else in float32.
 
@@ -202,7 +212,13 @@ def _vulkan(wish: str) -> Backend:
     def open_it(bundle: Bundle, options: Options) -> Session:
         from uq.kernels.vulkan import open_vulkan
 
-        return open_vulkan(bundle, wish, max_context=options.max_context, numerics=options.numerics)
+        return open_vulkan(
+            bundle,
+            wish,
+            max_context=options.max_context,
+            numerics=options.numerics,
+            speculate=options.speculate,
+        )
 
     def open_batch(bundle: Bundle, slots: int, options: Options) -> BatchSession:
         from uq.kernels.vulkan import open_vulkan_batch
@@ -247,6 +263,9 @@ def _check_cpu(options: Options) -> None:
     from uq.kernels.numerics import FLOAT
 
     if options.numerics not in (None, FLOAT):
-        raise UsageError("the CPU keeps keys and values in float32; use --device vulkan for --kv")
+        raise UsageError(
+            "the CPU keeps inputs of linears, keys and values in float32; use --device vulkan for "
+            "--activations and --kv"
+        )
     if options.speculate:
         raise UsageError("the CPU does not check guessed tokens; use --device vulkan")

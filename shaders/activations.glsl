@@ -1,34 +1,51 @@
-// The input of a linear. FLOAT_X: float32 in order. Otherwise 16-bit fixed point, each 32 channels
-// with their own scale, as two signed bytes (value = 256 high + low): products with integer codes
-// are then exact, and four of them are one instruction. A tile of 128 channels is
+// The input of a linear. FLOAT_X: float32 in order. Otherwise integers, each 32 channels with their own
+// scale: products with integer codes are then exact, and four of them are one instruction. They have
+// 16 bits, as two signed bytes (value = 256 high + low), or with INT8_X 8 bits, the high bytes alone. A
+// tile of 128 channels is
 //
 //     uvec4[2][4]  high bytes: half of the 32 channels, piece of 32
-//     uvec4[2][4]  low bytes
+//     uvec4[2][4]  low bytes, not with INT8_X
 //     float[4]     scale of each piece
 //     int[4]       sum of each piece's values, for weights with a zero point
 
+layout(constant_id = 20) const bool INT8_X = false;
+
 const float FULL = 32512.0;   // 127 * 256: the high byte of no value exceeds 127
-const uint X_WORDS = 72;  // in a tile
+const uint X_WORDS = INT8_X ? 40 : 72;  // in a tile
+const uint LOW_WORDS = 32;
+const uint SCALE_WORDS = X_WORDS - 8;
 
 uint packed_bytes(ivec4 v) {
     uvec4 b = uvec4(v) & 0xFFu;
     return b.x | b.y << 8 | b.z << 16 | b.w << 24;
 }
 
+// Codes of four channels, and the scale that `peak`, the greatest magnitude of their 32, asks for.
+ivec4 quantized(vec4 v, float peak, out float scale) {
+    if (INT8_X) {  // kernels/numerics.py, Int8Activations
+        scale = peak / 127.0;
+        return clamp(ivec4(roundEven(v / (peak > 0.0 ? scale : 1.0))), -127, 127);
+    }
+    scale = peak / FULL;
+    return ivec4(round(v * (peak > 0.0 ? FULL / peak : 0.0)));
+}
+
 // Store channels 4 * quad .. 4 * quad + 3. The eight lanes that share 32 channels call it together.
 void store_fixed(Uints x, uint first_word, uint quad, vec4 v) {
     vec4 size = abs(v);
-    float peak = team_max(max(max(size.x, size.y), max(size.z, size.w)), 8);
-    ivec4 code = ivec4(round(v * (peak > 0.0 ? FULL / peak : 0.0)));
-    ivec4 high = (code + 128) >> 8;
+    float peak = team_max(max(max(size.x, size.y), max(size.z, size.w)), 8), scale;
+    ivec4 code = quantized(v, peak, scale);
+    ivec4 high = INT8_X ? code : (code + 128) >> 8;
     float sum = team_sum(float(code.x + code.y + code.z + code.w), 8);  // exact: below 2^24
     uint word = quad % 8, piece = quad / 8 % 4, tile = first_word + quad / 32 * X_WORDS;
     uint place = tile + (word / 4 * 4 + piece) * 4 + word % 4;
     x.at[place] = packed_bytes(high);
-    x.at[place + 32] = packed_bytes(code - (high << 8));
+    if (!INT8_X) {
+        x.at[place + LOW_WORDS] = packed_bytes(code - (high << 8));
+    }
     if (word == 0) {
-        x.at[tile + 64 + piece] = floatBitsToUint(peak / FULL);
-        x.at[tile + 68 + piece] = uint(int(sum));
+        x.at[tile + SCALE_WORDS + piece] = floatBitsToUint(scale);
+        x.at[tile + SCALE_WORDS + 4 + piece] = uint(int(sum));
     }
 }
 

@@ -3,16 +3,14 @@
 // y = x W^T for many columns of x (tokens), without matrix instructions.
 //
 // A workgroup makes BM tokens x BN rows of the weight, in steps of 32 channels: x and the codes go
-// through shared memory, a lane keeps TM x TN sums. With INTEGER_DOT the codes meet the high bytes of
-// the fixed-point x, which alone are INT8 with a scale per 32 channels, and where LOW_BYTES says so the
-// low bytes, too: integers and exact. Otherwise both are float32.
+// through shared memory, a lane keeps TM x TN sums. With INTEGER_DOT the codes meet the bytes of x:
+// integers and exact. Otherwise both are float32.
 #include "common.glsl"
 layout(constant_id = 1) const uint GROUP = 32;
 layout(constant_id = 2) const uint BM = 32;
 layout(constant_id = 3) const uint BN = 32;
 layout(constant_id = 4) const uint TM = 4;  // BM / TM * (BN / TN) lanes
 layout(constant_id = 5) const uint TN = 4;
-layout(constant_id = 6) const bool LOW_BYTES = true;
 #include "gemm_bytes.glsl"
 #include "weights.glsl"
 
@@ -26,7 +24,7 @@ layout(push_constant) uniform Push {
 #ifdef INTEGER_DOT
 #define PACK uvec4
 const uint PACKS = 2;
-const uint X_PACKS = LOW_BYTES ? 4 : 2;
+const uint X_PACKS = INT8_X ? 2 : 4;
 #else
 #define PACK vec4
 const uint PACKS = 8;
@@ -53,20 +51,22 @@ void stage_x(uint i, uint tile, uint piece) {
 #ifdef INTEGER_DOT
     x_packs[i] = v.high[0];
     x_packs[BM + i] = v.high[1];
-    if (LOW_BYTES) {
+    if (!INT8_X) {
         x_packs[2 * BM + i] = v.low[0];
         x_packs[3 * BM + i] = v.low[1];
     }
-    x_scales[i] = LOW_BYTES ? v.scale : 256.0 * v.scale;
+    x_scales[i] = v.scale;
 #if ZERO_POINT
-    const uvec4 ones = uvec4(0x01010101u);
-    x_sums[i] = LOW_BYTES ? v.sum : dot_vectors(v.high[0], ones) + dot_vectors(v.high[1], ones);
+    x_sums[i] = v.sum;
 #endif
 #else
     [[unroll]] for (uint p = 0; p < PACKS; p++) {
 #if WEIGHT <= INT8
-        ivec4 high = unpack_bytes(v.high[p / 4][p % 4]), low = unpack_bytes(v.low[p / 4][p % 4]);
-        x_packs[p * BM + i] = vec4(256 * high + low) * v.scale;
+        ivec4 code = unpack_bytes(v.high[p / 4][p % 4]);
+        if (!INT8_X) {
+            code = 256 * code + unpack_bytes(v.low[p / 4][p % 4]);
+        }
+        x_packs[p * BM + i] = vec4(code) * v.scale;
 #else
         x_packs[p * BM + i] = uintBitsToFloat(v.quad[p]);
 #endif
@@ -105,10 +105,10 @@ void multiply_step(uint down, uint across) {
         [[unroll]] for (uint i = 0; i < TM; i++) {
             uint at = p * BM + i * DOWN + down;
             uvec4 a = x_packs[at];
-            uvec4 b = LOW_BYTES ? x_packs[2 * BM + at] : uvec4(0);
+            uvec4 b = INT8_X ? uvec4(0) : x_packs[2 * BM + at];
             [[unroll]] for (uint j = 0; j < TN; j++) {
                 high[i * TN + j] += dot_vectors(w[j], a);
-                low[i * TN + j] += LOW_BYTES ? dot_vectors(w[j], b) : 0;
+                low[i * TN + j] += INT8_X ? 0 : dot_vectors(w[j], b);
             }
         }
     }
@@ -116,7 +116,7 @@ void multiply_step(uint down, uint across) {
         uint m = i * DOWN + down;
         [[unroll]] for (uint j = 0; j < TN; j++) {
             uint n = j * ACROSS + across, at = i * TN + j;
-            int sum = LOW_BYTES ? 256 * high[at] + low[at] : high[at];
+            int sum = INT8_X ? high[at] : 256 * high[at] + low[at];
 #if ZERO_POINT
             sum -= w_zeros[n] * x_sums[m];
 #endif

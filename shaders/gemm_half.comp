@@ -22,10 +22,12 @@ vec4 quad(uint column, uint i) {
     if (FLOAT_X) {
         return uintBitsToFloat(x.at[tile * 32 + i % 32]);
     }
-    uint from = tile * (X_WORDS / 4) + word / 4 * 4 + piece;
-    ivec4 high = unpack_bytes(x.at[from][word % 4]), low = unpack_bytes(x.at[from + 8][word % 4]);
-    float scale = uintBitsToFloat(x.at[tile * (X_WORDS / 4) + 16][piece]);
-    return vec4(256 * high + low) * scale;
+    uint base = tile * (X_WORDS / 4), from = base + word / 4 * 4 + piece;
+    ivec4 code = unpack_bytes(x.at[from][word % 4]);
+    if (!INT8_X) {
+        code = 256 * code + unpack_bytes(x.at[from + LOW_WORDS / 4][word % 4]);
+    }
+    return vec4(code) * uintBitsToFloat(x.at[base + SCALE_WORDS / 4][piece]);
 }
 
 void main() {

@@ -118,11 +118,13 @@ Input load_input(Words x, uint tile, uint piece) {
     uint base = tile * (X_WORDS / 4);
     y.high[0] = x.at[base + piece];
     y.high[1] = x.at[base + 4 + piece];
-    y.low[0] = x.at[base + 8 + piece];
-    y.low[1] = x.at[base + 12 + piece];
-    y.scale = uintBitsToFloat(x.at[base + 16][piece]);
+    if (!INT8_X) {
+        y.low[0] = x.at[base + LOW_WORDS / 4 + piece];
+        y.low[1] = x.at[base + LOW_WORDS / 4 + 4 + piece];
+    }
+    y.scale = uintBitsToFloat(x.at[base + SCALE_WORDS / 4][piece]);
 #if ZERO_POINT
-    y.sum = int(x.at[base + 17][piece]);
+    y.sum = int(x.at[base + SCALE_WORDS / 4 + 1][piece]);
 #endif
     return y;
 }
@@ -134,9 +136,10 @@ int dot_vectors(uvec4 a, uvec4 b) {
 // Exact in 32-bit integers: 32 codes of 8 bits times 16-bit values stay below 2^31.
 float multiply(Piece piece, Input y) {
     uvec4 first = codes(piece, 0), second = codes(piece, 1);
-    int high = dot_vectors(first, y.high[0]) + dot_vectors(second, y.high[1]);
-    int low = dot_vectors(first, y.low[0]) + dot_vectors(second, y.low[1]);
-    int total = 256 * high + low;
+    int total = dot_vectors(first, y.high[0]) + dot_vectors(second, y.high[1]);
+    if (!INT8_X) {
+        total = 256 * total + dot_vectors(first, y.low[0]) + dot_vectors(second, y.low[1]);
+    }
 #if ZERO_POINT
     total -= piece.zero * y.sum;
 #endif

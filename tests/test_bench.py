@@ -12,6 +12,8 @@ from tests.vulkan_lab import no_messages  # noqa: F401
 from uq.cli import main
 from uq.formats.bundle import open_bundle
 from uq.validate.bench import BenchOptions, bench
+from uq.validate.integers import IntegerLoss
+from uq.validate.report import Estimate
 
 SHORT = ("--prompt", "5", "--generate", "3", "--repeats", "2")
 
@@ -86,3 +88,21 @@ def test_what_cannot_be_measured_is_refused(
 ) -> None:
     assert main(["bench", str(bundle), "--device", "cpu", *SHORT, *options]) != 0
     assert message in capsys.readouterr().err
+
+
+def test_integers_beside_the_weights_are_held_against_the_float_run(
+    bundle: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = ["bench", str(bundle), "--device", "vulkan", *SHORT, "--json"]
+    assert main([*command, "--activations", "int8"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert "INT8 activations" in found["device"]["features"]
+    assert found["integer_loss"]["tokens"] == 127
+    assert 0 < found["integer_loss"]["kld"]["value"] < 0.1
+
+
+def test_the_loss_of_integers_in_a_sentence() -> None:
+    loss = IntegerLoss(Estimate(0.00219, 0.00005), 127)
+    assert str(loss) == (
+        "Mean KL to the same device's float run: 0.0022 ± 5e-05 over 127 tokens of text."
+    )

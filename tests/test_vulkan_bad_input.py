@@ -16,8 +16,9 @@ from uq.errors import DeviceError, UsageError
 from uq.formats.bundle import open_bundle
 from uq.formats.checkpoint import open_checkpoint
 from uq.formats.config import GemmaConfig
-from uq.kernels import backends
+from uq.kernels import backends, vulkan
 from uq.kernels.backends import Backend, open_batch, open_session
+from uq.kernels.numerics import ACTIVATIONS, KV, Numerics
 from uq.kernels.session import Sampling, Session
 from uq.kernels.vulkan import commands, device
 from uq.kernels.vulkan.api import (
@@ -177,6 +178,20 @@ def test_the_cpu_has_no_integers_beside_the_weights(
 ) -> None:
     command = ["generate", str(tiny_bundle()), "-p", "a", "--device", "cpu", "--kv", "int8"]
     assert main(command) != 0
-    assert "the CPU keeps keys and values in float32; use --device vulkan" in (
-        capsys.readouterr().err
-    )
+    assert "the CPU keeps inputs of linears, keys and values in float32" in capsys.readouterr().err
+
+
+def test_all_options_reach_the_gpu(
+    tiny_bundle: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: dict[str, Any] = {}
+
+    def opened(*_: Any, **options: Any) -> None:
+        seen.update(options)
+        raise DeviceError("enough")
+
+    monkeypatch.setattr(vulkan, "open_vulkan", opened)
+    command = ["generate", str(tiny_bundle()), "-p", "a", "--device", "vulkan", "--speculate"]
+    assert main([*command, "--kv", "int8", "--activations", "int8"]) == 1
+    assert seen["numerics"] == Numerics(ACTIVATIONS["int8"], KV["int8"])
+    assert seen["speculate"] is True

@@ -18,7 +18,7 @@ from tests.vulkan_lab import Floats, Lab, no_messages  # noqa: F401
 from uq.errors import UsageError
 from uq.formats.checkpoint import open_checkpoint
 from uq.kernels.kv_format import KVFormat
-from uq.kernels.numerics import ACTIVATIONS, KV, Numerics
+from uq.kernels.numerics import KV, Int8Activations, Numerics
 from uq.kernels.reference import ReferenceSession
 from uq.kernels.session import Piece, Sampling
 from uq.kernels.vulkan.batch import VulkanBatch
@@ -168,8 +168,8 @@ def test_the_cache_needs_little_more_than_half(tiny_checkpoint: Callable[..., Pa
 @pytest.mark.parametrize(
     ("numerics", "message"),
     [
-        (Numerics(kv=KV["int4"]), "INT8 keys and values, and no other integers"),
-        (Numerics(ACTIVATIONS["int8"]), "INT8 keys and values, and no other integers"),
+        (Numerics(kv=KV["int4"]), "in groups of 32, and no other integers"),
+        (Numerics(Int8Activations(group=64)), "in groups of 32, and no other integers"),
         (INT8_KV, "head_dim 24 does not divide by 32"),
     ],
 )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -16,7 +17,7 @@ from uq.formats.spec import QuantTensor
 from uq.kernels.vulkan.commands import Recorder, Submission
 from uq.kernels.vulkan.device import Gpu, choose
 from uq.kernels.vulkan.memory import Arena, Span, Transfers
-from uq.kernels.vulkan.pipelines import Pipelines
+from uq.kernels.vulkan.pipelines import Constants, Pipelines
 from uq.kernels.vulkan.push import addresses, words
 from uq.kernels.vulkan.sources import float_tiles
 from uq.kernels.vulkan.weights import Kind, padded_rows, tiles_of
@@ -49,10 +50,11 @@ def no_messages(vulkan_messages: Path) -> Iterator[None]:
 class Lab:
     """One device; every array that is put there stays until it is closed."""
 
-    def __init__(self, cache: Path) -> None:
+    def __init__(self, cache: Path, common: Constants = MappingProxyType({})) -> None:
+        """`common`: as of `Pipelines`."""
         self.gpu = Gpu(choose())
         self.arena, self.transfers = Arena(self.gpu, 4 << 20), Transfers(self.gpu)
-        self.pipelines = Pipelines(self.gpu, cache)
+        self.pipelines = Pipelines(self.gpu, cache, common)
 
     def put(self, values: NDArray[Any]) -> Span:
         span = self.arena.take(values.nbytes)

@@ -12,6 +12,7 @@ from uq.kernels.profile import StageTime, StepTimes, by_label
 from uq.text import size, table
 from uq.validate.bandwidth import Ceiling
 from uq.validate.batch_speed import BatchRates, measure_batch
+from uq.validate.integers import Answers, IntegerLoss
 from uq.validate.report import Speed, Spread
 from uq.validate.speed import fixed_prompt, measure_speed
 
@@ -53,6 +54,7 @@ class Bench:
     Attributes:
         step: of one decode step behind the prompt; None when it was not asked for.
         batch: of several sequences together; None when it was not asked for.
+        integer_loss: of the integers beside the weights; None when there are none.
     """
 
     bundle: str
@@ -60,6 +62,7 @@ class Bench:
     speed: Speed
     step: StepTimes | None = None
     batch: BatchRates | None = None
+    integer_loss: IntegerLoss | None = None
 
     @property
     def stages(self) -> list[StageTime]:
@@ -78,6 +81,7 @@ class Bench:
             "share_of_ceiling": self.share_of_ceiling,
             "stages": [asdict(stage) for stage in self.stages],
             "batch": None if self.batch is None else asdict(self.batch),
+            "integer_loss": None if self.integer_loss is None else asdict(self.integer_loss),
         }
 
     def __str__(self) -> str:
@@ -101,6 +105,8 @@ class Bench:
             f"The ceiling is the measured read bandwidth, {bandwidth}, over {per_token} of weights "
             f"a token; decode reaches {self.share_of_ceiling:.0%} of it.",
         ]
+        if self.integer_loss is not None:
+            lines.append(str(self.integer_loss))
         if self.step is not None:
             stages = [
                 (stage.label, f"{stage.microseconds:.1f}", f"{stage.share:.1%}", stage.dispatches)
@@ -118,25 +124,35 @@ def bench(bundle: Bundle, options: BenchOptions | None = None) -> Bench:
         UsageError: it has no clock for the kernels that are to be timed.
     """
     options = options or BenchOptions()
-    alone = _bench_one(bundle, options)
+    alone, answers = _bench_one(bundle, options)
+    if answers:
+        exact = _open(bundle, replace(options, numerics=FLOAT))
+        alone = replace(alone, integer_loss=answers.loss(exact))
+        del exact  # its memory is the batch's
     return replace(alone, batch=_bench_batch(bundle, options)) if options.batch > 1 else alone
 
 
-def _bench_one(bundle: Bundle, options: BenchOptions) -> Bench:
-    session = open_session(
+def _open(bundle: Bundle, options: BenchOptions) -> Session:
+    return open_session(
         bundle,
         options.device,
         max_context=options.context,
         threads=options.threads,
         numerics=options.numerics,
     )
+
+
+def _bench_one(bundle: Bundle, options: BenchOptions) -> tuple[Bench, Answers | None]:
+    """Rates of a sequence, and where there are integers, what the model answers with them."""
+    session = _open(bundle, options)
     if options.kernels and session.probe is None:
         raise UsageError(f"{session.device.name} has no clock for its kernels; use --device vulkan")
     rates = measure_speed(
         session, prompt=options.prompt, generate=options.generate, repeats=options.repeats
     )
     step = _step(session, options.prompt) if options.kernels else None
-    return Bench(bundle.name, session.device, rates.beside(Ceiling.of(session)), step)
+    answers = Answers.of(session, bundle) if options.numerics != FLOAT else None
+    return Bench(bundle.name, session.device, rates.beside(Ceiling.of(session)), step), answers
 
 
 def _bench_batch(bundle: Bundle, options: BenchOptions) -> BatchRates:

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from uq import __version__
 from uq.errors import UsageError
 from uq.formats.chat import Render
-from uq.kernels.backends import open_reference, open_session
+from uq.kernels.backends import device_numerics, open_reference, open_session
 from uq.kernels.numerics import ACTIVATIONS, KV, Numerics
 from uq.progress import Progress, SilentProgress
 from uq.validate.bandwidth import Ceiling
@@ -70,7 +70,8 @@ class ValidateOptions:
             model and text; read if it is of these, else written.
         speed: whether tokens per second are measured, of `generate` tokens behind `prompt`.
         activations, kv: names in `uq.kernels.numerics.ACTIVATIONS` and `KV`; with another than
-            `float` their losses are told apart from the weights'.
+            `float` their losses are told apart from the weights', emulated on the reference; a GPU
+            that `device` names runs with those that its kernels have.
         max_kld, max_ppl_ratio, min_tps: limits; None is no limit. They judge the device's run.
         command: the arguments that the user gave, for the report.
     """
@@ -129,13 +130,18 @@ def validate(
     """
     options = options or ValidateOptions()
     progress = progress or SilentProgress()
-    Numerics(ACTIVATIONS[options.activations], KV[options.kv]).check(bundle.config)
+    numerics = Numerics(ACTIVATIONS[options.activations], KV[options.kv])
+    numerics.check(bundle.config)
     checkpoint, warnings = find_reference(bundle.manifest, reference, keep=options.keep)
     text = read_text(options.text)
     tokens = windows(bundle.tokenizer(), text, options.context, options.max_chunks, options.render)
 
     session = open_session(
-        bundle, options.device, max_context=options.cache_length, threads=options.threads
+        bundle,
+        options.device,
+        max_context=options.cache_length,
+        threads=options.threads,
+        numerics=device_numerics(options.device, numerics),
     )
     rates = _rates(session, options, options.repeats, "bundle", progress)
     alone = peak_memory()

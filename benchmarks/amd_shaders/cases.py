@@ -17,7 +17,7 @@ from uq.kernels.vulkan.cache import Cache, CacheSize
 from uq.kernels.vulkan.commands import Recorder
 from uq.kernels.vulkan.memory import Arena, Span, Transfers
 from uq.kernels.vulkan.model import Work, load_model, work_sizes
-from uq.kernels.vulkan.pipelines import Pipelines
+from uq.kernels.vulkan.pipelines import Constants, Pipelines
 from uq.kernels.vulkan.prefill import attention_constants, gemm_constants, gemm_module
 from uq.kernels.vulkan.runs import WIDTHS
 from uq.kernels.vulkan.stages import Stages
@@ -30,6 +30,7 @@ from uq.kernels.vulkan.wide import Abilities
 CONTEXT = 8192  # tokens of the KV cache
 WAVE, SHARED_BYTES = 64, 65536  # what RADV says of the chips: a subgroup, shared memory
 USUAL = (Kind.of(Spec(4, 32)), Kind.of(Spec(8, 32)))  # of the layers, of the embedding
+INT4Z = Kind.of(Spec(4, 32, zero_point=True))
 # The other kinds in one model, each with the group that spreads its work most.
 OTHERS = [Kind.of(spec) for spec in SPECS if spec.group == 32]
 OTHERS += [Kind(name) for name in ("f16", "bf16", "f32")]
@@ -52,18 +53,24 @@ ALONE = (
 
 
 def cases() -> list[Case]:
-    """Gemma 3 of every size as `uq quantize` makes it, and every kind of weight in the 4B."""
+    """Gemma 3 of every size as `uq quantize` makes it; in the 4B every kind of weight, and INT8
+    activations with and without zero points."""
     found: dict[Case, None] = {}
     for config in map(shape_config, SHAPES):
         found |= dict.fromkeys(session_cases(config, *USUAL))
         found |= dict.fromkeys(prefill_cases(config, [*USUAL, *OTHERS]))
+    config = shape_config("4b")
     for kind in OTHERS:
-        found |= dict.fromkeys(session_cases(shape_config("4b"), kind, kind))
+        found |= dict.fromkeys(session_cases(config, kind, kind))
+    for kinds in (USUAL, (INT4Z, INT4Z)):
+        found |= dict.fromkeys(session_cases(config, *kinds, int8_x=True))
     return list(found | dict.fromkeys(ALONE))
 
 
-def session_cases(config: GemmaConfig, body: Kind, table: Kind) -> Iterator[Case]:
-    inventory = Inventory()
+def session_cases(
+    config: GemmaConfig, body: Kind, table: Kind, *, int8_x: bool = False
+) -> Iterator[Case]:
+    inventory = Inventory({"INT8_X": True} if int8_x else {})
     arena, transfers, recorder = Nowhere(), NoTransfers(), Silent()
     model = load_model(config, Loader(NoWeights(config, body, table), arena, transfers))
     sizes = work_sizes(config, MOST_TOKENS, MOST_SEQUENCES, is_float=table.is_float)
@@ -108,11 +115,12 @@ def prefill_cases(config: GemmaConfig, kinds: Iterable[Kind]) -> Iterator[Case]:
 class Inventory(Pipelines):
     """Notes what is asked for."""
 
-    def __init__(self) -> None:
-        self.layout = None
+    def __init__(self, common: Constants) -> None:
+        self.layout, self._common = None, common
         self.cases: list[Case] = []
 
     def get(self, name: str, **constants: int | float) -> Any:
+        constants |= self.common(name)
         self.cases.append(Case(name, tuple(sorted(constants.items()))))
 
 

@@ -29,7 +29,7 @@ def open_vulkan(
     Args:
         wish: number or part of the name of the device; nothing is the best one.
         max_context: tokens that the KV cache holds.
-        numerics: with INT8 keys and values; None: float16.
+        numerics: with INT8 activations, or INT8 keys and values; None: 16 bits.
         speculate: check guessed tokens where the text repeats itself.
 
     Raises:

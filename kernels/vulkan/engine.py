@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from uq.errors import DeviceError, UsageError
 from uq.formats.config import EMBEDDING, GemmaConfig
-from uq.kernels.numerics import FLOAT, KV, Numerics
+from uq.kernels.numerics import ACTIVATIONS, FLOAT, KV, Numerics
 from uq.kernels.vulkan.autotune import tune
 from uq.kernels.vulkan.cache import Cache, CacheSize, check_memory
 from uq.kernels.vulkan.commands import Recorder, Submission
@@ -71,11 +71,11 @@ class Engine:
             UsageError: the kernels have no such numerics.
         """
         check_sizes(config)
-        check_numerics(config, numerics)
+        is_float = source.weight(EMBEDDING).kind.is_float
+        check_numerics(config, numerics, is_float=is_float)
         self.config, self._is_int8 = config, numerics.kv is not None
         self.widest = widest = widest if fits_tiles(config) else min(widest, COLUMNS)
         weights = weight_bytes(source, weight_names(config))
-        is_float = source.weight(EMBEDDING).kind.is_float
         tokens, rows = max(widest, COLUMNS, slots), max(COLUMNS, slots)
         sizes = work_sizes(config, tokens, rows, is_float=is_float)
         small = sum(map(aligned, sizes.values()))
@@ -84,14 +84,16 @@ class Engine:
         self.gpu = self._keep(Gpu(physical))
         self.close = weakref.finalize(self, _close, self.gpu, self._closing)
         self.transfers = self._keep(Transfers(self.gpu))
-        self.pipelines = self._keep(Pipelines(self.gpu, pipeline_cache))
+        common = {"INT8_X": numerics.activations is not None}
+        self.pipelines = self._keep(Pipelines(self.gpu, pipeline_cache, common))
         arena, activations = (self._keep(Arena(self.gpu, size)) for size in (weights, small))
         self.model = load_model(config, Loader(source, arena, self.transfers))
         self.work = Work.take(activations, sizes)
         for span in self.work.spans:
             self.transfers.fill(span)  # padding must be finite: it meets weights of zero
         self.mailbox = self._keep(Mailbox(self.gpu, self.work.state))
-        self._measured = pipeline_cache / f"{physical.identity}.json"
+        suffix = "-int8" if numerics.activations else ""
+        self._measured = pipeline_cache / f"{physical.identity}{suffix}.json"
         known = read_measured(self._measured)
         tuning = Tuning(physical.has("shaderIntegerDotProduct"), known)
         self._stages = Stages(
@@ -192,12 +194,27 @@ def check_sizes(config: GemmaConfig) -> None:
             )
 
 
-def check_numerics(config: GemmaConfig, numerics: Numerics) -> None:
+def check_numerics(config: GemmaConfig, numerics: Numerics, *, is_float: bool) -> None:
     """Refuse integers that the kernels do not have.
 
+    Args:
+        is_float: the weights are floating point.
+
     Raises:
-        UsageError: other than INT8 keys and values, or heads that do not divide by their groups.
+        UsageError: other than INT8, in other groups than 32 channels or of other weights than
+            integers, or the model's sizes do not divide by their groups.
     """
-    if numerics.activations is not None or numerics.kv not in (None, KV["int8"]):
-        raise UsageError("the Vulkan kernels have INT8 keys and values, and no other integers")
+    if not has_numerics(numerics):
+        raise UsageError(
+            "the Vulkan kernels have INT8 activations and INT8 keys and values in groups of 32, "
+            "and no other integers"
+        )
+    if is_float and numerics.activations is not None:
+        raise UsageError("INT8 activations need weights of integers; leave them float")
     numerics.check(config)
+
+
+def has_numerics(numerics: Numerics) -> bool:
+    """Whether the kernels have these integers."""
+    activations = ACTIVATIONS["float"], ACTIVATIONS["int8"]
+    return numerics.activations in activations and numerics.kv in (KV["float"], KV["int8"])

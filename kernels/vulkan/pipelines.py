@@ -6,6 +6,7 @@ import os
 import struct
 from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from uq.kernels.vulkan.api import array, binding, call, constant, create, new, text
@@ -23,9 +24,13 @@ class Pipelines:
 
     flags = 0  # VkPipelineCreateFlags
 
-    def __init__(self, gpu: Gpu, folder: Path) -> None:
-        """`folder`: where the drivers' caches lie, a file for each device and driver."""
-        self._gpu = gpu
+    def __init__(self, gpu: Gpu, folder: Path, common: Constants = MappingProxyType({})) -> None:
+        """
+        Args:
+            folder: where the drivers' caches lie, a file for each device and driver.
+            common: constants of every module that knows them.
+        """
+        self._gpu, self._common = gpu, common
         self._file = folder / f"{gpu.physical.identity}.bin"
         self._cache = self._read()
         stage = constant("SHADER_STAGE_COMPUTE_BIT")
@@ -41,10 +46,16 @@ class Pipelines:
 
         A float constant is given as a float, any other as an integer or a truth value.
         """
+        constants = {**constants, **self.common(name)}
         key = (name, *sorted(constants.items()))
         if key not in self._made:
             self._made[key] = self._make(name, constants)
         return self._made[key]
+
+    def common(self, name: str) -> Constants:
+        """Of the constants that all modules share, those that the module `name` has."""
+        known = VARIANTS[name].spec_constants
+        return {key: value for key, value in self._common.items() if key in known}
 
     def save(self) -> None:
         """Keep the driver's work for the next process; without a folder to write to, do not."""

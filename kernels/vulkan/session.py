@@ -1,9 +1,10 @@
 """Runs a bundle on a GPU through Vulkan. See `uq.kernels.session.Session`.
 
-The residual stream, norms and sums are float32; the input of every linear is 16-bit fixed point,
-scaled for each 32 channels; keys and values are float16 or INT8. Prompts run many tokens at a time;
-where the device has matrix instructions, both sides of their products are float16. A decode step is
-recorded once and replayed: token and position live on the device, several steps are one submit.
+The residual stream, norms and sums are float32; the input of every linear is 16-bit fixed point or
+INT8, scaled for each 32 channels; keys and values are float16 or INT8. Prompts run many tokens at a
+time; where the device has matrix instructions, both sides of their products are float16. A decode
+step is recorded once and replayed: token and position live on the device, several steps are one
+submit.
 """
 
 from __future__ import annotations
@@ -64,7 +65,8 @@ class VulkanSession:
                 result is kept in the same folder.
             speculate: check several guessed tokens in one pass where the text repeats itself.
                 Greedy text stays what it is: a token of a pass has the bits that it has alone.
-            numerics: with INT8 keys and values, half the memory and half the reads of a context.
+            numerics: with INT8 keys and values, half the memory and half the reads of a context;
+                with INT8 activations, half the integer dot products of every linear.
 
         Raises:
             DeviceError: the model does not fit, or the device fails.
@@ -73,7 +75,7 @@ class VulkanSession:
         if max_context < 1:
             raise UsageError(f"a context of {max_context} tokens; it must hold at least 1")
         self.config, self.max_context = config, max_context
-        self.device = describe(physical)
+        self.device = describe(physical, numerics)
         self._physical, self._pipeline_cache = physical, pipeline_cache
         self._engine = Engine(
             config, source, physical, pipeline_cache, max_context, widest, numerics=numerics
@@ -267,6 +269,9 @@ class VulkanSession:
         return self._scratch
 
 
-def describe(physical: PhysicalGpu) -> Device:
-    features = tuple(ability.name for ability in physical.ladder if ability.present)
-    return Device("vulkan", physical.name, physical.driver, features)
+def describe(physical: PhysicalGpu, numerics: Numerics) -> Device:
+    """What the device offers to the kernels, and what they keep in integers there."""
+    features = [ability.name for ability in physical.ladder if ability.present]
+    features += ["INT8 activations"] * (numerics.activations is not None)
+    features += ["INT8 keys and values"] * (numerics.kv is not None)
+    return Device("vulkan", physical.name, physical.driver, tuple(features))

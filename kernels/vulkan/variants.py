@@ -63,6 +63,8 @@ def _table(*rows: Variant) -> Mapping[str, Variant]:
 
 _NORM = ("ITEMS", "HIDDEN", "EPS", "POST_NORM", "KEEP_NORMED")
 _FLOATS = ("f16", "bf16", "f32")
+_X_PLACE = 20  # constant_id of INT8_X (shaders/activations.glsl)
+_WITHOUT_X = ("read.comp", "peaks.comp", "sample.comp")  # no inputs of linears
 
 
 def _decode_kernels() -> Iterator[Variant]:
@@ -109,13 +111,15 @@ def _kernel(
     features: tuple[str, ...] = (),
     constants: tuple[str, ...] = (),
 ) -> Variant:
+    if source not in _WITHOUT_X:
+        constants = (*constants, *["-"] * (_X_PLACE - len(constants)), "INT8_X")
     return Variant(name, source, macros, ("subgroup", *features), constants, "vulkan1.3")
 
 
 def _prefill_kernels() -> Iterator[Variant]:
     """Of many tokens at a time."""
     tile = ("LANES", "GROUP", "BM", "BN")
-    gemm, matrix = (*tile, "TM", "TN", "LOW_BYTES"), (*tile, "SM", "SN", "PAD")
+    gemm, matrix = (*tile, "TM", "TN"), (*tile, "SM", "SN", "PAD")
     for kind, macros in _weights().items():
         yield _kernel(f"gemm_{kind}", "gemm.comp", macros, constants=gemm)
         if kind not in _FLOATS:

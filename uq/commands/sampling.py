@@ -41,12 +41,16 @@ def add_device(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", type=device, default="auto", metavar="D", help=DEVICE_HELP)
     parser.add_argument("--threads", type=whole(1), metavar="N", help="default: one per core")
     parser.add_argument(
+        "--activations", choices=("float", "int8"), default="float",
+        help="int8: inputs of linears in 8 instead of 16 bits, on a GPU; default: %(default)s",
+    )  # fmt: skip
+    parser.add_argument(
         "--kv", choices=("float", "int8"), default="float",
         help="int8: a KV cache of about half the size, on a GPU; default: %(default)s",
     )  # fmt: skip
 
 
 def read_numerics(args: argparse.Namespace) -> Numerics:
-    from uq.kernels.numerics import KV, Numerics
+    from uq.kernels.numerics import ACTIVATIONS, KV, Numerics
 
-    return Numerics(kv=KV[args.kv])
+    return Numerics(ACTIVATIONS[args.activations], KV[args.kv])

@@ -49,11 +49,13 @@ def configure(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     add(
         "--activations", choices=("float", "int8"), default="float",
-        help="also tell what INT8 inputs of the linears lose, emulated; default: %(default)s",
+        help="also tell what INT8 inputs of the linears lose, emulated; --device vulkan runs with "
+        "them; default: %(default)s",
     )  # fmt: skip
     add(
         "--kv", choices=("float", "int8", "int4"), default="float",
-        help="also tell what a quantized KV cache loses, emulated; default: %(default)s",
+        help="also tell what a quantized KV cache loses, emulated; --device vulkan runs with int8; "
+        "default: %(default)s",
     )  # fmt: skip
     add("--threads", type=whole(1), metavar="N", help="default: one per core")
     add("--max-kld", type=real(0), metavar="X", help="fail if the mean KL divergence is above")
