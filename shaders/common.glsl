@@ -27,7 +27,7 @@ layout(buffer_reference, std430, buffer_reference_align = 16) coherent buffer Qu
 layout(local_size_x_id = 0) in;
 layout(constant_id = 0) const uint LANES = 64;  // invocations of a workgroup
 
-shared float subgroup_totals[128];  // 1024 invocations in subgroups of 8
+shared float part_totals[128];  // of parts of 8 lanes or more, at most 1024 lanes
 
 // Position in the workgroup such that the lanes of a subgroup follow each other.
 uint lane_index() {
@@ -49,30 +49,31 @@ float team_max(float value, uint lanes) {
     return value;
 }
 
-// Sum over the workgroup, known to all of it. Every invocation must call it.
+// Sum over the workgroup, known to all of it. Every invocation must call it. The order depends on LANES
+// alone, not on the size of a subgroup: drivers choose that for each pipeline.
 float workgroup_sum(float value) {
-    value = subgroupAdd(value);
-    if (subgroupElect()) {
-        subgroup_totals[gl_SubgroupID] = value;
+    value = team_sum(value, 8);
+    if (lane_index() % 8 == 0) {
+        part_totals[lane_index() / 8] = value;
     }
     barrier();
     float total = 0.0;
-    for (uint i = 0; i < gl_NumSubgroups; i++) {
-        total += subgroup_totals[i];
+    for (uint i = lane_index() % 8; i < LANES / 8; i += 8) {
+        total += part_totals[i];
     }
     barrier();
-    return total;
+    return team_sum(total, 8);
 }
 
 // Greatest value of the workgroup, known to all of it. Every invocation must call it.
 float workgroup_max(float value) {
     value = subgroupMax(value);
     if (subgroupElect()) {
-        subgroup_totals[gl_SubgroupID] = value;
+        part_totals[gl_SubgroupID] = value;
     }
     barrier();
     for (uint i = 0; i < gl_NumSubgroups; i++) {
-        value = max(value, subgroup_totals[i]);
+        value = max(value, part_totals[i]);
     }
     barrier();
     return value;
@@ -117,10 +118,12 @@ void advance(State state, uint sequence) {
 
 // c * tanh(x / c), without an overflow on the way.
 float softcap(float x, float cap) {
-    return cap - 2.0 * cap / (1.0 + exp(2.0 * x / cap));
+    precise float y = cap - 2.0 * cap / (1.0 + exp(2.0 * x / cap));
+    return y;
 }
 
 // gelu in its tanh form: x / (1 + exp(-2 v)), v = sqrt(2 / pi) (x + 0.044715 x^3).
 float gelu(float x) {
-    return x / (1.0 + exp(-1.5957691216057308 * (x + 0.044715 * x * x * x)));
+    precise float cubic = x + 0.044715 * x * x * x;
+    return x / (1.0 + exp(-1.5957691216057308 * cubic));
 }

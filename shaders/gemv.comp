@@ -5,8 +5,9 @@
 // A workgroup owns BLOCKS blocks of 16 rows. Its invocations are slices of 64 lanes; slice s takes
 // tiles s, s + slices, ... of the rows, so neighbours always read neighbouring memory.
 //
-// A column's sums are made in an order that depends on LANES alone, and nothing of it may be fused
-// (`precise`): a column has the same bits whatever else is computed with it.
+// A column's sums are made in an order that depends on LANES alone, not even on the size of a subgroup,
+// and nothing of it may be fused (`precise`): a column has the same bits whatever else is computed with
+// it, on whatever subgroups the driver takes for it.
 #include "common.glsl"
 layout(constant_id = 1) const uint GROUP = 32;  // channels that share a scale
 layout(constant_id = 2) const uint COLUMNS = 1;

@@ -1,5 +1,6 @@
 // The residual stream: hidden += norm(branch), then the activations of norm(hidden).
-// A workgroup holds a column in registers, ITEMS vectors of four channels in each invocation.
+// A workgroup holds a column in registers, ITEMS vectors of four channels in each invocation. Nothing is
+// fused (`precise`): a column has the same bits in every kernel that has the same LANES.
 
 layout(constant_id = 4) const uint ITEMS = 1;
 layout(constant_id = 5) const uint HIDDEN = 4;
@@ -11,9 +12,10 @@ const uint HIDDEN_QUADS = HIDDEN / 4;
 const uint HIDDEN_TILES = (HIDDEN + 127) / 128;
 
 float rms_factor(vec4 h[ITEMS]) {
-    float total = 0.0;
+    precise float total = 0.0;
     for (uint i = 0; i < ITEMS; i++) {
-        total += dot(h[i], h[i]);
+        precise vec4 square = h[i] * h[i];
+        total += square.x + square.y + square.z + square.w;
     }
     return inversesqrt(workgroup_sum(total) / float(HIDDEN) + EPS);
 }
@@ -49,7 +51,8 @@ void add_and_norm(
     for (uint i = 0; i < ITEMS; i++) {
         uint quad = i * LANES + lane_index();
         if (quad < HIDDEN_QUADS) {
-            h[i] += b[i] * factor * (POST_NORM ? branch_gain.at[quad] : vec4(1.0));
+            precise vec4 sum = h[i] + b[i] * factor * (POST_NORM ? branch_gain.at[quad] : vec4(1.0));
+            h[i] = sum;
             hidden.at[column * HIDDEN_QUADS + quad] = h[i];
         }
     }

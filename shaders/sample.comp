@@ -47,11 +47,11 @@ uint workgroup_min(uint value) {
 float before(float value) {
     float sum = subgroupExclusiveAdd(value);
     if (gl_SubgroupInvocationID == gl_SubgroupSize - 1) {
-        subgroup_totals[gl_SubgroupID] = sum + value;
+        part_totals[gl_SubgroupID] = sum + value;
     }
     barrier();
     for (uint i = 0; i < gl_SubgroupID; i++) {
-        sum += subgroup_totals[i];
+        sum += part_totals[i];
     }
     barrier();
     return sum;

@@ -21,6 +21,7 @@ from tokenizers.processors import TemplateProcessing
 
 from tests.hub_server.server import HubServer
 from tests.vulkan_lab import watch_validation
+from uq.formats.bundle import Bundle, open_bundle
 from uq.formats.checkpoint import open_checkpoint
 from uq.formats.checkpoint.demo import demo_gguf
 from uq.formats.checkpoint.read_ahead import THREAD
@@ -28,6 +29,7 @@ from uq.formats.config import EMBEDDING, FINAL_NORM, HEAD, layer_tensor
 from uq.formats.manifest import Manifest, Provenance, gain_name
 from uq.formats.spec import QuantTensor, Spec
 from uq.formats.writer import ArrayEntry, BundleWriter, Entry, QuantEntry
+from uq.quantize.pipeline import QuantizeOptions, quantize
 
 SPECIALS = ("<pad>", "<eos>", "<bos>", "<unk>", "<start_of_turn>", "<end_of_turn>")
 MODEL_TYPES = {"gemma": "gemma", "gemma2": "gemma2", "gemma3": "gemma3_text"}
@@ -275,6 +277,13 @@ def interruptible() -> list[str]:
 def real_gguf() -> Path:
     """The real Gemma 3 270M (Q4_K_M) from the packages of the extra `demo`."""
     return demo_gguf()
+
+
+@pytest.fixture(scope="session")
+def real_bundle(real_gguf: Path, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+    """The same, rounded to the nearest INT4 codes, its embedding INT8."""
+    out = tmp_path_factory.mktemp("real") / "bundle"
+    return open_bundle(quantize(open_checkpoint(real_gguf), out, QuantizeOptions(method="rtn")))
 
 
 def write_json(path: Path, data: Mapping[str, Any]) -> None:

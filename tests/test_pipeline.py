@@ -299,10 +299,12 @@ def test_a_short_calibration_text_leaves_nothing_behind(
 
 
 @pytest.mark.real
-def test_the_real_model_keeps_sane_errors(real_gguf: Path, tmp_path: Path) -> None:
-    bundle = bundle_of(real_gguf, tmp_path / "b")
-    errors = {name: record.relative_error for name, record in bundle.manifest.tensors.items()}
+def test_the_real_model_keeps_sane_errors(real_bundle: Bundle) -> None:
+    tensors = real_bundle.manifest.tensors
+    errors = {name: record.relative_error for name, record in tensors.items()}
     assert len(errors) == 1 + 18 * 7
     assert errors.pop(EMBEDDING) < 0.01  # type: ignore[operator]
     assert all(error is not None and 0.05 < error < 0.15 for error in errors.values())
-    assert bundle.bits_per_weight == pytest.approx((167.8 * 8.25 + 100.3 * 4.5) / 268.1, abs=0.01)
+    assert real_bundle.bits_per_weight == pytest.approx(
+        (167.8 * 8.25 + 100.3 * 4.5) / 268.1, abs=0.01
+    )

@@ -45,6 +45,17 @@ def test_no_kernel_spills_and_each_uses_its_instructions(
     assert [line for pair in made for line in problems(*pair)] == []
 
 
+@pytest.mark.parametrize("chip", CHIPS, ids=lambda chip: chip.family)
+def test_products_of_any_width_run_on_subgroups_of_one_size(
+    chip: Chip, compiled: Mapping[Chip, Future[Compilation]]
+) -> None:
+    """A column is summed up in the same order on any; here the compiler does not even differ."""
+    sizes: dict[str, set[int]] = {}
+    for case, one in zip(cases(), compiled[chip].result().pipelines, strict=True):
+        sizes.setdefault(case.module.partition("_")[0], set()).add(one.subgroup)
+    assert sizes["gemv"] == sizes["norm"] == sizes["attention"] == {64}
+
+
 def test_every_module_that_the_chips_would_pick_is_compiled() -> None:
     """All but the products without the integer dot product, which all three chips have."""
     without = {name for name in VARIANTS if re.fullmatch(r"gemv_int\dz?", name)}

@@ -308,15 +308,15 @@ def test_guessed_tokens_do_not_change_a_greedy_text(
     monkeypatch.setattr(Runs, "choices", counted)
     for session in (plain, guessing):
         session.prefill(prompt)
-    expected = list(plain.decode(70, GREEDY))
+    expected = list(plain.decode(50, GREEDY))
     found: list[int] = []
-    for cut in (1, 2, 3, 24, 40):
-        tokens = guessing.decode(70 - len(found), GREEDY)
+    for cut in (1, 2, 3, 14, 30):
+        tokens = guessing.decode(50 - len(found), GREEDY)
         found += islice(tokens, cut)
         tokens.close()  # type: ignore[attr-defined]
         assert guessing.position == len(prompt) + len(found)
     assert found == expected
     np.testing.assert_array_equal(guessing.next_logits, plain.next_logits)
-    assert 0 < len(passes) < 35  # fewer passes than tokens
+    assert 0 < len(passes) < 25  # fewer passes than tokens
     for session in (plain, guessing):
         session.close()

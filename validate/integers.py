@@ -40,7 +40,7 @@ class Answers:
     """Logits of a model behind tokens of a text, kept so that it need not stay in memory.
 
     Attributes:
-        tokens: (1, WINDOW) int32.
+        tokens: (1, window) int32.
         logits: (n, vocab) float32, at the scored positions.
     """
 
@@ -48,9 +48,9 @@ class Answers:
     logits: NDArray[np.float32]
 
     @classmethod
-    def of(cls, session: Session, bundle: Bundle) -> Answers:
+    def of(cls, session: Session, bundle: Bundle, window: int = WINDOW) -> Answers:
         """Raises DeviceError: the device fails, or the model overflows on it."""
-        tokens = chunks(bundle.tokenizer(), read_text(None).content, WINDOW, 1)
+        tokens = chunks(bundle.tokenizer(), read_text(None).content, window, 1)
         states = final_states(session, tokens, SilentProgress(), "integers")
         return cls(tokens, session.logits(states, 0, session.config.vocab_size))
 

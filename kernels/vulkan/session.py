@@ -64,7 +64,8 @@ class VulkanSession:
             tune: first measure how products are best cut into workgroups on this device; the
                 result is kept in the same folder.
             speculate: check several guessed tokens in one pass where the text repeats itself.
-                Greedy text stays what it is: a token of a pass has the bits that it has alone.
+                Greedy text stays what it is: a token of a pass has the bits that it has alone,
+                because every sum has an order of its own (shaders/gemv.comp).
             numerics: with INT8 keys and values, half the memory and half the reads of a context;
                 with INT8 activations, half the integer dot products of every linear.
 
