@@ -95,6 +95,22 @@ def test_two_object_files_of_one_core_have_no_old_spelling() -> None:
         to_syntax(parse_design(text).module, SYNTAXES["1.1"])
 
 
+def test_values_that_are_named_like_a_second_one_stay_apart() -> None:
+    tiles = "\n".join(f"%{name} = aie.tile({n}, 0)" for n, name in enumerate(("a_1", "a", "a_1_1")))
+    module = parse_design(
+        f"module {{ aie.device(npu1) {{ {tiles}\n%a_2 = aie.tile(3, 0) }} }}"
+    ).module
+    assert module.is_structurally_equivalent(parse_design(print_design(module)).module)
+
+
+def test_letters_beyond_ascii_are_printed_and_read() -> None:
+    text = 'module { aie.device(npu1) { %t = aie.tile(0, 2) {note = "größer"} } }'
+    module = parse_design(text).module
+    assert module.is_structurally_equivalent(parse_design(print_design(module)).module)
+    with pytest.raises(DesignError, match="not UTF-8"):
+        parse_design(text.replace("ö", "\\F6"))
+
+
 def test_both_names_of_the_sequence_are_read() -> None:
     for path, kind in ((LOWLEVEL, RuntimeSequence), (LEGACY, LegacyRuntimeSequence)):
         assert any(isinstance(op, kind) for op in read_design(path).module.walk())

@@ -1,12 +1,15 @@
-"""Valid files with random damage: a reader answers with a value or with a BundleError.
+"""Valid files with random damage: a reader answers with a value or with a UqError of one line.
 
-`scripts/fuzz FORMAT --runs N` does the same many more times.
+`scripts/fuzz FORMAT --runs N` does the same many more times and bounds time and memory.
 """
 
 import argparse
 import random
+import resource
+import signal
 import struct
 import time
+import tracemalloc
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -16,7 +19,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from uq.errors import BundleError
+from uq.errors import UqError
 from uq.formats.xdna import describe
 from uq.formats.xdna.cdo import parse_cdo
 from uq.formats.xdna.metadata import pack_metadata, parse_metadata
@@ -37,6 +40,8 @@ from uq.formats.xdna.txn import (
 )
 from uq.formats.xdna.txn import Write as WriteRegister
 from uq.formats.xdna.xclbin import Kind, parse_xclbin
+from uq.kernels.npu.source import parse_design, print_design
+from uq.kernels.npu.verify import verify
 
 GOLDEN = Path(__file__).parent / "golden" / "xdna"
 XCLBIN = (GOLDEN / "npu.xclbin").read_bytes()
@@ -56,6 +61,25 @@ TXN = Transaction(
     generation=NPU1,
     columns=4,
 ).to_bytes()
+DESIGN = b"""module { aie.device(npu1) {
+  %s = aie.tile(0, 0)
+  %c = aie.tile(0, 2)
+  %b = aie.buffer(%c) {sym_name = "b"} : memref<4xi8>
+  %l = aie.lock(%c, 1) {init = 0 : i32}
+  aie.objectfifo @in(%s, {%c}, 2 : i32) : !aie.objectfifo<memref<8xi32>>
+  aie.core(%c) {
+    %i = arith.constant 1 : index
+    scf.for %n = %i to %i step %i {
+      %v = aie.objectfifo.acquire @in(Consume, 1) : !aie.objectfifosubview<memref<8xi32>>
+      aie.objectfifo.release @in(Consume, 1)
+    }
+    aie.end
+  } {link_with = "k.o"}
+  aie.runtime_sequence(%x : memref<8xi32>) {
+    aiex.npu.dma_memcpy_nd (%x[0,0,0,0][1,1,1,8][0,0,0,1]) {metadata = @in, id = 0} : memref<8xi32>
+    aiex.npu.dma_wait {symbol = @in}
+  }
+} }"""
 INTERESTING = (0, 1, 2, 4, 7, 8, 0xFF, 0x100, 0xFFFF, 0x7FFFFFFF, 0x80000000, 0xFFFFFFFF)
 
 
@@ -175,6 +199,13 @@ def read_xclbin(data: bytes) -> None:
     describe.describe_bytes(data, "file")
 
 
+def read_design(data: bytes) -> None:
+    source = parse_design(data.decode("latin-1"))
+    printed = print_design(source.module)
+    assert source.module.is_structurally_equivalent(parse_design(printed).module)
+    verify(source)
+
+
 @dataclass(frozen=True)
 class Format:
     """Valid files, what makes a damaged one look whole again, and a reader."""
@@ -192,16 +223,17 @@ FORMATS = {
     "cdo": Format(CDOS, mend_cdo, read_cdo),
     "txn": Format([TXN], mend_txn, read_txn),
     "raw": Format([b"AUPN" + bytes(40), b"NPUA" + bytes(90)], bytes, parse_raw_kernel),
+    "mlir": Format([DESIGN], bytes, read_design),
 }
 
 
 def accepts(name: str, sample: int, edits: Sequence[Edit], mend: bool) -> bool:
-    """Whether the damaged file is read. Any error but a BundleError of one line fails."""
+    """Whether the damaged file is read. Any error but a UqError of one line fails."""
     form = FORMATS[name]
     data = damage(form.samples[sample % len(form.samples)], edits)
     try:
         form.read(form.mend(data) if mend else data)
-    except BundleError as error:
+    except UqError as error:
         assert "\n" not in str(error)
         return False
     return True
@@ -234,21 +266,60 @@ def test_damaged_files_are_read_or_refused(
 def test_random_bytes_are_read_or_refused(name: str, data: bytes) -> None:
     try:
         FORMATS[name].read(data)
-    except BundleError as error:
+    except UqError as error:
         assert "\n" not in str(error)
 
 
-def fuzz(name: str, runs: int, seed: int) -> Counter[bool]:
-    """How many of `runs` damaged files were read, and how many refused."""
+SECONDS, MEMORY = 5, 256 << 20  # of one input; more is a hang, or growth
+WATCHED = 100  # of so many inputs one is traced: its peak is at most PEAK and PER_BYTE of the file
+PEAK, PER_BYTE = 1 << 20, 64
+
+
+def fuzz(name: str, runs: int, seed: int) -> tuple[Counter[bool], int]:
+    """How many of `runs` damaged files were read and refused, and the largest peak in bytes."""
     rng = random.Random(seed)
     results: Counter[bool] = Counter()
-    for _ in range(runs):
+    peak = 0
+    for run in range(runs):
         edits = [
             Edit(rng.getrandbits(3), rng.getrandbits(16), rng.getrandbits(32))
             for _ in range(rng.randrange(1, 5))
         ]
-        results[accepts(name, rng.getrandbits(2), edits, rng.random() < 0.75)] += 1
-    return results
+        chosen = name, rng.getrandbits(2), edits, rng.random() < 0.75
+        signal.setitimer(signal.ITIMER_VIRTUAL, SECONDS)
+        if run % WATCHED:
+            results[accepts(*chosen)] += 1
+        else:
+            accepted, used = traced(*chosen)
+            results[accepted] += 1
+            peak = max(peak, used)
+    signal.setitimer(signal.ITIMER_VIRTUAL, 0)
+    return results, peak
+
+
+def traced(name: str, sample: int, edits: Sequence[Edit], mend: bool) -> tuple[bool, int]:
+    """Whether the file is read, and the bytes of memory at its peak."""
+    samples = FORMATS[name].samples
+    size = len(damage(samples[sample % len(samples)], edits))
+    tracemalloc.start()
+    try:
+        accepted = accepts(name, sample, edits, mend)
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert peak <= PEAK + PER_BYTE * size, f"{peak} bytes for a file of {size}"
+    return accepted, peak
+
+
+def too_slow(*_: object) -> None:
+    raise AssertionError(f"an input took more than {SECONDS} s of processor time")
+
+
+def limit_memory() -> None:
+    """To what is taken now, and MEMORY more."""
+    pages = int(Path("/proc/self/statm").read_text().split()[0])
+    most = pages * resource.getpagesize() + MEMORY
+    resource.setrlimit(resource.RLIMIT_AS, (most, most))
 
 
 def main() -> None:
@@ -257,10 +328,16 @@ def main() -> None:
     parser.add_argument("--runs", type=int, default=1_000_000)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
+    signal.signal(signal.SIGVTALRM, too_slow)
+    limit_memory()
     start = time.perf_counter()
-    results = fuzz(args.format, args.runs, args.seed)
+    results, peak = fuzz(args.format, args.runs, args.seed)
     seconds = time.perf_counter() - start
-    print(f"{args.format}: {results[True]} read, {results[False]} refused, {seconds:.0f} s")
+    most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 10
+    print(
+        f"{args.format}: {results[True]} read, {results[False]} refused, {seconds:.0f} s; "
+        f"at most {peak >> 10} KiB for an input, the process {most} MiB"
+    )
 
 
 if __name__ == "__main__":

@@ -55,6 +55,17 @@ class _LocatingParser(Parser):
         check_dense(self, kind)
         return kind
 
+    def parse_optional_str_literal(self) -> str | None:
+        """Letters beyond ASCII are escaped byte by byte, which xDSL takes for no string."""
+        if (text := super().parse_optional_str_literal()) is not None:
+            return text
+        if (raw := self.parse_optional_bytes_literal()) is None:
+            return None
+        try:
+            return raw.decode()
+        except UnicodeDecodeError:
+            self.raise_error("a string is not UTF-8 text", at_position=self.start)
+
     def parse_operation(self) -> Operation:
         self.start = self._current_token.span
         start, around = self.start.start, self.within

@@ -46,10 +46,10 @@ EXAMPLES: Mapping[str, tuple[tuple[str, str], ...]] = {
     ),
     "npu": (
         ("uq npu verify design.mlir --device npu2", "exit code 1 if it cannot run there"),
+        ("uq npu lower design.mlir -o insts.bin", "its sequence in words, without mlir-aie"),
         ("uq npu build design.mlir", "writes aie.xclbin and insts.bin"),
         ("uq npu build BUNDLE --device npu2", "puts its designs into a bundle, and compiles them"),
         ("uq npu build design.mlir --dry-run", "the commands, without running them"),
-        ("uq npu lower design.mlir -o insts.bin", "its sequence as instruction words"),
         ("uq npu run design.mlir --device npu-emulator", "a run without an NPU"),
     ),
     "doctor": (

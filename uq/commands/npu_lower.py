@@ -3,28 +3,53 @@
 from __future__ import annotations
 
 import argparse
+import os
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from uq.commands.npu_arguments import add_command
+from uq.errors import DesignError
+
+if TYPE_CHECKING:
+    from uq.kernels.npu.source import Source
 
 
 def configure(commands: Any) -> None:
     about = "write the instructions of a design's runtime sequence"
     parser = add_command(commands, "lower", about, run)
-    parser.add_argument("design", metavar="FILE.mlir", type=Path, help="aie and aiex dialects")
-    parser.add_argument(
-        "-o", "--output", metavar="FILE", type=Path, default=Path("insts.bin"),
-        help="default: %(default)s",
-    )  # fmt: skip
+    add = parser.add_argument
+    add("design", metavar="FILE.mlir", type=Path, help="aie and aiex dialects")
+    default = Path("insts.bin")
+    add("-o", "--output", metavar="FILE", type=Path, default=default, help="default: %(default)s")
+    add("--sequence", metavar="NAME", help="which one, where the design has several")
 
 
 def run(args: argparse.Namespace) -> int:
     from uq.kernels.npu.lowering import lower
     from uq.kernels.npu.source import read_design
 
-    stream = lower(read_design(args.design).module)
+    source = read_design(args.design)
+    _refuse_wrong(source)
+    stream = lower(source.module, sequence=args.sequence, source=source)
     data = stream.to_bytes()
-    args.output.write_bytes(data)
+    _write(args.output, data)
     print(f"{args.output}: {len(stream.operations)} operations, {len(data) // 4} words")
     return 0
+
+
+def _refuse_wrong(source: Source) -> None:
+    """Words of a design that cannot run would hang the array."""
+    from uq.kernels.npu.verify import verify
+
+    found = [finding for report in verify(source) for finding in report.findings]
+    errors = [finding for finding in found if finding.severity == "error"]
+    if errors:
+        first = f"{source.name}:{errors[0].line}: {errors[0].rule}: {errors[0].message}"
+        raise DesignError(f"{first}; uq npu verify shows all errors ({len(errors)})")
+
+
+def _write(path: Path, data: bytes) -> None:
+    """The whole file, or none."""
+    partial = path.with_name(f"{path.name}.partial")
+    partial.write_bytes(data)
+    os.replace(partial, path)
