@@ -53,7 +53,7 @@ def test_no_driver(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     for variable in ("VK_DRIVER_FILES", "VK_ICD_FILENAMES"):
         monkeypatch.setenv(variable, str(tmp_path / "none.json"))
     with pytest.raises(DeviceError, match="no Vulkan driver: .*INCOMPATIBLE_DRIVER"):
-        device._instance.__wrapped__()
+        device.vulkan_instance.__wrapped__()
 
 
 def test_no_device(monkeypatch: pytest.MonkeyPatch) -> None:

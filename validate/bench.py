@@ -101,6 +101,7 @@ class Bench:
         lines = [
             f"{self.bundle} on {self.device.name} ({self.device.driver}), one sequence"
             + (", then several" if self.batch else ""),
+            *([f"With {', '.join(self.device.features)}."] if self.device.features else []),
             table(rows),
             f"The ceiling is the measured read bandwidth, {bandwidth}, over {per_token} of weights "
             f"a token; decode reaches {self.share_of_ceiling:.0%} of it.",

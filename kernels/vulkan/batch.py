@@ -61,10 +61,10 @@ class VulkanBatch:
         if max_context < 1:
             raise UsageError(f"a context of {max_context} tokens; it must hold at least 1")
         self.config, self.slots, self.max_context = config, slots, max_context
-        self.device = describe(physical, numerics)
         self._engine = Engine(
             config, source, physical, pipeline_cache, max_context, slots=slots, numerics=numerics
         )
+        self.device = describe(self._engine, numerics)
         self.close = self._engine.close
         self._runs = self._engine.runs(max_context, slots)
         self.block = max(self._engine.widest, slots)

@@ -140,6 +140,7 @@ class PhysicalGpu:
             ),
             Ability("fp16", self.has("shaderFloat16") and self.has("storageBuffer16BitAccess")),
             Ability("fp32", True, f"subgroups of {usual} ({least} to {most})"),
+            Ability("memory import", "VK_EXT_external_memory_host" in self.extensions),
         )
 
     @property
@@ -206,7 +207,7 @@ def physical_gpus() -> tuple[PhysicalGpu, ...]:
     Raises:
         DeviceError: there is no loader or no driver.
     """
-    handles = listed("EnumeratePhysicalDevices", "VkPhysicalDevice", _instance())
+    handles = listed("EnumeratePhysicalDevices", "VkPhysicalDevice", vulkan_instance())
     return tuple(_describe(handle) for handle in handles)
 
 
@@ -283,7 +284,8 @@ def _device_info(physical: PhysicalGpu, family: int, extensions: Sequence[str]) 
 
 
 @cache
-def _instance() -> Any:
+def vulkan_instance() -> Any:
+    """Raises DeviceError: no driver."""
     version = OLDEST[0] << 22 | OLDEST[1] << 12
     application = new("ApplicationInfo", pApplicationName=text("uq"), apiVersion=version)
     info = new("InstanceCreateInfo", pApplicationInfo=application)
@@ -296,7 +298,7 @@ def _instance() -> Any:
 def _matrix_shapes(handle: Any) -> list[Any]:
     """VkCooperativeMatrixPropertiesKHR of all that the device multiplies."""
     name = "GetPhysicalDeviceCooperativeMatrixPropertiesKHR"
-    return listed(name, "VkCooperativeMatrixPropertiesKHR", handle, function_of=_instance())
+    return listed(name, "VkCooperativeMatrixPropertiesKHR", handle, function_of=vulkan_instance())
 
 
 def _describe(handle: Any) -> PhysicalGpu:

@@ -18,11 +18,13 @@ from uq.kernels.vulkan.autotune import tune
 from uq.kernels.vulkan.cache import Cache, CacheSize, check_memory
 from uq.kernels.vulkan.commands import Recorder, Submission
 from uq.kernels.vulkan.device import Gpu, PhysicalGpu
+from uq.kernels.vulkan.imports import Placement, open_imports
 from uq.kernels.vulkan.mailbox import Mailbox
 from uq.kernels.vulkan.memory import Arena, Span, Transfers, aligned
 from uq.kernels.vulkan.model import (
     COLUMNS,
     HEAD_ROWS,
+    Model,
     Work,
     load_model,
     weight_names,
@@ -58,12 +60,14 @@ class Engine:
         *,
         slots: int = 1,
         numerics: Numerics = FLOAT,
+        in_place: bool = True,
     ) -> None:
         """
         Args:
             pipeline_cache: folder in which the driver's compiled kernels are kept.
             widest: tokens that a pass may have.
             slots: sequences that are decoded at a time, each with a KV cache.
+            in_place: weights stay in the bundle's mapped files where the device can read them.
 
         Raises:
             DeviceError: the model does not fit, is not of a size the kernels know, or the device
@@ -86,8 +90,8 @@ class Engine:
         self.transfers = self._keep(Transfers(self.gpu))
         common = {"INT8_X": numerics.activations is not None}
         self.pipelines = self._keep(Pipelines(self.gpu, pipeline_cache, common))
-        arena, activations = (self._keep(Arena(self.gpu, size)) for size in (weights, small))
-        self.model = load_model(config, Loader(source, arena, self.transfers))
+        activations = self._keep(Arena(self.gpu, small))
+        self.model = self._load(source, in_place=in_place)
         self.work = Work.take(activations, sizes)
         for span in self.work.spans:
             self.transfers.fill(span)  # padding must be finite: it meets weights of zero
@@ -105,6 +109,19 @@ class Engine:
             Abilities.of(physical),
             columns=1,
         )
+
+    def _load(self, source: Source, *, in_place: bool) -> Model:
+        """The model; its weights in an arena but for those that are read in place."""
+        imports = open_imports(self.gpu) if in_place else None
+        copied = weight_names(self.config)
+        if imports:
+            self._keep(imports)
+            copied = [name for name in copied if not imports.holds(source.weight(name).mapped)]
+        arena = self._keep(Arena(self.gpu, weight_bytes(source, copied)))
+        model = load_model(self.config, Loader(source, arena, self.transfers, imports))
+        in_files, refusal = (imports.nbytes, imports.refusal) if imports else (0, "")
+        self.placement = Placement(in_files, arena.nbytes, refusal)
+        return model
 
     def tune(self) -> None:
         """Measure what cuts the products best here; recordings that are made later use it.

@@ -14,7 +14,7 @@ from uq.kernels.vulkan.commands import Recorder, Submission
 from uq.kernels.vulkan.device import Gpu
 
 ALIGNMENT = 256  # of every piece: a cache line or more on all devices
-SLAB = 1 << 30
+SLAB, LEAST_SLAB = 1 << 30, 1 << 20
 STAGING = 64 << 20
 LOCAL = ("MEMORY_PROPERTY_DEVICE_LOCAL_BIT",)
 HOST = ("MEMORY_PROPERTY_HOST_VISIBLE_BIT", "MEMORY_PROPERTY_HOST_COHERENT_BIT")
@@ -80,17 +80,24 @@ class Arena:
     def __init__(self, gpu: Gpu, expected: int) -> None:
         """`expected`: bytes that will be taken, about; decides how large a slab is."""
         self._gpu = gpu
-        self._size = min(aligned(expected), SLAB)
+        self._expected = aligned(expected)  # of what was not taken yet
         self._slabs: list[Slab] = []
         self._used = 0
+
+    @property
+    def nbytes(self) -> int:
+        """Of all slabs."""
+        return sum(slab.span.nbytes for slab in self._slabs)
 
     def take(self, nbytes: int) -> Span:
         size = aligned(nbytes)
         if not self._slabs or self._used + size > self._slabs[-1].span.nbytes:
-            self._slabs.append(Slab(self._gpu, max(size, self._size), LOCAL))
+            fresh = max(size, min(self._expected, SLAB), LEAST_SLAB)
+            self._slabs.append(Slab(self._gpu, fresh, LOCAL))
             self._used = 0
         span = self._slabs[-1].span.part(self._used, nbytes)
         self._used += size
+        self._expected = max(self._expected - size, 0)
         return span
 
     def close(self) -> None:

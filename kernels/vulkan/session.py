@@ -76,11 +76,11 @@ class VulkanSession:
         if max_context < 1:
             raise UsageError(f"a context of {max_context} tokens; it must hold at least 1")
         self.config, self.max_context = config, max_context
-        self.device = describe(physical, numerics)
         self._physical, self._pipeline_cache = physical, pipeline_cache
         self._engine = Engine(
             config, source, physical, pipeline_cache, max_context, widest, numerics=numerics
         )
+        self.device = describe(self._engine, numerics)
         self.close = self._engine.close
         if tune:
             self._engine.tune()
@@ -270,9 +270,11 @@ class VulkanSession:
         return self._scratch
 
 
-def describe(physical: PhysicalGpu, numerics: Numerics) -> Device:
-    """What the device offers to the kernels, and what they keep in integers there."""
+def describe(engine: Engine, numerics: Numerics) -> Device:
+    """What the device offers to the kernels, what they keep in integers, where the weights lie."""
+    physical = engine.gpu.physical
     features = [ability.name for ability in physical.ladder if ability.present]
     features += ["INT8 activations"] * (numerics.activations is not None)
     features += ["INT8 keys and values"] * (numerics.kv is not None)
+    features.append(str(engine.placement))
     return Device("vulkan", physical.name, physical.driver, tuple(features))

@@ -60,7 +60,9 @@ class BundleSource:
 
     def weight(self, name: str) -> Weight:
         raw, record = self._bundle.raw(name)
-        return Weight(Kind.of(record.spec), record.shape, partial(_igpu_tiles, raw, record))
+        mapped = raw if record.layout == TILE.name else None
+        read = partial(_igpu_tiles, raw, record)
+        return Weight(Kind.of(record.spec), record.shape, read, mapped)
 
 
 def _igpu_tiles(raw: NDArray[np.uint8], record: Record) -> NDArray[np.uint8]:

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from uq.formats.layouts import LAYOUTS
 from uq.formats.spec import Spec
+from uq.kernels.vulkan.imports import Imports, follows
 from uq.kernels.vulkan.memory import Arena, Span, Transfers, aligned
 
 TILE = LAYOUTS["igpu"]
@@ -53,11 +54,16 @@ class Kind:
 
 @dataclass(frozen=True)
 class Weight:
-    """A weight that a source has; `read` gives the bytes of its tiles."""
+    """A weight that a source has; `read` gives the bytes of its tiles.
+
+    Attributes:
+        mapped: the same bytes where they lie in a mapped file; None where they do not.
+    """
 
     kind: Kind
     shape: tuple[int, int]
     read: Callable[[], NDArray[Any]]
+    mapped: NDArray[np.uint8] | None = None
 
 
 class Source(Protocol):
@@ -112,11 +118,12 @@ def padded_rows(rows: int) -> int:
 
 @dataclass(frozen=True)
 class Loader:
-    """Puts weights of a source into an arena."""
+    """Puts weights of a source into an arena, or finds them in `imports`."""
 
     source: Source
     arena: Arena
     transfers: Transfers
+    imports: Imports | None = None
 
     def matrices(self, names: Sequence[str]) -> list[tuple[Matrix, int]]:
         """Weights that multiply the same input: those of one kind next to each other become one.
@@ -143,28 +150,37 @@ class Loader:
 
     def _runs(self, names: Sequence[str]) -> list[list[str]]:
         runs: list[list[str]] = []
-        before: Kind | None = None
+        before: Weight | None = None
         for name in names:
-            kind = self.source.weight(name).kind
-            if kind != before:
+            weight = self.source.weight(name)
+            if before is None or not self._joins(before, weight):
                 runs.append([])
             runs[-1].append(name)
-            before = kind
+            before = weight
         return runs
+
+    def _joins(self, before: Weight, weight: Weight) -> bool:
+        """Whether two weights become one: of one kind, and neighbours if they are not moved."""
+        moved = self.imports is None or not self.imports.holds(weight.mapped)
+        return before.kind == weight.kind and (moved or follows(before.mapped, weight.mapped))
 
     def _load(self, names: Sequence[str]) -> Matrix:
         weights = [self.source.weight(name) for name in names]
         kind, cols = weights[0].kind, weights[0].shape[1]
         sizes = [kind.tiled_bytes(*weight.shape) for weight in weights]
-        span = self.arena.take(sum(sizes))
-        start = 0
-        for weight, size in zip(weights, sizes, strict=True):
-            self.transfers.write(span.part(start, size), weight.read())
-            start += size
+        span = self.imports and self.imports.span([weight.mapped for weight in weights])
+        span = span or self._copy(weights, sizes)
         *inner, last = [weight.shape[0] for weight in weights]
         rows = sum(padded_rows(count) for count in inner) + last
         nbytes = sum(kind.nbytes(*weight.shape) for weight in weights)
         return Matrix(kind, rows, cols, span, nbytes)
+
+    def _copy(self, weights: Sequence[Weight], sizes: Sequence[int]) -> Span:
+        span, start = self.arena.take(sum(sizes)), 0
+        for weight, size in zip(weights, sizes, strict=True):
+            self.transfers.write(span.part(start, size), weight.read())
+            start += size
+        return span
 
 
 def weight_bytes(source: Source, names: Sequence[str]) -> int:
