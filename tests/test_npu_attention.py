@@ -34,7 +34,7 @@ def gemma_like(seed: int, made: Plan) -> tuple[Array, Array, Array]:
     return q.astype(np.float32), k.astype(np.float32), v.astype(np.float32)
 
 
-def check(made: Plan, seed: int = 0) -> None:
+def check(made: Plan, seed: int = 0, softcap: float | None = None) -> None:
     """The verifier finds nothing, the emulator gives the twin's bytes, and both are attention."""
     (report,) = verify(
         parse_design(print_design(attention(made)), "attention"), reserved=EXP_TABLES
@@ -42,12 +42,18 @@ def check(made: Plan, seed: int = 0) -> None:
     assert [finding.message for finding in report.findings] == []
     q, k, v = gemma_like(seed, made)
     bits, factor = made.variant.kv_bits, made.variant.head_dim**-0.5
-    inputs = Inputs.quantized(q, k, v, bits, factor)
+    inputs = Inputs.quantized(q, k, v, bits, factor, softcap)
     emulated = attend.emulate(made, inputs)
     assert emulated.tobytes() == attend.compute(made, inputs).tobytes()
     keys, values = inputs.stored()
     exact = twin.softmax_attention(
-        q, keys, values, factor=factor, start=made.start, window=made.window
+        q,
+        keys,
+        values,
+        factor=factor,
+        start=made.start,
+        window=made.window,
+        softcap=softcap,
     )
     assert nrmse(attend.rows(made, inputs, emulated), exact) < BOUND[bits]
 
@@ -97,6 +103,30 @@ def test_prefill_shapes(
 def test_decode_shapes(heads: int, kv_heads: int, start: int, window: int | None) -> None:
     variant = Variant("npu2", 256, 8, "decode")
     check(plan(variant, heads, kv_heads, 1, start=start, window=window))
+
+
+@pytest.mark.parametrize("softcap", [50.0, 4.0])  # Gemma 2's, and one that most scores reach
+@pytest.mark.parametrize("kv_bits", [8, 4])
+@pytest.mark.parametrize("device", ["npu1", "npu2"])
+def test_capped_scores(device: str, kv_bits: int, softcap: float) -> None:
+    prefill, decode = (Variant(device, 256, kv_bits, form) for form in ("prefill", "decode"))
+    check(plan(prefill, 4, 1, 48), softcap=softcap)
+    check(plan(decode, 4, 1, 1, start=100), softcap=softcap)
+
+
+def test_the_cap_is_a_hyperbolic_tangent() -> None:
+    t = np.linspace(-600, 600, 4801, dtype=np.float32)
+    cap = np.float32(50 * np.log2(np.e))
+    error = np.abs(twin.capped(t, cap) - float(cap) * np.tanh(t / float(cap)))
+    assert error.max() < 0.01 and error[np.abs(t) < 2 * cap].max() < 1e-4
+    np.testing.assert_array_equal(twin.capped(t, np.float32(0)), t)
+
+
+def test_a_cap_that_is_not_above_zero_is_refused() -> None:
+    made = plan(Variant("npu1", 256, 8), 4, 1, 16)
+    inputs = Inputs.quantized(*gemma_like(0, made), 8, 1.0, -1.0)
+    with pytest.raises(UsageError, match="a softcap of -1; it is above 0"):
+        attend.packed(made, inputs)
 
 
 @pytest.mark.parametrize(("form", "start", "length"), [("prefill", 0, 640), ("decode", 2200, 1)])

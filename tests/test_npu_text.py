@@ -151,6 +151,7 @@ HOSTILE = {
         "digits",
     ),
     "column of 37 bits": ("module { aie.device(npu1) { %t = aie.tile(99999999999, 0) } }", "range"),
+    "integers of 9 GB": ("module { %v = arith.constant 1 : i77777777777 }", "1:34: "),
     "open string": ('module { aie.device(npu1) { } {sym_name = "' + "a" * 200, "1: a string"),
     "wrong escape": (
         'module { aie.device(npu1) { } {sym_name = "' + "a" * 200 + '\\q"} }',

@@ -31,6 +31,7 @@ from uq.kernels.npu.dialect.text import check_dense
 DenseType = RankedStructure[IntegerType | IndexType | AnyFloat | ComplexType]
 # Comments and well-formed strings; a quote outside of them never ends.
 CLOSED = re.compile(r'//.*|"(?:[^"\\\v\f]|\\(?:["nt\\]|[0-9A-Fa-f]{2}))*"')
+WIDTHS = re.compile(r"^[su]?i(\d{1,3})$")  # xDSL counts with numbers as wide as the type
 MAX_BYTES = 64 << 20  # designs are generated; the largest known has 0.1 MB
 
 
@@ -44,6 +45,8 @@ class Source:
 
 
 class _LocatingParser(Parser):
+    _builtin_integer_type_regex = WIDTHS
+
     def __init__(self, context: Context, text: str, name: str) -> None:
         super().__init__(context, text, name)
         self.starts: dict[Operation, int] = {}

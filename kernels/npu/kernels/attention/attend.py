@@ -31,21 +31,32 @@ class Inputs:
         queries: (length, heads, dim) int8 and (length, heads).
         keys, values: (keys, kv_heads, dim) and (keys, kv_heads).
         factor: what scores are multiplied by in front of exp.
+        softcap: scores s times `factor` become softcap tanh(s / softcap); None leaves them.
     """
 
     queries: tuple[Codes, Array]
     keys: tuple[Codes, Array]
     values: tuple[Codes, Array]
     factor: float
+    softcap: float | None = None
 
     @classmethod
-    def quantized(cls, q: Array, k: Array, v: Array, kv_bits: int, factor: float) -> Inputs:
+    def quantized(
+        cls,
+        q: Array,
+        k: Array,
+        v: Array,
+        kv_bits: int,
+        factor: float,
+        softcap: float | None = None,
+    ) -> Inputs:
         """Queries and keys are rotated first, which changes no score."""
         return cls(
             quantize(rotate(q), 8),
             quantize(rotate(k), kv_bits),
             quantize(v, kv_bits),
             factor,
+            softcap,
         )
 
     def stored(self) -> tuple[Array, Array]:
@@ -86,7 +97,7 @@ def compute(plan: Plan, inputs: Inputs) -> NDArray[np.void]:
 
 def packed(plan: Plan, inputs: Inputs) -> tuple[NDArray[np.void], NDArray[np.void], Array]:
     """Queries, blocks of keys and values, and the unit of each KV head's outputs."""
-    queries = pack_queries(plan, *inputs.queries, inputs.factor)
+    queries = pack_queries(plan, *inputs.queries, inputs.factor, inputs.softcap)
     return queries, *pack_keys(plan, inputs.keys, inputs.values)
 
 

@@ -36,7 +36,9 @@ struct Queries {
   int32 position;  // of the first row
   int32 step;      // from row to row: 1, or 0 when all rows are heads of one token
   int32 window;    // keys before this distance do not count
-  int32 unused[11];
+  float cap;       // scores s become cap tanh(s / cap), both in powers of two; 0 leaves them
+  float inverse;   // 1 / cap
+  int32 unused[9];
   float scale[ROWS];  // of the codes, with log2(e) / sqrt(head size) in it
   int8 codes[ROWS * DIM];
 };
@@ -104,12 +106,27 @@ static void lower(int32 *sums, unsigned row, unsigned shift) {
   }
 }
 
+// cap tanh(t / cap), tanh as a ratio of polynomials up to 4.97, where it is 1 but for 1e-4.
+static aie::vector<float, KEYS> capped(const aie::vector<float, KEYS> &t, float cap, float inverse) {
+  using Floats = aie::vector<float, KEYS>;
+  const auto times = [](const Floats &a, const auto &b) {
+    return aie::mul(a, b).template to_vector<float>();
+  };
+  const Floats x = aie::max(aie::min(times(t, inverse), 4.97f), -4.97f), u = times(x, x);
+  const Floats top = aie::add(135135.0f, times(aie::add(17325.0f, times(aie::add(378.0f, u), u)), u));
+  const Floats steep = aie::add(62370.0f, times(aie::add(3150.0f, times(u, 28.0f)), u));
+  const Floats bottom = aie::add(135135.0f, times(steep, u));
+  return times(times(times(x, top), aie::inv(bottom)), cap);
+}
+
 // Weights of one row times the scales of its values; updates the row's state.
 static aie::vector<int16, KEYS> weigh(const Queries &q, const Keys &kv, const int32 *scores,
                                       int32 *sums, int32 *state, unsigned row, int32 first) {
   const auto scale = aie::mul(aie::load_v<KEYS>(kv.scale), q.scale[row]).template to_vector<float>();
   const auto products = aie::to_float(aie::load_v<KEYS>(scores + row * KEYS));
-  auto t = aie::to_fixed<int32>(aie::mul(products, scale).template to_vector<float>(), 8);
+  auto scores_of_row = aie::mul(products, scale).template to_vector<float>();
+  if (q.cap > 0) scores_of_row = capped(scores_of_row, q.cap, q.inverse);
+  auto t = aie::to_fixed<int32>(scores_of_row, 8);
 
   const int32 position = q.position + int32(row) * q.step;
   if (first + int32(KEYS) - 1 > position || first <= position - q.window) {

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from uq.errors import UsageError
 from uq.formats.pack import pack_pairs
 from uq.kernels.npu.kernels.attention.plan import LANES, NO_WINDOW, Lane, Plan
 
@@ -47,18 +48,29 @@ def _hadamard(size: int) -> Array:
     return matrix
 
 
-def pack_queries(plan: Plan, codes: Codes, scale: Array, factor: float) -> NDArray[np.void]:
+def pack_queries(
+    plan: Plan, codes: Codes, scale: Array, factor: float, softcap: float | None = None
+) -> NDArray[np.void]:
     """Every job's blocks of queries, column by column, in order.
 
     Args:
         codes, scale: (length, heads, dim) and (length, heads).
         factor: what scores are multiplied by in front of exp, 1 / sqrt(head size) for example.
+        softcap: scores s times `factor` become softcap tanh(s / softcap), as in Gemma 2.
+
+    Raises:
+        UsageError: a softcap that is not above 0.
     """
     variant = plan.variant
     per_job = LANES if variant.form == "prefill" else 1
     count = sum(len(jobs) for jobs in plan.jobs)
     blocks = np.zeros((count, per_job), variant.queries)
     blocks["window"] = plan.window or NO_WINDOW
+    if softcap is not None:
+        if not softcap > 0:
+            raise UsageError(f"attention with a softcap of {softcap:g}; it is above 0")
+        blocks["cap"] = cap = np.float32(softcap * np.log2(np.e))  # scores are powers of two
+        blocks["inverse"] = np.float32(1) / cap
     blocks["position"] = -1  # lanes without queries see no key
     exponent = scale * np.float32(factor * np.log2(np.e))
     for packed, job in zip(blocks, (job for jobs in plan.jobs for job in jobs), strict=True):

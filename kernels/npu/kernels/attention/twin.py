@@ -1,6 +1,7 @@
 """The kernel's arithmetic in numpy, integer for integer, and softmax attention in float64.
 
-For each row: scores s = q . k in int32, t = rint(256 s q_scale k_scale) in units of 1/256 of a
+For each row: scores s = q . k in int32, t = rint(256 s q_scale k_scale), capped before it is
+rounded where the model caps scores, in units of 1/256 of a
 power of two, the running maximum m, a multiple of 256, weights w = 2^((t - m) / 256) in 1 / 16384,
 and sums of w and of w v. m rises to the next multiple above the largest t, and by one power of two
 more when the sum of weights reaches 2^23; sums are shifted right when it does.
@@ -24,7 +25,14 @@ ONE, LOWEST, MASKED, FULL = 256, -(1 << 28), -(1 << 30), 1 << 23
 
 
 def softmax_attention(
-    q: Array, k: Array, v: Array, *, factor: float, start: int = 0, window: int | None = None
+    q: Array,
+    k: Array,
+    v: Array,
+    *,
+    factor: float,
+    start: int = 0,
+    window: int | None = None,
+    softcap: float | None = None,
 ) -> NDArray[np.float64]:
     """Causal attention in float64: q (length, heads, dim), k and v (keys, kv_heads, dim)."""
     group = q.shape[1] // k.shape[1]
@@ -34,7 +42,10 @@ def softmax_attention(
     distance = positions - np.arange(len(k))
     seen = (distance >= 0) & (distance < (window or NO_WINDOW))
     for head in range(q.shape[1]):
-        scores = np.where(seen, q[:, head].astype(np.float64) @ wide[:, head].T * factor, -np.inf)
+        scores = q[:, head].astype(np.float64) @ wide[:, head].T * factor
+        if softcap is not None:
+            scores = softcap * np.tanh(scores / softcap)
+        scores = np.where(seen, scores, -np.inf)
         weights = np.exp(scores - scores.max(axis=1, keepdims=True))
         out[:, head] = weights @ tall[:, head] / weights.sum(axis=1, keepdims=True)
     return out
@@ -98,6 +109,19 @@ class Keys:
     weight: NDArray[np.int16]
 
 
+def capped(t: Array, cap: np.float32) -> Array:
+    """cap tanh(t / cap) in float32, operation by operation as the kernel; t where cap is 0."""
+    if not cap > 0:
+        return t
+    one = np.float32(1)
+    x = (t * (one / cap)).clip(np.float32(-4.97), np.float32(4.97))
+    u = x * x
+    top = ((u + np.float32(378)) * u + np.float32(17325)) * u + np.float32(135135)
+    bottom = ((u * np.float32(28) + np.float32(3150)) * u + np.float32(62370)) * u
+    scaled: Array = x * top * (one / (bottom + np.float32(135135))) * cap
+    return scaled
+
+
 def add_block(
     rows: Rows,
     q: Codes,
@@ -107,11 +131,13 @@ def add_block(
     keys: Keys,
     block: slice,
     power: Ints,
+    cap: np.float32,
 ) -> None:
     """Let one block of keys pass by rows of queries (rows, dim)."""
     scores = (q.astype(np.float32) @ keys.keys[block].astype(np.float32).T).astype(np.float32)
     factor = keys.scale[block] * scale[:, None]  # float32, as the kernel multiplies
-    t = np.rint((scores * factor).astype(np.float64) * ONE).astype(np.int64)
+    exponents = capped(scores * factor, cap)
+    t = np.rint(exponents.astype(np.float64) * ONE).astype(np.int64)
     distance = positions[:, None] - np.arange(block.start, block.stop)
     t = np.where((distance >= 0) & (distance < window), t, MASKED)
     largest = -(-t.max(axis=1) // ONE) * ONE
@@ -137,13 +163,13 @@ def job_rows(variant: Variant, job: Job, packed: NDArray[np.void], q: Codes, key
     scale = packed["scale"].reshape(-1)
     steps = packed["step"][:, None] * np.arange(variant.rows)
     positions = (packed["position"][:, None] + steps).reshape(-1).astype(np.int64)
-    window = int(packed["window"][0])
+    window, cap = int(packed["window"][0]), np.float32(packed["cap"][0])
     parts = 1 if variant.form == "prefill" else LANES  # cores that share the keys
     cores = [Rows.empty(len(q), variant.head_dim) for _ in range(parts)]
     for index in range(job.blocks):
         first = (job.first + index) * variant.keys
         block = slice(first, first + variant.keys)
-        add_block(cores[index % parts], q, scale, positions, window, keys, block, power)
+        add_block(cores[index % parts], q, scale, positions, window, keys, block, power, cap)
     for below, core in zip(cores, cores[1:], strict=False):
         core.merge(below)
     return cores[-1]

@@ -80,10 +80,12 @@ class Variant:
     def queries(self) -> np.dtype[np.void]:
         """One block of queries: `struct Queries` of attention.cc."""
         words = ("blocks", "first", "position", "step", "window")
+        floats = ("cap", "inverse")
         return np.dtype(
             [
                 *((name, "<i4") for name in words),
-                ("unused", "<i4", HEADER - len(words)),
+                *((name, "<f4") for name in floats),
+                ("unused", "<i4", HEADER - len(words) - len(floats)),
                 ("scale", "<f4", self.rows),
                 ("codes", "i1", self.rows * self.head_dim),
             ]

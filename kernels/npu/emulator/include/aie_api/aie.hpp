@@ -49,6 +49,10 @@ vector<T, N> min(const vector<T, N>& v, T a) {
   return host::map(v, [a](T x) { return std::min(x, a); });
 }
 template <class T, unsigned N>
+vector<T, N> max(const vector<T, N>& v, T a) {
+  return host::map(v, [a](T x) { return std::max(x, a); });
+}
+template <class T, unsigned N>
 vector<T, N> downshift(const vector<T, N>& v, unsigned shift) {
   return host::map(v, [shift](T x) { return x >> shift; });
 }
@@ -168,6 +172,10 @@ vector<T, N> to_fixed(const vector<S, N>& v, int shift = 0) {
   return out;
 }
 inline float inv(float x) { return 1.0f / x; }
+template <unsigned N>
+vector<float, N> inv(const vector<float, N>& v) {
+  return host::map(v, [](float x) { return 1.0f / x; });
+}
 
 #if __AIE_ARCH__ == 21
 template <class T, unsigned N>
