@@ -9,13 +9,9 @@ from uq.errors import UsageError
 from uq.formats.spec import QuantTensor, Spec
 from uq.kernels.npu.emulator import run
 from uq.kernels.npu.kernels.linear import twin
-from uq.kernels.npu.kernels.linear.design import (
-    Linear,
-    design,
-    pack_inputs,
-    pack_weight,
-    unpack_outputs,
-)
+from uq.kernels.npu.kernels.linear.design import design
+from uq.kernels.npu.kernels.linear.pack import pack_inputs, pack_weight, unpack_outputs
+from uq.kernels.npu.kernels.linear.variant import Linear
 from uq.kernels.npu.source import parse_design, print_design
 from uq.kernels.npu.verify import verify
 
@@ -38,6 +34,9 @@ def weight(outputs: int, inputs: int, group: int) -> QuantTensor:
         (200, 2048, 32, 4, 3),  # padded outputs
         (1024, 640, 128, 16, 90),  # GEMM in six passes: more than a queue holds
         (40, 640, 64, 4, 4),  # fewer blocks than cores
+        (40, 7104, 64, 4, 2),  # slices, the last one padded
+        (70, 10240, 32, 16, 20),  # the width of Gemma 3 4B, two passes
+        (33, 21504, 128, 4, 1),  # that of 27B
     ],
 )
 def test_bit_exact(
@@ -74,9 +73,27 @@ def test_bit_exact(
         (("npu1", 64, 64, Spec(8, 64)), "no NPU kernel for 64 inputs in "),
         (("npu1", 64, 96, Spec(4, 64)), "no NPU kernel for 96 inputs in "),
         (("npu1", 64, 64, Spec(4, 64), 6), "6 tokens in a core; use a multiple of 4"),
-        (("npu2", 64, 10240, Spec(4, 64)), "take .* bytes of a core; it has 62464"),
+        (("npu2", 64, 640, Spec(4, 64), 512), "512 tokens take .* of a core for one group"),
     ],
 )
 def test_weights_without_a_kernel_are_refused(arguments: tuple[object, ...], message: str) -> None:
     with pytest.raises(UsageError, match=message):
         Linear(*arguments)  # type: ignore[arg-type]
+
+
+def test_inputs_of_many_quads_are_repeated_in_several_tasks() -> None:
+    """A task repeats 64 times; 70 quads of a column take two, and both are awaited."""
+    linear = Linear("npu1", 4 * 8 * 4 * 70, 10240, Spec(4, 128))
+    assert linear.slices > 1 and [len(run) for run in linear.runs] == [70] * 4
+    (report,) = verify(parse_design(print_design(design(linear, passes=3)), "linear"))
+    assert [finding.message for finding in report.findings] == []
+
+
+@pytest.mark.parametrize("device", ["npu1", "npu2"])
+@pytest.mark.parametrize("inputs", [6912, 10240, 15360, 21504])
+def test_slices_of_the_widths_of_gemma_fit(device: str, inputs: int) -> None:
+    for group in (32, 64, 128):
+        linear = Linear(device, 64, inputs, Spec(4, group))
+        pair = linear.input.itemsize + linear.weight.itemsize
+        assert (1 if linear.resident else 2) * pair + linear.output_bytes <= 62464
+        assert 0 <= linear.sliced * linear.slices - inputs < linear.sliced

@@ -200,10 +200,12 @@ def read_xclbin(data: bytes) -> None:
 
 
 def read_design(data: bytes) -> None:
+    """What is legal IR is also printed and read again."""
     source = parse_design(data.decode("latin-1"))
-    printed = print_design(source.module)
-    assert source.module.is_structurally_equivalent(parse_design(printed).module)
-    verify(source)
+    rules = {finding.rule for report in verify(source) for finding in report.findings}
+    if "ir.operation" not in rules:
+        again = parse_design(print_design(source.module)).module
+        assert source.module.is_structurally_equivalent(again)
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,8 @@
 // y = x W^T for one block of outputs: INT8 inputs of ROWS tokens, INT4 weights as a bundle has them.
 //
-// Weights are a block of the layouts npu-aie2 and npu-aie2p: float16 scales (GROUPS, N), then codes of
-// INPUTS x N in blocks of the multiply. Products of one group are summed in int32, the groups in float.
+// Weights are a block of the layouts npu-aie2 and npu-aie2p, or a slice of one: float16 scales
+// (GROUPS, N), then codes of INPUTS x N in blocks of the multiply. Products of one group are summed in
+// int32, the groups in float; slices add to what those before them left in y.
 #include <aie_api/aie.hpp>
 
 #if __AIE_ARCH__ == 20
@@ -41,9 +42,13 @@ static Floats widened(const int16 *halves) {
   return aie::select(value, aie::neg(value), aie::lt(bits, int32(0)));
 }
 
-static void multiply(const Tokens &x, const Weights &w, float *y) {
+static void multiply(const Tokens &x, const Weights &w, float *y, bool first) {
   aie::accum<accfloat, N> sums[M];
-  for (auto &sum : sums) sum = aie::zeros<accfloat, N>();
+  for (unsigned row = 0; row < M; ++row)
+    if (first)
+      sums[row] = aie::zeros<accfloat, N>();
+    else
+      sums[row] = aie::accum<accfloat, N>(aie::load_v<N>(y + row * N));
   for (unsigned group = 0; group < GROUPS; ++group) {
     Multiply products;
     for (unsigned k = group * GROUP / K; k < (group + 1) * GROUP / K; ++k)
@@ -60,9 +65,9 @@ static void multiply(const Tokens &x, const Weights &w, float *y) {
     aie::store_v(y + row * N, sums[row].template to_vector<float>());
 }
 
-extern "C" void linear_block(const int32 *inputs, const int8 *weights, float *y) {
+extern "C" void linear_block(const int32 *inputs, const int8 *weights, float *y, int32 slice) {
   aie::set_rounding(aie::rounding_mode::conv_even);
   const Inputs &x = *(const Inputs *)inputs;
   for (unsigned i = 0; i < ROWS / M; ++i)
-    multiply(x.tokens[i], *(const Weights *)weights, y + i * M * N);
+    multiply(x.tokens[i], *(const Weights *)weights, y + i * M * N, slice == 0);
 }
