@@ -29,6 +29,7 @@ from statistics import median
 from typing import Any
 
 import numpy as np
+import psutil
 
 from tests.conftest import Tiny, config_of, tokenizer_config, tokenizer_of
 from tests.hub_server.server import HubServer
@@ -150,6 +151,12 @@ def processor() -> float:
     return usage.ru_utime + usage.ru_stime
 
 
+def spent(pid: int) -> float:
+    """Processor seconds of a process that runs."""
+    times = psutil.Process(pid).cpu_times()
+    return times.user + times.system
+
+
 def used(folder: Path) -> int:
     """Bytes on the disk; files come and go while it is counted."""
     total = 0
@@ -185,12 +192,14 @@ def compare(tiny: Tiny, work: Path, runs: int, options: list[str]) -> None:
     folder = work / "model"
     write_folder(tiny, folder)
     took: dict[str, list[float]] = {"hub": [], "folder": []}
-    with loopback_hub(folder) as url:
+    with loopback_hub(folder) as (hub, url):
         for number in range(runs):
             for kind, source in {"hub": REPO, "folder": str(folder)}.items():
                 run = work / f"{kind}-{number}"
                 run.mkdir()
+                before = spent(hub)
                 figures = quantize(source, run, url, options)
+                figures["hub_processor"] = spent(hub) - before
                 took[kind].append(figures["seconds"])
                 print(kind, json.dumps(figures), flush=True)
                 shutil.rmtree(run)
@@ -199,11 +208,12 @@ def compare(tiny: Tiny, work: Path, runs: int, options: list[str]) -> None:
 
 
 @contextmanager
-def loopback_hub(folder: Path) -> Iterator[str]:
+def loopback_hub(folder: Path) -> Iterator[tuple[int, str]]:
+    """Its process and its address."""
     command = [sys.executable, "-m", "benchmarks.hub_streaming", "--serve", str(folder)]
     hub = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     assert hub.stdout is not None and hub.stdin is not None
-    yield hub.stdout.readline().strip()
+    yield hub.pid, hub.stdout.readline().strip()
     hub.stdin.close()
     hub.wait()
 

@@ -147,6 +147,16 @@ def test_a_bundle_without_a_report_says_how_to_get_one(tmp_path: Path) -> None:
         load_report(tmp_path)
 
 
+@pytest.mark.parametrize("text", ["{", "[]", "{}", json.dumps({"schema": 1, "uq": "0.0.1"})])
+def test_an_old_or_broken_report_says_in_one_line_how_to_get_another(
+    tmp_path: Path, text: str
+) -> None:
+    (tmp_path / "report.json").write_text(text)
+    with pytest.raises(BundleError, match=rf"; run uq validate {tmp_path} again$") as caught:
+        load_report(tmp_path)
+    assert "report.json" in str(caught.value) and "\n" not in str(caught.value)
+
+
 def test_the_table_is_narrow_and_says_what_was_missed() -> None:
     text = format_report(replace(MISSED, reference_speed=SPEED))
     assert max(map(len, text.splitlines())) <= WIDTH

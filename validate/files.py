@@ -26,12 +26,18 @@ def load_report(folder: Path) -> Report:
     """Read the report that `save_report` left in a bundle's folder.
 
     Raises:
-        BundleError: there is none, or it is broken.
+        BundleError: there is none, it is broken, or another version of uq wrote it.
     """
     path = folder / JSON_NAME
     if not path.is_file():
         raise BundleError(f"{path}: no report; run uq validate {folder} first")
-    return Report.from_json(parse_json(path.read_bytes(), JSON_NAME))
+    try:
+        return Report.from_json(parse_json(path.read_bytes(), str(path)))
+    except BundleError as error:
+        raise BundleError(
+            f"{error} (another version of uq wrote it, or it is damaged); "
+            f"run uq validate {folder} again"
+        ) from None
 
 
 def _replace(path: Path, text: str) -> None:
