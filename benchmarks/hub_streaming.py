@@ -154,7 +154,7 @@ def processor() -> float:
 def spent(pid: int) -> float:
     """Processor seconds of a process that runs."""
     times = psutil.Process(pid).cpu_times()
-    return times.user + times.system
+    return float(times.user + times.system)
 
 
 def used(folder: Path) -> int:
@@ -197,6 +197,7 @@ def compare(tiny: Tiny, work: Path, runs: int, options: list[str]) -> None:
             for kind, source in {"hub": REPO, "folder": str(folder)}.items():
                 run = work / f"{kind}-{number}"
                 run.mkdir()
+                os.sync()  # what an earlier run left to write would slow this one down
                 before = spent(hub)
                 figures = quantize(source, run, url, options)
                 figures["hub_processor"] = spent(hub) - before

@@ -63,7 +63,7 @@ class HubFile:
                 f"{self.repo}: {self.name}: asked for {nbytes} bytes at {offset}, got {len(data)} "
                 f"with status {status} ({HUB}/{self.repo}); a proxy may be in the way, try --keep"
             )
-        return np.frombuffer(data, np.uint8)
+        return data
 
 
 class Place:
@@ -74,8 +74,8 @@ class Place:
         self._lock = Lock()
         self._address: str | None = None
 
-    def read(self, offset: int, nbytes: int) -> tuple[int, bytes]:
-        """Status and body of the answer; the Hub is asked again for an address that has expired.
+    def read(self, offset: int, nbytes: int) -> tuple[int, NDArray[np.uint8]]:
+        """Status and bytes of the answer; the Hub is asked again for an address that has expired.
 
         Raises:
             HubError: the Hub refused or could not be reached.
@@ -83,17 +83,17 @@ class Place:
         """
         from huggingface_hub import constants
 
-        from uq.formats.checkpoint.ranges import get_range
+        from uq.formats.checkpoint.ranges import read_range
 
         address = self._find(None)
         for _ in range(2):
-            response = get_range(
+            status, data = read_range(
                 address, offset, nbytes, self._headers(address), constants.HF_HUB_DOWNLOAD_TIMEOUT
             )
-            if response.status not in GONE:
+            if status not in GONE:
                 break
             address = self._find(address)
-        return response.status, response.data
+        return status, data
 
     def _find(self, expired: str | None) -> str:
         """The address; asked for at first, and when it is the one that has expired."""
