@@ -141,7 +141,7 @@ def test_main_works_outside_the_main_thread(
         (["generate", "b", "-p", "x", "--top-p", "1.5"], "not '1.5'"),
         (["generate", "b", "-p", "x", "--max-tokens", "1.5"], "not '1.5'"),
         (["generate", "b", "-p", "x", "--device", "gpu"], "vulkan:N, vulkan:NAME, npu, cpu)"),
-        (["validate", "c"], "c is not a bundle"),
+        (["validate", "c"], "c is not there; make a bundle of a model"),
         (["validate", "b", "--context", "1"], "2 or more, not '1'"),
         (["validate", "b", "--max-kld", "inf"], "not 'inf'"),
         (["inspect"], "MODEL|BUNDLE"),

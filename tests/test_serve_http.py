@@ -78,7 +78,7 @@ class Site:
 def site(bundle: Bundle, **options: Any) -> Iterator[Site]:
     chosen = ServeOptions(port=0, **options)
     with listening(chosen) as listener, running(bundle, chosen) as server:
-        web = web_server(server.application, lambda: None)
+        web = web_server(server, lambda: None)
         thread = threading.Thread(target=web.run, kwargs={"sockets": [listener]}, daemon=True)
         thread.start()
         try:
@@ -451,6 +451,30 @@ def test_the_command_serves_until_it_is_told_to_stop(bundle: Bundle) -> None:
         url = lines[2].split()[-1]
         assert openai.OpenAI(base_url=url, api_key=KEY).models.list().data[0].id == "tiny"
         process.send_signal(signal.SIGTERM)
+    assert process.returncode == 0
+
+
+def test_a_second_signal_ends_answers_in_work(bundle: Bundle) -> None:
+    argv = [sys.executable, "-m", "uq", "serve", str(bundle.path), "--port", "0"]
+    argv += ["--context", "4096", "--parallel", "1"]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    with subprocess.Popen(argv, **pipes) as process:  # type: ignore[call-overload]
+        url = [process.stdout.readline() for _ in range(3)][2].split()[-1]
+        client = openai.OpenAI(base_url=url, api_key=KEY, max_retries=0)
+        answers = [
+            client.completions.create(
+                model="tiny", prompt=[2, 9], max_tokens=4000, temperature=0, stream=True
+            )
+            for _ in range(2)
+        ]
+        next(iter(answers[0]))
+        process.send_signal(signal.SIGINT)
+        assert "2 requests have 5 s to end" in process.stderr.readline()
+        process.send_signal(signal.SIGINT)
+        for answer in answers:
+            with pytest.raises(openai.APIError, match="the server was stopped"):
+                list(answer)
+        assert process.stderr.read() == "stopped\n"
     assert process.returncode == 0
 
 

@@ -81,8 +81,8 @@ def bundle(text: str) -> Path:
     path = Path(text)
     on_hub = not path.exists() and is_hub_id(split_revision(text)[0])
     if not on_hub and not (path / "manifest.json").is_file():
+        why = "is not a bundle: it has no manifest.json" if path.exists() else "is not there"
         raise argparse.ArgumentTypeError(
-            f"{text} is not a bundle: it has no manifest.json; make one of a model with: "
-            "uq quantize MODEL"
+            f"{text} {why}; make a bundle of a model with: uq quantize MODEL"
         )
     return path

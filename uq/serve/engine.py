@@ -61,7 +61,7 @@ class Engine:
         metrics.running.set_function(lambda: len(self._scheduler.running))
         self._arrived: deque[Sequence] = deque()
         self._changed = threading.Condition()
-        self._closed = False
+        self._closed = self._ending = False
         self._work: Future[None] | None = None
 
     def __enter__(self) -> Engine:
@@ -85,10 +85,12 @@ class Engine:
         """Queue jobs, all or none. Sinks are called in the engine's thread and must not wait.
 
         Raises:
-            QueueFull: there is no room for them all.
+            QueueFull: there is no room for them all, or `end_all` was called.
         """
         sequences = [Sequence(job, self._tokenizer, sink) for job, sink in jobs]
         with self._changed:
+            if self._ending:
+                raise QueueFull("the server is being stopped")
             waiting = len(self._arrived) + len(self._scheduler.waiting)
             if waiting + len(sequences) > self._queue:
                 raise QueueFull(f"{waiting} of at most {self._queue} requests are waiting already")
@@ -96,9 +98,17 @@ class Engine:
             self._changed.notify()
         return Ticket(sequences)
 
+    def end_all(self) -> None:
+        """Tell all jobs that they get no answer, behind the current step, and take no others."""
+        with self._changed:
+            self._ending = True
+            self._changed.notify()
+
     def _run(self) -> None:
         while self._take():
             try:
+                if self._ending:
+                    self._scheduler.end_all("the server was stopped")
                 self._scheduler.step()
             except Exception as error:  # reported to those it concerns; the others go on
                 print(f"uq: a step failed: {type(error).__name__}: {error}", file=sys.stderr)

@@ -63,6 +63,13 @@ class Scheduler:
             self._abandon(f"{type(error).__name__}: {error}")
             raise
 
+    def end_all(self, reason: str) -> None:
+        """Give up everything, waiting or running."""
+        for sequence in self.waiting:
+            sequence.fail(reason)
+        self.waiting.clear()
+        self._abandon(reason)
+
     def _run(self, pieces: list[Piece]) -> None:
         places = [
             (self.running[slot], self._session.length(slot) + index)

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import ipaddress
 import os
 import socket
+import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from types import FrameType
 
 import uvicorn
 
@@ -25,6 +28,8 @@ from uq.serve.service import Service
 
 LOCAL_NAMES = ("localhost", "127.0.0.1", "[::1]")
 KEEP_ALIVE = 75  # seconds; shorter, and a busy client's next request meets a closing connection
+PATIENCE = 5  # seconds that answers have to end when the server is stopped
+STEP = 30  # seconds beyond, for a step of a large model; then connections are cut
 CONNECTIONS = 2048  # beyond, uvicorn itself answers 503
 
 
@@ -105,33 +110,53 @@ def serve(bundle: Bundle, options: ServeOptions, ready: Callable[[Served], None]
     """
     with listening(options) as listener, running(bundle, options) as server:
         served = server.served(listener)
-        web_server(server.application, lambda: ready(served)).run(sockets=[listener])
+        web_server(server, lambda: ready(served)).run(sockets=[listener])
 
 
 class WebServer(uvicorn.Server):
-    """Says when it is ready: from then on a signal ends it in good order."""
+    """Says when it is ready: from then on a signal ends it in good order.
 
-    def __init__(self, config: uvicorn.Config, ready: Callable[[], None]) -> None:
+    Answers in work have `PATIENCE` seconds to end, or until a second signal; then their clients are
+    told that they do not.
+    """
+
+    def __init__(
+        self, config: uvicorn.Config, ready: Callable[[], None], end_answers: Callable[[], None]
+    ) -> None:
         super().__init__(config)
-        self._ready = ready
+        self._ready, self._end_answers = ready, end_answers
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
         self._ready()
 
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        if self.should_exit:
+            self._end_answers()
+        else:
+            super().handle_exit(sig, frame)
 
-def web_server(application: Application, ready: Callable[[], None]) -> WebServer:
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        if count := len(self.server_state.tasks):
+            note = f"{count} requests have {PATIENCE} s to end; Ctrl-C again ends them now"
+            print(note, file=sys.stderr)
+        timer = asyncio.get_running_loop().call_later(PATIENCE, self._end_answers)
+        await super().shutdown(sockets)
+        timer.cancel()
+
+
+def web_server(server: Server, ready: Callable[[], None]) -> WebServer:
     config = uvicorn.Config(
-        application.asgi,
+        server.application.asgi,
         log_level="warning",
         access_log=False,
         lifespan="off",
         server_header=False,
         limit_concurrency=CONNECTIONS,
         timeout_keep_alive=KEEP_ALIVE,
-        timeout_graceful_shutdown=5,
+        timeout_graceful_shutdown=PATIENCE + STEP,
     )
-    return WebServer(config, ready)
+    return WebServer(config, ready, server.engine.end_all)
 
 
 @contextlib.contextmanager
