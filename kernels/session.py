@@ -38,11 +38,28 @@ class Sampling:
     seed: int = 0
 
 
+@dataclass(frozen=True)
+class Arithmetic:
+    """How fast a device multiplies and adds: `rate` operations a second with what `kind` names."""
+
+    kind: str
+    rate: float
+
+
 class Probe(Protocol):
     """Measures a device that has a memory or a clock of its own."""
 
     def read_bandwidth(self) -> float:
         """Bytes per second that its kernels read from its memory, measured now."""
+        ...
+
+    def arithmetic(self) -> Arithmetic:
+        """Of what its products of many tokens are made of, measured now."""
+        ...
+
+    @property
+    def operations_per_token(self) -> int:
+        """Products and sums of the linears for a token of a prompt, the head's left out."""
         ...
 
     def profile(self) -> StepTimes:

@@ -38,6 +38,9 @@ def test_a_gpu_is_held_against_its_own_memory(bundle: Path) -> None:
     )
     assert found.share_of_ceiling == speed.decode_tps.median / speed.decode_ceiling_tps
     assert not speed.weights_fit_cache  # what a GPU's caches hold is not known
+    assert found.prompts is not None
+    assert found.prompts.tps == found.prompts.rate / found.prompts.operations > 0
+    assert "Prefill's is the measured arithmetic" in str(found)
     assert {"attention", "head", "between dispatches"} <= {stage.label for stage in found.stages}
     assert sum(stage.share for stage in found.stages) == pytest.approx(1)
 

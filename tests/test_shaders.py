@@ -17,7 +17,7 @@ from uq.kernels.vulkan import compile as compiler
 from uq.kernels.vulkan import spirv
 from uq.kernels.vulkan.compile import ShaderError, compile_all, compile_variant, main, sources_hash
 from uq.kernels.vulkan.layout_header import layout_header
-from uq.kernels.vulkan.spirv import load
+from uq.kernels.vulkan.spirv import in_vulkan_12, load
 from uq.kernels.vulkan.variants import VARIANTS, Variant
 
 VALIDATOR = Path(sysconfig.get_path("scripts")) / "spirv-val"
@@ -51,6 +51,15 @@ def test_every_module_is_valid(built: Path, target: str, tmp_path: Path) -> None
     for name in (name for name, row in VARIANTS.items() if row.target == target):
         shutil.copy(built / f"{name}.spv", tmp_path)
     command = [str(VALIDATOR), "--target-env", target, str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_every_module_is_valid_in_vulkan_12(built: Path, tmp_path: Path) -> None:
+    for name in VARIANTS:
+        module = in_vulkan_12((built / f"{name}.spv").read_bytes())
+        (tmp_path / f"{name}.spv").write_bytes(module)
+    command = [str(VALIDATOR), "--target-env", "vulkan1.2", "--allow-localsizeid", str(tmp_path)]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
 

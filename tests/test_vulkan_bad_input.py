@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
@@ -25,7 +26,11 @@ from uq.kernels.vulkan.api import (
     DEVICE_LOST,
     OUT_OF_DEVICE_MEMORY,
     binding,
+    call,
     check,
+    constant,
+    create,
+    new,
 )
 from uq.kernels.vulkan.cache import CacheSize, check_memory
 from uq.kernels.vulkan.commands import Submission
@@ -75,8 +80,8 @@ def only(monkeypatch: pytest.MonkeyPatch, gpu: PhysicalGpu) -> None:
 
 
 def test_a_driver_that_is_too_old(monkeypatch: pytest.MonkeyPatch) -> None:
-    only(monkeypatch, replace(choose(), version=(1, 2)))
-    with pytest.raises(DeviceError, match=r"offers Vulkan 1\.2, and 1\.3 is needed; update the"):
+    only(monkeypatch, replace(choose(), version=(1, 1)))
+    with pytest.raises(DeviceError, match=r"offers Vulkan 1\.1, and 1\.2 is needed; update the"):
         choose()
 
 
@@ -195,3 +200,18 @@ def test_all_options_reach_the_gpu(
     assert main([*command, "--kv", "int8", "--activations", "int8"]) == 1
     assert seen["numerics"] == Numerics(ACTIVATIONS["int8"], KV["int8"])
     assert seen["speculate"] is True
+
+
+def test_the_validation_layer_speaks_up(vulkan_messages: Path) -> None:
+    """What the other tests rely on when they want no message: a buffer of no bytes gets one."""
+    gpu = device.Gpu(choose())
+    before = vulkan_messages.read_text() if vulkan_messages.exists() else ""
+    null = binding().ffi.NULL
+    usage = constant("BUFFER_USAGE_STORAGE_BUFFER_BIT")
+    with suppress(DeviceError):
+        made = create(
+            "CreateBuffer", "VkBuffer", gpu.device, new("BufferCreateInfo", usage=usage), null
+        )
+        call("DestroyBuffer", gpu.device, made, null)
+    gpu.close()
+    assert "VUID-VkBufferCreateInfo-size-00912" in vulkan_messages.read_text()[len(before) :]

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from tests.vulkan_lab import Floats, Lab, no_messages, product  # noqa: F401
 from uq.formats.spec import SPECS, QuantTensor, Spec
+from uq.kernels.vulkan.arithmetic import run
 from uq.kernels.vulkan.push import addresses, words
 from uq.kernels.vulkan.state import CHOOSE_COUNTER, blank, views
 from uq.kernels.vulkan.weights import Kind
@@ -161,6 +162,21 @@ def test_gate(lab: Lab) -> None:
     expected = 0.5 * g * (1 + np.tanh(math.sqrt(2 / math.pi) * (g + 0.044715 * g**3))) * u
     actual = lab.get(y, np.float32, 2, 96)
     np.testing.assert_allclose(actual, expected, atol=2e-4 * np.abs(expected).max())
+
+
+@pytest.mark.parametrize(("rounds", "expected"), [(0, 112.0), (3, 70.0)])
+def test_arithmetic_is_done_before_it_is_timed(lab: Lab, rounds: int, expected: float) -> None:
+    """x -> x / 2 + 1, from 0 to 7, four at a time."""
+    sums = lab.room(512)
+    assert run(lab.gpu, lab.pipelines, "arithmetic", sums, rounds) > 0
+    assert lab.get(sums, np.float32, 512).tolist() == [expected] * 512
+
+
+def test_integer_arithmetic_is_done_before_it_is_timed(lab: Lab) -> None:
+    """x -> x + its bytes, from 0 to 15: small numbers double."""
+    sums = lab.room(256)
+    run(lab.gpu, lab.pipelines, "arithmetic_dot", sums, 3)
+    assert lab.get(sums, np.float32, 256).tolist() == [8 * 120.0] * 256
 
 
 def test_the_likeliest_token_is_the_first_of_equals(lab: Lab) -> None:

@@ -21,7 +21,7 @@ from uq.kernels.backends import open_session
 from uq.kernels.numerics import ACTIVATIONS, FLOAT, KV, Numerics
 from uq.kernels.reference import ReferenceSession
 from uq.kernels.session import Sampling
-from uq.kernels.vulkan import pipelines
+from uq.kernels.vulkan import device, pipelines
 from uq.kernels.vulkan.api import binding, listed
 from uq.kernels.vulkan.cache import turn_table
 from uq.kernels.vulkan.compile import compile_variant
@@ -248,6 +248,23 @@ def test_the_angle_of_a_position_is_the_sum_of_two_rows(gemma3: Source) -> None:
     half = gemma3.config.head_dim // 2
     angle = 4999 * gemma3.config.theta(0) ** (-np.arange(half) / half)
     np.testing.assert_allclose(turn, np.exp(1j * angle), atol=2e-7)
+
+
+def test_a_driver_of_vulkan_12_gives_the_same_bits(gemma3: Source, cache: Path) -> None:
+    """The validation layer holds the engine to what the instance asked for."""
+    old = device.described(device.make_instance((1, 2)))
+    (gpu,) = (replace(gpu, version=(1, 2)) for gpu in old if gpu.name == choose().name)
+    assert gpu.missing() is None
+    logits = []
+    for each in (gpu, choose()):
+        session = VulkanSession(
+            gemma3.config, BundleSource(gemma3), each, pipeline_cache=cache, max_context=64
+        )
+        session.prefill(random_tokens(gemma3.config, LENGTH).tolist())
+        list(session.decode(2, GREEDY))
+        logits.append(session.next_logits)
+        session.close()
+    np.testing.assert_array_equal(logits[0], logits[1])
 
 
 def test_the_validation_layer_is_there() -> None:

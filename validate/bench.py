@@ -48,6 +48,36 @@ class BenchOptions:
 
 
 @dataclass(frozen=True)
+class PromptCeiling:
+    """What bounds prefill: the arithmetic of a device, measured.
+
+    Attributes:
+        kind: what its products of many tokens are made of; `rate`: operations a second of these.
+        operations: of the linears for a token.
+        tps: tokens per second, if nothing else took time.
+    """
+
+    kind: str
+    rate: float
+    operations: int
+    tps: float
+
+    @classmethod
+    def of(cls, session: Session) -> PromptCeiling | None:
+        if session.probe is None:
+            return None
+        found, operations = session.probe.arithmetic(), session.probe.operations_per_token
+        return cls(found.kind, found.rate, operations, found.rate / operations)
+
+    def sentence(self, prefill_tps: float) -> str:
+        return (
+            f"Prefill's is the measured arithmetic, {self.rate / 1e12:.3g} Tops/s by {self.kind}, "
+            f"over {self.operations / 1e9:.3g} G operations of linears a token: {self.tps:.1f} "
+            f"tokens/s; prefill reaches {prefill_tps / self.tps:.0%} of it."
+        )
+
+
+@dataclass(frozen=True)
 class Bench:
     """What was measured.
 
@@ -55,6 +85,7 @@ class Bench:
         step: of one decode step behind the prompt; None when it was not asked for.
         batch: of several sequences together; None when it was not asked for.
         integer_loss: of the integers beside the weights; None when there are none.
+        prompts: what bounds prefill on a GPU; None on the processor, where it is not measured.
     """
 
     bundle: str
@@ -63,6 +94,7 @@ class Bench:
     step: StepTimes | None = None
     batch: BatchRates | None = None
     integer_loss: IntegerLoss | None = None
+    prompts: PromptCeiling | None = None
 
     @property
     def stages(self) -> list[StageTime]:
@@ -81,6 +113,7 @@ class Bench:
             "share_of_ceiling": self.share_of_ceiling,
             "stages": [asdict(stage) for stage in self.stages],
             "batch": None if self.batch is None else asdict(self.batch),
+            "prefill_ceiling": None if self.prompts is None else asdict(self.prompts),
             "integer_loss": None if self.integer_loss is None else asdict(self.integer_loss),
         }
 
@@ -106,6 +139,8 @@ class Bench:
             f"The ceiling is the measured read bandwidth, {bandwidth}, over {per_token} of weights "
             f"a token; decode reaches {self.share_of_ceiling:.0%} of it.",
         ]
+        if self.prompts is not None:
+            lines.append(self.prompts.sentence(speed.prefill_tps.median))
         if self.integer_loss is not None:
             lines.append(str(self.integer_loss))
         if self.step is not None:
@@ -153,7 +188,8 @@ def _bench_one(bundle: Bundle, options: BenchOptions) -> tuple[Bench, Answers | 
     )
     step = _step(session, options.prompt) if options.kernels else None
     answers = Answers.of(session, bundle) if options.numerics != FLOAT else None
-    return Bench(bundle.name, session.device, rates.beside(Ceiling.of(session)), step), answers
+    speed, prompts = rates.beside(Ceiling.of(session)), PromptCeiling.of(session)
+    return Bench(bundle.name, session.device, speed, step, prompts=prompts), answers
 
 
 def _bench_batch(bundle: Bundle, options: BenchOptions) -> BatchRates:

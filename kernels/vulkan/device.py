@@ -20,7 +20,7 @@ from uq.kernels.vulkan.api import (
     text,
 )
 
-OLDEST = (1, 3)
+OLDEST, NEWEST = (1, 2), (1, 3)  # what a driver must offer, and what is used of newer ones
 SMALLEST_SUBGROUP = 8
 KINDS = ("other", "integrated", "discrete", "virtual", "cpu")
 PREFERENCE = ("discrete", "integrated", "virtual", "other", "cpu")
@@ -37,17 +37,19 @@ WANTED = {
         "vulkanMemoryModelDeviceScope",
         "hostQueryReset",
     ),
-    "PhysicalDeviceVulkan13Features": (
-        "computeFullSubgroups",
-        "maintenance4",
-        "shaderIntegerDotProduct",
-        "subgroupSizeControl",
-    ),
+    "PhysicalDeviceSubgroupSizeControlFeatures": ("computeFullSubgroups", "subgroupSizeControl"),
+    "PhysicalDeviceMaintenance4Features": ("maintenance4",),
+    "PhysicalDeviceShaderIntegerDotProductFeatures": ("shaderIntegerDotProduct",),
     "PhysicalDeviceCooperativeMatrixFeaturesKHR": ("cooperativeMatrix",),
 }
 REQUIRED = ("bufferDeviceAddress", "computeFullSubgroups", "maintenance4", "subgroupSizeControl")
 EXTENSION_OF = {
     "PhysicalDeviceCooperativeMatrixFeaturesKHR": "VK_KHR_cooperative_matrix",
+}
+PROMOTED = {  # a part of Vulkan 1.3
+    "PhysicalDeviceSubgroupSizeControlFeatures": "VK_EXT_subgroup_size_control",
+    "PhysicalDeviceMaintenance4Features": "VK_KHR_maintenance4",
+    "PhysicalDeviceShaderIntegerDotProductFeatures": "VK_KHR_shader_integer_dot_product",
 }
 # Enabled where present; `PhysicalGpu.features` reports them.
 EXTENSIONS = ("VK_KHR_cooperative_matrix", "VK_EXT_external_memory_host", "VK_EXT_memory_budget")
@@ -104,16 +106,13 @@ class PhysicalGpu:
         return any(switch in names for names in self.switches.values())
 
     def _structures(self) -> list[str]:
-        return [
-            kind
-            for kind in WANTED
-            if kind not in EXTENSION_OF or EXTENSION_OF[kind] in self.extensions
-        ]
+        needed = EXTENSION_OF if self.version >= NEWEST else EXTENSION_OF | PROMOTED
+        return [kind for kind in WANTED if kind not in needed or needed[kind] in self.extensions]
 
     @cached_property
     def subgroup(self) -> tuple[int, int, int]:
         """Invocations of a subgroup: the usual number, the least, the most."""
-        sizes = new("PhysicalDeviceVulkan13Properties")
+        sizes = new("PhysicalDeviceSubgroupSizeControlProperties")
         usual = new("PhysicalDeviceVulkan11Properties", pNext=sizes)
         self._properties(usual)
         return usual.subgroupSize, sizes.minSubgroupSize, sizes.maxSubgroupSize
@@ -126,7 +125,7 @@ class PhysicalGpu:
     @cached_property
     def ladder(self) -> tuple[Ability, ...]:
         """What the kernels can build on, the best first."""
-        dots = new("PhysicalDeviceVulkan13Properties")
+        dots = new("PhysicalDeviceShaderIntegerDotProductProperties")
         self._properties(dots)
         quick = bool(dots.integerDotProduct4x8BitPackedSignedAccelerated)
         usual, least, most = self.subgroup
@@ -207,7 +206,12 @@ def physical_gpus() -> tuple[PhysicalGpu, ...]:
     Raises:
         DeviceError: there is no loader or no driver.
     """
-    handles = listed("EnumeratePhysicalDevices", "VkPhysicalDevice", vulkan_instance())
+    return described(vulkan_instance())
+
+
+def described(instance: Any) -> tuple[PhysicalGpu, ...]:
+    """All devices of an instance."""
+    handles = listed("EnumeratePhysicalDevices", "VkPhysicalDevice", instance)
     return tuple(_describe(handle) for handle in handles)
 
 
@@ -272,6 +276,8 @@ def _device_info(physical: PhysicalGpu, family: int, extensions: Sequence[str]) 
         queueCount=1,
         pQueuePriorities=array("float", [1.0]),
     )
+    if physical.version < NEWEST:
+        extensions = [*extensions, *PROMOTED.values()]
     names = [text(name) for name in extensions if name in physical.extensions]
     return new(
         "DeviceCreateInfo",
@@ -286,7 +292,16 @@ def _device_info(physical: PhysicalGpu, family: int, extensions: Sequence[str]) 
 @cache
 def vulkan_instance() -> Any:
     """Raises DeviceError: no driver."""
-    version = OLDEST[0] << 22 | OLDEST[1] << 12
+    return make_instance(NEWEST)
+
+
+def make_instance(newest: tuple[int, int]) -> Any:
+    """An instance that uses nothing beyond the version `newest` of Vulkan.
+
+    Raises:
+        DeviceError: no driver.
+    """
+    version = newest[0] << 22 | newest[1] << 12
     application = new("ApplicationInfo", pApplicationName=text("uq"), apiVersion=version)
     info = new("InstanceCreateInfo", pApplicationInfo=application)
     try:

@@ -10,8 +10,8 @@ from types import MappingProxyType
 from typing import Any
 
 from uq.kernels.vulkan.api import array, binding, call, constant, create, new, text
-from uq.kernels.vulkan.device import Gpu
-from uq.kernels.vulkan.spirv import load
+from uq.kernels.vulkan.device import NEWEST, Gpu
+from uq.kernels.vulkan.spirv import in_vulkan_12, load
 from uq.kernels.vulkan.variants import VARIANTS
 
 PUSH_BYTES = 128  # of push constants: what every device offers
@@ -31,6 +31,7 @@ class Pipelines:
             common: constants of every module that knows them.
         """
         self._gpu, self._common = gpu, common
+        self._is_new = gpu.physical.version >= NEWEST
         self._file = folder / f"{gpu.physical.identity}.bin"
         self._cache = self._read()
         stage = constant("SHADER_STAGE_COMPUTE_BIT")
@@ -86,9 +87,12 @@ class Pipelines:
 
     def _make(self, name: str, constants: Constants) -> Any:
         flags = constant("PIPELINE_SHADER_STAGE_CREATE_REQUIRE_FULL_SUBGROUPS_BIT")
+        size = self._subgroup_size(VARIANTS[name].subgroup)
+        if not size and not self._is_new:  # what SPIR-V 1.6 says by itself
+            flags |= constant("PIPELINE_SHADER_STAGE_CREATE_ALLOW_VARYING_SUBGROUP_SIZE_BIT")
         stage = new(
             "PipelineShaderStageCreateInfo",
-            pNext=self._subgroup_size(VARIANTS[name].subgroup),
+            pNext=size,
             flags=flags,
             stage=constant("SHADER_STAGE_COMPUTE_BIT"),
             module=self._module(name),
@@ -112,7 +116,7 @@ class Pipelines:
 
     def _module(self, name: str) -> Any:
         if name not in self._modules:
-            code = load(name)
+            code = load(name) if self._is_new else in_vulkan_12(load(name))
             words = binding().ffi.cast("uint32_t*", binding().ffi.from_buffer(code))
             info = new("ShaderModuleCreateInfo", codeSize=len(code), pCode=words)
             self._modules[name] = create(

@@ -22,7 +22,8 @@ from uq.errors import UsageError
 from uq.formats.config import GemmaConfig
 from uq.kernels.numerics import FLOAT, Numerics
 from uq.kernels.profile import StepTimes
-from uq.kernels.session import Device, Probe, Sampling, check_room, check_tokens
+from uq.kernels.session import Arithmetic, Device, Probe, Sampling, check_room, check_tokens
+from uq.kernels.vulkan.arithmetic import arithmetic_of, measure
 from uq.kernels.vulkan.bandwidth import read_bandwidth
 from uq.kernels.vulkan.device import PhysicalGpu
 from uq.kernels.vulkan.drafts import Drafts
@@ -33,6 +34,7 @@ from uq.kernels.vulkan.pace import Pace
 from uq.kernels.vulkan.runs import Runs
 from uq.kernels.vulkan.state import MOST_STEPS, MOST_STOPS, MOST_TOKENS
 from uq.kernels.vulkan.weights import Source
+from uq.kernels.vulkan.wide import Abilities
 
 Array = NDArray[np.float32]
 
@@ -77,6 +79,7 @@ class VulkanSession:
             raise UsageError(f"a context of {max_context} tokens; it must hold at least 1")
         self.config, self.max_context = config, max_context
         self._physical, self._pipeline_cache = physical, pipeline_cache
+        self._numerics = numerics
         self._engine = Engine(
             config, source, physical, pipeline_cache, max_context, widest, numerics=numerics
         )
@@ -178,6 +181,23 @@ class VulkanSession:
             DeviceError: the device fails, or has no memory left beside the model.
         """
         return read_bandwidth(self._physical, self._pipeline_cache)
+
+    def arithmetic(self) -> Arithmetic:
+        """
+        Raises:
+            DeviceError: the device fails.
+        """
+        kind = self._engine.model.layers[0].down.kind
+        product = Abilities.of(self._physical).module(kind)
+        return measure(self._physical, self._pipeline_cache, arithmetic_of(product))
+
+    @property
+    def operations_per_token(self) -> int:
+        """Inputs of 16 bits meet the integer dot product as two of 8 bits."""
+        linears = [matrix for layer in self._engine.model.layers for matrix in layer.matrices]
+        product = Abilities.of(self._physical).module(linears[-1].kind)
+        passes = 2 if product.endswith("_dot") and not self._numerics.activations else 1
+        return 2 * passes * sum(matrix.rows * matrix.cols for matrix in linears)
 
     def profile(self) -> StepTimes:
         """Time the kernels of the next decode step; the sequence stays as it is.

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import json
+import struct
 from functools import cache
 from pathlib import Path
 
 from uq.errors import DeviceError
 from uq.kernels.vulkan.variants import VARIANTS
+
+SPIRV_15 = 0x10500
 
 
 @cache
@@ -31,6 +34,12 @@ def load(name: str) -> bytes:
     if sources.is_dir() and entry.get("sources") != compiler.sources_hash(variant, sources):
         return compiler.compile_variant(variant, sources)
     return _packaged(compiler.MODULES / f"{name}.spv", entry)
+
+
+def in_vulkan_12(module: bytes) -> bytes:
+    """A module as SPIR-V 1.5. Ours use nothing newer; with VK_KHR_maintenance4 their workgroups may
+    have sizes that are specialization constants there, too."""
+    return module[:4] + struct.pack("<I", SPIRV_15) + module[8:]
 
 
 def _packaged(path: Path, entry: dict[str, str]) -> bytes:

@@ -64,7 +64,8 @@ def _table(*rows: Variant) -> Mapping[str, Variant]:
 _NORM = ("ITEMS", "HIDDEN", "EPS", "POST_NORM", "KEEP_NORMED")
 _FLOATS = ("f16", "bf16", "f32")
 _X_PLACE = 20  # constant_id of INT8_X (shaders/activations.glsl)
-_WITHOUT_X = ("read.comp", "peaks.comp", "sample.comp")  # no inputs of linears
+# They have no inputs of linears.
+_WITHOUT_X = ("read.comp", "arithmetic.comp", "peaks.comp", "sample.comp")
 
 
 def _decode_kernels() -> Iterator[Variant]:
@@ -80,7 +81,6 @@ def _decode_kernels() -> Iterator[Variant]:
     yield _kernel("norm", "norm.comp", constants=("LANES", "FLOAT_X", "-", "-", *_NORM))
     for name in ("quantize", "geglu"):
         yield _kernel(name, f"{name}.comp", constants=("LANES", "FLOAT_X", "CHANNELS"))
-    yield _kernel("read", "read.comp", constants=("LANES",))
     for name in ("peaks", "sample"):
         yield _kernel(name, f"{name}.comp", constants=("LANES", "CAP"))
     shape = ("DIM", "HEADS", "KV_HEADS", "QUERIES", "WINDOW", "SLOTS", "SPLITS")
@@ -136,9 +136,23 @@ def _prefill_kernels() -> Iterator[Variant]:
         yield _kernel(name, "attention_prefill.comp", macros, constants=attention)
 
 
+def _ceilings() -> Iterator[Variant]:
+    """What measures a device."""
+    lanes = ("LANES",)
+    yield _kernel("read", "read.comp", constants=lanes)
+    yield _kernel("arithmetic", "arithmetic.comp", constants=lanes)
+    for name, macro, features in (
+        ("arithmetic_dot", "INTEGER_DOT", ("int8dot",)),
+        ("arithmetic_matrix", "MATRIX", ("fp16", "coopmat")),
+    ):
+        row = _kernel(name, "arithmetic.comp", {macro: 1}, features, lanes)
+        yield replace(row, subgroup=32 if macro == "MATRIX" else None)
+
+
 VARIANTS: Mapping[str, Variant] = _table(
     *_decode_kernels(),
     *_prefill_kernels(),
+    *_ceilings(),
     *(
         Variant(f"dequantize_int{bits}", "dequantize.comp", {"BITS": bits}, (), ("GROUP",))
         for bits in (4, 8)
