@@ -82,6 +82,12 @@ def test_page_labels_every_point(reported: Make, tmp_path: Path) -> None:
         assert ">one<" in plot and ">two<" in plot
 
 
+def test_divergences_decades_apart_have_few_ticks(reported: Make) -> None:
+    folders = [reported("a", kld=0.002, speed=None), reported("b", kld=0.9, speed=None)]
+    ticks = re.findall(r">([0-9.]+)</text>", render_comparison(compare(folders)))
+    assert {"0.01", "0.1", "1"} <= set(ticks) and len(ticks) < 30
+
+
 def test_page_without_speeds_has_one_plot(reported: Make) -> None:
     page = render_comparison(compare([reported("a", speed=None), reported("b", speed=None)]))
     assert page.count("<svg") == 1

@@ -36,16 +36,23 @@ def render_comparison(comparison: Comparison) -> str:
 
 
 def divergence_plot(comparison: Comparison) -> str:
-    """Mean KL divergence against bits per weight; whiskers of one standard error."""
+    """Mean KL divergence against bits per weight; whiskers of one standard error.
+
+    The axis is logarithmic where the greatest is more than ten times the least.
+    """
+    from matplotlib.ticker import LogLocator
+
     figure, (axes,) = canvas(NARROW, TALL)
     points = [
         (entry, entry.report.kld.mean, (entry.report.kld.stderr, entry.report.kld.stderr))
         for entry in comparison.entries
     ]
-    if all(value > 0 for _, value, _ in points):
+    means = [value for _, value, _ in points]
+    if 0 < 10 * min(means) < max(means):
         axes.set_yscale("log")
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         axes.yaxis.set_major_formatter("{x:g}")
-        axes.yaxis.set_minor_formatter("{x:g}")
+        axes.yaxis.set_minor_formatter("")
     axes.set_title("Mean KL divergence (nats)")
     _scatter(axes, points)
     return as_svg(figure, "divergence", _words("KL divergence", points))
@@ -69,7 +76,7 @@ Point = tuple[Entry, float, tuple[float, float]]
 
 
 def _scatter(axes: Axes, points: list[Point]) -> None:
-    """Points with whiskers; labels lie above and below in turn, from left to right."""
+    """Points with whiskers; labels beside them, above and below in turn, from left to right."""
     axes.set_xlabel("bits per weight")
     axes.margins(0.25, 0.2)
     ordered = sorted(points, key=lambda point: point[0].report.bundle.bits_per_weight)
@@ -82,9 +89,8 @@ def _scatter(axes: Axes, points: list[Point]) -> None:
         axes.annotate(
             entry.label,
             (bits, value),
-            (0, -12 if number % 2 else 8),
+            (5, -12 if number % 2 else 6),
             textcoords="offset points",
-            ha="center",
             fontsize=7,
         )
 

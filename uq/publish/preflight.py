@@ -119,7 +119,8 @@ def account_problems(account: dict[str, Any] | None, repo: str) -> Iterator[str]
     elif token.get("role") == "read" or (
         token.get("role") == "fineGrained" and not _may_write(token, owner)
     ):
-        yield f"the token {token.get('displayName', '')!r} may not write to {owner}: {make}"
+        name = " ".join(filter(None, ("the token", token.get("displayName"))))
+        yield f"{name} may not write to {owner}: {make}"
 
 
 def _may_write(token: dict[str, Any], owner: str) -> bool:
