@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from tests.test_vulkan_kernels import assert_product, input_error, normal, random_tensor
+from tests.test_vulkan_kernels import GRIDS, assert_product, input_error, normal, random_tensor
 from tests.vulkan_lab import Floats, Lab, no_messages  # noqa: F401
-from uq.formats.spec import SPECS, Spec
+from uq.formats.spec import Spec
 from uq.kernels.vulkan import pipelines
 from uq.kernels.vulkan.compile import compile_variant
 from uq.kernels.vulkan.memory import Span
@@ -23,7 +23,6 @@ from uq.kernels.vulkan.variants import VARIANTS
 from uq.kernels.vulkan.weights import Kind, tiles_of
 
 Doubles = NDArray[np.float64]
-GRIDS = tuple(spec for i, spec in enumerate(SPECS) if i % 3 == i // 3 % 3)  # each with one group
 ROWS, COLS, TOKENS = 37, 160, 19  # none fills its last tile
 
 
