@@ -20,6 +20,7 @@ from uq.errors import UsageError
 from uq.formats.bundle import Bundle, open_bundle
 from uq.formats.checkpoint import open_checkpoint
 from uq.formats.spec import QuantTensor, Spec
+from uq.kernels.backends import device_numerics
 from uq.kernels.numerics import ACTIVATIONS, FLOAT, KV, Int8Activations, Numerics
 from uq.kernels.reference import ReferenceSession
 from uq.kernels.vulkan.device import choose
@@ -176,3 +177,19 @@ def test_floats_are_not_multiplied_with_integers(
     source = CheckpointSource(checkpoint, "f16")
     with pytest.raises(UsageError, match="INT8 activations need weights of integers"):
         VulkanSession(checkpoint.config, source, choose(), pipeline_cache=tmp_path, numerics=INT8)
+
+
+@pytest.mark.parametrize(
+    ("device", "numerics", "kept"),
+    [
+        ("vulkan", INT8, INT8),
+        ("vulkan:0", Numerics(kv=KV["int8"]), Numerics(kv=KV["int8"])),
+        ("vulkan", Numerics(kv=KV["int4"]), FLOAT),
+        ("cpu", INT8, FLOAT),
+        ("auto", INT8, FLOAT),
+    ],
+)
+def test_a_validated_device_runs_with_what_it_has(
+    device: str, numerics: Numerics, kept: Numerics
+) -> None:
+    assert device_numerics(device, numerics) == kept
