@@ -26,6 +26,7 @@ from tests.machines import (
     not_in_group,
 )
 from uq.cli import main
+from uq.commands.doctor import summary
 from uq.doctor import Finding, Level, diagnose
 from uq.doctor.display import display
 from uq.doctor.install import COMMANDS
@@ -233,6 +234,15 @@ def mended(
 
 def test_nothing_is_mended_without_a_yes(tmp_path: Path) -> None:
     assert mended(not_in_group, tmp_path, answer=False) == []
+
+
+def test_fix_says_what_came_of_it(tmp_path: Path) -> None:
+    tree = healthy(tmp_path)
+    not_in_group(tree)
+    findings = tuple(check_npu(tree.system()))
+    assert "mended;" in summary(1, findings)
+    assert "nothing was mended" in summary(0, findings)
+    assert "nothing to offer" in summary(0, ())
 
 
 def test_repairs_run_as_root(tmp_path: Path) -> None:

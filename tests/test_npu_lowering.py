@@ -316,6 +316,8 @@ def test_command_line_refuses_what_would_hang(
     assert main(["npu", "lower", str(bad), "-o", str(out)]) == 1
     message = capsys.readouterr().err
     assert message.startswith(f"uq: {bad}:") and "sequence.queue" in message
+    assert main(["npu", "lower", str(PASS), "-o", str(tmp_path / "no" / "x")]) == 2
+    assert "there is no folder" in capsys.readouterr().err
     assert main(["npu", "lower", str(PASS), "-o", str(out), "--sequence", "other"]) == 1
     assert "no runtime sequence @other; the design has sequence" in capsys.readouterr().err
     assert not out.exists()

@@ -398,3 +398,12 @@ def test_wrong_use_is_one_line(
     named = [word.format(design=design, small=small) for word in arguments]
     assert main(["npu", "run", *named]) == 2
     assert message in capsys.readouterr().err
+
+
+def test_a_raw_kernel_is_refused_with_the_reason(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    raw = tmp_path / "raw.bin"
+    raw.write_bytes(b"AUPN" + bytes(40))
+    assert main(["npu", "run", str(raw)]) == 1
+    assert "a raw kernel (magic 0x4e505541) says nothing of buffers" in capsys.readouterr().err

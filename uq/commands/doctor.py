@@ -43,9 +43,17 @@ def run(args: argparse.Namespace) -> int:
         print(json.dumps(shown, indent=2))
     else:
         show(machine, findings)
-    if args.fix and mend(findings, system, ask, execute):
-        print("\nmended; what needs a new login or a reboot shows up after it: uq doctor")
+    if args.fix:
+        print(summary(mend(findings, system, ask, execute), findings))
     return 1 if any(finding.level is Level.PROBLEM for finding in findings) else 0
+
+
+def summary(count: int, findings: tuple[Finding, ...]) -> str:
+    """What came of `--fix`, which made `count` repairs."""
+    if count:
+        return "\nmended; what needs a new login or a reboot shows up after it: uq doctor"
+    offered = any(finding.repair for finding in findings)
+    return "\nnothing was mended" if offered else "\n--fix has nothing to offer for this machine"
 
 
 def show(machine: Machine, findings: tuple[Finding, ...]) -> None:

@@ -5,13 +5,10 @@ from __future__ import annotations
 import argparse
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from uq.commands.npu_arguments import add_command
-from uq.errors import DesignError
-
-if TYPE_CHECKING:
-    from uq.kernels.npu.source import Source
+from uq.errors import UsageError
 
 
 def configure(commands: Any) -> None:
@@ -27,25 +24,17 @@ def configure(commands: Any) -> None:
 def run(args: argparse.Namespace) -> int:
     from uq.kernels.npu.lowering import lower
     from uq.kernels.npu.source import read_design
+    from uq.kernels.npu.verify import accepted
 
+    if not args.output.resolve().parent.is_dir():
+        raise UsageError(f"{args.output}: there is no folder {args.output.parent}; make it first")
     source = read_design(args.design)
-    _refuse_wrong(source)
+    accepted(source)
     stream = lower(source.module, sequence=args.sequence, source=source)
     data = stream.to_bytes()
     _write(args.output, data)
     print(f"{args.output}: {len(stream.operations)} operations, {len(data) // 4} words")
     return 0
-
-
-def _refuse_wrong(source: Source) -> None:
-    """Words of a design that cannot run would hang the array."""
-    from uq.kernels.npu.verify import verify
-
-    found = [finding for report in verify(source) for finding in report.findings]
-    errors = [finding for finding in found if finding.severity == "error"]
-    if errors:
-        first = f"{source.name}:{errors[0].line}: {errors[0].rule}: {errors[0].message}"
-        raise DesignError(f"{first}; uq npu verify shows all errors ({len(errors)})")
 
 
 def _write(path: Path, data: bytes) -> None:

@@ -60,8 +60,10 @@ def run(args: argparse.Namespace) -> int:
 
 def _on_npu(args: argparse.Namespace) -> tuple[str, list[Any], list[Any]]:
     from uq.kernels.npu.runtime.npu import Npu, load_pyxrt
-    from uq.kernels.npu.runtime.program import buffers_of, read_program
+    from uq.kernels.npu.runtime.program import buffers_of, read_program, refuse_raw_kernel
 
+    if args.design.is_file():
+        refuse_raw_kernel(args.design.read_bytes(), args.design)
     if not args.design.is_dir():
         raise UsageError(f"{args.design}: an NPU runs a folder made by uq npu build")
     program = read_program(args.design)

@@ -57,9 +57,7 @@ def read_program(folder: Path, *, kernel: str | None = None) -> Program:
     if stream.generation not in GENERATIONS:
         raise BundleError(f"{insts}: made for device generation {stream.generation}, not an NPU")
     data = xclbin.read_bytes()
-    if is_raw_kernel(data):
-        why = "says nothing of buffers or contexts, and is shown by uq inspect only"
-        raise BundleError(f"{xclbin}: a raw kernel (magic 0x4e505541) {why}; build an xclbin")
+    refuse_raw_kernel(data, xclbin)
     parsed = parse_xclbin(data, str(xclbin))
     metadata = parsed.find(Kind.EMBEDDED_METADATA)
     if metadata is None:
@@ -71,6 +69,13 @@ def read_program(folder: Path, *, kernel: str | None = None) -> Program:
         generation=GENERATIONS[stream.generation],
         emulated=parsed.platform == EMULATOR,
     )
+
+
+def refuse_raw_kernel(data: bytes, path: Path) -> None:
+    """Raises BundleError: it is one."""
+    if is_raw_kernel(data):
+        why = "says nothing of buffers or contexts, and is shown by uq inspect only"
+        raise BundleError(f"{path}: a raw kernel (magic 0x4e505541) {why}; build an xclbin")
 
 
 def buffers_of(folder: Path) -> tuple[int, ...]:

@@ -16,7 +16,7 @@ from uq.kernels.npu.model import nbytes, place_of
 from uq.kernels.npu.source import Source, print_design
 from uq.kernels.npu.syntax import SYNTAXES, Syntax, to_syntax
 from uq.kernels.npu.target import COLUMNS, Place
-from uq.kernels.npu.verify import verify
+from uq.kernels.npu.verify import accepted
 
 SUFFIXES = (".cc", ".cpp")
 HEADERS = (*SUFFIXES, ".h", ".hpp")
@@ -96,13 +96,7 @@ def prepare(
         UsageError: there is no source for an object.
     """
     device = _device(source)
-    (report,) = verify(source)
-    if not report.accepted:
-        first = next(finding for finding in report.findings if finding.severity == "error")
-        place = f"{source.name}:{first.line}"
-        raise DesignError(
-            f"{place}: {first.rule}: {first.message}; see all with: uq npu verify {source.name}"
-        )
+    (report,) = accepted(source)
     if objects is None:
         objects = tuple(_objects(device, sources, defines or {}))
     module = to_syntax(source.module, _syntax(syntax)) if syntax else source.module

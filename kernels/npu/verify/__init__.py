@@ -68,6 +68,21 @@ def verify(source: Source, *, device: str | None = None, reserved: int = 0) -> l
     return [_verify(source, op, device or op.device.data, reserved) for op in devices]
 
 
+def accepted(source: Source) -> list[Report]:
+    """The reports of a design that has no error; what follows would hang or damage otherwise.
+
+    Raises:
+        DesignError: the first error, and the command that shows all.
+    """
+    reports = verify(source)
+    for report in reports:
+        for finding in report.findings:
+            if finding.severity == "error":
+                place = f"{source.name}:{finding.line}: {finding.rule}: {finding.message}"
+                raise DesignError(f"{place}; see all with: uq npu verify {source.name}")
+    return reports
+
+
 def _verify(source: Source, op: Device, name: str, reserved: int) -> Report:
     if broken := list(_broken(source, op)):
         return Report(name, tuple(broken), {})
