@@ -30,22 +30,35 @@ ivec4 quantized(vec4 v, float peak, out float scale) {
     return ivec4(round(v * (peak > 0.0 ? FULL / peak : 0.0)));
 }
 
-// Store channels 4 * quad .. 4 * quad + 3. The eight lanes that share 32 channels call it together.
-void store_fixed(Uints x, uint first_word, uint quad, vec4 v) {
+// Four channels as bytes, the scale of their 32 channels and the sum of those.
+struct Fixed {
+    uint high, low;
+    float scale;
+    int sum;
+};
+
+// The eight lanes that share 32 channels call it together.
+Fixed to_fixed(vec4 v) {
     vec4 size = abs(v);
     float peak = team_max(max(max(size.x, size.y), max(size.z, size.w)), 8), scale;
     ivec4 code = quantized(v, peak, scale);
     ivec4 high = INT8_X ? code : (code + 128) >> 8;
     float sum = team_sum(float(code.x + code.y + code.z + code.w), 8);  // exact: below 2^24
+    return Fixed(packed_bytes(high), packed_bytes(code - (high << 8)), scale, int(sum));
+}
+
+// Store channels 4 * quad .. 4 * quad + 3. The eight lanes that share 32 channels call it together.
+void store_fixed(Uints x, uint first_word, uint quad, vec4 v) {
+    Fixed y = to_fixed(v);
     uint word = quad % 8, piece = quad / 8 % 4, tile = first_word + quad / 32 * X_WORDS;
     uint place = tile + (word / 4 * 4 + piece) * 4 + word % 4;
-    x.at[place] = packed_bytes(high);
+    x.at[place] = y.high;
     if (!INT8_X) {
-        x.at[place + LOW_WORDS] = packed_bytes(code - (high << 8));
+        x.at[place + LOW_WORDS] = y.low;
     }
     if (word == 0) {
-        x.at[tile + SCALE_WORDS + piece] = floatBitsToUint(scale);
-        x.at[tile + SCALE_WORDS + 4 + piece] = uint(int(sum));
+        x.at[tile + SCALE_WORDS + piece] = floatBitsToUint(y.scale);
+        x.at[tile + SCALE_WORDS + 4 + piece] = uint(y.sum);
     }
 }
 

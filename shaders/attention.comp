@@ -14,7 +14,7 @@ layout(constant_id = 5) const uint KV_HEADS = 1;
 layout(constant_id = 6) const uint QUERIES = 1;
 layout(constant_id = 7) const uint WINDOW = 0;  // keys that a token sees, 0: all
 layout(constant_id = 8) const uint SLOTS = 1;
-layout(constant_id = 9) const uint SPLITS = 1;
+layout(constant_id = 9) const uint SPLITS = 16;  // or a multiple
 layout(constant_id = 10) const bool QK_NORM = false;
 layout(constant_id = 11) const float EPS = 1e-6;
 layout(constant_id = 12) const float SCALE = 1.0;
@@ -26,128 +26,202 @@ const uint WHOLE = 0;    // every column is of another sequence: everything
 const uint PREPARE = 1;  // columns of one sequence: norm, RoPE, the cache; queries go back
 const uint ATTEND = 2;   // the rest, when all keys are there
 
+layout(buffer_reference, std430, buffer_reference_align = 16) readonly restrict buffer Inputs {
+    vec4 at[];
+};
+layout(buffer_reference, std430, buffer_reference_align = 8) readonly restrict buffer Turns {
+    vec2 at[];
+};
+
+// What the last workgroup reads of the others. Loads of `coherent` memory wait for each other on some
+// GPUs: the many of Quads are not, no invocation has read them before the barrier of is_last.
+layout(buffer_reference, std430, buffer_reference_align = 8) coherent buffer Stats {
+    vec2 at[];
+};
+
 layout(push_constant) uniform Push {
-    Floats qkv;
+    Quads qkv;
     Floats q_gain, k_gain;
     Uints keys, values;
     Floats key_scales, value_scales;  // of KV_INT8
-    Floats turns;     // (cos, sin) of 256 positions, then of every 256th position: (rows, DIM / 2, 2)
-    Floats partials;  // (column, block, split, query, DIM + 2)
+    Turns turns;     // (cos, sin) of 256 positions, then of every 256th position: (rows, DIM / 2)
+    Quads partials;  // weighted values: (column, block, split, query, DIM / 4)
+    Stats stats;     // greatest score and sum of weights: (column, block, split, query)
     Uints x;
     State state;
     uint stride, k_column, v_column, counter;
 };
 
-const uint LEAST = 32;  // keys that are worth a split
-const uint TILE = 32;   // keys between two barriers
+const uint TILE = LANES / 8;  // keys between two barriers, and at least in a split
 const uint PAIRS = DIM / 2;
+const uint QUADS = DIM / 4;
 const uint VECTORS = DIM / 8;  // of 8 channels in a row of the cache
 const uint SHARING = HEADS / KV_HEADS;
 const uint BLOCKS = HEADS / QUERIES;
 const uint V_SLICES = LANES / VECTORS;
+const uint KEY_LOADS = (VECTORS + 7) / 8;                   // of a lane for a key
+const uint VALUE_LOADS = (TILE + V_SLICES - 1) / V_SLICES;  // of a lane for a tile
+const uint TURN_ROWS = LANES / PAIRS;                       // that are turned at a time
+const uint AT_ONCE = 16;  // partial results that a lane asks for together
+// 32 channels share a scale: where a workgroup's heads are no whole number of them, one joins all.
+const bool JOINS_OWN = QUERIES * DIM % 32 == 0;
+const uint JOINED_HEADS = JOINS_OWN ? QUERIES : HEADS;
+// Of a tile's keys, later of the splits.
+const uint WEIGHTS = QUERIES * TILE > JOINED_HEADS * SPLITS ? QUERIES * TILE : JOINED_HEADS * SPLITS;
 
-shared float rows[(QUERIES + 1) * DIM];  // the queries, then the new key
-shared float weights[QUERIES * TILE];
+// Rows of DIM channels: the quads with even numbers, then the others, so that lanes that read eight
+// channels each find neighbours.
+shared vec4 rows[(QUERIES + 1) * QUADS];  // the queries, then the new key
+shared vec4 new_value[QUADS];
+shared float factors[QUERIES + 1];
+shared float weights[WEIGHTS];
 shared float correction[QUERIES];
-shared float gathered[V_SLICES * DIM];
+shared vec4 gathered[QUERIES * V_SLICES * QUADS];
 
 uint lane;
 uint position;
-uint first_row;  // of the sequence, in heads of the cache
+uint head;  // of keys and values
+uint first_row;  // of the head in the cache
 
-void load_row(uint row, uint column) {
-    uint from = gl_WorkGroupID.z * stride + column;
-    for (uint i = lane; i < DIM; i += LANES) {
-        rows[row * DIM + i] = qkv.at[from + i];
+uint quad_place(uint quad) {
+    return quad % 2 * VECTORS + quad / 2;
+}
+
+vec4 input_quad(uint column, uint quad) {
+    uint place = (gl_WorkGroupID.z * stride + column) / 4 + quad;
+    return MODE == PREPARE ? qkv.at[place] : Inputs(qkv).at[place];
+}
+
+// Queries, and with `appends` the new key and value.
+void load_rows(uint block, bool appends) {
+    const uint own = QUERIES * QUADS;
+    [[dont_unroll]] for (uint i = lane; i < own + (appends ? 2 * QUADS : 0); i += LANES) {
+        if (i < own) {
+            rows[i / QUADS * QUADS + quad_place(i % QUADS)] = input_quad(block * QUERIES * DIM, i);
+        } else if (i < own + QUADS) {
+            rows[own + quad_place(i - own)] = input_quad(k_column + head * DIM, i - own);
+        } else {
+            uint quad = i - own - QUADS;
+            new_value[quad_place(quad)] = input_quad(v_column + head * DIM, quad);
+        }
     }
 }
 
-// RMS norm of rows first .. last - 1, eight lanes each.
-void norm_rows(uint first, uint last) {
-    for (uint base = first; base < last; base += LANES / 8) {
+// factors = 1 / RMS of the first `count` rows, eight lanes each.
+void measure_rows(uint count) {
+    [[dont_unroll]] for (uint base = 0; base < count; base += LANES / 8) {
         uint row = base + lane / 8;
         float total = 0.0;
-        if (row < last) {
-            for (uint i = lane % 8; i < DIM; i += 8) {
-                total += rows[row * DIM + i] * rows[row * DIM + i];
+        if (row < count) {
+            [[unroll]] for (uint i = lane % 8; i < QUADS; i += 8) {
+                total += dot(rows[row * QUADS + i], rows[row * QUADS + i]);
             }
         }
-        float factor = inversesqrt(team_sum(total, 8) / float(DIM) + EPS);
-        if (row < last) {
-            for (uint i = lane % 8; i < DIM; i += 8) {
-                float gain = row < QUERIES ? q_gain.at[i] : k_gain.at[i];
-                rows[row * DIM + i] *= factor * gain;
-            }
+        total = team_sum(total, 8);
+        if (row < count && lane % 8 == 0) {
+            factors[row] = inversesqrt(total / float(DIM) + EPS);
         }
     }
     barrier();
 }
 
-// Component i turns with component i + DIM / 2; the angle of a position is that of its multiple of
-// 256 and that of the rest.
-void turn_rows(uint first, uint last) {
-    for (uint i = lane; i < (last - first) * PAIRS; i += LANES) {
-        uint pair = i % PAIRS, at = (first + i / PAIRS) * DIM + pair;
-        uint fine = (position % 256 * PAIRS + pair) * 2;
-        uint coarse = ((256 + position / 256) * PAIRS + pair) * 2;
-        vec2 a = vec2(turns.at[fine], turns.at[fine + 1]);
-        vec2 b = vec2(turns.at[coarse], turns.at[coarse + 1]);
-        float c = a.x * b.x - a.y * b.y, s = a.y * b.x + a.x * b.y;
-        float low = rows[at], high = rows[at + PAIRS];
-        rows[at] = low * c - high * s;
-        rows[at + PAIRS] = high * c + low * s;
+// What turns a lane's pair of channels, on its way early: fine and coarse angle, gains of q and k.
+vec2 fine, coarse;
+vec4 pair_gains;
+
+void load_turns() {
+    uint pair = lane % PAIRS;
+    fine = turns.at[position % 256 * PAIRS + pair];
+    coarse = turns.at[(256 + position / 256) * PAIRS + pair];
+    if (QK_NORM) {
+        pair_gains.xy = vec2(q_gain.at[pair], q_gain.at[pair + PAIRS]);
+        pair_gains.zw = vec2(k_gain.at[pair], k_gain.at[pair + PAIRS]);
+    }
+}
+
+// Norm and RoPE of the first `count` rows. Component i turns with component i + DIM / 2; the angle of
+// a position is that of its multiple of 256 and that of the rest.
+void turn_rows(uint count) {
+    uint pair = lane % PAIRS;
+    float c = fine.x * coarse.x - fine.y * coarse.y, s = fine.y * coarse.x + fine.x * coarse.y;
+    if (QK_NORM) {
+        measure_rows(count);
+    }
+    [[dont_unroll]] for (uint row = lane / PAIRS; row < count && lane < TURN_ROWS * PAIRS; row += TURN_ROWS) {
+        uint low_at = row * QUADS + quad_place(pair / 4);
+        uint high_at = row * QUADS + quad_place((pair + PAIRS) / 4);
+        float low = rows[low_at][pair % 4], high = rows[high_at][pair % 4];
+        if (QK_NORM) {
+            vec2 gain = row < QUERIES ? pair_gains.xy : pair_gains.zw;
+            low *= factors[row] * gain.x;
+            high *= factors[row] * gain.y;
+        }
+        rows[low_at][pair % 4] = low * c - high * s;
+        rows[high_at][pair % 4] = high * c + low * s;
     }
     barrier();
 }
 
-// Of the query or, behind the queries, of the new key.
-vec4 query_quad(uint query, uint i) {
-    uint at = query * DIM + i;
-    return vec4(rows[at], rows[at + 1], rows[at + 2], rows[at + 3]);
-}
-
-uint cache_row(uint head, uint key) {
-    return (first_row + head) * SLOTS + key % SLOTS;
-}
-
-// The new key and value of a head, where no other token of the window lies.
-void append(uint head) {
-    uint row = cache_row(head, position);
-    uint v = gl_WorkGroupID.z * stride + v_column + head * DIM;
-    for (uint i = lane; i < DIM / 4; i += LANES) {
-        uint from = v + 4 * i;
-        vec4 value = vec4(qkv.at[from], qkv.at[from + 1], qkv.at[from + 2], qkv.at[from + 3]);
-        store_quad(keys, key_scales, row, i, query_quad(QUERIES, 4 * i));
-        store_quad(values, value_scales, row, i, value);
+// The new key and value, where no other token of the window lies. They stay in shared memory as the
+// cache has them: nobody reads them from there in this dispatch.
+void append() {
+    uint row = first_row + position % SLOTS;
+    for (uint i = lane; i < QUADS; i += LANES) {
+        uint at = quad_place(i), key_at = QUERIES * QUADS + at;
+        rows[key_at] = store_quad(keys, key_scales, row, i, rows[key_at]);
+        new_value[at] = store_quad(values, value_scales, row, i, new_value[at]);
     }
-    memoryBarrierBuffer();
     barrier();
 }
 
-// weights = scores of up to TILE keys, eight lanes for a key.
-void score(uint head, uint first, uint stop) {
-    for (uint base = 0; base < TILE; base += LANES / 8) {
-        uint key = first + base + lane / 8;
-        float total[QUERIES];
-        [[unroll]] for (uint q = 0; q < QUERIES; q++) {
-            total[q] = 0.0;
-        }
-        if (key < stop) {
-            for (uint vector = lane % 8; vector < VECTORS; vector += 8) {
-                vec4 low, high;
-                load_channels(keys, key_scales, cache_row(head, key), vector, low, high);
-                [[unroll]] for (uint q = 0; q < QUERIES; q++) {
-                    total[q] += dot(low, query_quad(q, 8 * vector));
-                    total[q] += dot(high, query_quad(q, 8 * vector + 4));
-                }
+// `slot` may be that of a tile's first key and less than SLOTS more.
+uint cache_row(uint slot) {
+    return first_row + (slot < SLOTS ? slot : slot - SLOTS);
+}
+
+// A tile of the cache on its way: eight lanes for a key, VECTORS lanes for a value.
+Channels key_parts[KEY_LOADS], value_parts[VALUE_LOADS];
+
+// Keys beyond the last are the last again: their weights are 0.
+void fetch_tile(uint first, uint last) {
+    uint slot = first % SLOTS, most = last - first;
+    uint row = cache_row(slot + min(lane / 8, most));
+    [[unroll]] for (uint i = 0; i < KEY_LOADS; i++) {
+        key_parts[i] = fetch(keys, key_scales, row, min(8 * i + lane % 8, VECTORS - 1));
+    }
+    [[unroll]] for (uint i = 0; i < VALUE_LOADS; i++) {
+        row = cache_row(slot + min(lane / VECTORS + i * V_SLICES, most));
+        value_parts[i] = fetch(values, value_scales, row, lane % VECTORS);
+    }
+}
+
+// weights = scores of up to TILE keys, eight lanes for a key. `fresh` is the key in shared memory.
+void score(uint first, uint stop, uint fresh) {
+    uint key = first + lane / 8;
+    float total[QUERIES];
+    [[unroll]] for (uint q = 0; q < QUERIES; q++) {
+        total[q] = 0.0;
+    }
+    [[unroll]] for (uint i = 0; i < KEY_LOADS; i++) {
+        uint vector = 8 * i + lane % 8;
+        if (vector < VECTORS) {
+            vec4 low, high;
+            unpack(key_parts[i], low, high);
+            if (key == fresh) {
+                low = rows[QUERIES * QUADS + vector];
+                high = rows[QUERIES * QUADS + VECTORS + vector];
+            }
+            [[unroll]] for (uint q = 0; q < QUERIES; q++) {
+                total[q] += dot(low, rows[q * QUADS + vector]);
+                total[q] += dot(high, rows[q * QUADS + VECTORS + vector]);
             }
         }
-        [[unroll]] for (uint q = 0; q < QUERIES; q++) {
-            float s = team_sum(total[q], 8) * SCALE;
-            s = CAP > 0.0 ? softcap(s, CAP) : s;
-            if (lane % 8 == 0 && base + lane / 8 < TILE) {
-                weights[q * TILE + base + lane / 8] = key < stop ? s : -1e30;
-            }
+    }
+    [[unroll]] for (uint q = 0; q < QUERIES; q++) {
+        float s = team_sum(total[q], 8) * SCALE;
+        s = CAP > 0.0 ? softcap(s, CAP) : s;
+        if (lane % 8 == 0) {
+            weights[q * TILE + lane / 8] = key < stop ? s : -1e30;
         }
     }
     barrier();
@@ -158,12 +232,12 @@ void renormalize(inout float peak, inout float sum) {
     uint query = lane / 8;
     if (query < QUERIES) {
         float best = peak;
-        for (uint i = lane % 8; i < TILE; i += 8) {
+        [[unroll]] for (uint i = lane % 8; i < TILE; i += 8) {
             best = max(best, weights[query * TILE + i]);
         }
         best = team_max(best, 8);
         float total = 0.0;
-        for (uint i = lane % 8; i < TILE; i += 8) {
+        [[unroll]] for (uint i = lane % 8; i < TILE; i += 8) {
             float w = weights[query * TILE + i];
             w = w > -1e29 ? exp(w - best) : 0.0;
             weights[query * TILE + i] = w;
@@ -177,18 +251,23 @@ void renormalize(inout float peak, inout float sum) {
     barrier();
 }
 
-void mix(uint head, uint first, uint stop, inout vec4 low[QUERIES], inout vec4 high[QUERIES]) {
+void mix(uint first, uint fresh, inout vec4 low[QUERIES], inout vec4 high[QUERIES]) {
     uint vector = lane % VECTORS, slice = lane / VECTORS;
     [[unroll]] for (uint q = 0; q < QUERIES; q++) {
         low[q] *= correction[q];
         high[q] *= correction[q];
     }
-    if (slice < V_SLICES) {
-        for (uint key = first + slice; key < min(stop, first + TILE); key += V_SLICES) {
+    [[unroll]] for (uint i = 0; i < VALUE_LOADS; i++) {
+        uint at = slice + i * V_SLICES;
+        if (slice < V_SLICES && at < TILE) {
             vec4 a, b;
-            load_channels(values, value_scales, cache_row(head, key), vector, a, b);
+            unpack(value_parts[i], a, b);
+            if (first + at >= fresh) {  // weights behind it are 0, but what lies there is anything
+                a = new_value[vector];
+                b = new_value[VECTORS + vector];
+            }
             [[unroll]] for (uint q = 0; q < QUERIES; q++) {
-                float w = weights[q * TILE + key - first];
+                float w = weights[q * TILE + at];
                 low[q] += w * a;
                 high[q] += w * b;
             }
@@ -197,120 +276,144 @@ void mix(uint head, uint first, uint stop, inout vec4 low[QUERIES], inout vec4 h
     barrier();
 }
 
-uint partial_place(uint block, uint split, uint query) {
-    uint row = (gl_WorkGroupID.z * BLOCKS + block) * SPLITS + split;
-    return (row * QUERIES + query) * (DIM + 2);
+uint partial_row(uint query_head, uint split) {
+    uint block = gl_WorkGroupID.z * BLOCKS + query_head / QUERIES;
+    return (block * SPLITS + split) * QUERIES + query_head % QUERIES;
 }
 
-void store_partial(uint query, vec4 low, vec4 high, float peak, float sum) {
+void store_partials(vec4 low[QUERIES], vec4 high[QUERIES], float peak, float sum) {
     uint vector = lane % VECTORS, slice = lane / VECTORS;
     if (slice < V_SLICES) {
-        for (uint k = 0; k < 4; k++) {
-            gathered[slice * DIM + 8 * vector + k] = low[k];
-            gathered[slice * DIM + 8 * vector + 4 + k] = high[k];
+        [[unroll]] for (uint q = 0; q < QUERIES; q++) {
+            gathered[(slice * QUERIES + q) * QUADS + vector] = low[q];
+            gathered[(slice * QUERIES + q) * QUADS + VECTORS + vector] = high[q];
         }
     }
     barrier();
-    uint place = partial_place(gl_WorkGroupID.y, gl_WorkGroupID.x, query);
-    for (uint i = lane; i < DIM; i += LANES) {
-        float total = 0.0;
-        for (uint s = 0; s < V_SLICES; s++) {
-            total += gathered[s * DIM + i];
+    uint row = partial_row(gl_WorkGroupID.y * QUERIES, gl_WorkGroupID.x);
+    for (uint i = lane; i < QUERIES * QUADS; i += LANES) {
+        uint at = i / QUADS * QUADS + quad_place(i % QUADS);
+        vec4 total = gathered[at];
+        [[unroll]] for (uint s = 1; s < V_SLICES; s++) {
+            total += gathered[s * QUERIES * QUADS + at];
         }
-        partials.at[place + i] = total;
+        partials.at[row * QUADS + i] = total;
     }
-    if (lane == 8 * query) {
-        partials.at[place + DIM] = peak;
-        partials.at[place + DIM + 1] = sum;
+    if (lane % 8 == 0 && lane / 8 < QUERIES) {
+        stats.at[row + lane / 8] = vec2(peak, sum);
+    }
+}
+
+// weights = share of each split in the output of a head, eight lanes a head; 0 behind the last.
+void weigh_splits(uint first_head, uint splits) {
+    for (uint h = lane / 8; h < JOINED_HEADS; h += LANES / 8) {
+        float best = -1e30, total = 0.0;
+        uint place = partial_row(first_head + h, 0);
+        [[dont_unroll]] for (uint s = lane % 8; s < splits; s += 16) {
+            vec2 one = stats.at[place + s * QUERIES];
+            vec2 two = s + 8 < splits ? stats.at[place + (s + 8) * QUERIES] : vec2(-1e30, 0.0);
+            float peak = max(best, max(one.x, two.x));
+            total = total * exp(best - peak) + one.y * exp(one.x - peak) + two.y * exp(two.x - peak);
+            best = peak;
+            weights[h * SPLITS + s] = one.x;
+            weights[h * SPLITS + s + 8] = two.x;
+        }
+        float peak = team_max(best, 8);
+        total = team_sum(total * exp(best - peak), 8);
+        [[dont_unroll]] for (uint s = lane % 8; s < (splits + 15) / 16 * 16; s += 8) {
+            weights[h * SPLITS + s] = s < splits ? exp(weights[h * SPLITS + s] - peak) / total : 0.0;
+        }
     }
     barrier();
 }
 
-// The output of the heads of blocks first .. last - 1 from all splits.
-void join(uint first, uint last, uint splits) {
-    const uint quads = QUERIES * DIM / 4;
+// The output of JOINED_HEADS heads from all splits.
+void join(uint first_head, uint splits) {
+    weigh_splits(first_head, splits);
     uint words = column_words((HEADS * DIM + 127) / 128);
-    for (uint i = first * quads + lane; i < last * quads; i += LANES) {
-        uint block = i / quads, query = i % quads / (DIM / 4), at = i % (DIM / 4) * 4;
-        float peak = -1e30;
-        for (uint s = 0; s < splits; s++) {
-            peak = max(peak, partials.at[partial_place(block, s, query) + DIM]);
-        }
-        float sum = 0.0;
+    [[dont_unroll]] for (uint i = lane; i < JOINED_HEADS * QUADS; i += LANES) {
+        uint h = i / QUADS, place = partial_row(first_head + h, 0) * QUADS + i % QUADS;
         vec4 total = vec4(0.0);
-        for (uint s = 0; s < splits; s++) {
-            uint place = partial_place(block, s, query);
-            float w = exp(partials.at[place + DIM] - peak);
-            sum += w * partials.at[place + DIM + 1];
-            for (uint k = 0; k < 4; k++) {
-                total[k] += w * partials.at[place + at + k];
+        [[dont_unroll]] for (uint first = 0; first < splits; first += AT_ONCE) {
+            // Behind the last split lies what an earlier pass left.
+            [[unroll]] for (uint s = 0; s < AT_ONCE; s++) {
+                vec4 part = partials.at[place + (first + s) * QUERIES * QUADS];
+                total += weights[h * SPLITS + first + s] * part;
             }
         }
-        store_activations(x, gl_WorkGroupID.z * words, i, total / sum);
+        store_activations(x, gl_WorkGroupID.z * words, first_head * QUADS + i, total);
+    }
+}
+
+// The workgroup's queries, and with `appends` the new key and value, as attention takes them.
+void prepare(uint block, bool appends) {
+    if (MODE != ATTEND) {
+        load_turns();
+    }
+    load_rows(block, appends);
+    barrier();
+    if (MODE != ATTEND) {
+        turn_rows(appends ? QUERIES + 1 : QUERIES);
+    }
+    if (appends) {
+        append();
+    }
+}
+
+void store_queries(uint block) {
+    uint to = (gl_WorkGroupID.z * stride + block * QUERIES * DIM) / 4;
+    for (uint i = lane; i < QUERIES * QUADS; i += LANES) {
+        qkv.at[to + i] = rows[i / QUADS * QUADS + quad_place(i % QUADS)];
     }
 }
 
 void main() {
     lane = lane_index();
-    if (gl_WorkGroupID.z >= state.count) {
+    uint column = gl_WorkGroupID.z, count = state.count, sequence = state.slots[column];
+    position = state.positions[column];
+    if (column >= count) {
         return;
     }
-    position = state.positions[gl_WorkGroupID.z];
-    first_row = state.slots[gl_WorkGroupID.z] * KV_HEADS;
     uint first = WINDOW > 0 && position >= WINDOW ? position + 1 - WINDOW : 0;
     uint seen = position + 1 - first;
-    uint run = max(LEAST, (seen + SPLITS - 1) / SPLITS);
+    uint run = max(TILE, (seen + SPLITS - 1) / SPLITS);
     uint splits = MODE == PREPARE ? 1 : (seen + run - 1) / run;
-    uint split = gl_WorkGroupID.x, block = gl_WorkGroupID.y, head = block * QUERIES / SHARING;
+    uint split = gl_WorkGroupID.x, block = gl_WorkGroupID.y;
+    head = block * QUERIES / SHARING;
+    first_row = (sequence * KV_HEADS + head) * SLOTS;
     if (split >= splits) {
         return;
     }
+    uint begin = first + split * run, stop = min(begin + run, position + 1);
     bool appends = MODE != ATTEND && split + 1 == splits;
-    for (uint q = 0; q < QUERIES; q++) {
-        load_row(q, (block * QUERIES + q) * DIM);
-    }
-    if (appends) {
-        load_row(QUERIES, k_column + head * DIM);
-    }
-    barrier();
-    if (MODE != ATTEND) {
-        uint last = appends ? QUERIES + 1 : QUERIES;
-        if (QK_NORM) {
-            norm_rows(0, last);
-        }
-        turn_rows(0, last);
-    }
-    if (appends) {
-        append(head);
-    }
-    if (MODE == PREPARE) {
-        for (uint i = lane; i < QUERIES * DIM; i += LANES) {
-            qkv.at[gl_WorkGroupID.z * stride + block * QUERIES * DIM + i] = rows[i];
-        }
-        return;
-    }
-
+    uint fresh = MODE == ATTEND ? 0xFFFFFFFFu : position;
     float peak = -1e30, sum = 0.0;
     vec4 low[QUERIES], high[QUERIES];
     [[unroll]] for (uint q = 0; q < QUERIES; q++) {
         low[q] = vec4(0.0);
         high[q] = vec4(0.0);
     }
-    uint begin = first + split * run, stop = min(begin + run, position + 1);
-    for (uint tile = begin; tile < stop; tile += TILE) {
-        score(head, tile, stop);
+    [[dont_unroll]] for (uint tile = begin; tile < stop; tile += TILE) {
+        if (MODE != PREPARE) {
+            fetch_tile(tile, stop - 1);
+        }
+        if (tile == begin) {  // while the first tile is on its way
+            prepare(block, appends);
+        }
+        if (MODE == PREPARE) {
+            break;
+        }
+        score(tile, stop, fresh);
         renormalize(peak, sum);
-        mix(head, tile, stop, low, high);
+        mix(tile, fresh, low, high);
     }
-    for (uint q = 0; q < QUERIES; q++) {
-        store_partial(q, low[q], high[q], peak, sum);
+    if (MODE == PREPARE) {
+        store_queries(block);
+        return;
     }
-
-    // 32 channels share a scale: where a head has no whole number of them, one workgroup does all.
-    bool whole = QUERIES * DIM % 32 == 0;
-    uint places = whole ? BLOCKS : 1;
-    uint number = counter + gl_WorkGroupID.z * places + (whole ? block : 0);
-    if (is_last(state, number, whole ? splits : splits * BLOCKS)) {
-        join(whole ? block : 0, whole ? block + 1 : BLOCKS, splits);
+    store_partials(low, high, peak, sum);
+    uint number = counter + gl_WorkGroupID.z * (JOINS_OWN ? BLOCKS : 1) + (JOINS_OWN ? block : 0);
+    if (is_last(state, number, JOINS_OWN ? splits : splits * BLOCKS)) {
+        join(JOINS_OWN ? block * QUERIES : 0, splits);
     }
 }

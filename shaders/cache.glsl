@@ -7,17 +7,34 @@
 #define KV_INT8 0
 #endif
 
+// What a kernel only reads while it runs; loads of it need not wait for each other.
+layout(buffer_reference, std430, buffer_reference_align = 8) readonly restrict buffer CodePairs {
+    uvec2 at[];
+};
+layout(buffer_reference, std430, buffer_reference_align = 4) readonly restrict buffer CacheScales {
+    float at[];
+};
+
 #if KV_INT8
-// Channels 8 * vector .. 8 * vector + 7 of a row.
-void load_channels(Uints cache, Floats scales, uint row, uint vector, out vec4 low, out vec4 high) {
-    uint place = row * (DIM / 4) + 2 * vector;
-    float scale = scales.at[row * (DIM / 32) + vector / 4];
-    low = vec4(unpack_bytes(cache.at[place])) * scale;
-    high = vec4(unpack_bytes(cache.at[place + 1])) * scale;
+// Eight channels of a row, as they are stored.
+struct Channels {
+    uvec2 codes;
+    float scale;
+};
+
+Channels fetch(Uints cache, Floats scales, uint row, uint vector) {
+    float scale = CacheScales(scales).at[row * (DIM / 32) + vector / 4];
+    return Channels(CodePairs(cache).at[row * (DIM / 8) + vector], scale);
 }
 
-// Channels 4 * quad .. 4 * quad + 3. The eight lanes that share 32 channels call it together.
-void store_quad(Uints cache, Floats scales, uint row, uint quad, vec4 v) {
+void unpack(Channels from, out vec4 low, out vec4 high) {
+    low = vec4(unpack_bytes(from.codes.x)) * from.scale;
+    high = vec4(unpack_bytes(from.codes.y)) * from.scale;
+}
+
+// Channels 4 * quad .. 4 * quad + 3, and what was kept of them. The eight lanes that share 32
+// channels call it together.
+vec4 store_quad(Uints cache, Floats scales, uint row, uint quad, vec4 v) {
     vec4 size = abs(v);
     float peak = team_max(max(max(size.x, size.y), max(size.z, size.w)), 8);
     float scale = unpackHalf2x16(packHalf2x16(vec2(peak / 127.0, 0.0))).x;
@@ -26,16 +43,31 @@ void store_quad(Uints cache, Floats scales, uint row, uint quad, vec4 v) {
     if (quad % 8 == 0) {
         scales.at[row * (DIM / 32) + quad / 8] = scale;
     }
+    return vec4(code) * scale;
 }
 #else
-void load_channels(Uints cache, Floats scales, uint row, uint vector, out vec4 low, out vec4 high) {
-    uvec4 packed = Vectors(cache).at[row * (DIM / 8) + vector];
-    low = vec4(unpackHalf2x16(packed.x), unpackHalf2x16(packed.y));
-    high = vec4(unpackHalf2x16(packed.z), unpackHalf2x16(packed.w));
+struct Channels {
+    uvec4 halves;
+};
+
+Channels fetch(Uints cache, Floats scales, uint row, uint vector) {
+    return Channels(Words(cache).at[row * (DIM / 8) + vector]);
 }
 
-void store_quad(Uints cache, Floats scales, uint row, uint quad, vec4 v) {
-    cache.at[row * (DIM / 2) + 2 * quad] = packHalf2x16(v.xy);
-    cache.at[row * (DIM / 2) + 2 * quad + 1] = packHalf2x16(v.zw);
+void unpack(Channels from, out vec4 low, out vec4 high) {
+    low = vec4(unpackHalf2x16(from.halves.x), unpackHalf2x16(from.halves.y));
+    high = vec4(unpackHalf2x16(from.halves.z), unpackHalf2x16(from.halves.w));
+}
+
+vec4 store_quad(Uints cache, Floats scales, uint row, uint quad, vec4 v) {
+    uvec2 halves = uvec2(packHalf2x16(v.xy), packHalf2x16(v.zw));
+    cache.at[row * (DIM / 2) + 2 * quad] = halves.x;
+    cache.at[row * (DIM / 2) + 2 * quad + 1] = halves.y;
+    return vec4(unpackHalf2x16(halves.x), unpackHalf2x16(halves.y));
 }
 #endif
+
+// Channels 8 * vector .. 8 * vector + 7 of a row.
+void load_channels(Uints cache, Floats scales, uint row, uint vector, out vec4 low, out vec4 high) {
+    unpack(fetch(cache, scales, row, vector), low, high);
+}

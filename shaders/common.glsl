@@ -9,16 +9,16 @@
 layout(buffer_reference, std430, buffer_reference_align = 16) readonly restrict buffer Words {
     uvec4 at[];
 };
-layout(buffer_reference, std430, buffer_reference_align = 16) coherent buffer Uints {
+layout(buffer_reference, std430, buffer_reference_align = 16) buffer Uints {
     uint at[];
 };
-layout(buffer_reference, std430, buffer_reference_align = 16) coherent buffer Vectors {
+layout(buffer_reference, std430, buffer_reference_align = 16) buffer Vectors {
     uvec4 at[];
 };
-layout(buffer_reference, std430, buffer_reference_align = 16) coherent buffer Floats {
+layout(buffer_reference, std430, buffer_reference_align = 16) buffer Floats {
     float at[];
 };
-layout(buffer_reference, std430, buffer_reference_align = 16) coherent buffer Quads {
+layout(buffer_reference, std430, buffer_reference_align = 16) buffer Quads {
     vec4 at[];
 };
 

@@ -2,8 +2,10 @@
 #extension GL_GOOGLE_include_directive : require
 // y = W x for 1 to 16 columns of x, and what has to follow before the next product can begin.
 //
-// A workgroup owns BLOCKS blocks of 16 rows. Its invocations are slices of 64 lanes; slice s takes
-// tiles s, s + slices, ... of the rows, so neighbours always read neighbouring memory.
+// A workgroup owns BLOCKS blocks of 16 rows at a time. Its invocations are slices of 64 lanes; slice s
+// takes tiles s, s + slices, ... of the rows, so neighbours always read neighbouring memory. Of one
+// column, the next weights are on their way while a tile is multiplied, and the first ones while the
+// input is made.
 //
 // A column's sums are made in an order that depends on LANES alone, not even on the size of a subgroup,
 // and nothing of it may be fused (`precise`): a column has the same bits whatever else is computed with
@@ -12,54 +14,114 @@
 layout(constant_id = 1) const uint GROUP = 32;  // channels that share a scale
 layout(constant_id = 2) const uint COLUMNS = 1;
 layout(constant_id = 3) const uint BLOCKS = 1;
+layout(constant_id = 8) const bool NORMS = false;  // one column: x = norm(hidden + branch)
 layout(constant_id = 9) const uint EPILOGUE = 0;
 layout(constant_id = 10) const float CAP = 0.0;  // of the logits
+layout(constant_id = 12) const uint ROUNDS = 1;  // of one column, each of other blocks
 #include "weights.glsl"
 #include "norm.glsl"
 
 const uint STORE = 0;   // y as float32
-const uint NORM = 1;    // one column: the last workgroup joins y to the residual stream
-const uint GEGLU = 2;   // half of the blocks are of `weights`, half of `second`: gelu(gate) * up
-const uint CHOOSE = 3;  // logits of the last token: the last workgroup finds the likeliest one
+const uint GEGLU = 1;   // half of the blocks are of `weights`, half of `second`: gelu(gate) * up
+const uint CHOOSE = 2;  // logits of the last token: the last workgroup finds the likeliest one
+const uint BRANCH = 3;  // STORE, the product of one of gl_NumWorkGroups.y parts of the tiles
+
+// (value, id) of each workgroup, for the last one.
+layout(buffer_reference, std430, buffer_reference_align = 8) coherent buffer Candidates {
+    uvec2 at[];
+};
 
 layout(push_constant) uniform Push {
-    Words weights, second, x;
+    Words weights, second, x;  // NORMS: x is the branch
     Floats y;
-    Quads hidden, branch_gain, gain, normed;
-    Uints next;  // activations of the next product; CHOOSE: the best of each workgroup
+    Quads hidden, joined, branch_gain, gain;
+    Uints next;  // activations of the next product; CHOOSE: Candidates
     State state;
-    uint blocks, tiles, stride, rows, counter;
+    uint blocks, tiles, stride, rows, counter;  // NORMS: the sum is stored where `counter` is 1
 };
 
 const uint SLICES = LANES / 64;
 const uint HALF = BLOCKS > 1 ? BLOCKS / 2 : 1;
 const uint STEP = EPILOGUE == GEGLU ? HALF : BLOCKS;  // blocks of one weight
 const uint ROWS = 16 * BLOCKS;
+const bool AHEAD = COLUMNS == 1;
 
 // Sums of all slices beside each other, or, where these are too many, of one after the other.
 const uint SETS = SLICES * ROWS * COLUMNS <= 4096 ? SLICES : 1;
 
 shared float partial[SETS * ROWS * COLUMNS];
+shared uvec4 held[NORMS ? HIDDEN_TILES * INPUT_VECTORS : 1];  // activations, where NORMS
 
 float total[COLUMNS * BLOCKS];
+uint first_tile, last_tile;  // of this part
+Piece pieces[BLOCKS];  // of a tile on its way
 
+void hold_quad(uint quad, vec4 v) {
+#if WEIGHT > INT8
+    held[quad] = floatBitsToUint(v);
+#else
+    Fixed y = to_fixed(v);
+    uint word = quad % 8, piece = quad / 8 % 4, tile = quad / 32 * INPUT_VECTORS;
+    uint place = tile + word / 4 * 4 + piece;
+    held[place][word % 4] = y.high;
+    if (!INT8_X) {
+        held[place + LOW_AT][word % 4] = y.low;
+    }
+    if (word == 0) {
+        held[tile + SCALE_AT][piece] = floatBitsToUint(y.scale);
+        held[tile + SCALE_AT + 1][piece] = uint(y.sum);
+    }
+#endif
+}
+
+void make_input() {
+    float factor = join_column();
+    [[unroll]] for (uint i = 0; i < ITEMS; i++) {
+        uint quad = i * LANES + lane_index();
+        if (quad < 32 * HIDDEN_TILES) {  // the padding too: it meets weights of zero
+            hold_quad(quad, normed_quad(i, factor));
+            if (HAS_BRANCH && quad < HIDDEN_QUADS && gl_WorkGroupID.x == 0 && counter == 1) {
+                joined.at[quad] = h[i];
+            }
+        }
+    }
+    barrier();
+}
+
+void load_tile(uint first, uint tile, uint lane) {
+    [[unroll]] for (uint b = 0; b < BLOCKS; b++) {
+        uint block = min(first + b % STEP, blocks - 1);
+        pieces[b] = load_piece(b < STEP ? weights : second, block * tiles + tile, lane);
+    }
+}
+
+// With AHEAD the first tile is on its way.
 void accumulate(uint first, uint lane, uint slice) {
-    uint piece = lane % 4;
     uint column = EPILOGUE == CHOOSE ? state.count - 1 : 0;  // the first one that is read
     [[unroll]] for (uint i = 0; i < COLUMNS * BLOCKS; i++) {
         total[i] = 0.0;
     }
-    for (uint tile = slice; tile < tiles; tile += SLICES) {
-        Piece pieces[BLOCKS];
+    for (uint tile = first_tile + slice; tile < last_tile; tile += SLICES) {
+        if (!AHEAD) {
+            load_tile(first, tile, lane);
+        }
+        Piece now[BLOCKS];
         [[unroll]] for (uint b = 0; b < BLOCKS; b++) {
-            uint block = min(first + b % STEP, blocks - 1);
-            Words from = b < STEP ? weights : second;
-            pieces[b] = load_piece(from, block * tiles + tile, lane);
+            now[b] = pieces[b];
+        }
+        if (AHEAD && tile + SLICES < last_tile) {
+            load_tile(first, tile + SLICES, lane);
         }
         [[unroll]] for (uint c = 0; c < COLUMNS; c++) {
-            Input v = load_input(x, (column + c) * tiles + tile, piece);
+            uint base = ((column + c) * tiles + tile) * INPUT_VECTORS;
+            Input v;
+            if (NORMS) {
+                v = INPUT(held, base, lane % 4);
+            } else {
+                v = INPUT(x.at, base, lane % 4);
+            }
             [[unroll]] for (uint b = 0; b < BLOCKS; b++) {
-                precise float sum = total[c * BLOCKS + b] + multiply(pieces[b], v);
+                precise float sum = total[c * BLOCKS + b] + multiply(now[b], v);
                 total[c * BLOCKS + b] = sum;
             }
         }
@@ -96,7 +158,7 @@ void store_rows(uint first) {
     for (uint i = lane_index(); i < ROWS * COLUMNS; i += LANES) {
         uint row = 16 * first + i % ROWS;
         if (row < rows) {
-            y.at[i / ROWS * stride + row] = result(i);
+            y.at[(gl_WorkGroupID.y * COLUMNS + i / ROWS) * stride + row] = result(i);
         }
     }
 }
@@ -141,56 +203,82 @@ void workgroup_best(inout float value, inout uint id) {
 }
 
 const float LOWEST = -3.402823e38;
+float best = LOWEST;  // of the rows that this invocation has seen
+uint best_id = 0xFFFFFFFFu;
 
-void choose(uint first) {
-    float value = LOWEST;
-    uint id = 0xFFFFFFFFu;
+void consider(float value, uint id) {
+    if (value > best || value == best && id < best_id) {
+        best = value;
+        best_id = id;
+    }
+}
+
+void consider_rows(uint first) {
     for (uint i = lane_index(); i < ROWS; i += LANES) {
         uint row = 16 * first + i;
-        float logit = result(i);
-        if (row < rows && logit > value) {
-            value = logit;
-            id = row;
+        if (row < rows) {
+            consider(result(i), row);
         }
     }
-    workgroup_best(value, id);
+}
+
+void choose() {
+    workgroup_best(best, best_id);
     if (lane_index() == 0) {
-        next.at[2 * gl_WorkGroupID.x] = floatBitsToUint(value);
-        next.at[2 * gl_WorkGroupID.x + 1] = id;
+        Candidates(next).at[gl_WorkGroupID.x] = uvec2(floatBitsToUint(best), best_id);
     }
     if (!is_last(state, counter, gl_NumWorkGroups.x)) {
         return;
     }
-    value = LOWEST;
-    id = 0xFFFFFFFFu;
+    best = LOWEST;
+    best_id = 0xFFFFFFFFu;
     for (uint i = lane_index(); i < gl_NumWorkGroups.x; i += LANES) {
-        float other = uintBitsToFloat(next.at[2 * i]);
-        if (other > value) {  // rows rise with i
-            value = other;
-            id = next.at[2 * i + 1];
-        }
+        uvec2 other = Candidates(next).at[i];
+        consider(uintBitsToFloat(other.x), other.y);
     }
-    workgroup_best(value, id);
+    workgroup_best(best, best_id);
     if (lane_index() == 0) {
-        state.choices[0] = id == 0xFFFFFFFFu ? 0 : id;
+        state.choices[0] = best_id == 0xFFFFFFFFu ? 0 : best_id;
         advance(state, 0);
     }
 }
 
 void main() {
-    uint first = gl_WorkGroupID.x * STEP, lane = lane_index() % 64, slice = lane_index() / 64;
-    accumulate(first, lane, slice);
-    gather(lane, slice);
-    if (EPILOGUE == GEGLU) {
-        store_gated(first);
-        return;
+    uint lane = lane_index() % 64, slice = lane_index() / 64;
+    uint first = gl_WorkGroupID.x * STEP, step = gl_NumWorkGroups.x * STEP;
+    uint part_tiles = (tiles + gl_NumWorkGroups.y - 1) / gl_NumWorkGroups.y;
+    first_tile = gl_WorkGroupID.y * part_tiles;
+    last_tile = min(first_tile + part_tiles, tiles);
+    bool has_tiles = first_tile + slice < last_tile;
+    if (NORMS) {
+        load_column(hidden, Quads(x), branch_gain, gain, 0, 1);
     }
-    store_rows(first);
-    if (EPILOGUE == NORM) {
-        if (is_last(state, counter, gl_NumWorkGroups.x)) {
-            add_and_norm(0, Quads(y), hidden, branch_gain, gain, normed, next);
+    if (AHEAD && has_tiles) {
+        load_tile(first, first_tile + slice, lane);
+    }
+    if (NORMS) {
+        make_input();
+    }
+    [[dont_unroll]] for (uint round = 0; round < ROUNDS; round++) {  // behind the last block: it again
+        accumulate(first, lane, slice);
+        if (AHEAD && round + 1 < ROUNDS && has_tiles) {
+            load_tile(first + step, first_tile + slice, lane);
         }
-    } else if (EPILOGUE == CHOOSE) {
-        choose(first);
+        gather(lane, slice);
+        if (EPILOGUE == GEGLU) {
+            store_gated(first);
+        } else {
+            store_rows(first);
+        }
+        if (EPILOGUE == CHOOSE) {
+            consider_rows(first);
+        }
+        if (ROUNDS > 1) {
+            barrier();  // before the sums are written again
+        }
+        first += step;
+    }
+    if (EPILOGUE == CHOOSE) {
+        choose();
     }
 }

@@ -113,21 +113,14 @@ struct Input {
     int sum;
 };
 
-Input load_input(Words x, uint tile, uint piece) {
-    Input y;
-    uint base = tile * (X_WORDS / 4);
-    y.high[0] = x.at[base + piece];
-    y.high[1] = x.at[base + 4 + piece];
-    if (!INT8_X) {
-        y.low[0] = x.at[base + LOW_WORDS / 4 + piece];
-        y.low[1] = x.at[base + LOW_WORDS / 4 + 4 + piece];
-    }
-    y.scale = uintBitsToFloat(x.at[base + SCALE_WORDS / 4][piece]);
-#if ZERO_POINT
-    y.sum = int(x.at[base + SCALE_WORDS / 4 + 1][piece]);
-#endif
-    return y;
-}
+// `at` are vectors of activations, in a buffer or in shared memory. INT8_X has no low bytes: nobody
+// looks at what stands for them.
+const uint LOW_AT = INT8_X ? 0 : LOW_WORDS / 4, SCALE_AT = SCALE_WORDS / 4;
+#define INPUT(at, base, piece) Input( \
+    uvec4[2](at[base + piece], at[base + 4 + piece]), \
+    uvec4[2](at[base + LOW_AT + piece], at[base + LOW_AT + 4 + piece]), \
+    uintBitsToFloat(at[base + SCALE_AT][piece]), int(at[base + SCALE_AT + 1][piece]))
+const uint INPUT_VECTORS = X_WORDS / 4;  // of a tile
 
 int dot_vectors(uvec4 a, uvec4 b) {
     return dot_bytes(a.x, b.x) + dot_bytes(a.y, b.y) + dot_bytes(a.z, b.z) + dot_bytes(a.w, b.w);
@@ -151,13 +144,11 @@ struct Input {
     uvec4 quad[8];
 };
 
-Input load_input(Words x, uint tile, uint piece) {
-    Input y;
-    [[unroll]] for (uint i = 0; i < 8; i++) {
-        y.quad[i] = x.at[32 * tile + 8 * piece + i];
-    }
-    return y;
-}
+#define INPUT(at, base, piece) Input(uvec4[8]( \
+    at[base + 8 * piece], at[base + 8 * piece + 1], at[base + 8 * piece + 2], \
+    at[base + 8 * piece + 3], at[base + 8 * piece + 4], at[base + 8 * piece + 5], \
+    at[base + 8 * piece + 6], at[base + 8 * piece + 7]))
+const uint INPUT_VECTORS = 32;  // of a tile
 
 // Channels 4 * i .. 4 * i + 3 of the piece.
 vec4 values(Piece piece, uint i) {
@@ -182,3 +173,8 @@ float multiply(Piece piece, Input y) {
     return sum;
 }
 #endif
+
+Input load_input(Words x, uint tile, uint piece) {
+    uint base = tile * INPUT_VECTORS;
+    return INPUT(x.at, base, piece);
+}

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from tests.vulkan_lab import Floats, Lab, no_messages  # noqa: F401
 from uq.kernels.vulkan.memory import Span
 from uq.kernels.vulkan.push import addresses, words
-from uq.kernels.vulkan.stages import shared_queries
+from uq.kernels.vulkan.stages import ATTENTION_LANES, shared_queries
 from uq.kernels.vulkan.state import ATTENTION_COUNTER, blank, views
 
 Doubles = NDArray[np.float64]
@@ -104,8 +104,9 @@ def run(
     fields["positions"][: case.tokens] = np.arange(case.tokens) + case.position
     queries = shared_queries(case.heads // case.kv_heads)
     x = lab.room(case.tokens * -(-case.heads * case.dim // 128) * 128)
-    partials = lab.room(case.tokens * case.heads * 16 * (case.dim + 2))
-    caches = [*cache, lab.put(table), partials, x, lab.put(state)]
+    partials = lab.room(case.tokens * case.heads * 16 * case.dim)
+    stats = lab.room(case.tokens * case.heads * 16 * 2)
+    caches = [*cache, lab.put(table), partials, stats, x, lab.put(state)]
     push = addresses(lab.put(qkv), lab.put(gains[0]), lab.put(gains[1]), *caches)
     k = case.heads * case.dim
     push += words(case.stride, k, k + case.kv_heads * case.dim, ATTENTION_COUNTER)
@@ -115,7 +116,7 @@ def run(
             module,
             push,
             *(splits, case.heads // queries, case.tokens),
-            LANES=128,
+            LANES=ATTENTION_LANES,
             FLOAT_X=True,
             MODE=mode,
             DIM=case.dim,

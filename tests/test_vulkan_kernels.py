@@ -14,7 +14,8 @@ from uq.formats.spec import SPECS, QuantTensor, Spec
 from uq.kernels.vulkan.arithmetic import run
 from uq.kernels.vulkan.push import addresses, words
 from uq.kernels.vulkan.state import CHOOSE_COUNTER, blank, views
-from uq.kernels.vulkan.weights import Kind
+from uq.kernels.vulkan.tuning import CHOOSE, GEGLU
+from uq.kernels.vulkan.weights import Kind, tiles_of
 
 Doubles = NDArray[np.float64]
 FLOATS = ("f16", "bf16", "f32")
@@ -114,16 +115,12 @@ def test_embedding_rows(lab: Lab, spec: Spec) -> None:
     tensor, kind = random_tensor(53, cols, spec), Kind.of(spec)
     state = blank()
     views(state)["tokens"][:4] = tokens = [0, 17, 52, 17]
-    hidden, normed, x = lab.room(4 * cols), lab.room(4 * cols), lab.room(4 * 72 * cols)
-    gain = normal(cols)
-    push = addresses(lab.weight(tensor, kind), hidden, lab.put(gain), normed, x, lab.put(state))
-    sizes = {"ITEMS": -(-cols // 256), "HIDDEN": cols, "EPS": 1e-6, "KEEP_NORMED": True}
-    name = f"embed_{kind.name}"
-    lab.run(name, push, 4, LANES=64, GROUP=spec.group, SCALE=2.0, **sizes)
+    hidden = lab.room(4 * cols)
+    push = addresses(lab.weight(tensor, kind), hidden, lab.put(state))
+    sizes = {"GROUP": spec.group, "SCALE": 2.0, "HIDDEN": cols}
+    lab.run(f"embed_{kind.name}", push, 4, LANES=64, **sizes)
     expected = 2 * tensor.dequantize()[tokens]
     np.testing.assert_array_equal(lab.get(hidden, np.float32, 4, cols), expected)
-    wide = rms_norm(expected.astype(np.float64), gain)
-    np.testing.assert_allclose(lab.get(normed, np.float32, 4, cols), wide, rtol=3e-6)
 
 
 def rms_norm(x: Doubles, gain: Floats) -> Doubles:
@@ -135,15 +132,50 @@ def rms_norm(x: Doubles, gain: Floats) -> Doubles:
 @pytest.mark.parametrize(("size", "lanes"), [(96, 64), (640, 64), (1152, 256)])
 def test_joining_the_residual_stream(lab: Lab, size: int, lanes: int, post: bool) -> None:
     branch, hidden, branch_gain, gain = (normal(2, size, seed=i) for i in range(4))
-    spans = [lab.put(values) for values in (branch, hidden, branch_gain[0], gain[0])]
-    normed, x = lab.room(2 * size), lab.room(2 * 72 * size)
-    sizes = {"ITEMS": -(-size // (4 * lanes)), "HIDDEN": size, "EPS": 1e-6, "KEEP_NORMED": True}
-    lab.run("norm", addresses(*spans, normed, x), 2, LANES=lanes, POST_NORM=post, **sizes)
+    given = [lab.put(values) for values in (branch, hidden)]
+    gains = [lab.put(values[0]) for values in (branch_gain, gain)]
+    sum_, normed, x = lab.room(2 * size), lab.room(2 * size), lab.room(2 * 72 * size)
+    push = addresses(*given, sum_, *gains, normed, x)
+    lab.run("norm", push, 2, HAS_BRANCH=True, KEEP_NORMED=True, POST_NORM=post, **norm_sizes(size, lanes))
     joined = branch.astype(np.float64)
     joined = hidden + (rms_norm(joined, branch_gain[0]) if post else joined)
-    np.testing.assert_allclose(lab.get(spans[1], np.float32, 2, size), joined, rtol=3e-6, atol=3e-6)
+    np.testing.assert_allclose(lab.get(sum_, np.float32, 2, size), joined, rtol=3e-6, atol=3e-6)
     expected = rms_norm(joined, gain[0])
     np.testing.assert_allclose(lab.get(normed, np.float32, 2, size), expected, rtol=1e-5, atol=1e-5)
+
+
+def norm_sizes(size: int, lanes: int) -> dict[str, int | float]:
+    return {"LANES": lanes, "ITEMS": -(-size // (4 * lanes)), "HIDDEN": size, "EPS": 1e-6}
+
+
+@pytest.mark.parametrize("kind", ["int8", "f32"])
+@pytest.mark.parametrize("branches", [False, True])
+@pytest.mark.parametrize(("size", "lanes"), [(96, 64), (640, 256)])
+def test_a_product_makes_the_same_norm(
+    lab: Lab, size: int, lanes: int, branches: bool, kind: str
+) -> None:
+    """Bit for bit what a product of the norm's own output is, whatever the lanes."""
+    weight = random_tensor(64, size, Spec(8, 32))
+    is_float = kind == "f32"
+    values = weight.dequantize() if is_float else weight
+    tiles = lab.weight(values, Kind(kind) if is_float else Kind.of(weight.spec))
+    branch, hidden, branch_gain, gain = (lab.put(normal(size, seed=i)) for i in range(4))
+    joined, again, normed = (lab.room(size) for _ in range(3))
+    x, y, fused = lab.room(128 * tiles_of(size)), lab.room(64), lab.room(64)
+    how = {"HAS_BRANCH": branches, "POST_NORM": branches}
+    push = addresses(branch, hidden, joined, branch_gain, gain, normed, x)
+    lab.run("norm", push, 1, FLOAT_X=is_float, **how, **norm_sizes(size, 64))
+    shape = {"GROUP": 32, "BLOCKS": 2}
+    push = addresses(tiles, tiles, x, y, *[y] * 6) + words(4, tiles_of(size), 64, 64, 0)
+    lab.run(f"gemv_{kind}", push, 2, LANES=lanes, **shape)
+    push = addresses(tiles, tiles, branch, fused, hidden, again, branch_gain, gain, y, y)
+    push += words(4, tiles_of(size), 64, 64, 1)
+    how |= {"NORMS": True}
+    lab.run(f"gemv_{kind}", push, 2, **shape, **how, **norm_sizes(size, lanes))
+    np.testing.assert_array_equal(lab.get(fused, np.float32, 64), lab.get(y, np.float32, 64))
+    if branches:
+        sums = (lab.get(span, np.float32, size) for span in (joined, again))
+        np.testing.assert_array_equal(*sums)
 
 
 def test_gate(lab: Lab) -> None:
@@ -156,7 +188,7 @@ def test_gate(lab: Lab) -> None:
     unused = lab.room(4)
     push = addresses(lab.weight(gate, kind), lab.weight(up, kind), lab.activations(x))
     push += addresses(*[unused] * 5, gated, state) + words(6, 1, 0, 96, 0)
-    shape = {"LANES": 64, "BLOCKS": 4, "COLUMNS": 2, "EPILOGUE": 2}
+    shape = {"LANES": 64, "BLOCKS": 4, "COLUMNS": 2, "EPILOGUE": GEGLU}
     lab.run("gemv_int8", push, 3, GROUP=32, **shape)
     one = QuantTensor(np.eye(96, dtype=np.int8), np.ones((96, 3), np.float16), spec)
     y = lab.room(2 * 96)
@@ -195,7 +227,8 @@ def test_the_likeliest_token_is_the_first_of_equals(lab: Lab) -> None:
     logits, best, state = lab.room(704), lab.room(200), lab.put(words_of_state)
     push = addresses(*[lab.weight(tensor, kind)] * 2, x, logits, *[logits] * 4, best, state)
     push += words(44, 1, 704, 700, CHOOSE_COUNTER)
-    for _ in range(2):  # the second time shows that the counter began anew
-        lab.run("gemv_int8", push, 22, GROUP=32, LANES=64, BLOCKS=2, EPILOGUE=3)
+    how = {"GROUP": 32, "LANES": 64, "BLOCKS": 2, "EPILOGUE": CHOOSE}
+    for rounds in (1, 5):  # the second time shows that the counter began anew
+        lab.run("gemv_int8", push, -(-22 // rounds), ROUNDS=rounds, **how)
     left = views(lab.get(state, np.uint32, words_of_state.size))
     assert (left["positions"][0], left["made"][0], left["choices"][0]) == (9, 2, 130)

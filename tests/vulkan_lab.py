@@ -107,6 +107,6 @@ def product(
     constants = {"LANES": 128, "BLOCKS": 1, **how}
     push = addresses(weight, weight, lab.activations(x, is_float=kind.is_float), y, *[y] * 6)
     push += words(blocks, tiles_of(cols), rows, rows, 0)
-    groups = -(-blocks // constants["BLOCKS"])
+    groups = -(-blocks // (constants["BLOCKS"] * constants.get("ROUNDS", 1)))
     lab.run(name, push, groups, GROUP=kind.group, COLUMNS=len(x), **constants)
     return lab.get(y, np.float32, len(x), rows)

@@ -8,9 +8,10 @@ from dataclasses import dataclass, replace
 from uq.kernels.vulkan.commands import Recorder, Submission
 from uq.kernels.vulkan.device import Gpu
 from uq.kernels.vulkan.model import Layer
+from uq.kernels.vulkan.products import Joining
 from uq.kernels.vulkan.profile import TimedRecorder
 from uq.kernels.vulkan.stages import Stages
-from uq.kernels.vulkan.tuning import CHOOSE, GEGLU, NORM, STORE, Shape, candidates, product_key
+from uq.kernels.vulkan.tuning import BRANCH, CHOOSE, GEGLU, STORE, Shape, candidates, product_key
 from uq.kernels.vulkan.weights import Matrix
 
 REPEATS = 3  # runs that count, the fastest of them
@@ -39,8 +40,8 @@ def tune(gpu: Gpu, stages: Stages, most_lanes: int) -> dict[str, Shape]:
 
 
 def _products(stages: Stages) -> list[Product]:
-    layer = stages.model.layers[0]
-    work = stages.work
+    layer, work = stages.model.layers[0], stages.work
+    joining = Joining(work.branch, work.hidden, work.joined, layer.attention_gain, layer.mlp_gain)
 
     def everywhere(record: Callable[[Stages, Recorder, Layer], None]) -> Callable[..., None]:
         def all_layers(stages: Stages, recorder: Recorder) -> None:
@@ -49,17 +50,23 @@ def _products(stages: Stages) -> list[Product]:
 
         return all_layers
 
+    def qkv(stages: Stages, recorder: Recorder, layer: Layer) -> None:
+        stages.qkv(recorder, layer, joining)
+
     def out(stages: Stages, recorder: Recorder, layer: Layer) -> None:
-        stages.join(recorder, layer.out, work.context, layer.attention_gain, layer.mlp_gain)
+        stages.branch(recorder, layer.out, work.context)
+
+    def gate(stages: Stages, recorder: Recorder, layer: Layer) -> None:
+        stages.gate(recorder, layer, joining)
 
     def down(stages: Stages, recorder: Recorder, layer: Layer) -> None:
-        stages.join(recorder, layer.down, work.gated, layer.branch_gain, layer.next_gain)
+        stages.branch(recorder, layer.down, work.gated)
 
-    products = [Product(matrix, STORE, everywhere(Stages.qkv)) for matrix, _ in layer.qkv]
-    products.append(Product(layer.out, NORM, everywhere(out)))
+    products = [Product(matrix, STORE, everywhere(qkv)) for matrix, _ in layer.qkv]
+    products.append(Product(layer.out, BRANCH, everywhere(out)))
     if layer.gate.kind == layer.up.kind:
-        products.append(Product(layer.gate, GEGLU, everywhere(Stages.gate)))
-    products.append(Product(layer.down, NORM, everywhere(down)))
+        products.append(Product(layer.gate, GEGLU, everywhere(gate)))
+    products.append(Product(layer.down, BRANCH, everywhere(down)))
     products.append(Product(stages.model.head, CHOOSE, Stages.head))
     return products
 

@@ -12,7 +12,8 @@ from uq.kernels.vulkan.state import STATE_BYTES
 from uq.kernels.vulkan.weights import Loader, Matrix, padded_rows, tiles_of
 
 COLUMNS = 16  # of a GEMV; more tokens of a pass are a GEMM
-SPLITS = 16  # parts of the context that attention works on at the same time
+MOST_PARTS = 8  # of a product, summed by who reads it
+WORKGROUPS = 256  # of attention, about, that keep a large GPU busy
 PEAK_LOGITS = 32  # of which peaks.comp keeps the greatest
 HEAD_ROWS = 1 << 14  # rows of the head whose logits of many tokens are computed at a time
 
@@ -113,17 +114,20 @@ class Work:
     """Activations of the tokens of a pass, a token's values one after the other.
 
     Attributes:
-        hidden: the residual stream; `branch`: what joins it; `normed`: behind the last norm.
+        hidden, joined: the residual stream, before and behind what joined it last, in turns.
+        branch: what joins it; `normed`: behind the last norm.
         x, context, gated: inputs of the linears (shaders/activations.glsl).
         half, units: one of those as float16, and what each token's were divided by.
         logits: behind the last token, or behind each column's. `peaks`: of neighbours among them.
         scores: logits of many tokens for some rows of the head.
         wide: projections of the MLP where they are joined later: gate's half and up's.
-        partials: of attention, from each split. `candidates`: (value, id) from each workgroup.
+        partials, split_stats: of attention, from each split.
+        candidates: (value, id) from each workgroup.
     """
 
     state: Span
     hidden: Span
+    joined: Span
     branch: Span
     normed: Span
     qkv: Span
@@ -132,6 +136,7 @@ class Work:
     peaks: Span
     scores: Span
     partials: Span
+    split_stats: Span
     candidates: Span
     x: Span
     context: Span
@@ -149,6 +154,11 @@ class Work:
         return list(vars(self).values())
 
 
+def split_count(config: GemmaConfig) -> int:
+    """Parts of the context that attention works on at the same time, for each key head."""
+    return next((few for few in (16, 32) if few * config.num_kv_heads >= WORKGROUPS), 64)
+
+
 def work_sizes(
     config: GemmaConfig, tokens: int, sequences: int, *, is_float: bool
 ) -> dict[str, int]:
@@ -163,14 +173,16 @@ def work_sizes(
     return {
         "state": STATE_BYTES,
         "hidden": value * hidden,
-        "branch": value * padded_rows(hidden),
+        "joined": value * hidden,
+        "branch": 4 * max(tokens, COLUMNS * MOST_PARTS) * padded_rows(hidden),
         "normed": value * hidden,
         "qkv": value * (padded_rows(q) + 2 * padded_rows(config.kv_size)),
         "wide": value * 2 * padded_rows(mlp),
         "logits": 4 * vocab * sequences,
         "peaks": 4 * -(-vocab // PEAK_LOGITS) * sequences,
         "scores": value * min(vocab, HEAD_ROWS),
-        "partials": 4 * sequences * config.num_heads * SPLITS * (config.head_dim + 2),
+        "partials": 4 * sequences * config.num_heads * split_count(config) * config.head_dim,
+        "split_stats": 8 * sequences * config.num_heads * split_count(config),
         "candidates": 8 * vocab // 16,
         "x": tokens * tiles_of(hidden) * unit,
         "context": tokens * tiles_of(q) * unit,

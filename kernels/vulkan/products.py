@@ -11,9 +11,27 @@ from uq.kernels.vulkan.memory import Span
 from uq.kernels.vulkan.model import COLUMNS, Model, Work
 from uq.kernels.vulkan.pipelines import Pipelines
 from uq.kernels.vulkan.push import addresses, words
-from uq.kernels.vulkan.tuning import CHOOSE, GEGLU, STORE, Shape, Tuning
+from uq.kernels.vulkan.tuning import BRANCH, CHOOSE, GEGLU, STORE, Shape, Tuning
 from uq.kernels.vulkan.weights import Matrix
 from uq.kernels.vulkan.wide import Abilities, Wide
+
+
+@dataclass(frozen=True)
+class Joining:
+    """What stands in front of a product: joined = hidden + norm(branch), x = norm(joined).
+
+    Attributes:
+        branch: None where nothing joins: x = norm(hidden).
+        parts: whose sum the branch is.
+        branch_gain: None where the branch has no norm of its own.
+    """
+
+    branch: Span | None
+    hidden: Span
+    joined: Span
+    branch_gain: Span | None
+    gain: Span
+    parts: int = 1
 
 
 @dataclass(frozen=True)
@@ -58,21 +76,24 @@ class Products:
         stride: int,
         like: int = STORE,
         cap: float = 0.0,
+        norm: Joining | None = None,
     ) -> None:
         """y = matrix x as float32 for each (matrix, y), `stride` values from column to column.
 
         Args:
             like: what follows the product of one column, whose bits these are up to `COLUMNS`.
             cap: of the results, up to `COLUMNS`.
+            norm: makes x, in the products themselves; of one column.
         """
         if self.wide:
             kinds = [matrix.kind for matrix, _ in outputs]
             self.wide.halve(recorder, kinds, x, outputs[0][0].cols)
-        for matrix, y in outputs:
+        for i, (matrix, y) in enumerate(outputs):
             if self.wide:
                 self.wide.product(recorder, matrix, x, y, stride=stride)
             else:
-                self._product(recorder, matrix, x, y, stride, like, cap)
+                stores = norm is not None and i == 0
+                self._product(recorder, matrix, x, y, stride, like, cap, norm, stores)
 
     def _product(
         self,
@@ -83,12 +104,20 @@ class Products:
         stride: int,
         like: int,
         cap: float,
+        norm: Joining | None,
+        stores: bool,
     ) -> None:
         shape = self.tuning.shape(matrix, self.columns, like)
-        push = addresses(matrix.span, matrix.span, x, y, *[self.work.hidden] * 4)
+        push = addresses(matrix.span, matrix.span) + self.input_addresses(x, y, norm)
         push += addresses(self.work.x, self.work.state)
-        push += words(matrix.blocks, matrix.tiles, stride, matrix.rows, 0)
-        self.gemv(recorder, matrix, shape, STORE, push, CAP=cap)
+        push += words(matrix.blocks, matrix.tiles, stride, matrix.rows, int(stores))
+        self.gemv(recorder, matrix, shape, BRANCH if like == BRANCH else STORE, push, norm, CAP=cap)
+
+    def input_addresses(self, x: Span, y: Span, norm: Joining | None) -> bytes:
+        if norm is None:
+            return addresses(x, y, *[self.work.hidden] * 4)
+        gains = (norm.branch_gain or norm.gain, norm.gain)
+        return addresses(norm.branch or norm.hidden, y, norm.hidden, norm.joined, *gains)
 
     def gemv(
         self,
@@ -97,19 +126,37 @@ class Products:
         shape: Shape,
         epilogue: int,
         push: bytes,
+        norm: Joining | None = None,
         **constants: int | float,
     ) -> None:
+        """One column has all rounds of `shape`; the head's is the last one."""
+        columns = 1 if epilogue == CHOOSE else self.columns
+        if norm:
+            constants |= {"NORMS": True, **self.norm_constants(shape.lanes, norm)}
         pipeline = self.pipelines.get(
             self.tuning.kernel(matrix.kind),
             LANES=shape.lanes,
             GROUP=matrix.kind.group,
-            COLUMNS=1 if epilogue == CHOOSE else self.columns,
+            COLUMNS=columns,
             BLOCKS=shape.blocks,
             EPILOGUE=epilogue,
+            ROUNDS=shape.rounds,
             **constants,
         )
         step = shape.blocks // 2 if epilogue == GEGLU else shape.blocks
-        self.run(recorder, pipeline, push, (-(-matrix.blocks // step), 1, 1))
+        groups = -(-matrix.blocks // (step * shape.rounds))
+        self.run(recorder, pipeline, push, (groups, shape.parts, 1))
+
+    def norm_constants(self, lanes: int, norm: Joining) -> dict[str, int | float]:
+        hidden = self.config.hidden_size
+        return {
+            "ITEMS": -(-hidden // (4 * lanes)),
+            "HIDDEN": hidden,
+            "EPS": float(self.config.rms_norm_eps),
+            "HAS_BRANCH": norm.branch is not None,
+            "POST_NORM": norm.branch_gain is not None,
+            "PARTS": norm.parts,
+        }
 
     def run(
         self, recorder: Recorder, pipeline: object, push: bytes, groups: tuple[int, int, int]

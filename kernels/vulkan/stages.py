@@ -10,18 +10,19 @@ from __future__ import annotations
 from uq.kernels.vulkan.cache import Cache
 from uq.kernels.vulkan.commands import Recorder
 from uq.kernels.vulkan.memory import Span
-from uq.kernels.vulkan.model import PEAK_LOGITS, SPLITS, Layer
-from uq.kernels.vulkan.products import Products
+from uq.kernels.vulkan.model import PEAK_LOGITS, Layer, split_count
+from uq.kernels.vulkan.products import Joining, Products
 from uq.kernels.vulkan.push import addresses, words
-from uq.kernels.vulkan.state import ATTENTION_COUNTER, CHOOSE_COUNTER, NORM_COUNTER
-from uq.kernels.vulkan.tuning import CHOOSE, GEGLU, NORM
+from uq.kernels.vulkan.state import ATTENTION_COUNTER, CHOOSE_COUNTER
+from uq.kernels.vulkan.tuning import BRANCH, CHOOSE, GEGLU
 from uq.kernels.vulkan.weights import Matrix, padded_rows
 
 WHOLE, PREPARE, ATTEND = range(3)  # parts of attention, as in shaders/attention.comp
 ROW_LANES = 256  # of a workgroup that holds a token
-ATTENTION_LANES = 128
+NORM_LANES = 512  # of one that makes its norm
+ATTENTION_LANES = 256
 SAMPLE_LANES = 512
-MOST_QUERIES = 4  # heads that read a key together: their sums are registers
+MOST_QUERIES = 2  # heads that read a key together: their sums are registers
 
 
 class Stages(Products):
@@ -32,20 +33,32 @@ class Stages(Products):
         return float(self.config.final_softcap or 0.0)
 
     def layers(self, recorder: Recorder, cache: Cache) -> None:
-        """From the first norm's output to the final norm's."""
+        """From the embedding to the final norm's output."""
+        work = self.work
+        joining = Joining(None, work.hidden, work.hidden, None, self.model.first_gain)
         for layer in self.model.layers:
             recorder.label = "q, k, v"
-            self.qkv(recorder, layer)
+            self.qkv(recorder, layer, joining)
             recorder.label = "attention"
             self.attention(recorder, layer, cache)
             recorder.label = "attention output"
-            self.join(recorder, layer.out, self.work.context, layer.attention_gain, layer.mlp_gain)
+            self.branch(recorder, layer.out, work.context)
+            joining = self._behind(joining, layer.out, layer.attention_gain, layer.mlp_gain)
             recorder.label = "gate, up"
-            self.gate(recorder, layer)
+            self.gate(recorder, layer, joining)
             recorder.label = "down"
-            last = layer.index + 1 == self.config.num_layers
-            gains = (layer.branch_gain, layer.next_gain)
-            self.join(recorder, layer.down, self.work.gated, *gains, keep=last)
+            self.branch(recorder, layer.down, work.gated)
+            joining = self._behind(joining, layer.down, layer.branch_gain, layer.next_gain)
+        self.norm(recorder, joining, keep=True)
+
+    def _behind(
+        self, before: Joining, matrix: Matrix, branch_gain: Span | None, gain: Span
+    ) -> Joining:
+        """The next joining: each leaves the residual stream where the one before did not."""
+        hidden = before.joined
+        other = self.work.joined if hidden == self.work.hidden else self.work.hidden
+        parts = 1 if self.wide else self.tuning.shape(matrix, self.columns, BRANCH).parts
+        return Joining(self.work.branch, hidden, other, branch_gain, gain, parts)
 
     def embed(self, recorder: Recorder, *, decode: bool) -> None:
         recorder.label = "embedding"
@@ -56,72 +69,72 @@ class Stages(Products):
             GROUP=table.kind.group,
             DECODE=decode,
             SCALE=float(self.config.embed_scale),
-            **self.norm_constants(ROW_LANES, post=False, keep=False),
+            HIDDEN=self.config.hidden_size,
         )
-        gain = self.model.first_gain
-        spans = (table.span, work.hidden, gain, work.normed, work.x, work.state)
-        self.run(recorder, pipeline, addresses(*spans), (self.columns, 1, 1))
+        push = addresses(table.span, work.hidden, work.state)
+        self.run(recorder, pipeline, push, (self.columns, 1, 1))
         recorder.barrier()
 
-    def qkv(self, recorder: Recorder, layer: Layer) -> None:
+    def qkv(self, recorder: Recorder, layer: Layer, joining: Joining) -> None:
+        norm = self._norm_inside(recorder, joining)
         qkv, stride = self.work.qkv, layer.columns[-1]
         outputs = [(matrix, qkv.part(4 * row, qkv.nbytes - 4 * row)) for matrix, row in layer.qkv]
-        self.products(recorder, self.work.x, outputs, stride=stride)
+        self.products(recorder, self.work.x, outputs, stride=stride, norm=norm)
         recorder.barrier()
 
     def attention(self, recorder: Recorder, layer: Layer, cache: Cache) -> None:
         if self.columns == 1 or self.alone:
-            self._attention(recorder, layer, cache, WHOLE, SPLITS)
+            self._attention(recorder, layer, cache, WHOLE, split_count(self.config))
         else:
             self._attention(recorder, layer, cache, PREPARE, 1)
             recorder.barrier()
             if self.wide:
                 self.wide.attention(recorder, layer, cache, is_float=self.float_x)
             else:
-                self._attention(recorder, layer, cache, ATTEND, SPLITS)
+                self._attention(recorder, layer, cache, ATTEND, split_count(self.config))
         recorder.barrier()
 
-    def join(
-        self,
-        recorder: Recorder,
-        matrix: Matrix,
-        x: Span,
-        branch_gain: Span | None,
-        gain: Span,
-        *,
-        keep: bool = False,
-    ) -> None:
-        """hidden += norm(matrix x); x = norm(hidden), with `keep` also as float32."""
-        work = self.work
-        branch = branch_gain or gain
-        if self.columns == 1:
-            norms = (work.hidden, branch, gain, work.normed, work.x, work.state)
-            shape = self.tuning.shape(matrix, 1, NORM)
-            constants = self.norm_constants(shape.lanes, post=branch_gain is not None, keep=keep)
-            push = addresses(matrix.span, matrix.span, x, work.branch, *norms)
-            sizes = (matrix.blocks, matrix.tiles, self.config.hidden_size, matrix.rows)
-            push += words(*sizes, NORM_COUNTER)
-            self.gemv(recorder, matrix, shape, NORM, push, **constants)
-        else:
-            outputs = [(matrix, work.branch)]
-            self.products(recorder, x, outputs, stride=self.config.hidden_size, like=NORM)
-            recorder.barrier()
-            lanes = ROW_LANES if self.wide else self.tuning.shape(matrix, 1, NORM).lanes
-            self._norm(recorder, branch_gain, gain, lanes, keep)
+    def branch(self, recorder: Recorder, matrix: Matrix, x: Span) -> None:
+        """branch = matrix x, in parts."""
+        outputs = [(matrix, self.work.branch)]
+        self.products(recorder, x, outputs, stride=self.config.hidden_size, like=BRANCH)
         recorder.barrier()
 
-    def gate(self, recorder: Recorder, layer: Layer) -> None:
+    def gate(self, recorder: Recorder, layer: Layer, joining: Joining) -> None:
         """gated = gelu(gate x) * (up x)."""
+        norm = self._norm_inside(recorder, joining)
         work, gate, up = self.work, layer.gate, layer.up
         if gate.kind == up.kind and not self.wide:
             shape = self.tuning.shape(gate, self.columns, GEGLU)
-            push = addresses(gate.span, up.span, work.x, work.wide, *[work.hidden] * 4)
+            push = addresses(gate.span, up.span)
+            push += self.input_addresses(work.x, work.wide, norm)
             push += addresses(work.gated, work.state)
-            push += words(gate.blocks, gate.tiles, 0, gate.rows, 0)
-            self.gemv(recorder, gate, shape, GEGLU, push)
+            push += words(gate.blocks, gate.tiles, 0, gate.rows, 1)
+            self.gemv(recorder, gate, shape, GEGLU, push, norm)
         else:
-            self._wide_gate(recorder, gate, up)
+            self._wide_gate(recorder, gate, up, norm)
         recorder.barrier()
+
+    def norm(self, recorder: Recorder, joining: Joining, *, keep: bool = False) -> None:
+        """joined = hidden + norm(branch); x = norm(joined), with `keep` also as float32."""
+        before, recorder.label = recorder.label, "norm"
+        work, gains = self.work, (joining.branch_gain or joining.gain, joining.gain)
+        constants = self.norm_constants(NORM_LANES, joining)
+        pipeline = self.pipelines.get(
+            "norm", LANES=NORM_LANES, FLOAT_X=self.float_x, KEEP_NORMED=keep, **constants
+        )
+        spans = (joining.branch or work.branch, joining.hidden, joining.joined, *gains)
+        push = addresses(*spans, work.normed, work.x)
+        self.run(recorder, pipeline, push, (self.columns, 1, 1))
+        recorder.barrier()
+        recorder.label = before
+
+    def _norm_inside(self, recorder: Recorder, joining: Joining) -> Joining | None:
+        """What the products behind it have to do themselves; None: it is done."""
+        if self.columns == 1 and self.tuning.makes_norm(self.config.hidden_size):
+            return joining
+        self.norm(recorder, joining)
+        return None
 
     def head(self, recorder: Recorder) -> None:
         """Logits of the last of the columns that are tokens, and the likeliest token."""
@@ -177,28 +190,20 @@ class Stages(Products):
         self.run(recorder, pipeline, push, (self.columns, 1, 1))
         recorder.barrier()
 
-    def _wide_gate(self, recorder: Recorder, gate: Matrix, up: Matrix) -> None:
+    def _wide_gate(
+        self, recorder: Recorder, gate: Matrix, up: Matrix, norm: Joining | None
+    ) -> None:
         work, stride = self.work, padded_rows(gate.rows)
         half = work.wide.nbytes // 2
         halves = work.wide.part(0, half), work.wide.part(half, half)
         outputs = list(zip((gate, up), halves, strict=True))
-        self.products(recorder, work.x, outputs, stride=stride)
+        self.products(recorder, work.x, outputs, stride=stride, norm=norm)
         recorder.barrier()
         pipeline = self.pipelines.get(
             "geglu", LANES=ROW_LANES, FLOAT_X=self.float_x, CHANNELS=gate.rows
         )
         push = addresses(*halves, work.gated) + words(stride)
         self.run(recorder, pipeline, push, (self.columns, 1, 1))
-
-    def _norm(
-        self, recorder: Recorder, branch_gain: Span | None, gain: Span, lanes: int, keep: bool
-    ) -> None:
-        """`lanes` decide in which order a column is summed up."""
-        work = self.work
-        constants = self.norm_constants(lanes, post=branch_gain is not None, keep=keep)
-        pipeline = self.pipelines.get("norm", LANES=lanes, FLOAT_X=self.float_x, **constants)
-        spans = (work.branch, work.hidden, branch_gain or gain, gain, work.normed, work.x)
-        self.run(recorder, pipeline, addresses(*spans), (self.columns, 1, 1))
 
     def _attention(
         self, recorder: Recorder, layer: Layer, cache: Cache, mode: int, splits: int
@@ -216,7 +221,7 @@ class Stages(Products):
             QUERIES=queries,
             WINDOW=layer.window,
             SLOTS=cache.size.slots[index],
-            SPLITS=SPLITS,
+            SPLITS=split_count(config),
             QK_NORM=config.qk_norm,
             EPS=float(config.rms_norm_eps),
             SCALE=float(config.attention_scale),
@@ -224,21 +229,11 @@ class Stages(Products):
         )
         turns = cache.turns[config.is_sliding(index)]
         gains = (layer.q_gain or turns, layer.k_gain or turns)
-        spans = (*cache.spans(index), turns, work.partials, work.context, work.state)
-        push = addresses(work.qkv, *gains, *spans)
+        spans = (*cache.spans(index), turns, work.partials, work.split_stats)
+        push = addresses(work.qkv, *gains, *spans, work.context, work.state)
         _, k, v, stride = layer.columns
         push += words(stride, k, v, ATTENTION_COUNTER)
         self.run(recorder, pipeline, push, (splits, config.num_heads // queries, self.columns))
-
-    def norm_constants(self, lanes: int, *, post: bool, keep: bool) -> dict[str, int | float]:
-        hidden = self.config.hidden_size
-        return {
-            "ITEMS": -(-hidden // (4 * lanes)),
-            "HIDDEN": hidden,
-            "EPS": float(self.config.rms_norm_eps),
-            "POST_NORM": post,
-            "KEEP_NORMED": keep,
-        }
 
 
 def shared_queries(sharing: int) -> int:

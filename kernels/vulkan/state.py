@@ -58,7 +58,7 @@ POSTED_WORDS = sum(field.count for field in POSTED)
 KEPT_WORDS = sum(field.count for field in KEPT)
 STATE_BYTES = 4 * sum(field.count for field in FIELDS)
 
-NORM_COUNTER, CHOOSE_COUNTER, ATTENTION_COUNTER = 0, 1, 64  # in `arrived`
+CHOOSE_COUNTER, ATTENTION_COUNTER = 0, 64  # in `arrived`
 
 
 def state_header() -> str:
@@ -69,7 +69,7 @@ def state_header() -> str:
         [
             "// Generated from kernels/vulkan/state.py.",
             *(f"const uint {name} = {value};" for name, value in constants.items()),
-            "layout(buffer_reference, std430, buffer_reference_align = 16) coherent buffer State {",
+            "layout(buffer_reference, std430, buffer_reference_align = 16) buffer State {",
             *members,
             "};",
             "",

@@ -9,18 +9,28 @@ from pathlib import Path
 
 from uq.kernels.vulkan.weights import Kind, Matrix
 
-STORE, NORM, GEGLU, CHOOSE = range(4)  # what follows a product, as in shaders/gemv.comp
+STORE, GEGLU, CHOOSE, BRANCH = range(4)  # what follows a product, as in shaders/gemv.comp
 MOST_LANES = 512
 ENOUGH_LANES = 1 << 17  # that keep the memory of a large GPU busy
 SUMS = 4096  # floats of shared memory that a product may use
+NORMED_CHANNELS = 1536  # up to which a product makes the norm in front of it in every workgroup
 
 
 @dataclass(frozen=True)
 class Shape:
-    """Of a workgroup: `lanes` is a multiple of 64, `blocks` are 16 rows each."""
+    """How a workgroup goes through its part of a matrix.
+
+    Attributes:
+        lanes: invocations, a multiple of 64: each 64 take every so many-th tile of 128 columns.
+        blocks: of 16 rows, at a time.
+        rounds: times that many; of a pass of one column.
+        parts: of the columns, each another workgroup's; of a BRANCH, whose reader sums them.
+    """
 
     lanes: int
     blocks: int
+    rounds: int = 1
+    parts: int = 1
 
 
 @dataclass(frozen=True)
@@ -44,7 +54,12 @@ class Tuning:
         one = self.measured.get(product_key(matrix, epilogue)) or usual_shape(matrix, epilogue)
         if columns == 1:
             return one
-        return Shape(one.lanes, min(one.blocks, 4 if columns <= 4 or epilogue == GEGLU else 2))
+        blocks = min(one.blocks, 4 if columns <= 4 or epilogue == GEGLU else 2)
+        return Shape(one.lanes, blocks, parts=one.parts)
+
+    def makes_norm(self, channels: int) -> bool:
+        """Whether every workgroup of a product of one column makes the norm in front of it."""
+        return channels <= NORMED_CHANNELS
 
 
 def product_key(matrix: Matrix, epilogue: int) -> str:
@@ -66,12 +81,18 @@ def candidates(matrix: Matrix, epilogue: int, most_lanes: int) -> list[Shape]:
     """Shapes worth measuring for one column."""
     # A gate's workgroup has whole groups of 32 outputs: 2 blocks of each weight, or more.
     blocks = (4, 8) if epilogue == GEGLU else (1, 2, 4)
-    slices = [count for count in (1, 2, 4, 6, 8, 12, 16) if count <= matrix.tiles]
+    slices = [count for count in (1, 2, 4, 6, 8) if count <= matrix.tiles]
+    rounds = (1, 4) if epilogue == CHOOSE else (1,)
+    parts = [count for count in (1, 2, 3, 4, 6, 8) if epilogue == BRANCH or count == 1]
     return [
-        Shape(64 * count, rows)
+        Shape(64 * count, rows, times, part)
         for count in slices
         for rows in blocks
-        if 64 * count <= most_lanes and 16 * rows * count <= SUMS
+        for times in rounds
+        for part in parts
+        if 64 * count <= most_lanes
+        and 16 * rows * count <= SUMS
+        and count * part < matrix.tiles + count
     ]
 
 
