@@ -114,11 +114,12 @@ void accumulate(uint first, uint lane, uint slice) {
         }
         [[unroll]] for (uint c = 0; c < COLUMNS; c++) {
             uint base = ((column + c) * tiles + tile) * INPUT_VECTORS;
+            uint piece = lane % 4;
             Input v;
             if (NORMS) {
-                v = INPUT(held, base, lane % 4);
+                v = INPUT(held, base, piece);
             } else {
-                v = INPUT(x.at, base, lane % 4);
+                v = INPUT(x.at, base, piece);
             }
             [[unroll]] for (uint b = 0; b < BLOCKS; b++) {
                 precise float sum = total[c * BLOCKS + b] + multiply(now[b], v);
