@@ -14,10 +14,10 @@
 layout(constant_id = 1) const uint GROUP = 32;  // channels that share a scale
 layout(constant_id = 2) const uint COLUMNS = 1;
 layout(constant_id = 3) const uint BLOCKS = 1;
-layout(constant_id = 8) const bool NORMS = false;  // one column: x = norm(hidden + branch)
-layout(constant_id = 9) const uint EPILOGUE = 0;
-layout(constant_id = 10) const float CAP = 0.0;  // of the logits
-layout(constant_id = 12) const uint ROUNDS = 1;  // of one column, each of other blocks
+layout(constant_id = 10) const bool NORMS = false;  // one column: x = norm(hidden + branch)
+layout(constant_id = 11) const uint EPILOGUE = 0;
+layout(constant_id = 12) const float CAP = 0.0;  // of the logits
+layout(constant_id = 13) const uint ROUNDS = 1;  // of one column, each of other blocks
 #include "weights.glsl"
 #include "norm.glsl"
 

@@ -8,8 +8,8 @@ layout(constant_id = 4) const uint ITEMS = 1;
 layout(constant_id = 5) const uint HIDDEN = 32;
 layout(constant_id = 6) const float EPS = 1e-6;
 layout(constant_id = 7) const bool POST_NORM = false;  // the branch has a norm of its own
-layout(constant_id = 11) const bool HAS_BRANCH = false;
-layout(constant_id = 14) const uint PARTS = 1;  // whose sum the branch is
+layout(constant_id = 8) const bool HAS_BRANCH = false;
+layout(constant_id = 9) const uint PARTS = 1;  // whose sum the branch is
 
 const uint HIDDEN_QUADS = HIDDEN / 4;
 const uint HIDDEN_TILES = (HIDDEN + 127) / 128;

@@ -136,7 +136,8 @@ def test_joining_the_residual_stream(lab: Lab, size: int, lanes: int, post: bool
     gains = [lab.put(values[0]) for values in (branch_gain, gain)]
     sum_, normed, x = lab.room(2 * size), lab.room(2 * size), lab.room(2 * 72 * size)
     push = addresses(*given, sum_, *gains, normed, x)
-    lab.run("norm", push, 2, HAS_BRANCH=True, KEEP_NORMED=True, POST_NORM=post, **norm_sizes(size, lanes))
+    how = {"HAS_BRANCH": True, "KEEP_NORMED": True, "POST_NORM": post}
+    lab.run("norm", push, 2, **how, **norm_sizes(size, lanes))
     joined = branch.astype(np.float64)
     joined = hidden + (rms_norm(joined, branch_gain[0]) if post else joined)
     np.testing.assert_allclose(lab.get(sum_, np.float32, 2, size), joined, rtol=3e-6, atol=3e-6)
@@ -174,8 +175,8 @@ def test_a_product_makes_the_same_norm(
     lab.run(f"gemv_{kind}", push, 2, **shape, **how, **norm_sizes(size, lanes))
     np.testing.assert_array_equal(lab.get(fused, np.float32, 64), lab.get(y, np.float32, 64))
     if branches:
-        sums = (lab.get(span, np.float32, size) for span in (joined, again))
-        np.testing.assert_array_equal(*sums)
+        expected = lab.get(joined, np.float32, size)
+        np.testing.assert_array_equal(lab.get(again, np.float32, size), expected)
 
 
 def test_gate(lab: Lab) -> None:

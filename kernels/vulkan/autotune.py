@@ -36,12 +36,14 @@ def tune(gpu: Gpu, stages: Stages, most_lanes: int) -> dict[str, Shape]:
         key = product_key(product.matrix, product.epilogue)
         shapes = candidates(product.matrix, product.epilogue, most_lanes)
         found[key] = min(shapes, key=lambda shape: _measure(gpu, stages, product, key, shape))
+        tuning = replace(stages.tuning, measured={**stages.tuning.measured, **found})
+        stages = replace(stages, tuning=tuning)
     return found
 
 
 def _products(stages: Stages) -> list[Product]:
+    """Branches first: in how many parts they come is for who reads them to bear."""
     layer, work = stages.model.layers[0], stages.work
-    joining = Joining(work.branch, work.hidden, work.joined, layer.attention_gain, layer.mlp_gain)
 
     def everywhere(record: Callable[[Stages, Recorder, Layer], None]) -> Callable[..., None]:
         def all_layers(stages: Stages, recorder: Recorder) -> None:
@@ -50,23 +52,30 @@ def _products(stages: Stages) -> list[Product]:
 
         return all_layers
 
+    def joining(stages: Stages, layer: Layer, branch: Matrix) -> Joining:
+        parts = stages.tuning.shape(branch, 1, BRANCH).parts
+        gains = layer.attention_gain, layer.mlp_gain
+        return Joining(work.branch, work.hidden, work.joined, *gains, parts)
+
     def qkv(stages: Stages, recorder: Recorder, layer: Layer) -> None:
-        stages.qkv(recorder, layer, joining)
+        stages.qkv(recorder, layer, joining(stages, layer, layer.down))
 
     def out(stages: Stages, recorder: Recorder, layer: Layer) -> None:
         stages.branch(recorder, layer.out, work.context)
+        stages.norm(recorder, joining(stages, layer, layer.out))
 
     def gate(stages: Stages, recorder: Recorder, layer: Layer) -> None:
-        stages.gate(recorder, layer, joining)
+        stages.gate(recorder, layer, joining(stages, layer, layer.out))
 
     def down(stages: Stages, recorder: Recorder, layer: Layer) -> None:
         stages.branch(recorder, layer.down, work.gated)
+        stages.norm(recorder, joining(stages, layer, layer.down))
 
-    products = [Product(matrix, STORE, everywhere(qkv)) for matrix, _ in layer.qkv]
-    products.append(Product(layer.out, BRANCH, everywhere(out)))
+    products = [Product(layer.out, BRANCH, everywhere(out))]
+    products.append(Product(layer.down, BRANCH, everywhere(down)))
+    products += [Product(matrix, STORE, everywhere(qkv)) for matrix, _ in layer.qkv]
     if layer.gate.kind == layer.up.kind:
         products.append(Product(layer.gate, GEGLU, everywhere(gate)))
-    products.append(Product(layer.down, BRANCH, everywhere(down)))
     products.append(Product(stages.model.head, CHOOSE, Stages.head))
     return products
 

@@ -61,7 +61,7 @@ def _table(*rows: Variant) -> Mapping[str, Variant]:
     return MappingProxyType(table)
 
 
-_NORM = ("ITEMS", "HIDDEN", "EPS", "POST_NORM")
+_NORM = ("ITEMS", "HIDDEN", "EPS", "POST_NORM", "HAS_BRANCH", "PARTS")
 _FLOATS = ("f16", "bf16", "f32")
 _X_PLACE = 20  # constant_id of INT8_X (shaders/activations.glsl)
 # They have no inputs of linears.
@@ -70,8 +70,8 @@ _WITHOUT_X = ("read.comp", "arithmetic.comp", "peaks.comp", "sample.comp")
 
 def _decode_kernels() -> Iterator[Variant]:
     """Of the decode path; no constant is called "-"."""
-    gemv = ("LANES", "GROUP", "COLUMNS", "BLOCKS", *_NORM, "NORMS", "EPILOGUE", "CAP")
-    gemv = (*gemv, "HAS_BRANCH", "ROUNDS", "-", "PARTS")
+    what = ("NORMS", "EPILOGUE", "CAP", "ROUNDS")
+    gemv = ("LANES", "GROUP", "COLUMNS", "BLOCKS", *_NORM, *what)
     embed = ("LANES", "GROUP", "DECODE", "SCALE", "HIDDEN")
     for kind, macros in _weights().items():
         yield _kernel(f"gemv_{kind}", "gemv.comp", macros, constants=gemv)
@@ -79,8 +79,7 @@ def _decode_kernels() -> Iterator[Variant]:
         if kind not in _FLOATS:
             dotted: dict[str, str | int] = {**macros, "INTEGER_DOT": 1}
             yield _kernel(f"gemv_{kind}_dot", "gemv.comp", dotted, ("int8dot",), gemv)
-    norm = ("LANES", "FLOAT_X", "KEEP_NORMED", "-", *_NORM, "-", "-", "-")
-    norm = (*norm, "HAS_BRANCH", "-", "-", "PARTS")
+    norm = ("LANES", "FLOAT_X", "KEEP_NORMED", "-", *_NORM)
     yield _kernel("norm", "norm.comp", constants=norm)
     for name in ("quantize", "geglu"):
         yield _kernel(name, f"{name}.comp", constants=("LANES", "FLOAT_X", "CHANNELS"))
