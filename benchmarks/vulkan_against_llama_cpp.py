@@ -153,7 +153,10 @@ def own_batch(batch: VulkanBatch, prompts: list[list[int]]) -> float:
     for slot in range(len(prompts)):
         batch.rewind(slot, 0)
     began = time.perf_counter()
-    batch.extend([Piece(slot, prompt[:-1]) for slot, prompt in enumerate(prompts)])
+    at_once = batch.block // BATCH_PROMPT
+    for first in range(0, len(prompts), at_once):
+        some = enumerate(prompts[first : first + at_once], first)
+        batch.extend([Piece(slot, prompt[:-1]) for slot, prompt in some])
     firsts = [Piece(slot, prompt[-1:]) for slot, prompt in enumerate(prompts)]
     batch.write(firsts, BATCH_TOKENS, Sampling())
     return len(prompts) * BATCH_TOKENS / (time.perf_counter() - began)
