@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+from uq.kernels.vulkan.cache import Cache
 from uq.kernels.vulkan.commands import Submission
 from uq.kernels.vulkan.device import Gpu
 from uq.kernels.vulkan.profile import TimedRecorder
@@ -22,11 +23,14 @@ from uq.kernels.vulkan.weights import Matrix
 REPEATS = 3  # runs that count, the fastest of them
 
 
-def tune(gpu: Gpu, stages: Stages, most_lanes: int) -> dict[str, Shape]:
+def tune(gpu: Gpu, stages: Stages, cache: Cache, most_lanes: int) -> dict[str, Shape]:
     """Key of a product -> its fastest shape; leaves the activations undefined.
 
-    A shape is measured within all layers but for their attention: alone, a kernel would find its
-    instructions in the caches, and what its shape costs the next kernel would not be seen.
+    A shape is measured within all layers: alone, a kernel would find its instructions in the
+    caches, and what its shape costs the next kernel would not be seen.
+
+    Args:
+        cache: for the keys and values of one token, which is at position 0.
     """
     found: dict[str, Shape] = {}
     for matrix, epilogue in _products(stages):
@@ -35,7 +39,7 @@ def tune(gpu: Gpu, stages: Stages, most_lanes: int) -> dict[str, Shape]:
             for shape in candidates(matrix, epilogue, most_lanes)
         }
         is_head = epilogue == CHOOSE
-        best = min(shapes, key=lambda shape: _measure(gpu, shapes[shape], is_head=is_head))
+        best = min(shapes, key=lambda shape: _measure(gpu, shapes[shape], cache, is_head=is_head))
         stages, found[product_key(matrix, epilogue)] = shapes[best], best
     return found
 
@@ -55,13 +59,13 @@ def _with(stages: Stages, key: str, shape: Shape) -> Stages:
     return replace(stages, tuning=replace(stages.tuning, measured=measured), columns=1)
 
 
-def _measure(gpu: Gpu, stages: Stages, *, is_head: bool) -> float:
+def _measure(gpu: Gpu, stages: Stages, cache: Cache, *, is_head: bool) -> float:
     """Microseconds from the first dispatch to the end of the last."""
     recorder = TimedRecorder(gpu)
     if is_head:
         stages.head(recorder)
     else:
-        stages.layers(recorder, None)
+        stages.layers(recorder, cache)
     recorder.end()
     submission = Submission(gpu, [recorder.commands])
     seconds = []

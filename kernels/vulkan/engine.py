@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack, closing, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Protocol, TypeVar
@@ -33,7 +33,7 @@ from uq.kernels.vulkan.model import (
 from uq.kernels.vulkan.pipelines import Pipelines
 from uq.kernels.vulkan.runs import Runs, fitting
 from uq.kernels.vulkan.stages import Stages
-from uq.kernels.vulkan.state import MOST_BLOCKS, MOST_TOKENS
+from uq.kernels.vulkan.state import MOST_BLOCKS, MOST_TOKENS, one_token
 from uq.kernels.vulkan.tuning import Tuning, read_measured, write_measured
 from uq.kernels.vulkan.weights import Loader, Source, padded_rows, weight_bytes
 from uq.kernels.vulkan.wide import Abilities, fits_tiles
@@ -129,7 +129,11 @@ class Engine:
         The result is kept for this device and driver.
         """
         lanes = self.gpu.physical.most_lanes
-        found = tune(self.gpu, self._stages, lanes)
+        size = replace(self._cache_size(1, 1), tokens=1)
+        with closing(Arena(self.gpu, size.arena_bytes)) as arena:
+            cache = Cache.take(size, arena, self.transfers)
+            self.transfers.write(self.work.state, one_token())
+            found = tune(self.gpu, self._stages, cache, lanes)
         known = {**self._stages.tuning.measured, **found}
         write_measured(self._measured, known)
         self._stages = replace(self._stages, tuning=replace(self._stages.tuning, measured=known))

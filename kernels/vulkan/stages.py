@@ -32,16 +32,15 @@ class Stages(Products):
     def _cap(self) -> float:
         return float(self.config.final_softcap or 0.0)
 
-    def layers(self, recorder: Recorder, cache: Cache | None) -> None:
-        """From the embedding to the final norm's output; without a cache there is no attention."""
+    def layers(self, recorder: Recorder, cache: Cache) -> None:
+        """From the embedding to the final norm's output."""
         work = self.work
         joining = Joining(None, work.hidden, work.hidden, None, self.model.first_gain)
         for layer in self.model.layers:
             recorder.label = "q, k, v"
             self.qkv(recorder, layer, joining)
-            if cache:
-                recorder.label = "attention"
-                self.attention(recorder, layer, cache)
+            recorder.label = "attention"
+            self.attention(recorder, layer, cache)
             recorder.label = "attention output"
             self.branch(recorder, layer.out, work.context)
             joining = self._behind(joining, layer.out, layer.attention_gain, layer.mlp_gain)

@@ -97,3 +97,10 @@ def blank() -> NDArray[np.uint32]:
     words = np.zeros(STATE_BYTES // 4, np.uint32)
     views(words)["done"][:] = 1
     return words
+
+
+def one_token() -> NDArray[np.uint32]:
+    """A state in which the first column is a token, the first of its sequence."""
+    words = blank()
+    views(words)["count"][0] = 1
+    return words
