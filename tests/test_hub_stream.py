@@ -19,6 +19,8 @@ from uq.cli import main
 from uq.errors import CheckpointError, HubError, UsageError
 from uq.formats.bundle import open_bundle
 from uq.formats.checkpoint import Checkpoint, open_checkpoint, read_ahead
+from uq.formats.journal import CommittedShard
+from uq.formats.writer import BundleWriter
 from uq.progress import SilentProgress
 from uq.quantize.pipeline import QuantizeOptions, quantize
 
@@ -272,9 +274,16 @@ def test_lost_network_stops_and_the_same_command_continues(
     monkeypatch.setattr("uq.formats.checkpoint.opening.BLOCK", 1 << 14)
     folder, out = tiny_checkpoint(layers=6, seed=1), tmp_path / "out"
     hub.store.add_folder(REPO, folder)
-    hub.fail("GET", "/cdn/", cut=10, times=inf, after=70)
     command = ["quantize", REPO, "--method", "rtn", "-o", str(out)]
-    assert main(command) == 1
+    commit = BundleWriter._commit
+
+    def commit_and_lose(writer: BundleWriter, shard: CommittedShard) -> None:
+        commit(writer, shard)
+        hub.fail("GET", "/cdn/", cut=10, times=inf)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(BundleWriter, "_commit", commit_and_lose)
+        assert main(command) == 1
     *_, note, message = capsys.readouterr().err.splitlines()
     found = re.search(r"keeps (\d+) finished parts; the same command continues", note)
     assert found and re.match(f"uq: {REPO}: .*https://huggingface.co/{REPO}", message)
