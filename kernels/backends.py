@@ -5,7 +5,8 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, TypeVar
+from importlib.util import find_spec
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from uq.errors import DeviceError, UsageError
 
@@ -16,7 +17,8 @@ if TYPE_CHECKING:
     from uq.kernels.session import BatchSession, Session
 
 
-DEVICES = ("auto", "vulkan", "vulkan:N", "vulkan:NAME", "npu", "cpu")
+DEVICES = ("auto", "vulkan", "vulkan:N", "vulkan:NAME", "npu", "npu-emulator", "cpu")
+EMULATED = ("", "npu1", "npu2")
 
 
 @dataclass(frozen=True)
@@ -62,9 +64,18 @@ class Backend:
         return self.opener is not None
 
 
-def backends(wish: str = "") -> tuple[Backend, ...]:
-    """All backends, the fastest first; `wish` names one of several devices."""
-    return (_vulkan(wish), _npu(), _cpu())
+def backends() -> tuple[Backend, ...]:
+    """All backends, the fastest first."""
+    return (_vulkan(""), _npu(), _npu_emulator(""), _cpu())
+
+
+def _backend(name: str, wish: str) -> Backend:
+    """One backend; `wish` names one of its several devices."""
+    if name == "vulkan":
+        return _vulkan(wish)
+    if name == "npu-emulator":
+        return _npu_emulator(wish)
+    return _npu() if name == "npu" else _cpu()
 
 
 def open_session(
@@ -93,8 +104,10 @@ def open_session(
 
 
 def is_device(text: str) -> bool:
-    """Whether `text` is one of `DEVICES`; only vulkan has several to choose from."""
+    """Whether `text` is one of `DEVICES`; vulkan has several to choose from, the emulator two."""
     name, colon, wish = text.partition(":")
+    if name == "npu-emulator":
+        return wish in EMULATED[bool(colon) :]
     return bool(wish) and name == "vulkan" if colon else name in DEVICES
 
 
@@ -124,8 +137,8 @@ def open_reference(checkpoint: Checkpoint, device: str, *, max_context: int) -> 
     name, _, wish = device.partition(":")
     if not is_device(device):
         raise UsageError(f"--reference-device {device} is not known; use {', '.join(DEVICES)}")
-    if name == "npu":
-        raise DeviceError("--reference-device npu: it has no floating point; use cpu")
+    if name.startswith("npu"):
+        raise DeviceError(f"--reference-device {device}: it has no floating point; use cpu")
     if name == "vulkan":
         return open_float(checkpoint, wish, max_context=max_context)
     if name == "auto" and _vulkan("").preferred:
@@ -172,7 +185,7 @@ def _opened(device: str, open_it: Callable[[Backend], S | None]) -> S:
     name, _, wish = device.partition(":")
     if name == "auto":
         return _fastest(open_it)
-    (backend,) = (found for found in backends(wish) if found.name == name)
+    backend = _backend(name, wish)
     if (opened := open_it(backend)) is None:
         raise DeviceError(f"--device {device}: {backend.reason}; use --device cpu")
     return opened
@@ -231,7 +244,59 @@ def _vulkan(wish: str) -> Backend:
 
 
 def _npu() -> Backend:
-    return Backend("npu", "this version of uq has no NPU kernels")
+    """`auto` does not take it: nothing of it has run on an NPU yet."""
+    if (missing := _without("xdsl", "pyxrt")) is not None:
+        return Backend("npu", missing, preferred=False)
+
+    def open_it(bundle: Bundle, options: Options) -> Session:
+        from uq.kernels.npu.hybrid import open_npu
+
+        return open_npu(bundle, **_npu_options(options))
+
+    reason = "attention runs there, by designs compiled into the bundle; tried on no NPU yet"
+    return Backend("npu", reason, open_it, _no_npu_batch, preferred=False)
+
+
+def _npu_emulator(wish: str) -> Backend:
+    """`auto` never takes it: it is for tests, and slow."""
+    if (missing := _without("xdsl")) is not None:
+        return Backend("npu-emulator", missing, preferred=False)
+
+    def open_it(bundle: Bundle, options: Options) -> Session:
+        from uq.kernels.npu.hybrid import open_emulated
+
+        return open_emulated(bundle, wish, **_npu_options(options))
+
+    reason = "attention as an NPU would compute it, without a clock"
+    return Backend("npu-emulator", reason, open_it, _no_npu_batch, preferred=False)
+
+
+ADVICE = {
+    "xdsl": "run: pip install 'unicorn-quant[npu]'",
+    "pyxrt": "XRT's Python module; run: uq doctor",
+}
+
+
+def _without(*modules: str) -> str | None:
+    """What is missing of some modules, and the remedy; None when all are there."""
+    for name in modules:
+        if find_spec(name) is None:
+            return f"{name} is not installed: {ADVICE[name]}"
+    return None
+
+
+def _npu_options(options: Options) -> dict[str, Any]:
+    if options.speculate:
+        raise UsageError("the NPU does not check guessed tokens; use --device vulkan")
+    return {
+        "max_context": options.max_context,
+        "threads": options.threads,
+        "numerics": options.numerics,
+    }
+
+
+def _no_npu_batch(bundle: Bundle, slots: int, options: Options) -> BatchSession:
+    raise UsageError("the NPU runs one sequence; use --device cpu or vulkan for several")
 
 
 def _cpu() -> Backend:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import NamedTuple, Protocol
 
 import numpy as np
@@ -11,17 +11,46 @@ from numpy.typing import NDArray
 
 from uq.errors import UsageError
 from uq.formats.config import GemmaConfig
+from uq.formats.decode import OPTIONAL
 from uq.kernels.profile import StepTimes
 
 
 @dataclass(frozen=True)
+class AttentionPlace:
+    """Where the attention of some layers runs, and why not on the device that was asked for.
+
+    Attributes:
+        layers: a number, or the first and the last with a dash between.
+    """
+
+    layers: str
+    backend: str
+    reason: str | None
+
+    def __str__(self) -> str:
+        layers = "layers" if "-" in self.layers else "layer"
+        why = f": {self.reason}" if self.reason else ""
+        return f"attention of {layers} {self.layers} on {self.backend}{why}"
+
+
+@dataclass(frozen=True)
 class Device:
-    """Where a session runs, as the report prints it."""
+    """Where a session runs, as the report prints it.
+
+    Attributes:
+        attention: of sessions that share a model between devices; else empty.
+    """
 
     backend: str
     name: str
     driver: str
     features: tuple[str, ...] = ()
+    attention: tuple[AttentionPlace, ...] = field(default=(), metadata=OPTIONAL)
+
+    @property
+    def has_clock(self) -> bool:
+        """Whether rates measured on it say anything of a device."""
+        return self.backend != "npu-emulator"
 
 
 @dataclass(frozen=True)

@@ -58,7 +58,7 @@ def check(made: Plan, seed: int = 0, softcap: float | None = None) -> None:
     assert nrmse(attend.rows(made, inputs, emulated), exact) < BOUND[bits]
 
 
-def nrmse(x: Array, exact: NDArray[np.float64]) -> float:
+def nrmse(x: Array, exact: NDArray[np.floating]) -> float:
     return float(np.sqrt(((x - exact) ** 2).sum() / (exact**2).sum()))
 
 

@@ -170,7 +170,7 @@ def test_auto_says_where_it_goes(
 
     broken = Backend("vulkan", "a GPU", fails, fails)  # type: ignore[arg-type]
     *_, cpu = backends.backends()
-    monkeypatch.setattr(backends, "backends", lambda wish="": (broken, cpu))
+    monkeypatch.setattr(backends, "backends", lambda: (broken, cpu))
     bundle = open_bundle(tiny_bundle())
     assert open_session(bundle, max_context=8).device.backend == "cpu"
     assert open_batch(bundle, slots=2, max_context=8).device.backend == "cpu"

@@ -13,7 +13,7 @@ from uq.formats.bundle import open_bundle
 from uq.formats.tokenizer import Tokenizer
 from uq.kernels.backends import open_session
 from uq.kernels.numerics import FLOAT, Numerics
-from uq.kernels.session import Sampling
+from uq.kernels.session import Device, Sampling
 
 GREEDY = Sampling()
 
@@ -32,7 +32,7 @@ class Rate:
 class Generated:
     """Where and how fast a text was generated."""
 
-    device: str
+    device: Device
     prefill: Rate
     decode: Rate
 
@@ -86,7 +86,7 @@ def generate(
     count = write_text(session.decode(max_tokens, sampling), tokenizer, write)
     ended = time.perf_counter()
     prefill, decode = Rate(len(tokens), filled - began), Rate(count, ended - filled)
-    return Generated(session.device.name, prefill, decode)
+    return Generated(session.device, prefill, decode)
 
 
 def write_text(tokens: Iterable[int], tokenizer: Tokenizer, write: Callable[[str], None]) -> int:

@@ -138,11 +138,14 @@ class Bench:
             table(rows),
             f"The ceiling is the measured read bandwidth, {bandwidth}, over {per_token} of weights "
             f"a token; decode reaches {self.share_of_ceiling:.0%} of it.",
+            *map(str, self.device.attention),
         ]
         if self.prompts is not None:
             lines.append(self.prompts.sentence(speed.prefill_tps.median))
         if self.integer_loss is not None:
             lines.append(str(self.integer_loss))
+        if not self.device.has_clock:
+            lines.append("Rates of the emulator on this machine: they say nothing about an NPU.")
         if self.step is not None:
             stages = [
                 (stage.label, f"{stage.microseconds:.1f}", f"{stage.share:.1%}", stage.dispatches)

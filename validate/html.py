@@ -116,6 +116,7 @@ def provenance(report: Report) -> dict[str, list[tuple[str, str]]]:
             ("device", report.device.name),
             ("driver", report.device.driver),
             ("features", ", ".join(report.device.features) or "none"),
+            *[("attention", str(place)) for place in report.device.attention],
             ("reference ran on", f"{reference.name}, {reference.driver}"),
         ],
         "Measurement": _measurement(report),

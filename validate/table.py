@@ -39,6 +39,7 @@ def _head(report: Report) -> str:
             f"against {report.reference.id} ({report.reference.dtype}) in float32",
             f"over {text.tokens_scored:,} tokens of {text.name}: {text.chunks} chunks "
             f"of {text.context}{', as chats' if text.format == 'chat' else ''}",
+            *map(str, report.device.attention),
         )
     )
 

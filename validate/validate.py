@@ -52,6 +52,7 @@ if TYPE_CHECKING:
     from uq.kernels.session import Device, Session
 
 CURVE_POINTS = 240
+NO_CLOCK = "the emulator has no clock, so no speed of the bundle is measured"
 REFERENCE_REPEATS = 2  # float32 decodes slowly and evenly
 
 
@@ -143,6 +144,7 @@ def validate(
         threads=options.threads,
         numerics=device_numerics(options.device, numerics),
     )
+    _check_clock(session, options)
     rates = _rates(session, options, options.repeats, "bundle", progress)
     alone = peak_memory()
     truth = open_reference(checkpoint, options.reference_device, max_context=options.cache_length)
@@ -180,8 +182,14 @@ def validate(
             *warnings,
             *text_warnings(scores.reference_perplexity.value),
             *fallbacks(errors),
+            *([] if session.device.has_clock else [NO_CLOCK]),
         ),
     )
+
+
+def _check_clock(session: Session, options: ValidateOptions) -> None:
+    if options.min_tps is not None and not session.device.has_clock:
+        raise UsageError(f"--min-tps: {NO_CLOCK}; use another device")
 
 
 def fallbacks(errors: tuple[LayerError, ...]) -> list[str]:
@@ -246,7 +254,7 @@ def _rates(
     session: Session, options: ValidateOptions, repeats: int, label: str, progress: Progress
 ) -> Rates | None:
     """Speeds of a session whose weights are in memory; from a disk they would be the disk's."""
-    if not options.speed or is_streamed(session):
+    if not options.speed or is_streamed(session) or not session.device.has_clock:
         return None
     progress.start(1, f"speed of the {label}")
     progress.work(f"{options.prompt} tokens of prefill, {options.generate} of decoding")

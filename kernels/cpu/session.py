@@ -72,7 +72,7 @@ class CpuSession:
         self._work = workspace(config, self._model.layers[0], self._block)
         self._one = self._work.first(1)
         self._scratch = self._scratch_for(max_context)
-        self.cache = KVCache.empty(config, max_context, self._block)
+        self.cache = self._empty_cache(max_context)
         self.device = _device(self._threads)
         self._logits: Array | None = None
 
@@ -106,7 +106,7 @@ class CpuSession:
         if length > self.max_context:
             self._scratch = self._scratch_for(length)
         out = np.empty((batch, length, self.config.hidden_size), np.float32)
-        cache = KVCache.empty(self.config, length, self._block)
+        cache = self._empty_cache(length)
         for sequence, hidden in zip(np.ascontiguousarray(tokens, np.int32), out, strict=True):
             cache.position = 0
             for first in range(0, length, self._block):
@@ -180,18 +180,30 @@ class CpuSession:
 
     def _attend(self, cache: KVCache, layer: Layer, index: int, work: Work) -> None:
         """work.context = attention of work.qkv, whose keys and values enter the cache."""
-        config, position, tokens = self.config, cache.position, len(work.hidden)
-        keys, values = cache.keys[index], cache.values[index]
-        # (kv_heads, tokens * group, dim): the queries that share a key head lie together
-        queries = work.queries.reshape(config.num_kv_heads, -1, config.head_dim)
-        turn = layer.rope.rows(position, position + tokens)
-        eps, gains = np.float32(config.rms_norm_eps), (layer.q_gain, layer.k_gain)
-        columns = layer.qkv.columns
-        enter_attention(work.qkv, columns, *gains, eps, *turn, position, queries, keys, values)
-        attend = attend_one if tokens == 1 else attend_many
+        config = self.config
+        queries = self._enter(cache, layer, index, work)
+        attend = attend_one if len(work.hidden) == 1 else attend_many
         scale, cap = np.float32(config.attention_scale), np.float32(config.attn_softcap or 0.0)
-        seen = (position, layer.window)
-        attend(queries, keys, values, *seen, scale, cap, self._scratch, work.context)
+        seen = (cache.position, layer.window, scale, cap)
+        keys, values = cache.keys[index], cache.values[index]
+        attend(queries, keys, values, *seen, self._scratch, work.context)
+
+    def _enter(self, cache: KVCache, layer: Layer, index: int, work: Work) -> Array:
+        """Put keys and values of work.qkv into the cache; the queries, normed and turned.
+
+        Returns:
+            (kv_heads, tokens * group, dim): the queries that share a key head lie together.
+        """
+        config, position = self.config, cache.position
+        queries = work.queries.reshape(config.num_kv_heads, -1, config.head_dim)
+        turn = layer.rope.rows(position, position + len(work.hidden))
+        eps, gains = np.float32(config.rms_norm_eps), (layer.q_gain, layer.k_gain)
+        kept = cache.keys[index], cache.values[index]
+        enter_attention(work.qkv, layer.qkv.columns, *gains, eps, *turn, position, queries, *kept)
+        return queries
+
+    def _empty_cache(self, capacity: int) -> KVCache:
+        return KVCache.empty(self.config, capacity, self._block)
 
     def _mlp(self, layer: Layer, work: Work) -> None:
         """work.branch = MLP of work.x."""

@@ -10,7 +10,7 @@ from pathlib import Path
 from uq.formats.hub_name import is_hub_id, split_revision
 from uq.kernels.backends import DEVICES, is_device
 
-DEVICE_HELP = "auto (default), vulkan, vulkan:NUMBER, vulkan:NAME, npu or cpu"
+DEVICE_HELP = "auto (default), vulkan, vulkan:NUMBER, vulkan:NAME, npu, npu-emulator or cpu"
 
 
 def whole(minimum: int, maximum: float = math.inf) -> Callable[[str], int]:

@@ -55,6 +55,10 @@ def run(args: argparse.Namespace) -> int:
     for label, rate in ("prefill", generated.prefill), ("decode", generated.decode):
         took = f"{rate.tokens} tokens in {duration(rate.seconds)}"
         print(f"{label}: {took}, {rate.per_second:.1f} tokens/s", file=sys.stderr)
+    for place in generated.device.attention:
+        print(place, file=sys.stderr)
+    if not generated.device.has_clock:
+        print("rates of the emulator: they say nothing about an NPU", file=sys.stderr)
     return 0
 
 

@@ -45,8 +45,9 @@ def add_device(parser: argparse.ArgumentParser) -> None:
         help="int8: inputs of linears in 8 instead of 16 bits, on a GPU; default: %(default)s",
     )  # fmt: skip
     parser.add_argument(
-        "--kv", choices=("float", "int8"), default="float",
-        help="int8: a KV cache of about half the size, on a GPU; default: %(default)s",
+        "--kv", choices=("float", "int8", "int4"), default="float",
+        help="int8: a KV cache of about half the size, on a GPU; an NPU has int8 (its default) and "
+        "int4; default: %(default)s",
     )  # fmt: skip
 
 

@@ -25,8 +25,10 @@ from uq.formats.xdna.pdi import Partition, Pdi
 from uq.formats.xdna.txn import NPU1, NPU2, MaskWrite, Transaction
 from uq.formats.xdna.xclbin import Xclbin as XclbinFile
 from uq.kernels.npu.dialect.structure import SequenceOperation
+from uq.kernels.npu.dialect.text import memref_type
 from uq.kernels.npu.emulator import Deadlock, Kernels, run
 from uq.kernels.npu.lowering import lower
+from uq.kernels.npu.model import nbytes
 from uq.kernels.npu.runtime.double import State, Xclbin, double
 from uq.kernels.npu.runtime.npu import Npu
 from uq.kernels.npu.runtime.program import EMULATOR, FIRST_BUFFER, Program, read_program
@@ -58,13 +60,15 @@ class Emulator:
         Raises:
             DesignError: the design is for the other NPU.
         """
-        self.learn(job)
+        self.learn(job, parse_design(job.text, job.name).module)
         write_program(job, folder)
         return read_program(folder)
 
-    def learn(self, job: Job) -> bytes:
-        """Remember a design; its instructions. Those of one design that differ in their sequence
-        alone are for one xclbin.
+    def learn(self, job: Job, module: ModuleOp) -> bytes:
+        """Remember a design with the objects of a job; its instructions.
+
+        Args:
+            module: the job's own, or one that differs in its sequence: both have one xclbin.
 
         Raises:
             DesignError: the design is for the other NPU.
@@ -72,7 +76,6 @@ class Emulator:
         family = job.device.partition("_")[0]
         if family != self.generation:
             raise DesignError(f"{job.name} is for {job.device}, not for {self.name}")
-        module = parse_design(job.text, job.name).module
         instructions = instructions_of(job, module)
         self._known[xclbin_of(job, module).uuid, instructions] = Design(job, module)
         return instructions
@@ -99,7 +102,7 @@ class Emulator:
         design = self._known.get((xclbin.content.uuid, instructions))
         if design is None:
             raise DesignError(f"{xclbin.path.name}: these instructions are of no known sequence")
-        sizes = design.job.buffers
+        sizes = design.buffers
         indices = range(FIRST_BUFFER, FIRST_BUFFER + len(sizes))
         if not all(index in arguments for index in indices):
             raise DesignError(f"{design.job.name} takes {len(sizes)} buffers")
@@ -112,6 +115,12 @@ class Emulator:
 class Design:
     job: Job
     module: ModuleOp
+
+    @property
+    def buffers(self) -> list[int]:
+        """Bytes of each."""
+        (sequence,) = (op for op in self.module.walk() if isinstance(op, SequenceOperation))
+        return [nbytes(memref_type(argument)) for argument in sequence.body.block.args]
 
 
 def emulated_npu(generation: str) -> tuple[Npu, Emulator]:

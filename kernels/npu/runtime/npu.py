@@ -29,7 +29,7 @@ MAX_INT = 2**31 - 1  # scalars of pyxrt are C int
 # How drivers name the NPUs, old and new.
 NAMES = {
     "npu1": ("phoenix", "hawk", "npu1"),
-    "npu2": ("strix", "krackan", "npu4", "npu5", "npu6"),
+    "npu2": ("strix", "krackan", "npu4", "npu5", "npu6", "emulated npu2"),
 }
 Bytes = NDArray[np.uint8]
 
@@ -117,6 +117,10 @@ class Opened:
         traceback: TracebackType | None,
     ) -> None:
         self.close()
+
+    @property
+    def closed(self) -> bool:
+        return self._kernel is None
 
     def close(self) -> None:
         """Without references XRT destroys the context."""

@@ -16,7 +16,7 @@ from typing import Any
 from uq.errors import BundleError, UsageError
 from uq.formats.config import GemmaConfig
 from uq.kernels.npu.kernels.attention.design import attention
-from uq.kernels.npu.kernels.attention.plan import plan
+from uq.kernels.npu.kernels.attention.plan import Plan, on_all_columns, plan
 from uq.kernels.npu.kernels.attention.variant import Variant
 from uq.kernels.npu.kernels.passthrough.design import passthrough
 from uq.kernels.npu.source import parse_design, print_design
@@ -38,13 +38,27 @@ def designs_for(config: GemmaConfig, device: str) -> Iterator[Job]:
         UsageError: there is no attention kernel for the model's head size, or no such device.
     """
     yield _job(print_design(passthrough(device, 4096)), "passthrough", ())
-    for form, start, length in (("prefill", 0, TOKENS), ("decode", TOKENS - 1, 1)):
+    for name, made in attention_plans(config, device):
+        yield attention_job(made, name)
+
+
+def attention_plans(config: GemmaConfig, device: str) -> Iterator[tuple[str, Plan]]:
+    """The attention that a bundle carries, by name; as `designs_for`."""
+    for start, length in ((0, TOKENS), (TOKENS - 1, 1)):
         for bits in (8, 4):
             variant = Variant(device, config.head_dim, bits, "decode" if start else "prefill")
             made = plan(variant, config.num_heads, config.num_kv_heads, length, start=start)
-            kernels = variant.kernels().items()
-            objects = tuple(Object(name, k.source, k.defines) for name, k in kernels)
-            yield _job(print_design(attention(made)), f"attention-{form}-int{bits}", objects)
+            yield attention_name(variant), on_all_columns(made)
+
+
+def attention_name(variant: Variant) -> str:
+    return f"attention-{variant.form}-int{variant.kv_bits}"
+
+
+def attention_job(made: Plan, name: str) -> Job:
+    kernels = made.variant.kernels().items()
+    objects = tuple(Object(name, k.source, k.defines) for name, k in kernels)
+    return _job(print_design(attention(made)), name, objects)
 
 
 def carry(root: Path, jobs: Sequence[Job]) -> None:
@@ -135,7 +149,9 @@ def _entries(root: Path) -> dict[str, Any]:
         for name, entry in entries.items():
             _check_entry(path, name, entry)
     except FileNotFoundError as error:
-        raise BundleError(f"{root}: carries no designs for an NPU") from error
+        raise BundleError(
+            f"{root}: carries no designs for an NPU; add them with: uq npu build {root}"
+        ) from error
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise BundleError(f"{path}: is no index of designs; carry them again") from error
     return entries

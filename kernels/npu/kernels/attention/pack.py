@@ -83,7 +83,7 @@ def pack_queries(
             block["scale"][: len(rows[0])] = exponent[rows]
             whole = np.zeros((variant.rows, variant.head_dim), np.int8)
             whole[: len(rows[0])] = codes[rows]
-            block["codes"] = _blocked(whole, *variant.tiles.score[:2])
+            block["codes"] = blocked(whole, *variant.tiles.score[:2])
     return blocks
 
 
@@ -96,7 +96,7 @@ def rows_of(plan: Plan, lane: Lane) -> tuple[Index, Index]:
     return np.arange(first, first + count), np.full(count, lane.heads[0])
 
 
-def _blocked(x: NDArray[Any], rows: int, cols: int) -> NDArray[Any]:
+def blocked(x: NDArray[Any], rows: int, cols: int) -> NDArray[Any]:
     """(r, c) as blocks of (rows, cols), block rows first, flat."""
     r, c = x.shape
     return x.reshape(r // rows, rows, c // cols, cols).swapaxes(1, 2).reshape(-1)
@@ -119,15 +119,20 @@ def pack_keys(
     for head in range(plan.kv_heads):
         ks, vs = (_padded(codes[:, head], size) for codes in (keys[0], values[0]))
         scale, value_scale = (_padded(s[:, head], size) for s in (keys[1], values[1]))
-        largest = np.abs(value_scale).max() or np.float32(1)
-        units[head] = largest * np.float32((WEIGHT_ONE + 1) / WEIGHT_ONE)
-        weight = np.rint(value_scale / largest * WEIGHT_ONE).astype(np.int16)
+        weight, units[head] = weights_of(value_scale)
         for index, block in enumerate(blocks[head]):
             part = slice(index * variant.keys, (index + 1) * variant.keys)
-            block["keys"] = _bytes(_blocked(ks[part].T, k, n), variant.kv_bits)
-            block["values"] = _bytes(_blocked(vs[part], *variant.tiles.mix[1:]), variant.kv_bits)
+            block["keys"] = _bytes(blocked(ks[part].T, k, n), variant.kv_bits)
+            block["values"] = _bytes(blocked(vs[part], *variant.tiles.mix[1:]), variant.kv_bits)
             block["scale"], block["weight"] = scale[part], weight[part]
     return blocks, units
+
+
+def weights_of(scale: Array) -> tuple[NDArray[np.int16], np.float32]:
+    """Scales of values (keys,) as the kernel multiplies by them, and the unit of its outputs."""
+    largest = np.abs(scale).max() or np.float32(1)
+    weight = np.rint(scale / largest * WEIGHT_ONE).astype(np.int16)
+    return weight, largest * np.float32((WEIGHT_ONE + 1) / WEIGHT_ONE)
 
 
 def _padded(x: NDArray[Any], size: int) -> NDArray[Any]:

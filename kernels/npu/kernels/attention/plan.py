@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from uq.errors import UsageError
 from uq.kernels.npu.kernels.attention.variant import Variant
@@ -86,6 +86,14 @@ def plan(
     dealt = tuple(tuple(jobs[column::columns]) for column in range(min(columns, len(jobs))))
     stored = max(job.first + job.blocks for job in jobs)
     return Plan(variant, heads, kv_heads, start, length, window, dealt, stored)
+
+
+def on_all_columns(made: Plan) -> Plan:
+    """With an idle job for each column that has none: plans of all sizes have the same design."""
+    first = made.jobs[0][0].first
+    idle = Job(0, first, LANES if made.variant.form == "decode" else 1, ())
+    missing = COLUMNS[made.variant.device] - len(made.jobs)
+    return replace(made, jobs=made.jobs + ((idle,),) * missing)
 
 
 def _prefill(
