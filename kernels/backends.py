@@ -280,7 +280,8 @@ ADVICE = {
 def _without(*modules: str) -> str | None:
     """What is missing of some modules, and the remedy; None when all are there."""
     for name in modules:
-        if find_spec(name) is None:
+        there = sys.modules[name] if name in sys.modules else find_spec(name)
+        if there is None:
             return f"{name} is not installed: {ADVICE[name]}"
     return None
 

@@ -81,6 +81,8 @@ def by_softmax(plan: Plan, queries: Void, blocks: Void) -> Void:
         seen = (distance >= 0) & (distance < packed["window"][0])
         scores = codes.astype(np.float64) @ keys.keys[part].T.astype(np.float64)
         scores = scores * packed["scale"].reshape(-1, 1) * keys.scale[part]
+        if cap := float(packed["cap"][0]):
+            scores = cap * np.tanh(scores / cap)
         scores = np.where(seen, scores, -1e30)
         highest = np.ceil(scores.max(axis=1, keepdims=True))
         weights = np.where(seen, np.exp2(scores - highest), 0)

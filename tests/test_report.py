@@ -100,7 +100,7 @@ PUBLIC: dict[str, list[str] | None] = {
     "bundle": ["name", "sha256", "bits_per_weight", "bytes", "recipe"],
     "reference": ["id", "revision", "dtype"],
     "text": ["name", "sha256", "chunks", "tokens_scored", "context", "format"],
-    "device": ["backend", "name", "driver", "features"],
+    "device": ["backend", "name", "driver", "features", "attention"],
     "perplexity": ["value", "stderr"],
     "reference_perplexity": ["value", "stderr"],
     "perplexity_ratio": ["value", "stderr"],

@@ -165,7 +165,9 @@ def bench(bundle: Bundle, options: BenchOptions | None = None) -> Bench:
     options = options or BenchOptions()
     alone, answers = _bench_one(bundle, options)
     if answers:
-        exact = _open(bundle, replace(options, numerics=FLOAT))
+        # an NPU has no floating point: the CPU beside it does
+        device = "cpu" if alone.device.attention else options.device
+        exact = _open(bundle, replace(options, numerics=FLOAT, device=device))
         alone = replace(alone, integer_loss=answers.loss(exact))
         del exact  # its memory is the batch's
     return replace(alone, batch=_bench_batch(bundle, options)) if options.batch > 1 else alone

@@ -107,7 +107,8 @@ class NpuAttention:
         plan = reach.plan
         padded = np.zeros((plan.length, *q.shape[1:]), np.float32)
         padded[:tokens] = rotate(q)
-        queries = pack_queries(plan, *quantize(padded, 8), float(config.attention_scale))
+        scaling = float(config.attention_scale), config.attn_softcap
+        queries = pack_queries(plan, *quantize(padded, 8), *scaling)
         reach.place(queries)
         blocks, units = store.blocks(reach.low, plan.stored)
         outputs = np.zeros(queries.shape, variant.output)

@@ -23,8 +23,6 @@ def obstacle(config: GemmaConfig, layer: int, device: str, bits: int, context: i
         Variant(device, config.head_dim, bits)
     except UsageError as error:
         return str(error)
-    if config.attn_softcap is not None:
-        return f"no attention kernel caps scores (softcap {config.attn_softcap:g})"
     seen = min(context, config.window(layer) or context)
     if seen > LONGEST:
         return f"a query may see {seen} keys; attention is checked up to {LONGEST}"
