@@ -22,7 +22,8 @@ from uq.kernels.npu.toolchain.carried import (
     attention_job,
     attention_name,
     attention_plans,
-    carried,
+    read_carried,
+    states,
 )
 from uq.kernels.npu.toolchain.job import Job
 
@@ -71,10 +72,10 @@ class CarriedDesigns:
             DeviceError: they are not compiled.
         """
         self._bundle, self._device = bundle, device
-        self._jobs = carried(bundle)
+        self._states = states(bundle)
         self._plans = dict(attention_plans(config, device))
         self._compiled: dict[str, Transaction] = {}
-        waiting = [name for name, (_, state) in self._jobs.items() if state != COMPILED]
+        waiting = [name for name, state in self._states.items() if state != COMPILED]
         if waiting:
             raise DeviceError(
                 f"{bundle}: its NPU designs are not compiled ({', '.join(waiting)}); where "
@@ -89,7 +90,8 @@ class CarriedDesigns:
         name = attention_name(plan.variant)
         again = f"run: uq npu build {self._bundle} --device {self._device}"
         expected = attention_job(self._plans[name], name)
-        if name not in self._jobs or self._jobs[name][0].text != expected.text:
+        known = name in self._states
+        if not known or read_carried(self._bundle, name).text != expected.text:
             raise BundleError(f"{self._bundle}: its {name} is not the design of this uq; {again}")
         program = read_program(self._bundle / FOLDER / name)
         compiled = parse_txn(program.instructions, f"{name}/insts.bin")

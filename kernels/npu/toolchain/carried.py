@@ -70,17 +70,30 @@ def carry(root: Path, jobs: Sequence[Job]) -> None:
 def carried(root: Path) -> dict[str, tuple[Job, str]]:
     """The designs of a bundle, by name, and whether each is compiled.
 
+    Raises: as `read_carried`.
+    """
+    return {name: (read_carried(root, name), state) for name, state in states(root).items()}
+
+
+def states(root: Path) -> dict[str, str]:
+    """Names of the designs of a bundle, and whether each is compiled.
+
+    Raises:
+        BundleError: there are none, or the index is broken.
+    """
+    return {name: entry["state"] for name, entry in _entries(root).items()}
+
+
+def read_carried(root: Path, name: str) -> Job:
+    """One design of a bundle.
+
     Raises:
         BundleError: a file is missing or changed, or the index is broken.
-        DesignError: the verifier refuses a design.
+        DesignError: the verifier refuses the design.
     """
-    entries = _entries(root)
-    for name, entry in entries.items():
-        _check_files(root / FOLDER / name, entry["files"])
-    return {
-        name: (_read(root / FOLDER / name, entry), entry["state"])
-        for name, entry in entries.items()
-    }
+    entry, folder = _entries(root)[name], root / FOLDER / name
+    _check_files(folder, entry["files"])
+    return _read(folder, entry)
 
 
 def _check_files(folder: Path, files: Mapping[str, str]) -> None:
