@@ -288,8 +288,14 @@ def test_a_text_that_does_not_exist_is_refused(bundle: Path, refused: Refused) -
 
 def test_a_device_that_is_not_there_says_why(bundle: Path, refused: Refused) -> None:
     device = ("--device", "npu")
-    refused(["generate", bundle, "-p", "the", *device], "no NPU kernels; use --device cpu")
-    refused(["validate", bundle, *device, "--no-save"], "no NPU kernels; use --device cpu")
+    refused(
+        ["generate", bundle, "-p", "the", *device],
+        "XRT's Python module; run: uq doctor; use --device cpu",
+    )
+    refused(
+        ["validate", bundle, *device, "--no-save"],
+        "XRT's Python module; run: uq doctor; use --device cpu",
+    )
 
 
 def test_a_gpu_of_another_name_lists_those_that_are_there(bundle: Path, refused: Refused) -> None:

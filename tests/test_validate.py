@@ -319,7 +319,7 @@ def test_files_compared_by_size_alone_are_a_warning(
 def test_absent_devices_say_so(
     bundle: Bundle, checkpoint: Checkpoint, options: ValidateOptions
 ) -> None:
-    with pytest.raises(DeviceError, match="no NPU kernels; use --device cpu"):
+    with pytest.raises(DeviceError, match="run: uq doctor; use --device cpu"):
         validate(bundle, checkpoint, replace(options, device="npu"))
 
 

@@ -118,12 +118,13 @@ def test_sequences_write_what_each_writes_alone(
     prompts = [text(gemma3, 4 + slot, slot) for slot in range(count)]
     batch.extend([Piece(slot, prompt[:-1]) for slot, prompt in enumerate(prompts)])
     firsts = [Piece(slot, prompt[-1:]) for slot, prompt in enumerate(prompts)]
-    found = batch.write(firsts, 20, GREEDY)
+    steps = 20 if count <= 16 else 5  # a GEMM on a software device takes its time
+    found = batch.write(firsts, steps, GREEDY)
     for slot in {0, count // 2, count - 1}:
         cpu = gemma3.session()
         cpu.prefill(prompts[slot])
-        assert found[slot].tolist() == list(cpu.decode(20, GREEDY))
-        assert batch.length(slot) == len(prompts[slot]) + 19
+        assert found[slot].tolist() == list(cpu.decode(steps, GREEDY))
+        assert batch.length(slot) == len(prompts[slot]) + steps - 1
 
 
 def test_each_row_is_sampled_in_its_own_way(batch: VulkanBatch, gemma3: Source) -> None:
