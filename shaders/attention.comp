@@ -147,7 +147,8 @@ void turn_rows(uint count) {
     if (QK_NORM) {
         measure_rows(count);
     }
-    [[dont_unroll]] for (uint row = lane / PAIRS; row < count && lane < TURN_ROWS * PAIRS; row += TURN_ROWS) {
+    uint rows_end = lane < TURN_ROWS * PAIRS ? count : 0;
+    [[dont_unroll]] for (uint row = lane / PAIRS; row < rows_end; row += TURN_ROWS) {
         uint low_at = row * QUADS + quad_place(pair / 4);
         uint high_at = row * QUADS + quad_place((pair + PAIRS) / 4);
         float low = rows[low_at][pair % 4], high = rows[high_at][pair % 4];
@@ -276,74 +277,7 @@ void mix(uint first, uint fresh, inout vec4 low[QUERIES], inout vec4 high[QUERIE
     barrier();
 }
 
-uint partial_row(uint query_head, uint split) {
-    uint block = gl_WorkGroupID.z * BLOCKS + query_head / QUERIES;
-    return (block * SPLITS + split) * QUERIES + query_head % QUERIES;
-}
-
-void store_partials(vec4 low[QUERIES], vec4 high[QUERIES], float peak, float sum) {
-    uint vector = lane % VECTORS, slice = lane / VECTORS;
-    if (slice < V_SLICES) {
-        [[unroll]] for (uint q = 0; q < QUERIES; q++) {
-            gathered[(slice * QUERIES + q) * QUADS + vector] = low[q];
-            gathered[(slice * QUERIES + q) * QUADS + VECTORS + vector] = high[q];
-        }
-    }
-    barrier();
-    uint row = partial_row(gl_WorkGroupID.y * QUERIES, gl_WorkGroupID.x);
-    for (uint i = lane; i < QUERIES * QUADS; i += LANES) {
-        uint at = i / QUADS * QUADS + quad_place(i % QUADS);
-        vec4 total = gathered[at];
-        [[unroll]] for (uint s = 1; s < V_SLICES; s++) {
-            total += gathered[s * QUERIES * QUADS + at];
-        }
-        partials.at[row * QUADS + i] = total;
-    }
-    if (lane % 8 == 0 && lane / 8 < QUERIES) {
-        stats.at[row + lane / 8] = vec2(peak, sum);
-    }
-}
-
-// weights = share of each split in the output of a head, eight lanes a head; 0 behind the last.
-void weigh_splits(uint first_head, uint splits) {
-    for (uint h = lane / 8; h < JOINED_HEADS; h += LANES / 8) {
-        float best = -1e30, total = 0.0;
-        uint place = partial_row(first_head + h, 0);
-        [[dont_unroll]] for (uint s = lane % 8; s < splits; s += 16) {
-            vec2 one = stats.at[place + s * QUERIES];
-            vec2 two = s + 8 < splits ? stats.at[place + (s + 8) * QUERIES] : vec2(-1e30, 0.0);
-            float peak = max(best, max(one.x, two.x));
-            total = total * exp(best - peak) + one.y * exp(one.x - peak) + two.y * exp(two.x - peak);
-            best = peak;
-            weights[h * SPLITS + s] = one.x;
-            weights[h * SPLITS + s + 8] = two.x;
-        }
-        float peak = team_max(best, 8);
-        total = team_sum(total * exp(best - peak), 8);
-        [[dont_unroll]] for (uint s = lane % 8; s < (splits + 15) / 16 * 16; s += 8) {
-            weights[h * SPLITS + s] = s < splits ? exp(weights[h * SPLITS + s] - peak) / total : 0.0;
-        }
-    }
-    barrier();
-}
-
-// The output of JOINED_HEADS heads from all splits.
-void join(uint first_head, uint splits) {
-    weigh_splits(first_head, splits);
-    uint words = column_words((HEADS * DIM + 127) / 128);
-    [[dont_unroll]] for (uint i = lane; i < JOINED_HEADS * QUADS; i += LANES) {
-        uint h = i / QUADS, place = partial_row(first_head + h, 0) * QUADS + i % QUADS;
-        vec4 total = vec4(0.0);
-        [[dont_unroll]] for (uint first = 0; first < splits; first += AT_ONCE) {
-            // Behind the last split lies what an earlier pass left.
-            [[unroll]] for (uint s = 0; s < AT_ONCE; s++) {
-                vec4 part = partials.at[place + (first + s) * QUERIES * QUADS];
-                total += weights[h * SPLITS + first + s] * part;
-            }
-        }
-        store_activations(x, gl_WorkGroupID.z * words, first_head * QUADS + i, total);
-    }
-}
+#include "attention_join.glsl"
 
 // The workgroup's queries, and with `appends` the new key and value, as attention takes them.
 void prepare(uint block, bool appends) {
