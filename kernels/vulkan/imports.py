@@ -1,7 +1,7 @@
 """Weights read where a bundle's files lie mapped, without a copy: where CPU and GPU share memory.
 
-Not every driver takes mappings that are read-only or of a file (the kernel driver under RADV takes
-anonymous memory alone, by Mesa's source); what is refused is copied.
+Not every driver takes mappings that are read-only or of a file (RADV is expected not to: no AMD GPU
+was at hand); what is refused is copied.
 """
 
 from __future__ import annotations
