@@ -12,12 +12,11 @@ magnitude between tokens, so there each token is weighed by the inverse of its m
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import repeat
 
 import numpy as np
-from numpy.typing import NDArray
 
 from uq.formats.config import GemmaConfig
 from uq.kernels.reference import (
@@ -31,12 +30,11 @@ from uq.kernels.reference import (
     mlp_hidden,
     mlp_input,
 )
+from uq.quantize.calibration_engine import Array, TokenRows, Weights
 from uq.quantize.gptq import Statistics
 from uq.quantize.moments import Inputs, mean_square, statistics, token_weights, undo_norm
 from uq.quantize.plan import GptqOptions
 
-Array = NDArray[np.float32]
-Weights = Mapping[str, Array]
 BATCH_TOKENS = 4096
 PLAIN = GptqOptions(clip=1.0)
 
@@ -107,15 +105,13 @@ QuantizeStage = Callable[[Sequence[str], Statistics], Mapping[str, Array]]
 class Path:
     """All calibration tokens on one path, in batches of fixed size (so that sums keep their order).
 
-    `rows` are the embedding's rows for the tokens: (sequences, length, hidden).
+    `rows` are the embedding's rows for the tokens: a (sequences, length, hidden) per batch.
     """
 
-    def __init__(self, config: GemmaConfig, rows: Array) -> None:
+    def __init__(self, config: GemmaConfig, rows: Iterable[Array]) -> None:
         self._config = config
-        hidden = embed(config, rows)
-        step = max(1, BATCH_TOKENS // hidden.shape[1])
-        parts = [hidden[start : start + step] for start in range(0, len(hidden), step)]
-        self.batches = [Batch(part, part) for part in parts]
+        hidden = (embed(config, part) for part in rows)
+        self.batches = [Batch(part, part) for part in hidden]
 
     def go(self, stage: Stage, layer: int, weights: Weights) -> None:
         """Move every batch to the input of a stage."""
@@ -130,23 +126,15 @@ class Calibration:
     """
 
     def __init__(
-        self,
-        config: GemmaConfig,
-        quantized: Array,
-        exact: Array | None,
-        options: GptqOptions = PLAIN,
+        self, config: GemmaConfig, rows: Iterable[TokenRows], options: GptqOptions = PLAIN
     ) -> None:
-        """Begin in front of layer 0.
-
-        Args:
-            quantized: (sequences, length, hidden) rows of the quantized embedding.
-            exact: the same of the checkpoint's; None leaves the floating-point path out.
-            options: its `clip`, and the strengths of what corrects the outputs.
-        """
+        """Begin in front of layer 0; the arguments are those of `CalibrationEngine.begin`."""
         self._config = config
         self._options = options
-        self._quantized = Path(config, quantized)
-        self._exact = None if exact is None else Path(config, exact)
+        batches = list(rows)
+        self._quantized = Path(config, (batch.quantized for batch in batches))
+        exact = [batch.exact for batch in batches if batch.exact is not None]
+        self._exact = Path(config, exact) if exact else None
 
     def quantize_layer(self, layer: int, weights: Weights, quantize: QuantizeStage) -> None:
         """Quantize a layer stage by stage, and move the tokens behind it.
@@ -161,14 +149,15 @@ class Calibration:
             mixed |= quantize(stage.roles, self._statistics(stage, weights))
         self._go(EXIT, layer, mixed, weights)
 
-    def pass_layer(self, layer: int, weights: Weights, quantized: Weights) -> None:
+    def pass_layer(self, layer: int, exact: Weights, quantized: Weights) -> None:
         """Move the tokens behind a layer that was quantized earlier.
 
         Args:
+            exact: of the checkpoint; empty when the floating-point path is left out.
             quantized: role -> dequantized weight, or gain.
         """
         for stage in (*STAGES, EXIT):
-            self._go(stage, layer, quantized, weights)
+            self._go(stage, layer, quantized, exact)
 
     def _go(self, stage: Stage, layer: int, quantized: Weights, exact: Weights) -> None:
         self._quantized.go(stage, layer, quantized)
@@ -235,3 +224,12 @@ class Calibration:
     def _size(self, outputs: Array) -> Array:
         """(tokens, 1): mean square of each token's output, as the norm behind it takes it."""
         return mean_square(outputs) + np.float32(self._config.rms_norm_eps)
+
+
+class NumpyEngine:
+    """Calibrates in main memory, its products by BLAS."""
+
+    def begin(
+        self, config: GemmaConfig, rows: Iterable[TokenRows], options: GptqOptions
+    ) -> Calibration:
+        return Calibration(config, rows, options)

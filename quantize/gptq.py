@@ -62,6 +62,11 @@ class Statistics:
         wanted = None if self.wanted is None else self.wanted / scale
         return Statistics(self.hessian / pairs, cross, wanted)
 
+    def factorize(self, damping: float) -> FactorizedStatistics | str:
+        """As `StageStatistics` asks for it."""
+        factor = factorize(self.hessian, damping)
+        return unusable(self.hessian) if factor is None else FactorizedStatistics(self, factor)
+
 
 @dataclass(frozen=True)
 class Factor:
@@ -90,6 +95,22 @@ class Factor:
         return solution
 
 
+@dataclass(frozen=True)
+class FactorizedStatistics:
+    """A `GptqSolver` in main memory."""
+
+    statistics: Statistics
+    factor: Factor
+
+    def quantize(
+        self, weight: NDArray[np.float32], spec: Spec, options: GptqOptions
+    ) -> QuantTensor:
+        return quantize_gptq(weight, spec, self.statistics, self.factor, options)
+
+    def output_error(self, weight: NDArray[np.float32], quantized: QuantTensor) -> float:
+        return output_error(weight, quantized, self.statistics.hessian)
+
+
 def factorize(hessian: Matrix, damping: float) -> Factor | None:
     """Order the columns and factorize the damped Hessian's inverse.
 
@@ -111,6 +132,15 @@ def factorize(hessian: Matrix, damping: float) -> Factor | None:
         if np.isfinite(lower).all():
             return Factor(order, np.ascontiguousarray(lower[::-1, ::-1]))
     return None
+
+
+def unusable(hessian: Matrix) -> str:
+    """Why `factorize` found no factor of a matrix of second moments."""
+    if not np.isfinite(hessian).all():
+        return "an input of the calibration is not finite"
+    if not hessian.any():
+        return "every input of the calibration is zero"
+    return "the Hessian of the calibration is not positive definite at any damping"
 
 
 def left_variances(hessian: Matrix, damping: float) -> NDArray[np.float64] | None:

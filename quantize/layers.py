@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,9 +14,14 @@ from uq.formats.spec import QuantTensor
 from uq.formats.writer import ArrayEntry, Entry, QuantEntry
 from uq.kernels.weights import CheckpointWeights
 from uq.progress import Progress
-from uq.quantize.calibrate import PLAIN, Calibration
+from uq.quantize.calibrate import BATCH_TOKENS, PLAIN
+from uq.quantize.calibration_engine import (
+    CalibrationEngine,
+    GptqSolver,
+    StageStatistics,
+    TokenRows,
+)
 from uq.quantize.equalize import channel_scale
-from uq.quantize.gptq import Factor, Statistics, factorize, output_error, quantize_gptq
 from uq.quantize.plan import Plan
 from uq.quantize.recover import misfit, recover
 from uq.quantize.scales import checked, quantize_rtn, weight_error
@@ -26,24 +31,25 @@ class CalibratedLayers:
     """Quantizes layer after layer, each on the inputs that the layers before it produce."""
 
     def __init__(
-        self, checkpoint: Checkpoint, plan: Plan, tokens: NDArray[np.int32], progress: Progress
+        self,
+        checkpoint: Checkpoint,
+        plan: Plan,
+        tokens: NDArray[np.int32],
+        engine: CalibrationEngine,
+        progress: Progress,
     ) -> None:
         """Begin in front of layer 0.
 
         Args:
             tokens: (sequences, length) int32.
+            engine: where the tokens go through the layers, and GPTQ is run.
         """
         self._checkpoint = checkpoint
         self._plan = plan
         self._progress = progress
-        rows = CheckpointWeights(checkpoint, resident=False).embedding(tokens)
-        flat = rows.reshape(-1, rows.shape[-1])
-        rounded = quantize_rtn(flat, plan.tensors[EMBEDDING].spec).dequantize()
-        exact = rows if plan.corrected else None
         options = plan.gptq if plan.uses_gptq else PLAIN  # rtn weighs all tokens alike
-        self._calibration = Calibration(
-            checkpoint.config, rounded.reshape(rows.shape), exact, options
-        )
+        rows = _token_rows(checkpoint, plan, tokens)
+        self._calibration = engine.begin(checkpoint.config, rows, options)
 
     @np.errstate(over="ignore", invalid="ignore")
     def quantize(self, layer: int) -> list[Entry]:
@@ -52,14 +58,17 @@ class CalibratedLayers:
         gains = {role: weights[role] for role in self._checkpoint.config.norm_shapes()}
         linears: list[Entry] = []
 
-        def stage(roles: Sequence[str], statistics: Statistics) -> dict[str, NDArray[np.float32]]:
+        def stage(
+            roles: Sequence[str], statistics: StageStatistics
+        ) -> dict[str, NDArray[np.float32]]:
             scale = self._equalize(layer, roles, statistics.importance, gains)
             statistics = statistics.rescaled(scale)
-            factor = factorize(statistics.hessian, self._plan.gptq.damping)
+            importance = statistics.importance
+            solver = statistics.factorize(self._plan.gptq.damping)
             found: dict[str, NDArray[np.float32]] = {}
             for role in roles:
                 name = layer_tensor(layer, role)
-                tensor, entry = self._linear(name, weights[role] * scale, statistics, factor)
+                tensor, entry = self._linear(name, weights[role] * scale, importance, solver)
                 found[role] = tensor.dequantize() / scale
                 linears.append(entry)
             return found
@@ -101,18 +110,18 @@ class CalibratedLayers:
         self,
         name: str,
         weight: NDArray[np.float32],
-        statistics: Statistics,
-        factor: Factor | None,
+        importance: NDArray[np.float32],
+        solver: GptqSolver | str,
     ) -> tuple[QuantTensor, QuantEntry]:
         self._progress.work(name)
         plan = self._plan.tensors[name]
-        found, method, fallback = self._codes(name, weight, statistics, factor)
+        found, method, fallback = self._codes(name, weight, importance, solver)
         if fallback is not None:
             self._progress.note(f"{name}: {fallback}")
-        if method == "grid" or factor is None:
+        if method == "grid" or isinstance(solver, str):
             error = weight_error(weight, found)
         else:
-            error = output_error(weight, found, statistics.hessian)
+            error = solver.output_error(weight, found)
         blocks = [checked(name, found)]
         return found, QuantEntry(
             name, found.shape, plan.spec, plan.layout, method, blocks, error, fallback
@@ -122,27 +131,29 @@ class CalibratedLayers:
         self,
         name: str,
         weight: NDArray[np.float32],
-        statistics: Statistics,
-        factor: Factor | None,
+        importance: NDArray[np.float32],
+        solver: GptqSolver | str,
     ) -> tuple[QuantTensor, str, str | None]:
         """The quantized tensor, the method, and why it is not the planned one."""
         spec, method = self._plan.tensors[name].spec, self._plan.tensors[name].method
         if method == "grid":
             found, fits = recover(weight, spec, self._checkpoint.tensors[name].dtype)
             return found, method, misfit(int(fits.sum()), fits.size)
-        if factor is None:
-            reason = f"{unusable(statistics.hessian)}; rounded to nearest"
-            return quantize_rtn(weight, spec), "rtn", reason
+        if isinstance(solver, str):
+            return quantize_rtn(weight, spec), "rtn", f"{solver}; rounded to nearest"
         if method == "gptq":
-            gptq = self._plan.gptq
-            return quantize_gptq(weight, spec, statistics, factor, gptq), method, None
-        return quantize_rtn(weight, spec, statistics.importance), method, None
+            return solver.quantize(weight, spec, self._plan.gptq), method, None
+        return quantize_rtn(weight, spec, importance), method, None
 
 
-def unusable(hessian: NDArray[np.float64]) -> str:
-    """Why `factorize` found no factor of a matrix of second moments."""
-    if not np.isfinite(hessian).all():
-        return "an input of the calibration is not finite"
-    if not hessian.any():
-        return "every input of the calibration is zero"
-    return "the Hessian of the calibration is not positive definite at any damping"
+def _token_rows(
+    checkpoint: Checkpoint, plan: Plan, tokens: NDArray[np.int32]
+) -> Iterator[TokenRows]:
+    """Embedding rows of the sequences, `BATCH_TOKENS` tokens at a time."""
+    weights = CheckpointWeights(checkpoint, resident=False)
+    step = max(1, BATCH_TOKENS // tokens.shape[1])
+    for start in range(0, len(tokens), step):
+        rows = weights.embedding(tokens[start : start + step])
+        flat = rows.reshape(-1, rows.shape[-1])
+        rounded = quantize_rtn(flat, plan.tensors[EMBEDDING].spec).dequantize()
+        yield TokenRows(rounded.reshape(rows.shape), rows if plan.corrected else None)

@@ -33,6 +33,8 @@ from uq.formats.manifest import (
 )
 from uq.formats.writer import ArrayEntry, BundleWriter, Entry, QuantEntry
 from uq.progress import Progress, SilentProgress
+from uq.quantize.calibrate import NumpyEngine
+from uq.quantize.calibration_engine import CalibrationEngine
 from uq.quantize.layers import CalibratedLayers
 from uq.quantize.mixing import mixed_plan
 from uq.quantize.plan import Plan, make_plan
@@ -80,6 +82,7 @@ class QuantizeOptions:
 
 DEFAULTS = QuantizeOptions()
 SILENT = SilentProgress()
+MAIN_MEMORY = NumpyEngine()
 
 
 def quantize(
@@ -87,10 +90,12 @@ def quantize(
     out: Path,
     options: QuantizeOptions = DEFAULTS,
     progress: Progress = SILENT,
+    engine: CalibrationEngine = MAIN_MEMORY,
 ) -> Path:
     """Quantize a checkpoint into the bundle `out`.
 
-    Same checkpoint, text and options, same bytes: at any number of threads, in one run or several.
+    Same checkpoint, text, options and engine, same bytes: at any number of threads, in one run or
+    several.
 
     Returns:
         The finished folder.
@@ -124,7 +129,7 @@ def quantize(
             plan = mixed_plan(checkpoint, plan, plan.budget, tokens, progress)
             require_free(out, sum(shard_bytes(config, plan)[first:]))
         progress.start(shards, "quantize", done=first)
-        source = ShardSource(checkpoint, plan, tokens, range(first, shards), pool, progress)
+        source = ShardSource(checkpoint, plan, tokens, range(first, shards), engine, pool, progress)
         source.skip(writer)
         assets()  # a model without tokenizer is refused before a shard is written
         for index in range(first, shards):
@@ -148,6 +153,7 @@ class ShardSource:
         plan: Plan,
         tokens: NDArray[np.int32] | None,
         shards: range,
+        engine: CalibrationEngine,
         pool: ThreadPoolExecutor,
         progress: Progress,
     ) -> None:
@@ -156,7 +162,7 @@ class ShardSource:
         self._shards = shards
         self._calibrated = None
         if tokens is not None and shards:
-            self._calibrated = CalibratedLayers(checkpoint, plan, tokens, progress)
+            self._calibrated = CalibratedLayers(checkpoint, plan, tokens, engine, progress)
         names = [
             name
             for index in shards

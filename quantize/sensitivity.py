@@ -29,6 +29,7 @@ from uq.kernels.reference import (
 from uq.kernels.weights import CheckpointWeights, Weights
 from uq.progress import Progress
 from uq.quantize.calibrate import Calibration
+from uq.quantize.calibration_engine import TokenRows
 from uq.quantize.equalize import channel_scale
 from uq.quantize.gptq import Statistics, left_variances, scale_importance
 from uq.quantize.plan import GptqOptions
@@ -73,7 +74,7 @@ def measure_costs(
     config = checkpoint.config
     source = CheckpointWeights(checkpoint, resident=False)
     sampled = _spread(tokens, MOMENT_WINDOWS)[:, :MOMENT_LENGTH]
-    moments = Calibration(config, source.embedding(sampled), None)
+    moments = Calibration(config, [TokenRows(source.embedding(sampled))])
     windows = _spread(tokens, PROBE_WINDOWS)[:, :PROBE_LENGTH]
     probes = Probes(config, source, windows, tables=tables)
     errors: dict[str, dict[Spec, float]] = {}

@@ -19,6 +19,7 @@ from uq.kernels.reference import attention_context, attention_input, embed, flat
 from uq.kernels.weights import CheckpointWeights
 from uq.quantize import calibrate
 from uq.quantize.calibrate import STAGES, Calibration
+from uq.quantize.calibration_engine import TokenRows
 from uq.quantize.gptq import Statistics
 from uq.quantize.moments import GAIN_RIDGE
 from uq.quantize.plan import GptqOptions
@@ -63,7 +64,11 @@ def rounded(weight: Array) -> Array:
 
 def start(checkpoint: Checkpoint, *, exact: bool = False) -> Calibration:
     rows = CheckpointWeights(checkpoint, resident=False).embedding(TOKENS)
-    return Calibration(checkpoint.config, rows, rows if exact else None)
+    step = max(1, calibrate.BATCH_TOKENS // TOKENS.shape[1])
+    parts = [rows[start : start + step] for start in range(0, len(rows), step)]
+    return Calibration(
+        checkpoint.config, [TokenRows(part, part if exact else None) for part in parts]
+    )
 
 
 def test_statistics_equal_those_of_transformers(
@@ -143,7 +148,8 @@ def test_what_o_proj_should_add_is_that_of_float64(folder: Path) -> None:
         found.append(statistics)
         return {}
 
-    calibration = Calibration(config, rounded(flat(rows)).reshape(rows.shape), rows, options)
+    batch = TokenRows(rounded(flat(rows)).reshape(rows.shape), rows)
+    calibration = Calibration(config, [batch], options)
     calibration.quantize_layer(0, weights, watch)
 
     def stream(embedded: Array) -> tuple[NDArray[Any], NDArray[Any]]:

@@ -17,8 +17,8 @@ from uq.quantize.gptq import (
     quantize_gptq,
     refit_scales,
     scale_importance,
+    unusable,
 )
-from uq.quantize.layers import unusable
 from uq.quantize.plan import GptqOptions
 from uq.quantize.scales import quantize_rtn
 

@@ -1,0 +1,111 @@
+"""Where the arithmetic of calibration runs: what a device must offer so that layers are quantized
+on it.
+
+An engine takes the calibration tokens through the layers, on one path or two, and at each stage of
+a layer hands out the second moments of the stage's inputs. What they are made of, arrays in main
+memory or buffers of a GPU, stays behind `StageStatistics`. `NumpyEngine` in `calibrate.py` is the
+measure: another engine gives its codes up to ties that it states.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from uq.formats.config import GemmaConfig
+from uq.formats.spec import QuantTensor, Spec
+from uq.quantize.plan import GptqOptions
+
+Array = NDArray[np.float32]
+Weights = Mapping[str, Array]  # role -> (out, in) linear, or (size,) gain
+
+
+@dataclass(frozen=True)
+class TokenRows:
+    """The embedding's rows for some sequences of the calibration, not multiplied by its scale.
+
+    Attributes:
+        quantized: (sequences, length, hidden) float32 of the quantized embedding.
+        exact: the same of the checkpoint's; None leaves the floating-point path out.
+    """
+
+    quantized: Array
+    exact: Array | None = None
+
+
+class GptqSolver(Protocol):
+    """The statistics of a stage with their damped Hessian factorized."""
+
+    def quantize(self, weight: Array, spec: Spec, options: GptqOptions) -> QuantTensor:
+        """GPTQ of one linear, weight (rows, n) finite. A scale beyond float16 is for the caller."""
+        ...
+
+    def output_error(self, weight: Array, quantized: QuantTensor) -> float:
+        """Root mean square error of the outputs over their root mean square."""
+        ...
+
+
+class StageStatistics(Protocol):
+    """Second moments of the inputs of a stage's linears, and of what these can correct."""
+
+    @property
+    def importance(self) -> Array:
+        """(n,) mean square of each input channel."""
+        ...
+
+    def rescaled(self, scale: Array) -> StageStatistics:
+        """Of the inputs divided by `scale`, (n,). The statistics it was asked of are used up."""
+        ...
+
+    def factorize(self, damping: float) -> GptqSolver | str:
+        """What quantizes the stage's linears, or why there is none.
+
+        Args:
+            damping: in units of the mean of the Hessian's diagonal.
+        """
+        ...
+
+
+# Roles of a stage and the statistics of their input -> role -> weight that the tokens go on with.
+QuantizeStage = Callable[[Sequence[str], StageStatistics], Weights]
+
+
+class CalibrationRun(Protocol):
+    """The calibration tokens in front of some layer."""
+
+    def quantize_layer(self, layer: int, weights: Weights, quantize: QuantizeStage) -> None:
+        """Quantize a layer stage by stage, and move the tokens behind it.
+
+        Args:
+            weights: role -> float32 weight or gain.
+            quantize: called once per stage.
+        """
+        ...
+
+    def pass_layer(self, layer: int, exact: Weights, quantized: Weights) -> None:
+        """Move the tokens behind a layer that was quantized earlier.
+
+        Args:
+            exact: of the checkpoint; empty when the floating-point path is left out.
+            quantized: role -> dequantized weight, or gain.
+        """
+        ...
+
+
+class CalibrationEngine(Protocol):
+    """A place to calibrate on."""
+
+    def begin(
+        self, config: GemmaConfig, rows: Iterable[TokenRows], options: GptqOptions
+    ) -> CalibrationRun:
+        """The tokens in front of layer 0.
+
+        Args:
+            rows: batches of sequences, in the order in which sums over the tokens are taken.
+            options: its `clip`, and the strengths of what corrects the outputs.
+        """
+        ...
