@@ -1,20 +1,25 @@
-"""What of an unfinished bundle is already safe on the disk, and what was asked for."""
+"""What of an unfinished bundle is already safe on the disk, and what was asked for.
+
+The file is one line of JSON and the SHA-256 of that line: whatever is damaged in it is noticed.
+"""
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from itertools import takewhile
 from pathlib import Path
 
 from uq import __version__
-from uq.errors import BundleError, UsageError
+from uq.errors import BundleError, UqError, UsageError
 from uq.formats.decode import decode, parse_json
 from uq.formats.disk import hash_files, replace_file
 from uq.formats.manifest import SCHEMA, ArrayRecord, FileRecord, TensorRecord
 
 JOURNAL = "journal.json"
+BEGIN_ANEW = "pass --restart to begin anew"
 
 
 @dataclass(frozen=True)
@@ -29,39 +34,58 @@ class CommittedShard:
 
 @dataclass(frozen=True)
 class Journal:
-    """`identity` decides whether a run may continue another one's work."""
+    """`identity` and `facts` decide whether a run may continue another one's work.
+
+    Attributes:
+        identity: what was asked for; known from the beginning.
+        facts: what else fixes the bytes and became known on the way: the hashes of the source, ...
+    """
 
     identity: Mapping[str, object]
+    facts: Mapping[str, object] = field(default_factory=dict)
     shards: tuple[CommittedShard, ...] = ()
 
     @classmethod
     def begin(cls, identity: Mapping[str, object], shard_count: int) -> Journal:
         fixed = {"uq": __version__, "schema": SCHEMA, "shards": shard_count}
-        normal: dict[str, object] = json.loads(json.dumps({**fixed, **identity}))
-        return cls(normal)
+        return cls(_as_json({**fixed, **identity}))
 
     @classmethod
     def load(cls, folder: Path) -> Journal:
-        """Raises BundleError: the journal is damaged."""
+        """
+        Raises:
+            BundleError: the journal is damaged.
+            UsageError: another version of uq wrote it.
+        """
         path = folder / JOURNAL
+        line, _, digest = path.read_bytes().partition(b"\n")
+        if digest != _digest(line):
+            raise BundleError(f"{path}: is damaged: its checksum differs; {BEGIN_ANEW}")
         try:
-            return decode(cls, parse_json(path.read_bytes(), str(path)), str(path))
+            value = parse_json(line, str(path))
+            _require_this_version(value, folder)
+            return decode(cls, value, str(path))
         except BundleError as error:
-            raise BundleError(f"{error}; pass --restart to begin anew") from error
+            raise BundleError(f"{error}; {BEGIN_ANEW}") from error
 
     def save(self, folder: Path) -> None:
-        replace_file(folder / JOURNAL, json.dumps(asdict(self)).encode())
+        line = json.dumps(asdict(self)).encode()
+        replace_file(folder / JOURNAL, line + b"\n" + _digest(line))
 
     def require_same(self, wanted: Journal, folder: Path) -> None:
         """Raises UsageError: the work in `folder` was begun for something else; names what."""
-        begun, asked = _flat(self.identity), _flat(wanted.identity)
-        for key in [*begun, *asked]:
-            before, now = begun.get(key, "nothing"), asked.get(key, "nothing")
-            if before != now:
-                raise UsageError(
-                    f"{folder}: was begun with {key} {_short(before)}, now {_short(now)}; ask for "
-                    "the same to continue, or pass --restart to begin anew"
-                )
+        _require_equal(self.identity, wanted.identity, folder)
+
+    def confirmed(self, name: str, value: Mapping[str, object], folder: Path) -> Journal:
+        """The journal with a fact more.
+
+        Raises:
+            UsageError: it is known already, and differs; names what.
+        """
+        facts = dict(self.facts)
+        normal = _as_json(value)
+        _require_equal({name: facts.setdefault(name, normal)}, {name: normal}, folder)
+        return replace(self, facts=facts)
 
     def verified(self, folder: Path) -> Journal:
         """The journal up to the first shard that is missing or changed."""
@@ -75,11 +99,43 @@ def begun_revision(folder: Path, repository: str) -> str | None:
     """The commit that unfinished work in `folder` was begun with, if it is of this repository."""
     try:
         identity = Journal.load(folder).identity
-    except (BundleError, OSError):
+    except (UqError, OSError):
         return None
     revision = identity.get("revision")
     same = identity.get("repository") == repository
     return revision if same and isinstance(revision, str) else None
+
+
+def _as_json(value: Mapping[str, object]) -> dict[str, object]:
+    """As it will come back from the file: a tuple is a list there."""
+    normal: dict[str, object] = json.loads(json.dumps(value))
+    return normal
+
+
+def _digest(line: bytes) -> bytes:
+    return hashlib.sha256(line).hexdigest().encode() + b"\n"
+
+
+def _require_this_version(value: object, folder: Path) -> None:
+    """Said before the fields are looked at, which another version may have named otherwise."""
+    identity = value.get("identity") if isinstance(value, dict) else None
+    version = identity.get("uq") if isinstance(identity, dict) else None
+    if isinstance(version, str) and version != __version__:
+        raise UsageError(
+            f"{folder}: was begun by uq {_short(version)}, this is {__version__}: finish it with "
+            f"that version, or {BEGIN_ANEW}"
+        )
+
+
+def _require_equal(begun: object, asked: object, folder: Path) -> None:
+    before, now = _flat(begun), _flat(asked)
+    for key in [*before, *now]:
+        old, new = before.get(key, "nothing"), now.get(key, "nothing")
+        if old != new:
+            raise UsageError(
+                f"{folder}: was begun with {key} {_short(old)}, now {_short(new)}; ask for the "
+                f"same to continue, or {BEGIN_ANEW}"
+            )
 
 
 def _flat(value: object, name: str = "") -> dict[str, object]:
@@ -92,4 +148,4 @@ def _flat(value: object, name: str = "") -> dict[str, object]:
 
 def _short(value: object) -> str:
     text = value if isinstance(value, str) else json.dumps(value)
-    return text if len(text) <= 48 else text[:45] + "..."
+    return text if len(text) <= 64 else text[:61] + "..."

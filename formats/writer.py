@@ -14,7 +14,7 @@ from __future__ import annotations
 import fcntl
 import os
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -55,7 +55,13 @@ class BundleWriter:
     """
 
     def __init__(
-        self, out: Path, shard_count: int, identity: Mapping[str, object], *, resume: str = "auto"
+        self,
+        out: Path,
+        shard_count: int,
+        identity: Mapping[str, object],
+        *,
+        resume: str = "auto",
+        check: Callable[[], None] = lambda: None,
     ) -> None:
         """Lock the work folder and find out what is already there.
 
@@ -63,6 +69,7 @@ class BundleWriter:
             identity: JSON that fixes the bytes of the bundle: source, plan, calibration, ...
             resume: `auto` continues where the same work was broken off, `restart` begins anew,
                 `require` refuses to begin anew.
+            check: is called before a shard is committed; what it raises drops the shard.
 
         Raises:
             UsageError: `out` exists, another run is writing it, the work folder belongs to
@@ -72,6 +79,7 @@ class BundleWriter:
         _require_new(out)
         self._out = out
         self._count = shard_count
+        self._check = check
         self._work = work_folder(out)
         self._finished = False
         with disk_errors(self._work, 0):
@@ -94,6 +102,26 @@ class BundleWriter:
         self._settle()
         return len(self._journal.shards)
 
+    @property
+    def facts(self) -> Mapping[str, object]:
+        """What `confirm` was told, by this run or by those before it."""
+        return self._journal.facts
+
+    def confirm(self, name: str, value: Mapping[str, object]) -> None:
+        """Tell what else fixes the bytes; the first run records it, those behind it compare.
+
+        Args:
+            value: JSON.
+
+        Raises:
+            UsageError: an earlier run was told something else; names the difference.
+        """
+        self._settle()
+        journal = self._journal.confirmed(name, value, self._work)
+        if journal != self._journal:
+            journal.save(self._work)
+            self._journal = journal
+
     def _settle(self) -> None:
         """Wait for the commit that runs beside the work on the next shard; raises what it met."""
         pending, self._commit_under_way = self._commit_under_way, None
@@ -110,10 +138,12 @@ class BundleWriter:
         trace: TracebackType | None,
     ) -> None:
         """Unlock; leave a work folder only if there is something to continue."""
-        self._committer.shutdown()
-        if not self._finished and not self._journal.shards:
-            shutil.rmtree(self._work)
-        os.close(self._lock)
+        try:
+            self._committer.shutdown()
+            if not self._finished and not self._journal.shards:
+                shutil.rmtree(self._work)
+        finally:  # a second Ctrl-C may come while the last commit is waited for
+            os.close(self._lock)
         if kind is None:
             self._settle()
 
@@ -135,6 +165,7 @@ class BundleWriter:
         size = len(header) + sum(entry.nbytes for entry in entries)
         sha256 = write_file(self._work / file, _contents(header, entries), size)
         try:
+            self._check()
             self._settle()
             tensors = {e.name: e.record(file) for e in entries if isinstance(e, QuantEntry)}
             arrays = {e.name: e.record(file) for e in entries if isinstance(e, ArrayEntry)}
@@ -214,8 +245,7 @@ class BundleWriter:
             self._work.rename(self._out)
             self._finished = True
             sync_folder(self._out.parent)
-            for name in (JOURNAL, LOCK):  # last, so that a run killed before the rename can go on
-                (self._out / name).unlink()
+            _tidy(self._out)  # last, so that a run killed before the rename can go on
 
     def _open_journal(self, wanted: Journal, resume: str) -> Journal:
         begun = (self._work / JOURNAL).exists() and resume != "restart"
@@ -255,13 +285,25 @@ def _check_asset(name: str) -> None:
 
 
 def _require_new(out: Path) -> None:
+    if (out / JOURNAL).is_file() and (out / CHECKSUM).is_file():
+        _tidy(out)
+        raise UsageError(
+            f"{out}: is whole: the run before was stopped behind its last step; nothing is left to "
+            "do"
+        )
     if os.path.lexists(out):
         raise UsageError(f"{out}: exists; remove it or choose another -o")
 
 
+def _tidy(out: Path) -> None:
+    """Remove what a finished bundle does not need; the journal last, which tells that it is left."""
+    for name in (LOCK, JOURNAL):
+        (out / name).unlink(missing_ok=True)
+
+
 def _require_ours(work: Path) -> None:
     """Refuse a folder that happens to have the name of the work folder."""
-    if work.is_dir():
+    if work.is_dir() and not work.is_symlink():
         names = {path.name for path in work.iterdir()}
         if JOURNAL in names or names <= {LOCK, JOURNAL + ".new"}:
             return
@@ -285,11 +327,23 @@ def _lock(work: Path) -> int:
             if not isinstance(error, BlockingIOError):
                 raise
             raise UsageError(
-                f"{work}: another run is writing it; wait for it or choose another -o"
+                f"{work}: another run{_process(work / LOCK)} is writing it; wait for it or choose "
+                "another -o"
             ) from error
         if (work / LOCK).exists() and os.path.samestat(os.fstat(descriptor), (work / LOCK).stat()):
+            os.ftruncate(descriptor, 0)
+            os.write(descriptor, str(os.getpid()).encode())
             return descriptor
         os.close(descriptor)  # locked, but renamed or removed in the meantime
+
+
+def _process(lock: Path) -> str:
+    """Who holds a lock, as far as it says so."""
+    try:
+        number = lock.read_bytes()[:20]
+    except OSError:
+        return ""
+    return f" (process {int(number)})" if number.isdigit() else ""
 
 
 def _clear(folder: Path, keep: set[str]) -> None:

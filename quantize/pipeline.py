@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
+from hashlib import sha256
 from pathlib import Path
 from statistics import fmean
 from threading import Thread
@@ -17,7 +18,7 @@ import numba
 import numpy as np
 from numpy.typing import NDArray
 
-from uq.errors import HubError, UsageError
+from uq.errors import DeviceError, HubError, UsageError
 from uq.formats.chat import Render
 from uq.formats.checkpoint import Checkpoint
 from uq.formats.config import EMBEDDING, FINAL_NORM, HEAD, GemmaConfig, layer_tensor
@@ -40,6 +41,7 @@ from uq.quantize.mixing import mixed_plan
 from uq.quantize.plan import Plan, make_plan
 from uq.quantize.recover import recognise
 from uq.quantize.rounding import RoundedTensors
+from uq.quantize.source import SourceWatch
 from uq.quantize.text import Text, read_text, text_notes, token_sequences
 
 SEQUENCE = 512
@@ -108,7 +110,7 @@ def quantize(
         DeviceError: the disk is full or broken.
     """
     config = checkpoint.config
-    fingerprint = _in_background(checkpoint.fingerprint)
+    watch = SourceWatch(checkpoint)
     plan = recognised_plan(checkpoint, options)
     kept = sum(tensor.method == "grid" for tensor in plan.tensors.values())
     if kept:
@@ -117,10 +119,13 @@ def quantize(
     identity = _identity(checkpoint, text, options)
     shards = 1 + config.num_layers
     with (
-        BundleWriter(out, shards, identity, resume=options.resume) as writer,
+        BundleWriter(
+            out, shards, identity, resume=options.resume, check=watch.require_unchanged
+        ) as writer,
         _explained_interrupt(out, writer, progress),
         ThreadPoolExecutor(worker_threads(options)) as pool,
     ):
+        watch.require_same(writer)
         first = writer.committed
         require_free(out, sum(shard_bytes(config, plan)[first:]))
         assets = _in_background(checkpoint.assets)
@@ -128,19 +133,22 @@ def quantize(
         if plan.budget is not None and tokens is not None:
             plan = mixed_plan(checkpoint, plan, plan.budget, tokens, progress)
             require_free(out, sum(shard_bytes(config, plan)[first:]))
+        writer.confirm("plan", {name: str(tensor) for name, tensor in plan.tensors.items()})
         progress.start(shards, "quantize", done=first)
         source = ShardSource(checkpoint, plan, tokens, range(first, shards), engine, pool, progress)
         source.skip(writer)
-        assets()  # a model without tokenizer is refused before a shard is written
+        # A model without tokenizer is refused before a shard is written.
+        writer.confirm("asset", {n: sha256(data).hexdigest() for n, data in assets().items()})
         for index in range(first, shards):
             entries = source.entries(index)
             writer.write_shard(index, entries)
+            watch.record(writer)
             progress.advance(_step(index), error=_mean_error(entries))
         progress.close()
         calibration = None
         if text is not None and tokens is not None:
             calibration = Calibration(text.name, text.sha256, tokens.size)
-        manifest = _manifest(checkpoint, plan, options, calibration, fingerprint())
+        manifest = _manifest(checkpoint, plan, options, calibration, watch.hashed(writer))
         return writer.finish(manifest, assets())
 
 
@@ -279,14 +287,23 @@ def worker_threads(options: QuantizeOptions) -> int:
 def _identity(
     checkpoint: Checkpoint, text: Text | None, options: QuantizeOptions
 ) -> dict[str, object]:
-    """What fixes the bytes of the bundle. The source is hashed later, beside the work."""
-    revision, files = checkpoint.source.revision, checkpoint.files()
+    """What fixes the bytes of the bundle; what is known later is a fact of the journal."""
+    revision = checkpoint.source.revision
     return {
         "repository": checkpoint.source.id if revision else None,
         "revision": revision,
-        "source": {name: [file.size, revision or file.version] for name, file in files.items()},
+        "model": checkpoint.config.to_json(),
         "options": _recorded(options),
         "calibration": None if text is None else text.sha256,
+        "tools": _tools(),
+    }
+
+
+def _tools() -> dict[str, str]:
+    return {
+        "python": platform.python_version(),
+        "numpy": np.__version__,
+        "numba": numba.__version__,
     }
 
 
@@ -325,11 +342,7 @@ def _manifest(
         provenance=Provenance(source.kind, source.id, source.revision, checkpoint.dtype, files),
         calibration=calibration,
         left_out=checkpoint.left_out,
-        tools={
-            "python": platform.python_version(),
-            "numpy": np.__version__,
-            "numba": numba.__version__,
-        },
+        tools=_tools(),
     )
 
 
@@ -345,10 +358,10 @@ def _mean_error(entries: Sequence[Entry]) -> float:
 
 @contextmanager
 def _explained_interrupt(out: Path, writer: BundleWriter, progress: Progress) -> Iterator[None]:
-    """Ctrl-C or a lost network drops the shard in work; say what is kept and how to go on."""
+    """Ctrl-C, a lost network or a full disk drops the shard in work; say what is kept."""
     try:
         yield
-    except (KeyboardInterrupt, HubError):
+    except (KeyboardInterrupt, HubError, DeviceError):
         progress.close()
         if writer.committed:
             progress.note(

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -10,7 +13,7 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from uq.errors import CheckpointError
+from uq.errors import CheckpointError, DeviceError
 
 HASH_BLOCK = 1 << 24
 
@@ -34,6 +37,7 @@ class WeightFile(Protocol):
 
         Raises:
             CheckpointError: the file is gone, or was cut after it was opened.
+            DeviceError: the disk failed.
             HubError: the network, for a file on the Hub.
         """
         ...
@@ -45,10 +49,9 @@ class WeightFile(Protocol):
 
 @dataclass(frozen=True)
 class LocalFile:
-    """A file on this disk.
+    """A file on this disk, read into fresh memory.
 
-    Its bytes are memory-mapped for as long as a caller holds them only, so that pages of a large
-    file do not count as memory of the process afterwards.
+    It is not mapped: a disk that fails under a mapping, or a file that is cut, kills the process.
     """
 
     path: Path
@@ -63,20 +66,40 @@ class LocalFile:
 
     @property
     def version(self) -> str:
-        return str(self.path.stat().st_mtime_ns)
+        """Times of the last change, of which no program can set the second, and the inode."""
+        found = self.path.stat()
+        return f"{found.st_mtime_ns} {found.st_ctime_ns} {found.st_ino}"
 
     def read(self, offset: int, nbytes: int) -> NDArray[np.uint8]:
-        try:
-            return np.memmap(self.path, np.uint8, "r", offset, (nbytes,))
-        except (OSError, ValueError) as error:
-            raise CheckpointError(
-                f"{self.name}: cannot read {nbytes} bytes at {offset}: {error}"
-            ) from error
+        where = f"{nbytes} bytes at {offset}"
+        data = np.empty(nbytes, np.uint8)
+        rest = data.data
+        with _disk_reads(self.path, where), self.path.open("rb", buffering=0) as file:
+            while rest and (count := os.preadv(file.fileno(), [rest], offset)):
+                rest, offset = rest[count:], offset + count
+        if rest:
+            raise CheckpointError(f"{self.name}: cannot read {where}: the file was cut")
+        data.flags.writeable = False
+        return data
 
     def sha256(self) -> str:
         """In large steps, which seldom wait for the interpreter's lock."""
         digest, block = hashlib.sha256(), bytearray(HASH_BLOCK)
-        with self.path.open("rb", buffering=0) as file:
+        with _disk_reads(self.path, "all of it"), self.path.open("rb", buffering=0) as file:
             while count := file.readinto(block):
                 digest.update(memoryview(block)[:count])
         return digest.hexdigest()
+
+
+@contextmanager
+def _disk_reads(path: Path, what: str) -> Iterator[None]:
+    """Turn an `OSError` of reading into a line."""
+    try:
+        yield
+    except FileNotFoundError as error:
+        raise CheckpointError(f"{path}: is gone; put it back") from error
+    except OSError as error:
+        raise DeviceError(
+            f"{path}: cannot read {what}: {error.strerror or error}; see to the disk, then run the "
+            "same command again"
+        ) from error
