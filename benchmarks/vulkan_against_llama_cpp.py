@@ -29,7 +29,8 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.random_gguf import write_random_gguf
-from benchmarks.vulkan_speed import RandomWeights, shape_config, timed_run
+from benchmarks.shapes import shape_config
+from benchmarks.vulkan_speed import RandomWeights, timed_run
 from uq.formats.config import GemmaConfig
 from uq.kernels.session import Piece, Sampling
 from uq.kernels.vulkan.bandwidth import read_bandwidth

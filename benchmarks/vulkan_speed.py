@@ -1,7 +1,7 @@
 """Decode and prefill rates of the Vulkan engine, on a bundle or on random weights of true shapes.
 
-    python benchmarks/vulkan_speed.py 270m 1b 4b 27b [--device NAME] [--prompt 512] [--generate 256]
-    python benchmarks/vulkan_speed.py BUNDLE
+    python -m benchmarks.vulkan_speed 270m 1b 4b 27b [--device NAME] [--prompt 512] [--generate 256]
+    python -m benchmarks.vulkan_speed BUNDLE
 
 A shape is Gemma 3 of that size with random codes: INT4 in groups of 32, the embedding INT8, as many
 bytes as llama.cpp's Q4_0 with its Q8_0 embedding. Prints one JSON object a model: tokens per second
@@ -27,7 +27,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from uq.formats.config import FULL, SLIDING, GemmaConfig
+from benchmarks.shapes import SHAPES, shape_config
+from uq.formats.config import GemmaConfig
 from uq.formats.layouts import LAYOUTS
 from uq.formats.spec import QuantTensor, Spec
 from uq.kernels.profile import by_label
@@ -38,47 +39,8 @@ from uq.kernels.vulkan.session import VulkanSession
 from uq.kernels.vulkan.sources import BundleSource
 from uq.kernels.vulkan.weights import Kind, Source, Weight
 
-# layers, hidden, intermediate, heads, KV heads, head size, window
-SHAPES = {
-    "270m": (18, 640, 2048, 4, 1, 256, 512),
-    "1b": (26, 1152, 6912, 4, 1, 256, 512),
-    "4b": (34, 2560, 10240, 8, 4, 256, 1024),
-    "12b": (48, 3840, 15360, 16, 8, 256, 1024),
-    "27b": (62, 5376, 21504, 32, 16, 128, 1024),
-}
-VOCABULARY = 262144
 BODY, TABLE = Spec(4, 32), Spec(8, 32)
 PATTERN = 64  # rows that repeat
-
-
-def shape_config(name: str) -> GemmaConfig:
-    layers, hidden, intermediate, heads, kv_heads, dim, window = SHAPES[name]
-    return GemmaConfig(
-        family="gemma3",
-        vocab_size=VOCABULARY,
-        hidden_size=hidden,
-        intermediate_size=intermediate,
-        num_layers=layers,
-        num_heads=heads,
-        num_kv_heads=kv_heads,
-        head_dim=dim,
-        rms_norm_eps=1e-6,
-        query_pre_attn_scalar=float(dim),
-        sliding_window=window,
-        layer_types=tuple(SLIDING if (i + 1) % 6 else FULL for i in range(layers)),
-        rope_theta=1e6,
-        rope_local_theta=1e4,
-        rope_scaling=1.0,
-        attn_softcap=None,
-        final_softcap=None,
-        post_norms=True,
-        qk_norm=True,
-        tied_head=True,
-        max_position_embeddings=32768,
-        bos_token_id=2,
-        eos_token_ids=(1,),
-        pad_token_id=0,
-    )
 
 
 class RandomWeights:

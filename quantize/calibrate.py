@@ -12,9 +12,10 @@ magnitude between tokens, so there each token is weighed by the inverse of its m
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import repeat
+from pathlib import Path
 
 import numpy as np
 
@@ -30,28 +31,14 @@ from uq.kernels.reference import (
     mlp_hidden,
     mlp_input,
 )
+from uq.quantize.activations import Activations, Batch, SpilledActivations
 from uq.quantize.calibration_engine import Array, TokenRows, Weights
-from uq.quantize.gptq import Statistics
+from uq.quantize.gptq import Statistics, row_blocks
 from uq.quantize.moments import Inputs, mean_square, statistics, token_weights, undo_norm
 from uq.quantize.plan import GptqOptions
 
 BATCH_TOKENS = 4096
 PLAIN = GptqOptions(clip=1.0)
-
-
-@dataclass(frozen=True)
-class Batch:
-    """Some sequences on their way through a layer.
-
-    Attributes:
-        hidden: (sequences, length, hidden) residual stream.
-        x: (sequences, length, n) input of the current stage's linears.
-        out: (sequences, length, hidden) output of the stage's linear, where it is already known.
-    """
-
-    hidden: Array
-    x: Array
-    out: Array | None = None
 
 
 @dataclass(frozen=True)
@@ -97,21 +84,28 @@ STAGES = (
     Stage(("mlp.down_proj",), _enter_mlp_hidden, "post_feedforward_layernorm"),
 )
 EXIT = Stage((), _leave)
+# Roles of the stage that is entered -> the linears that led there.
+PASSED = {
+    after.roles: before.roles
+    for before, after in zip((EXIT, *STAGES), (*STAGES, EXIT), strict=True)
+}
 
 # Roles of a stage and the statistics of their input -> role -> weight that the tokens go on with.
 QuantizeStage = Callable[[Sequence[str], Statistics], Mapping[str, Array]]
 
 
-class Path:
-    """All calibration tokens on one path, in batches of fixed size (so that sums keep their order).
+class TokenPath:
+    """All calibration tokens on one path, in batches of fixed size: sums keep their order."""
 
-    `rows` are the embedding's rows for the tokens: a (sequences, length, hidden) per batch.
-    """
-
-    def __init__(self, config: GemmaConfig, rows: Iterable[Array]) -> None:
+    def __init__(self, config: GemmaConfig, batches: Activations) -> None:
+        """`batches` is where they wait; empty."""
         self._config = config
-        hidden = (embed(config, part) for part in rows)
-        self.batches = [Batch(part, part) for part in hidden]
+        self.batches = batches
+
+    def add(self, rows: Array) -> None:
+        """(sequences, length, hidden): the embedding's rows of the next batch."""
+        hidden = embed(self._config, rows)
+        self.batches.append(Batch(hidden, hidden))
 
     def go(self, stage: Stage, layer: int, weights: Weights) -> None:
         """Move every batch to the input of a stage."""
@@ -122,25 +116,51 @@ class Path:
 class Calibration:
     """The calibration tokens in front of some layer.
 
-    Memory: the activations of one stage for every token, on one or two paths.
+    In memory: the second moments of one stage, one batch of tokens, and what the layer's stages
+    still need of its weights. The activations of all tokens only where `spill` is None.
     """
 
     def __init__(
-        self, config: GemmaConfig, rows: Iterable[TokenRows], options: GptqOptions = PLAIN
+        self,
+        config: GemmaConfig,
+        rows: Iterable[TokenRows],
+        options: GptqOptions = PLAIN,
+        spill: Path | None = None,
     ) -> None:
-        """Begin in front of layer 0; the arguments are those of `CalibrationEngine.begin`."""
+        """Begin in front of layer 0; the first arguments are those of `CalibrationEngine.begin`.
+
+        Args:
+            spill: folder whose disk keeps the activations.
+        """
         self._config = config
         self._options = options
-        batches = list(rows)
-        self._quantized = Path(config, (batch.quantized for batch in batches))
-        exact = [batch.exact for batch in batches if batch.exact is not None]
-        self._exact = Path(config, exact) if exact else None
+        self._spill = spill
+        self._quantized: TokenPath | None = None
+        self._exact: TokenPath | None = None
+        for batch in rows:
+            self._quantized = self._added(self._quantized, batch.quantized)
+            if batch.exact is not None:
+                self._exact = self._added(self._exact, batch.exact)
 
-    def quantize_layer(self, layer: int, weights: Weights, quantize: QuantizeStage) -> None:
+    def _added(self, path: TokenPath | None, rows: Array) -> TokenPath:
+        """The path with one batch more; the first one is the largest."""
+        if path is None:
+            tokens, folder = rows.shape[0] * rows.shape[1], self._spill
+            size = tokens * token_bytes(self._config)
+            kept: list[Batch] = []
+            path = TokenPath(
+                self._config, kept if folder is None else SpilledActivations(folder, size)
+            )
+        path.add(rows)
+        return path
+
+    def quantize_layer(
+        self, layer: int, weights: MutableMapping[str, Array], quantize: QuantizeStage
+    ) -> None:
         """Quantize a layer stage by stage, and move the tokens behind it.
 
         Args:
-            weights: role -> float32 weight or gain.
+            weights: role -> float32 weight or gain. What no later stage needs is taken out.
             quantize: called once per stage.
         """
         mixed = dict(weights)
@@ -156,80 +176,104 @@ class Calibration:
             exact: of the checkpoint; empty when the floating-point path is left out.
             quantized: role -> dequantized weight, or gain.
         """
+        exact, quantized = dict(exact), dict(quantized)
         for stage in (*STAGES, EXIT):
             self._go(stage, layer, quantized, exact)
 
-    def _go(self, stage: Stage, layer: int, quantized: Weights, exact: Weights) -> None:
-        self._quantized.go(stage, layer, quantized)
+    def _go(
+        self,
+        stage: Stage,
+        layer: int,
+        quantized: MutableMapping[str, Array],
+        exact: MutableMapping[str, Array],
+    ) -> None:
+        """Move both paths to the input of a stage; the linears on the way are used up."""
+        self._path.go(stage, layer, quantized)
         if self._exact is not None:
             self._exact.go(stage, layer, exact)
+        for role in PASSED[stage.roles]:
+            quantized.pop(role, None)
+            exact.pop(role, None)
+
+    @property
+    def _path(self) -> TokenPath:
+        assert self._quantized is not None, "no batch of tokens"
+        return self._quantized
 
     def _statistics(self, stage: Stage, weights: Weights) -> Statistics:
         """Of the stage's input; `weights` are the checkpoint's."""
         if stage.norm is None:
             return statistics(
-                [Inputs(flat(q.x), None if e is None else flat(e.x)) for q, e in self._pairs()]
+                Inputs(flat(q.x), None if e is None else flat(e.x)) for q, e in self._pairs()
             )
         weight = weights[stage.roles[0]]
-        outputs = self._outputs(weight)
-        sizes = [self._size(out) for out in outputs]
-        inputs = [Inputs(flat(batch.x)) for batch in self._quantized.batches]
+        sizes = list(self._output_sizes(weight))
+        counts: Sequence[Array | None] = [None] * len(sizes)
         if self._config.post_norms:
             counts = token_weights(sizes, self._options.clip)
-            inputs = [replace(i, weight=count) for i, count in zip(inputs, counts, strict=True)]
-        if self._exact is None:
-            return statistics(inputs)
         gain = weights[stage.norm] if self._config.post_norms else None
-        wanted = self._wanted(outputs, sizes, gain)
-        inputs = [replace(i, wanted=w) for i, w in zip(inputs, wanted, strict=True)]
-        found = statistics(inputs)
-        assert found.wanted is not None
-        # sum (W x_float - W x) x^T = sum (W x_float) x^T - W H
-        present = self._options.correction * (weight.astype(np.float64) @ found.hessian)
-        return replace(found, wanted=found.wanted - present)
+        found = statistics(
+            Inputs(
+                flat(quantized.x),
+                weight=count,
+                wanted=None if exact is None else self._wanted(exact, quantized, size, gain),
+            )
+            for (quantized, exact), size, count in zip(self._pairs(), sizes, counts, strict=True)
+        )
+        if found.wanted is not None:
+            # sum (W x_float - W x) x^T = sum (W x_float) x^T - W H
+            for rows in row_blocks(weight.shape):
+                part = weight[rows].astype(found.hessian.dtype)
+                found.wanted[rows] -= self._options.correction * (part @ found.hessian)
+        return found
 
-    def _outputs(self, weight: Array) -> list[Array]:
-        """(tokens, hidden) per batch of a linear that writes to the residual stream.
+    def _output_sizes(self, weight: Array) -> Iterator[Array]:
+        """(tokens, 1) per batch: mean square of each token's output, as the norm behind it takes
+        it, of a linear that writes to the residual stream.
 
-        On the floating-point path where it is followed, which keeps them.
+        On the floating-point path where it is followed, which keeps the outputs.
         """
-        path = self._quantized if self._exact is None else self._exact
-        outputs = [linear(batch.x, weight) for batch in path.batches]
-        if self._exact is not None:
-            path.batches = [
-                replace(batch, out=out) for batch, out in zip(path.batches, outputs, strict=True)
-            ]
-        return [flat(out) for out in outputs]
+        path = self._path if self._exact is None else self._exact
+        for index, batch in enumerate(path.batches):
+            out = linear(batch.x, weight)
+            if self._exact is not None:
+                path.batches[index] = replace(batch, out=out)
+            yield mean_square(flat(out)) + np.float32(self._config.rms_norm_eps)
 
-    def _wanted(
-        self, outputs: Sequence[Array], sizes: Sequence[Array], gain: Array | None
-    ) -> Iterator[Array]:
-        """(tokens, hidden) per batch: what the outputs should be, in part, and add besides."""
-        assert self._exact is not None
+    def _wanted(self, exact: Batch, quantized: Batch, size: Array, gain: Array | None) -> Array:
+        """(tokens, hidden): what the outputs should be, in part, and add besides."""
+        assert exact.out is not None
+        lost = flat(exact.hidden - quantized.hidden)
+        if gain is not None:
+            lost = undo_norm(lost, size, gain)
         correction = np.float32(self._options.correction)
-        residual = np.float32(self._options.residual)
-        batches = zip(self._exact.batches, self._quantized.batches, outputs, sizes, strict=True)
-        for exact, quantized, out, size in batches:
-            lost = flat(exact.hidden - quantized.hidden)
-            if gain is not None:
-                lost = undo_norm(lost, size, gain)
-            yield correction * out + residual * lost
+        return correction * flat(exact.out) + np.float32(self._options.residual) * lost
 
     def _pairs(self) -> Iterator[tuple[Batch, Batch | None]]:
         """Batches of the quantized path, each with its double on the floating-point path."""
         if self._exact is None:
-            return zip(self._quantized.batches, repeat(None))
-        return zip(self._quantized.batches, self._exact.batches, strict=True)
-
-    def _size(self, outputs: Array) -> Array:
-        """(tokens, 1): mean square of each token's output, as the norm behind it takes it."""
-        return mean_square(outputs) + np.float32(self._config.rms_norm_eps)
+            return zip(self._path.batches, repeat(None))
+        return zip(self._path.batches, self._exact.batches, strict=True)
 
 
+@dataclass(frozen=True)
 class NumpyEngine:
-    """Calibrates in main memory, its products by BLAS."""
+    """Calibrates in main memory, its products by BLAS.
+
+    Attributes:
+        spill: folder whose disk keeps the activations of the tokens; None keeps them in memory,
+            too. The bytes of the bundle are the same.
+    """
+
+    spill: Path | None = None
 
     def begin(
         self, config: GemmaConfig, rows: Iterable[TokenRows], options: GptqOptions
     ) -> Calibration:
-        return Calibration(config, rows, options)
+        return Calibration(config, rows, options, self.spill)
+
+
+def token_bytes(config: GemmaConfig) -> int:
+    """Float32 bytes of a token on one path, at the stage that has most: stream, input, output."""
+    widest = max(cols for _, cols in config.linear_shapes().values())
+    return 4 * (2 * config.hidden_size + widest)

@@ -9,7 +9,7 @@ measure: another engine gives its codes up to ties that it states.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -77,11 +77,13 @@ QuantizeStage = Callable[[Sequence[str], StageStatistics], Weights]
 class CalibrationRun(Protocol):
     """The calibration tokens in front of some layer."""
 
-    def quantize_layer(self, layer: int, weights: Weights, quantize: QuantizeStage) -> None:
+    def quantize_layer(
+        self, layer: int, weights: MutableMapping[str, Array], quantize: QuantizeStage
+    ) -> None:
         """Quantize a layer stage by stage, and move the tokens behind it.
 
         Args:
-            weights: role -> float32 weight or gain.
+            weights: role -> float32 weight or gain. The engine may take out what it needs no more.
             quantize: called once per stage.
         """
         ...

@@ -7,6 +7,8 @@ r = (t - w) H. Each step moves a code to the grid point next to that lowest poin
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TypeVar
 
 import numpy as np
@@ -20,18 +22,26 @@ SWEEPS = 3  # over all columns
 Floats = TypeVar("Floats", np.float32, np.float64)
 
 
+@contextmanager
+def damped(hessian: NDArray[Floats], damping: float) -> Iterator[None]:
+    """Within, the diagonal is larger by `damping`, in units of its mean."""
+    diagonal = np.einsum("ii->i", hessian)
+    kept = diagonal.copy()
+    diagonal += damping * kept.mean()
+    try:
+        yield
+    finally:
+        diagonal[:] = kept
+
+
 def descend(
-    target: NDArray[Floats], tensor: QuantTensor, hessian: NDArray[Floats], damping: float
+    target: NDArray[Floats], tensor: QuantTensor, hessian: NDArray[Floats]
 ) -> NDArray[np.int8]:
     """Codes (rows, n) with an output error no larger than the tensor's; scales are kept.
 
     Args:
         target: (rows, n); hessian: (n, n). What is computed has their type.
-        damping: added to the diagonal, in units of its mean.
     """
-    hessian = hessian.copy()
-    diagonal = np.einsum("ii->i", hessian)
-    diagonal += damping * diagonal.mean()
     spec, scales = tensor.spec, tensor.scales.astype(hessian.dtype)
     slope = (target - tensor.dequantize()) @ hessian
     codes = tensor.codes.copy()

@@ -21,9 +21,11 @@ from uq.formats.layouts import LAYOUTS
 from uq.formats.manifest import expected_tensors
 from uq.formats.spec import Spec
 from uq.quantize.calibrate import BATCH_TOKENS, STAGES
-from uq.quantize.gptq import REFIT_NUMBERS, Statistics, factorize, quantize_gptq
+from uq.quantize.factor import factorize
+from uq.quantize.gptq import Statistics, quantize_gptq
 from uq.quantize.pipeline import SEQUENCE, QuantizeOptions, recognised_plan, worker_threads
 from uq.quantize.plan import Plan, TensorPlan
+from uq.quantize.refit import REFIT_NUMBERS
 from uq.quantize.rounding import PIECE, PIECES_AHEAD
 from uq.quantize.scales import quantize_rtn
 from uq.quantize.sensitivity import (

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
-from uq.quantize.gptq import Matrix, Statistics
+from uq.quantize.factor import Matrix
+from uq.quantize.gptq import Statistics
 
 Array = NDArray[np.float32]
 # Of a norm's mean squared gain, where gains are divided by: a channel that the norm all but removes
 # from the residual stream cannot correct it.
 GAIN_RIDGE = 0.1
+WIDE = 8192  # channels
 
 
 @dataclass(frozen=True)
@@ -33,39 +35,62 @@ class Inputs:
     wanted: Array | None = None
 
 
-def statistics(batches: Sequence[Inputs]) -> Statistics:
-    """Weighted means over the tokens: products in float32, sums over the batches in float64."""
+def statistics(batches: Iterable[Inputs]) -> Statistics:
+    """Weighted means over the tokens: products in float32, their sums as `Mean` takes them."""
     hessian, cross, wanted = Mean(), Mean(), Mean()
     for batch in batches:
         count = float(len(batch.x)) if batch.weight is None else _sum(batch.weight)
         root = None if batch.weight is None else np.sqrt(batch.weight)
         x = _weighted(batch.x, root)
-        hessian.add(x.T @ x, count)
+        hessian.add(x, x, count)
         if batch.exact is not None:
-            cross.add(_weighted(batch.exact - batch.x, root).T @ x, count)
+            cross.add(_weighted(batch.exact - batch.x, root), x, count)
         if batch.wanted is not None:
-            wanted.add(_weighted(batch.wanted, root).T @ x, count)
-    return Statistics(hessian.value(), cross.found(), wanted.found())
+            wanted.add(_weighted(batch.wanted, root), x, count)
+    total = hessian.finish()
+    assert total is not None
+    return Statistics(total, cross.finish(), wanted.finish())
 
 
 class Mean:
-    """Running mean of matrices: float64 sum over total weight."""
+    """Running mean of left^T right: the sum over the total weight.
+
+    For inputs of up to `WIDE` channels in float64. Beyond, where matrices take gigabytes, in
+    float32 and by strips: the rounding of the sum is then a few 1e-7 of the largest entry, that of
+    the damping 1e-2 of the mean diagonal.
+    """
 
     def __init__(self) -> None:
         self._sum: Matrix | None = None
         self._count = 0.0
+        self._symmetric = False
 
-    def add(self, product: Array, count: float) -> None:
-        self._sum = product.astype(np.float64) if self._sum is None else self._sum + product
+    def add(self, left: Array, right: Array, count: float) -> None:
+        """left: (tokens, rows), right: (tokens, n); the same array for a symmetric mean."""
+        rows, n = left.shape[1], right.shape[1]
+        self._symmetric = left is right
+        if self._sum is None:
+            self._sum = np.zeros((rows, n), np.float64 if n <= WIDE else np.float32)
+        for strip in _strips(rows, n):
+            first = strip.start if self._symmetric else 0
+            self._sum[strip, first:] += left[:, strip].T @ right[:, first:]
         self._count += count
 
-    def found(self) -> Matrix | None:
-        return None if self._sum is None else self._sum / self._count
+    def finish(self) -> Matrix | None:
+        """The mean, once; None when nothing was added."""
+        if self._sum is None:
+            return None
+        self._sum /= self._count
+        if self._symmetric:
+            for strip in _strips(*self._sum.shape):
+                self._sum[strip.stop :, strip] = self._sum[strip, strip.stop :].T
+        return self._sum
 
-    def value(self) -> Matrix:
-        found = self.found()
-        assert found is not None
-        return found
+
+def _strips(rows: int, n: int) -> Iterator[slice]:
+    """All rows at once of what is at most `WIDE` wide."""
+    step = max(1, WIDE**2 // n) if n > WIDE else rows
+    return (slice(start, min(start + step, rows)) for start in range(0, rows, step))
 
 
 def token_weights(sizes: Sequence[Array], clip: float) -> list[Array]:

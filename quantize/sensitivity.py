@@ -31,7 +31,8 @@ from uq.progress import Progress
 from uq.quantize.calibrate import Calibration
 from uq.quantize.calibration_engine import TokenRows
 from uq.quantize.equalize import channel_scale
-from uq.quantize.gptq import Statistics, left_variances, scale_importance
+from uq.quantize.factor import left_variances
+from uq.quantize.gptq import Statistics, scale_importance
 from uq.quantize.plan import GptqOptions
 from uq.quantize.scales import checked, quantize_rtn, squared_error
 from uq.validate.divergence import Sums
@@ -209,17 +210,17 @@ def _layer_errors(
         scale = np.ones_like(statistics.importance)
         if config.norm_before(roles[0]) is not None:
             scale = channel_scale(statistics.importance, options.equalize)
+        names = [layer_tensor(layer, role) for role in roles]
+        samples = [_sample(weights[role]) for role in roles]
+        bases = [_probe_error(*pair, statistics) for pair in zip(names, samples, strict=True)]
         moved = statistics.rescaled(scale)
         left = left_variances(moved.hessian, options.damping)
-        for role in roles:
-            name = layer_tensor(layer, role)
-            weight = _sample(weights[role])
-            base = _probe_error(name, weight, statistics)
-            errors = _gptq_errors(weight * scale, moved, left)
+        for name, sample, base in zip(names, samples, bases, strict=True):
+            errors = _gptq_errors(sample * scale, moved, left)
             found[name] = {spec: e / base for spec, e in errors.items()}
         return {}
 
-    moments.quantize_layer(layer, weights, stage)
+    moments.quantize_layer(layer, dict(weights), stage)
     return found
 
 
@@ -237,7 +238,7 @@ def _probe(name: str, weight: Array) -> Array:
 
 def _probe_error(name: str, weight: Array, statistics: Statistics) -> float:
     """Squared output error of the probe grid, whose divergence is known."""
-    error = weight.astype(np.float64) - _probe(name, weight)
+    error = weight.astype(statistics.hessian.dtype) - _probe(name, weight)
     if not np.isfinite(statistics.hessian).all():
         return max(float(np.sum(error**2)), 1e-30)
     return max(float(np.sum((error @ statistics.hessian) * error)), 1e-30)

@@ -17,7 +17,7 @@ from uq.formats.checkpoint import Checkpoint, open_checkpoint
 from uq.formats.spec import Spec
 from uq.kernels.reference import attention_context, attention_input, embed, flat
 from uq.kernels.weights import CheckpointWeights
-from uq.quantize import calibrate
+from uq.quantize import calibrate, moments
 from uq.quantize.calibrate import STAGES, Calibration
 from uq.quantize.calibration_engine import TokenRows
 from uq.quantize.gptq import Statistics
@@ -114,7 +114,7 @@ def test_later_stages_see_the_quantized_weights(folder: Path) -> None:
         plain.append(statistics.hessian)
         return {}
 
-    start(checkpoint).quantize_layer(0, weights, quantize)
+    start(checkpoint).quantize_layer(0, dict(weights), quantize)
     start(checkpoint).quantize_layer(0, replaced, watch)
     for with_stages, at_once in zip(quantizing, plain, strict=True):
         np.testing.assert_array_equal(with_stages, at_once)
@@ -131,7 +131,7 @@ def test_corrections_are_zero_until_something_is_quantized(folder: Path) -> None
         found.append(correction)
         return {role: rounded(weights[role]) for role in roles}
 
-    start(checkpoint, exact=True).quantize_layer(0, weights, quantize)
+    start(checkpoint, exact=True).quantize_layer(0, dict(weights), quantize)
     assert not found[0].any()
     assert all(np.abs(correction).max() > 0 for correction in found[1:])
 
@@ -150,7 +150,7 @@ def test_what_o_proj_should_add_is_that_of_float64(folder: Path) -> None:
 
     batch = TokenRows(rounded(flat(rows)).reshape(rows.shape), rows)
     calibration = Calibration(config, [batch], options)
-    calibration.quantize_layer(0, weights, watch)
+    calibration.quantize_layer(0, dict(weights), watch)
 
     def stream(embedded: Array) -> tuple[NDArray[Any], NDArray[Any]]:
         hidden = embed(config, embedded)
@@ -177,7 +177,9 @@ def test_a_passed_layer_leaves_the_tokens_where_quantizing_it_did(folder: Path) 
     exact = checkpoint.layer(0)
     found = {role: rounded(exact[role]) for s in STAGES for role in s.roles}
     quantizing, passing = start(checkpoint, exact=True), start(checkpoint, exact=True)
-    quantizing.quantize_layer(0, exact, lambda roles, _: {role: found[role] for role in roles})
+    quantizing.quantize_layer(
+        0, dict(exact), lambda roles, _: {role: found[role] for role in roles}
+    )
     passing.pass_layer(0, exact, exact | found)
 
     seen: list[Statistics] = []
@@ -192,6 +194,41 @@ def test_a_passed_layer_leaves_the_tokens_where_quantizing_it_did(folder: Path) 
         np.testing.assert_array_equal(first.hessian, second.hessian)
         np.testing.assert_array_equal(first.cross, second.cross)
         np.testing.assert_array_equal(first.wanted, second.wanted)
+
+
+@pytest.mark.parametrize("exact", [False, True])
+def test_spilled_activations_change_nothing(folder: Path, tmp_path: Path, exact: bool) -> None:
+    checkpoint = open_checkpoint(folder)
+    rows = CheckpointWeights(checkpoint, resident=False).embedding(TOKENS)
+    batches = [TokenRows(rows[[i]], rows[[i]] if exact else None) for i in range(len(rows))]
+    seen: list[Statistics] = []
+
+    def quantize(roles: Sequence[str], statistics: Statistics) -> Mapping[str, Array]:
+        seen.append(statistics)
+        return {role: rounded(checkpoint.layer(0)[role]) for role in roles}
+
+    for spill in (None, tmp_path):
+        calibration = Calibration(checkpoint.config, batches, spill=spill)
+        for layer in (0, 1):
+            calibration.quantize_layer(layer, checkpoint.layer(layer), quantize)
+    for first, second in zip(seen[:8], seen[8:], strict=True):
+        np.testing.assert_array_equal(first.hessian, second.hessian)
+        np.testing.assert_array_equal(first.cross, second.cross)
+        np.testing.assert_array_equal(first.wanted, second.wanted)
+    assert not list(tmp_path.iterdir())
+
+
+def test_wide_moments_are_summed_by_strips(monkeypatch: pytest.MonkeyPatch) -> None:
+    rng = np.random.default_rng(0)
+    x, r = (rng.standard_normal((3, 50, n)).astype(np.float32) for n in (70, 40))
+    monkeypatch.setattr(moments, "WIDE", 48)  # strips of 32 rows
+    batches = [moments.Inputs(part, wanted=w) for part, w in zip(x, r, strict=True)]
+    found = moments.statistics(batches)
+    assert found.hessian.dtype == np.float32 and found.wanted is not None
+    flat_x, flat_r = (a.reshape(150, -1).astype(np.float64) for a in (x, r))
+    np.testing.assert_allclose(found.hessian, flat_x.T @ flat_x / 150, atol=1e-6)
+    np.testing.assert_allclose(found.wanted, flat_r.T @ flat_x / 150, atol=1e-6)
+    np.testing.assert_array_equal(found.hessian, found.hessian.T)
 
 
 def test_sequences_are_spread_over_the_text_behind_bos(folder: Path) -> None:

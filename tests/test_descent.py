@@ -37,7 +37,7 @@ def test_no_single_code_can_be_moved_to_a_smaller_error(spec: Spec) -> None:
     start = quantize_rtn(target.astype(np.float32), spec)
     found = start
     for _ in range(10):  # sweeps until nothing moves
-        codes = descend(target, found, hessian, 0.0)
+        codes = descend(target, found, hessian)
         found = QuantTensor(codes, found.scales, spec, found.zeros)
     assert (output_error(target, found, hessian) <= output_error(target, start, hessian)).all()
     assert found.codes.min() >= spec.qmin and found.codes.max() <= spec.qmax

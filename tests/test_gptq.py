@@ -2,27 +2,27 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 from numpy.typing import NDArray
 
 from uq.formats.spec import SPECS, QuantTensor, Spec
-from uq.quantize.gptq import (
+from uq.quantize import gptq
+from uq.quantize.factor import (
     Factor,
-    Statistics,
     factorize,
     inverse_cholesky,
     left_variances,
-    output_error,
-    quantize_gptq,
-    refit_scales,
-    scale_importance,
     unusable,
 )
+from uq.quantize.gptq import Statistics, output_error, quantize_gptq, scale_importance
 from uq.quantize.plan import GptqOptions
+from uq.quantize.refit import refit_scales
 from uq.quantize.scales import quantize_rtn
 
-Array = NDArray[np.float64]
+Array = NDArray[Any]
 PLAIN = GptqOptions(correction=0.0, residual=0.0, descents=0, refit=False)
 
 
@@ -190,7 +190,36 @@ def test_inverse_cholesky_is_that_of_lapack(n: int) -> None:
     x = np.random.default_rng(n).standard_normal((2 * n, n))
     matrix = x.T @ x + np.eye(n)
     expected = np.linalg.inv(np.linalg.cholesky(matrix))
-    np.testing.assert_allclose(inverse_cholesky(matrix), expected, atol=1e-12)
+    inverse_cholesky(matrix)
+    np.testing.assert_allclose(matrix, expected, atol=1e-12)
+
+
+def test_blocks_of_rows_are_quantized_alike(monkeypatch: pytest.MonkeyPatch) -> None:
+    x = inputs()
+    moments = statistics(x, x * 1.01)
+    factor, w = factor_of(moments.hessian), weights()
+    whole = quantize_gptq(w, Spec(4, 64, True), moments, factor, GptqOptions())
+    error = output_error(w, whole, moments.hessian)
+    monkeypatch.setattr(gptq, "ROW_NUMBERS", 7 * 256)
+    parts = quantize_gptq(w, Spec(4, 64, True), moments, factor, GptqOptions())
+    assert np.mean(parts.codes != whole.codes) < 1e-3  # products of other shapes round otherwise
+    assert parts.zeros is not None and parts.zeros.shape == parts.scales.shape
+    assert output_error(w, parts, moments.hessian) == pytest.approx(error, rel=1e-3)
+
+
+def test_float32_matrices_quantize_as_well_as_float64() -> None:
+    """Wide Hessians are kept and factorized in float32."""
+    x = inputs(tokens=300)  # hardly more than channels: badly conditioned
+    exact = statistics(x, x * 1.01)
+    assert exact.cross is not None
+    single = Statistics(exact.hessian.astype(np.float32), exact.cross.astype(np.float32))
+    errors = []
+    for moments in (exact, single):
+        solver = moments.factorize(0.01)
+        assert not isinstance(solver, str)
+        found = solver.quantize(weights(), Spec(4, 64), GptqOptions())
+        errors.append(output_error(weights(), found, exact.hessian))
+    assert errors[1] == pytest.approx(errors[0], rel=2e-3)
 
 
 def test_dead_channels_are_rounded_to_nearest() -> None:

@@ -10,7 +10,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from benchmarks.vulkan_speed import SHAPES, role_of, shape_config
+from benchmarks.shapes import SHAPES, shape_config
+from benchmarks.vulkan_speed import role_of
 from uq.formats.config import GemmaConfig
 from uq.formats.spec import SPECS, Spec
 from uq.kernels.vulkan.cache import Cache, CacheSize

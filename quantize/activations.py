@@ -1,0 +1,96 @@
+"""Where the calibration tokens wait between two stages: in memory, or in a file."""
+
+from __future__ import annotations
+
+import tempfile
+import weakref
+from collections.abc import Iterator
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from uq.formats.disk import disk_errors
+
+Array = NDArray[np.float32]
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Some sequences on their way through a layer.
+
+    Attributes:
+        hidden: (sequences, length, hidden) residual stream.
+        x: (sequences, length, n) input of the current stage's linears.
+        out: (sequences, length, hidden) output of the stage's linear, where it is already known.
+    """
+
+    hidden: Array
+    x: Array
+    out: Array | None = None
+
+
+class Activations(Protocol):
+    """Batches by their place. A list is one."""
+
+    def __len__(self) -> int: ...
+    def __iter__(self) -> Iterator[Batch]: ...
+    def __getitem__(self, index: int, /) -> Batch: ...
+    def __setitem__(self, index: int, batch: Batch, /) -> None: ...
+    def append(self, batch: Batch, /) -> None: ...
+
+
+class SpilledActivations:
+    """Batches in a file without a name, which is gone with the process, however that ends.
+
+    They are read and written, not mapped: what waits here is no memory of the process.
+    """
+
+    def __init__(self, folder: Path, batch_bytes: int) -> None:
+        """`batch_bytes` is what a batch takes at most.
+
+        Raises:
+            DeviceError: the folder cannot be written.
+        """
+        self._folder = folder
+        self._room = batch_bytes
+        self._shapes: list[dict[str, tuple[int, ...]]] = []
+        with disk_errors(folder, 0):
+            self._file = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115
+        weakref.finalize(self, self._file.close)
+
+    def __len__(self) -> int:
+        return len(self._shapes)
+
+    def __iter__(self) -> Iterator[Batch]:
+        return (self[index] for index in range(len(self)))
+
+    def append(self, batch: Batch) -> None:
+        self._shapes.append({})
+        self[len(self) - 1] = batch
+
+    def __setitem__(self, index: int, batch: Batch) -> None:
+        """Raises DeviceError: the disk is full or broken."""
+        arrays = {field.name: getattr(batch, field.name) for field in fields(Batch)}
+        if batch.x is batch.hidden:
+            del arrays["x"]
+        present = {name: array for name, array in arrays.items() if array is not None}
+        if sum(array.nbytes for array in present.values()) > self._room:
+            raise ValueError(f"a batch of more than {self._room} bytes")
+        self._shapes[index] = {name: array.shape for name, array in present.items()}
+        with disk_errors(self._folder, self._room):
+            self._file.seek(index * self._room)
+            for array in present.values():
+                self._file.write(np.ascontiguousarray(array).data)
+            self._file.flush()
+
+    def __getitem__(self, index: int) -> Batch:
+        """Raises DeviceError: the disk is broken."""
+        found = {name: np.empty(shape, np.float32) for name, shape in self._shapes[index].items()}
+        with disk_errors(self._folder, 0):
+            self._file.seek(index * self._room)
+            for array in found.values():
+                self._file.readinto(array.data.cast("B"))
+        return Batch(found["hidden"], found.get("x", found["hidden"]), found.get("out"))
