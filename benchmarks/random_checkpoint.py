@@ -1,6 +1,6 @@
 """A Hugging Face folder of a true Gemma 3 shape with random weights of Gemma's kind.
 
-    python -m benchmarks.random_checkpoint 27b FOLDER [--layers 2] [--seed 0]
+    python -m benchmarks.random_checkpoint 27b FOLDER [--layers 2] [--vocabulary 32768] [--seed 0]
 
 What quantizing costs depends on shapes, on the spread of the scales of channels and on outliers,
 not on what the model knows. Weights are bfloat16 in files of at most 5 GB with an index, and are
@@ -26,7 +26,7 @@ from numpy.typing import NDArray
 from tokenizers import AddedToken, Tokenizer, decoders, normalizers
 from tokenizers.models import BPE
 
-from benchmarks.shapes import SHAPES, shape_config
+from benchmarks.shapes import SHAPES, VOCABULARY, shape_config
 from uq.formats.checkpoint.checkpoint import expected_shapes
 from uq.formats.config import EMBEDDING, GemmaConfig
 
@@ -226,9 +226,11 @@ def main() -> None:
     parser.add_argument("shape", choices=SHAPES)
     parser.add_argument("folder", type=Path)
     parser.add_argument("--layers", type=int, help="default: all")
+    parser.add_argument("--vocabulary", type=int, default=VOCABULARY)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
-    write_random_checkpoint(shape_config(args.shape, args.layers), args.folder, args.seed)
+    config = shape_config(args.shape, args.layers, args.vocabulary)
+    write_random_checkpoint(config, args.folder, args.seed)
 
 
 if __name__ == "__main__":

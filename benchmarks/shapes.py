@@ -15,13 +15,13 @@ SHAPES = {
 VOCABULARY = 262144
 
 
-def shape_config(name: str, layers: int | None = None) -> GemmaConfig:
-    """The text model `name`; with fewer or more layers where `layers` says so."""
+def shape_config(name: str, layers: int | None = None, vocabulary: int = VOCABULARY) -> GemmaConfig:
+    """The text model `name`; with other numbers of layers or tokens where they are given."""
     all_layers, hidden, intermediate, heads, kv_heads, dim, window = SHAPES[name]
     layers = layers or all_layers
     return GemmaConfig(
         family="gemma3",
-        vocab_size=VOCABULARY,
+        vocab_size=vocabulary,
         hidden_size=hidden,
         intermediate_size=intermediate,
         num_layers=layers,

@@ -20,26 +20,26 @@ from uq.formats.config import EMBEDDING, HEAD, GemmaConfig, layer_tensor
 from uq.formats.layouts import LAYOUTS
 from uq.formats.manifest import expected_tensors
 from uq.formats.spec import Spec
-from uq.quantize.calibrate import BATCH_TOKENS, STAGES
+from uq.quantize.calibrate import STAGES
 from uq.quantize.factor import factorize
 from uq.quantize.gptq import Statistics, quantize_gptq
-from uq.quantize.pipeline import SEQUENCE, QuantizeOptions, recognised_plan, worker_threads
+from uq.quantize.memory import footprint, spills
+from uq.quantize.pipeline import QuantizeOptions, recognised_plan, worker_threads
 from uq.quantize.plan import Plan, TensorPlan
-from uq.quantize.refit import REFIT_NUMBERS
-from uq.quantize.rounding import PIECE, PIECES_AHEAD
-from uq.quantize.scales import quantize_rtn
-from uq.quantize.sensitivity import (
+from uq.quantize.probes import (
     CANDIDATES,
     LIKELIEST,
     POSITIONS,
     PROBE_LENGTH,
     PROBE_WINDOWS,
-    SAMPLE_ROWS,
+    probed_layers,
     table_names,
 )
+from uq.quantize.rounding import PIECE
+from uq.quantize.scales import quantize_rtn
+from uq.quantize.sensitivity import SAMPLE_ROWS
 from uq.text import duration, size, table
 
-TOKENIZER_BYTES = 700  # per token, while a tokenizer.json is put together
 TOKENIZER_SECONDS = 4e-6  # per token, likewise
 SAMPLE = 512  # side of the sample matrices
 REPEATS = 8
@@ -62,12 +62,15 @@ class Kind:
 
 @dataclass(frozen=True)
 class Estimate:
-    """`nbytes` on the disk without the tokenizer; memory in bytes; `seconds` on this machine."""
+    """`nbytes` on the disk without the tokenizer, and `spilled` while the run lasts; memory in
+    bytes; `seconds` on this machine.
+    """
 
     recipe: str
     kinds: tuple[Kind, ...]
     nbytes: int
     bits_per_weight: float
+    spilled: int
     peak_memory: int
     free_memory: int
     seconds: float
@@ -78,11 +81,12 @@ class Estimate:
     def __str__(self) -> str:
         head = ("tensors", "count", "weights", "format", "method", "layout", "size")
         rows = [(*list(asdict(kind).values())[:-1], size(kind.nbytes)) for kind in self.kinds]
+        spilled = f"; {size(self.spilled)} during calibration" if self.spilled else ""
         memory = f"about {size(self.peak_memory)} of {size(self.free_memory)} free"
         return "\n".join(
             [
                 table(rows, head=head),
-                f"disk: {size(self.nbytes)}, {self.bits_per_weight:.2f} bits per weight",
+                f"disk: {size(self.nbytes)}, {self.bits_per_weight:.2f} bits per weight{spilled}",
                 f"memory: {memory} (estimate)",
                 f"time: about {duration(self.seconds)} on this machine (estimate)",
             ]
@@ -101,11 +105,13 @@ def estimate(checkpoint: Checkpoint, options: QuantizeOptions) -> Estimate:
     gains = 4 * sum(width for (width,) in expected_tensors(config)[1].values())
     nbytes = gains + sum(kind.nbytes for kind in kinds)
     threads = worker_threads(options)
+    memory = footprint(config, plan, options.calibration_tokens, threads)
+    spilled = spills(memory, options.max_memory)
     source = sum(file.size for file in checkpoint.files().values())
     seconds = _rounding_seconds(checkpoint, plan) + _hashing_seconds(source + nbytes)
     seconds = TOKENIZER_SECONDS * config.vocab_size + seconds / threads
     if plan.calibrated:
-        seconds += config.num_layers * _layer_seconds(config, plan, options.calibration_tokens)
+        seconds += config.num_layers * _layer_seconds(config, plan, options)
     if plan.budget is not None:
         seconds += _measuring_seconds(config, plan)
     return Estimate(
@@ -113,8 +119,8 @@ def estimate(checkpoint: Checkpoint, options: QuantizeOptions) -> Estimate:
         kinds=kinds,
         nbytes=nbytes,
         bits_per_weight=8 * nbytes / config.num_parameters(),
-        peak_memory=checkpoint.buffered
-        + _peak_memory(config, plan, options.calibration_tokens, threads),
+        peak_memory=checkpoint.buffered + (memory.base if spilled else memory.resident),
+        spilled=memory.activations if spilled else 0,
         free_memory=psutil.virtual_memory().available,
         seconds=seconds,
     )
@@ -151,25 +157,6 @@ def _budgeted_bytes(config: GemmaConfig, plan: Plan) -> float:
     return plan.budget.nbytes / sum(rows * cols for rows, cols in (shapes[n] for n in names))
 
 
-def _peak_memory(config: GemmaConfig, plan: Plan, tokens: int, threads: int) -> int:
-    """Bytes at the worst moment: the program, its tokenizer, and the larger of the two ways."""
-    resident = int(psutil.Process().memory_info().rss)
-    program = resident + TOKENIZER_BYTES * config.vocab_size
-    rounding = PIECE * (PIECES_AHEAD + 12 * threads)
-    if not plan.calibrated:
-        return program + rounding
-    paths = 2 if plan.corrected else 1
-    linears = config.linear_shapes()
-    widest = max(cols for _, cols in linears.values())
-    activations = 4 * paths * tokens * (config.hidden_size + widest)
-    activations += 4 * paths * tokens * config.hidden_size  # outputs and their corrections
-    batch = 4 * min(tokens, BATCH_TOKENS) * 4 * config.intermediate_size
-    layer = (2 * 4 + 1) * sum(rows * cols for rows, cols in linears.values())
-    moments = 8 * 6 * widest * widest  # H, D, the damped H and what factorizing it needs
-    weight = 8 * 4 * max(rows * cols for rows, cols in linears.values())
-    return program + activations + batch + layer + moments + weight + 8 * REFIT_NUMBERS
-
-
 def _rounding_seconds(checkpoint: Checkpoint, plan: Plan) -> float:
     """One thread's time for all tensors that are rounded to nearest, by one piece of each spec."""
     shapes = expected_tensors(checkpoint.config)[0]
@@ -197,13 +184,14 @@ def _hashing_seconds(nbytes: int) -> float:
     return nbytes / len(sample) * _fastest(lambda: hashlib.sha256(sample))
 
 
-def _layer_seconds(config: GemmaConfig, plan: Plan, tokens: int) -> float:
+def _layer_seconds(config: GemmaConfig, plan: Plan, options: QuantizeOptions) -> float:
     """One layer: the tokens' way through it, the second moments, GPTQ."""
     single, double, per_weight = _rates(plan)
+    tokens, length = options.calibration_tokens, options.calibration_length
     paths = 2 if plan.corrected else 1
     linears = config.linear_shapes()
     weights = sum(rows * cols for rows, cols in linears.values())
-    attention = 2 * SEQUENCE * config.q_size
+    attention = 2 * length * config.q_size
     forward = OVERHEAD * 2 * tokens * paths * (weights + attention)
     inputs = {stage: linears[stage.roles[0]] for stage in STAGES}  # (rows, cols)
     widths = [cols for _, cols in inputs.values()]
@@ -226,7 +214,7 @@ def _measuring_seconds(config: GemmaConfig, plan: Plan) -> float:
     """The probes' way through the layers and the head, and the search on every grid."""
     single, _, per_weight = _rates(plan)
     weights = sum(rows * cols for rows, cols in config.linear_shapes().values())
-    models = len(config.linear_shapes()) * config.num_layers
+    models = len(config.linear_shapes()) * len(probed_layers(config.num_layers))
     walks = PROBE_WINDOWS * PROBE_LENGTH * models * config.num_layers / 2
     positions = PROBE_WINDOWS * len(range(*POSITIONS.indices(PROBE_LENGTH)))
     head = positions * config.hidden_size * (models * LIKELIEST + config.vocab_size)

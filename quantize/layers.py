@@ -69,7 +69,8 @@ class CalibratedLayers:
             for role in roles:
                 name = layer_tensor(layer, role)
                 tensor, entry = self._linear(name, weights[role] * scale, importance, solver)
-                found[role] = tensor.dequantize() / scale
+                found[role] = tensor.dequantize()
+                found[role] /= scale
                 linears.append(entry)
             return found
 

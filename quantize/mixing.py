@@ -18,9 +18,10 @@ from uq.formats.spec import Spec
 from uq.progress import Progress
 from uq.quantize.allocate import allocate
 from uq.quantize.plan import Budget, Plan
-from uq.quantize.sensitivity import Costs, candidates, measure_costs
+from uq.quantize.probes import candidates
+from uq.quantize.sensitivity import Costs, measure_costs
 
-VERSION = 3  # of the measurement: costs kept by another one are not used
+VERSION = 4  # of the measurement: costs kept by another one are not used
 
 
 def mixed_plan(

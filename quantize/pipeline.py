@@ -32,11 +32,12 @@ from uq.formats.manifest import (
     expected_tensors,
     gain_name,
 )
-from uq.formats.writer import ArrayEntry, BundleWriter, Entry, QuantEntry
+from uq.formats.writer import ArrayEntry, BundleWriter, Entry, QuantEntry, work_folder
 from uq.progress import Progress, SilentProgress
 from uq.quantize.calibrate import NumpyEngine
 from uq.quantize.calibration_engine import CalibrationEngine
 from uq.quantize.layers import CalibratedLayers
+from uq.quantize.memory import footprint, spills
 from uq.quantize.mixing import mixed_plan
 from uq.quantize.plan import Plan, make_plan
 from uq.quantize.recover import recognise
@@ -44,7 +45,6 @@ from uq.quantize.rounding import RoundedTensors
 from uq.quantize.source import SourceWatch
 from uq.quantize.text import Text, read_text, text_notes, token_sequences
 
-SEQUENCE = 512
 Result = TypeVar("Result")
 
 
@@ -57,8 +57,9 @@ class QuantizeOptions:
         group, bpw, method, targets: as in `make_plan`.
         calibration: as in `read_text`; None for the default text. `rtn` is data-free without one
             and searches its scales for the text's activations with one.
-        calibration_tokens: about so many, in sequences of at most 512.
+        calibration_tokens: about so many, in sequences of `calibration_length`.
         calibration_seed: as in `token_sequences`; None spreads the sequences evenly over the text.
+        max_memory: bytes that the run may take; None for what is free. Changes no byte.
         threads: of everything but the matrix products; one per core when None.
         resume: `auto`, `restart` or `require`, as in `BundleWriter`.
         render: the model's chat template, for a model that was trained on chats.
@@ -71,7 +72,9 @@ class QuantizeOptions:
     targets: tuple[str, ...] = ("igpu",)
     calibration: str | None = None
     calibration_tokens: int = 28672
+    calibration_length: int = 512
     calibration_seed: int | None = None
+    max_memory: int | None = None
     threads: int | None = None
     resume: str = "auto"
     render: Render | None = None
@@ -84,7 +87,6 @@ class QuantizeOptions:
 
 DEFAULTS = QuantizeOptions()
 SILENT = SilentProgress()
-MAIN_MEMORY = NumpyEngine()
 
 
 def quantize(
@@ -92,12 +94,15 @@ def quantize(
     out: Path,
     options: QuantizeOptions = DEFAULTS,
     progress: Progress = SILENT,
-    engine: CalibrationEngine = MAIN_MEMORY,
+    engine: CalibrationEngine | None = None,
 ) -> Path:
     """Quantize a checkpoint into the bundle `out`.
 
     Same checkpoint, text, options and engine, same bytes: at any number of threads, in one run or
     several.
+
+    Args:
+        engine: where calibration runs; None for main memory, and the disk where that is too small.
 
     Returns:
         The finished folder.
@@ -115,6 +120,7 @@ def quantize(
     kept = sum(tensor.method == "grid" for tensor in plan.tensors.values())
     if kept:
         progress.note(f"{kept} of {len(plan.tensors)} tensors lie on their grid: codes kept")
+    spill = _spill_bytes(config, plan, options) if engine is None else 0
     text = _calibration_text(plan, options)
     identity = _identity(checkpoint, text, options)
     shards = 1 + config.num_layers
@@ -127,12 +133,13 @@ def quantize(
     ):
         watch.require_same(writer)
         first = writer.committed
-        require_free(out, sum(shard_bytes(config, plan)[first:]))
+        require_free(out, spill + sum(shard_bytes(config, plan)[first:]))
+        engine = engine or NumpyEngine(work_folder(out) if spill else None)
         assets = _in_background(checkpoint.assets)
         tokens = None if text is None else _tokens(checkpoint, text, options, progress)
         if plan.budget is not None and tokens is not None:
             plan = mixed_plan(checkpoint, plan, plan.budget, tokens, progress)
-            require_free(out, sum(shard_bytes(config, plan)[first:]))
+            require_free(out, spill + sum(shard_bytes(config, plan)[first:]))
         writer.confirm("plan", {name: str(tensor) for name, tensor in plan.tensors.items()})
         progress.start(shards, "quantize", done=first)
         source = ShardSource(checkpoint, plan, tokens, range(first, shards), engine, pool, progress)
@@ -253,6 +260,16 @@ def shard_bytes(config: GemmaConfig, plan: Plan) -> list[int]:
     return [sum(stored[name] for name in shard_tensors(config, index)) for index in shards]
 
 
+def _spill_bytes(config: GemmaConfig, plan: Plan, options: QuantizeOptions) -> int:
+    """What the activations take on the disk; 0 where they fit into memory.
+
+    Raises:
+        UsageError: the run does not fit into `max_memory`.
+    """
+    found = footprint(config, plan, options.calibration_tokens, worker_threads(options))
+    return found.activations if spills(found, options.max_memory) else 0
+
+
 def _calibration_text(plan: Plan, options: QuantizeOptions) -> Text | None:
     return read_text(options.calibration) if plan.calibrated else None
 
@@ -260,7 +277,7 @@ def _calibration_text(plan: Plan, options: QuantizeOptions) -> Text | None:
 def _tokens(
     checkpoint: Checkpoint, text: Text, options: QuantizeOptions, progress: Progress
 ) -> NDArray[np.int32]:
-    length = min(SEQUENCE, options.calibration_tokens)
+    length = min(options.calibration_length, options.calibration_tokens)
     sequences = options.calibration_tokens // length
     tokenizer = checkpoint.tokenizer()
     tokens = token_sequences(
@@ -316,6 +333,7 @@ def _recorded(options: QuantizeOptions) -> dict[str, object]:
         "method",
         "targets",
         "calibration_tokens",
+        "calibration_length",
         "calibration_seed",
         "calibration_format",
     )

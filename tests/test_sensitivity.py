@@ -17,11 +17,19 @@ from uq.formats.spec import Spec
 from uq.kernels.reference import ReferenceSession
 from uq.kernels.weights import CheckpointWeights, Weights
 from uq.progress import SilentProgress
-from uq.quantize import sensitivity
+from uq.quantize import probes
 from uq.quantize.pipeline import QuantizeOptions, quantize
 from uq.quantize.plan import GptqOptions
+from uq.quantize.probes import (
+    LINEAR_PROBE,
+    TABLE_PROBE,
+    Probes,
+    candidates,
+    probe_spec,
+    table_names,
+)
 from uq.quantize.scales import quantize_rtn
-from uq.quantize.sensitivity import candidates, measure_costs, probe_spec
+from uq.quantize.sensitivity import measure_costs
 
 Array = NDArray[np.float32]
 TOKENS = np.random.default_rng(0).integers(6, 512, (4, 128)).astype(np.int32)
@@ -58,7 +66,7 @@ class Rounded:
 
 
 def log_softmax(session: ReferenceSession, tokens: NDArray[np.int32]) -> NDArray[np.float64]:
-    hidden = session.score(tokens)[:, sensitivity.POSITIONS]
+    hidden = session.score(tokens)[:, probes.POSITIONS]
     logits = session.logits(hidden, 0, session.config.vocab_size).astype(np.float64)
     return logits - np.logaddexp.reduce(logits, axis=-1, keepdims=True)
 
@@ -77,16 +85,39 @@ def checkpoint(request: pytest.FixtureRequest, tiny_checkpoint: Callable[..., Pa
 def test_probes_diverge_like_models_with_one_rounded_tensor(checkpoint: Checkpoint) -> None:
     config = checkpoint.config
     source = CheckpointWeights(checkpoint, resident=False)
-    probes = sensitivity.Probes(config, source, TOKENS, tables=True)
+    models = Probes(config, source, TOKENS, tables=True)
     for layer in range(config.num_layers):
-        probes.walk(layer, checkpoint.layer(layer))
-    found = probes.divergences()
-    tables = sensitivity.table_names(config)
+        models.walk(layer, checkpoint.layer(layer))
+    found = models.divergences()
+    tables = table_names(config)
     assert len(found) == len(tables) + 7 * config.num_layers
     names = [*tables, layer_tensor(0, "self_attn.v_proj"), layer_tensor(1, "mlp.down_proj")]
     for name in names:
-        bits = sensitivity.TABLE_PROBE if name in tables else sensitivity.LINEAR_PROBE
+        bits = TABLE_PROBE if name in tables else LINEAR_PROBE
         assert found[name] == pytest.approx(divergence_by_hand(checkpoint, name, bits), rel=1e-2)
+
+
+def test_layers_between_probed_ones_get_a_like_divergence(
+    tiny_checkpoint: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    checkpoint = open_checkpoint(tiny_checkpoint(layers=5, dtype="f32"))
+    config = checkpoint.config
+    source = CheckpointWeights(checkpoint, resident=False)
+
+    def divergences() -> dict[str, float]:
+        models = Probes(config, source, TOKENS, tables=False)
+        for layer in range(config.num_layers):
+            models.walk(layer, checkpoint.layer(layer))
+        return models.divergences()
+
+    measured = divergences()
+    monkeypatch.setattr(probes, "PROBED_LAYERS", 3)
+    found = divergences()
+    assert probes.probed_layers(5) == [0, 2, 4] and set(found) == set(measured)
+    for name, divergence in measured.items():
+        layer = int(name.split(".")[2])
+        bound = 1.001 if layer % 2 == 0 else 2.0
+        assert divergence / bound < found[name] < divergence * bound
 
 
 def test_more_bits_and_smaller_groups_cost_less(checkpoint: Checkpoint) -> None:

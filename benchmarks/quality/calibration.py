@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from uq.formats.tokenizer import Tokenizer
-from uq.quantize.pipeline import SEQUENCE, QuantizeOptions
+from uq.quantize.pipeline import DEFAULTS, QuantizeOptions
 from uq.quantize.text import read_text, token_sequences
 
 
@@ -43,7 +43,7 @@ def draw(number: int, tokenizer: Tokenizer, tokens: int, work: Path) -> Draw:
     Raises:
         UsageError: the calibration text is shorter than one window.
     """
-    length = min(SEQUENCE, tokens)
+    length = min(DEFAULTS.calibration_length, tokens)
     windows = token_sequences(
         tokenizer,
         read_text(QuantizeOptions().calibration),

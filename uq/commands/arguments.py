@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import math
+import re
 from collections.abc import Callable, Collection
 from pathlib import Path
 
@@ -53,6 +54,14 @@ def real(
         return value
 
     return parse
+
+
+def nbytes(text: str) -> int:
+    """Bytes: `10G`, `1.5G`, `512M`, in units of 1024."""
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)([MG])(?:i?B)?", text, re.ASCII | re.IGNORECASE)
+    if not found or (value := float(found[1])) == 0:
+        raise argparse.ArgumentTypeError(f"expected a size such as 10G or 512M, not '{text}'")
+    return int(value * (1 << 30 if found[2] in "Gg" else 1 << 20))
 
 
 def names(allowed: Collection[str]) -> Callable[[str], tuple[str, ...]]:

@@ -11,7 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from uq.commands.arguments import names, whole
+from uq.commands.arguments import names, nbytes, whole
 from uq.instruct import FORMATS, chat_render
 
 if TYPE_CHECKING:
@@ -63,6 +63,13 @@ def configure(parser: argparse.ArgumentParser) -> None:
         help="default: %(default)s",
     )
     add(
+        "--calibration-length",
+        type=whole(2),
+        default=512,
+        metavar="N",
+        help="tokens of one sequence; default: %(default)s",
+    )
+    add(
         "--calibration-seed",
         type=whole(0),
         metavar="N",
@@ -79,6 +86,10 @@ def configure(parser: argparse.ArgumentParser) -> None:
         "--keep", action="store_true",
         help="download the whole Hub checkpoint into the Hugging Face cache; default: fetch layer "
         "by layer and keep nothing",
+    )  # fmt: skip
+    add(
+        "--max-memory", type=nbytes, metavar="N",
+        help="such as 10G; calibration waits on the disk where it must; default: what is free",
     )  # fmt: skip
     add("--threads", type=whole(1), metavar="N", help="default: one per core")
     add("--dry-run", action="store_true", help="print plan, memory, disk and time, write nothing")
@@ -130,6 +141,8 @@ def read_options(args: argparse.Namespace) -> QuantizeOptions:
         calibration=args.calibration,
         calibration_tokens=args.calibration_tokens,
         calibration_seed=args.calibration_seed,
+        calibration_length=args.calibration_length,
+        max_memory=args.max_memory,
         threads=args.threads,
         resume="require" if args.resume else "restart" if args.restart else "auto",
     )
