@@ -296,7 +296,7 @@ def _require_new(out: Path) -> None:
 
 
 def _tidy(out: Path) -> None:
-    """Remove what a finished bundle does not need; the journal last, which tells that it is left."""
+    """Remove what a finished bundle does not need; the journal last: it tells what is left."""
     for name in (LOCK, JOURNAL):
         (out / name).unlink(missing_ok=True)
 
