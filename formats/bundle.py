@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 from uq.errors import BundleError
 from uq.formats.config import GemmaConfig, layer_tensor
+from uq.formats.decode import MAX_JSON
 from uq.formats.disk import hash_files
 from uq.formats.hub_name import cached_repository, is_hub_id, split_revision
 from uq.formats.manifest import (
@@ -33,8 +34,6 @@ from uq.formats.manifest import (
 from uq.formats.shard import Shard
 from uq.formats.spec import QuantTensor
 from uq.formats.tokenizer import Tokenizer
-
-MAX_MANIFEST = 16 << 20
 
 
 def open_bundle(path: str | Path, *, verify: Literal["full", "lazy"] = "full") -> Bundle:
@@ -208,8 +207,8 @@ def _read_manifest(root: Path) -> tuple[Manifest, str]:
         if not (root / name).is_file():
             raise BundleError(f"{root}: has no {name}; not a bundle, or an incomplete copy")
     size = (root / MANIFEST).stat().st_size
-    if size > MAX_MANIFEST:
-        raise BundleError(f"{root / MANIFEST}: {size} bytes, more than {MAX_MANIFEST}")
+    if size > MAX_JSON:
+        raise BundleError(f"{root / MANIFEST}: {size} bytes, more than {MAX_JSON}")
     data = (root / MANIFEST).read_bytes()
     digest = hashlib.sha256(data).hexdigest()
     with (root / CHECKSUM).open("rb") as file:

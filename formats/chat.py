@@ -6,7 +6,6 @@ one: the user shows the beginning of a piece, and the assistant goes on with it.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterable, Sequence
 from typing import TypedDict
 
@@ -14,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from uq.errors import UsageError
+from uq.formats.decode import parse_json
 from uq.formats.tokenizer import Tokenizer
 
 REQUEST = "Continue this text:\n\n"
@@ -42,10 +42,10 @@ def read_conversations(name: str, lines: str) -> tuple[Conversation, ...]:
         UsageError: a line is of another form.
     """
     found = []
-    for number, line in enumerate(lines.splitlines(), 1):
+    for number, line in enumerate(lines.removesuffix("\n").split("\n"), 1):
         try:
             messages = [Message(role=m["role"], content=m["content"]) for m in _messages(line)]
-        except (ValueError, TypeError, KeyError) as error:
+        except (UsageError, TypeError, KeyError) as error:
             raise UsageError(f"{name}: line {number}: no JSON object with `messages`") from error
         turns = messages[1:] if messages[:1] and messages[0]["role"] == "system" else messages
         roles = [message["role"] for message in turns]
@@ -92,7 +92,7 @@ def chat_window(
 
 
 def _messages(line: str) -> list[dict[str, str]]:
-    messages = json.loads(line)["messages"]
+    messages = parse_json(line.encode("utf-8", "replace"), "line", UsageError)["messages"]
     if not isinstance(messages, list):
         raise TypeError
     return messages

@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
+MAX_COUNT, MAX_LAYERS = 1 << 24, 1024  # of any size of a model; tables are made by layer
 SLIDING = "sliding_attention"
 FULL = "full_attention"
 

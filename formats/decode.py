@@ -10,24 +10,33 @@ from functools import cache
 from types import UnionType
 from typing import Any, NoReturn, TypeVar, Union, get_args, get_origin, get_type_hints
 
-from uq.errors import BundleError
+from uq.errors import BundleError, UqError
 
 T = TypeVar("T")
 
+MAX_JSON = 4 << 20  # bytes; the manifest of a 27B has 0.2 MiB
+MAX_VALUES = 1 << 17  # a value may take 100 times the bytes that it is written with
 OPTIONAL = {"optional": True}  # metadata of a dataclass field that may be missing in JSON
 SCALARS = {int: "an integer", float: "a finite number", str: "a string", bool: "true or false"}
 
 
-def parse_json(data: bytes, where: str) -> Any:
-    """JSON without repeated keys, NaN and Infinity.
+def parse_json(data: bytes, where: str, kind: type[UqError] = BundleError) -> Any:
+    """JSON without repeated keys, NaN and Infinity, and too small to fill the memory.
 
     Raises:
-        BundleError: anything else, or nesting too deep to be read.
+        kind: anything else, or nesting too deep to be read.
     """
+    if len(data) > MAX_JSON or data.count(b",") + data.count(b"[") + data.count(b"{") > MAX_VALUES:
+        raise kind(
+            f"{where}: {len(data)} bytes of JSON: longer than {MAX_JSON}, or more than "
+            f"{MAX_VALUES} values"
+        )
     try:
-        return json.loads(data, object_pairs_hook=_object, parse_constant=_constant)
+        return json.loads(
+            data, object_pairs_hook=_object, parse_constant=_constant, parse_float=_finite
+        )
     except (ValueError, RecursionError) as error:
-        raise BundleError(f"{where}: not valid JSON: {error}") from error
+        raise kind(f"{where}: not valid JSON: {error}") from error
 
 
 def decode(kind: type[T], value: object, where: str) -> T:
@@ -49,6 +58,12 @@ def decode(kind: type[T], value: object, where: str) -> T:
 def printable(name: str) -> str:
     """A name out of a file, fit for a message of one line."""
     return name if name.isprintable() and len(name) <= 100 else ascii(name[:100])
+
+
+def shown(value: object) -> str:
+    """A value out of a file, short enough for a message of one line."""
+    text = repr(value)
+    return text if len(text) <= 100 else text[:97] + "..."
 
 
 def _decode(kind: Any, value: Any, where: str) -> Any:
@@ -100,7 +115,10 @@ def _expect(kind: type[T], description: str, value: Any, where: str) -> T:
 
 
 def _refuse(expected: str, value: Any, where: str) -> NoReturn:
-    found = json.dumps(value)
+    try:
+        found = json.dumps(value)
+    except RecursionError:  # it could just be read
+        found = "something nested deeply"
     found = found if len(found) <= 40 else found[:37] + "..."
     raise BundleError(f"{where}expected {expected}, found {found}")
 
@@ -132,3 +150,10 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 def _constant(name: str) -> NoReturn:
     raise ValueError(f"{name} is not a number")
+
+
+def _finite(text: str) -> float:
+    """1e999 is valid JSON, but no float."""
+    if not math.isfinite(value := float(text)):
+        raise ValueError(f"{text[:20]} is beyond the range of a float")
+    return value

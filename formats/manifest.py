@@ -19,6 +19,8 @@ from uq.formats.config import (
     FINAL_NORM,
     FULL,
     HEAD,
+    MAX_COUNT,
+    MAX_LAYERS,
     SLIDING,
     GemmaConfig,
     layer_tensor,
@@ -36,7 +38,6 @@ REPORT_FILES = ("report.json", "report.html", "README.md")
 UNLISTED = frozenset({MANIFEST, CHECKSUM, *REPORT_FILES})
 KERNELS: frozenset[str] = frozenset()  # names of required_kernels that this version knows
 SHARD_SUFFIX = ".safetensors"
-MAX_COUNT = 1 << 24
 
 
 @dataclass(frozen=True)
@@ -241,6 +242,8 @@ def _check_model(config: GemmaConfig) -> None:
     for name in (*counts, "num_kv_heads", "head_dim", "q_size", "max_position_embeddings"):
         if not 1 <= getattr(config, name) <= MAX_COUNT:
             raise BundleError(f"{where}.{name}: {getattr(config, name)} is not in 1..{MAX_COUNT}")
+    if config.num_layers > MAX_LAYERS:
+        raise BundleError(f"{where}.num_layers: {config.num_layers} is more than {MAX_LAYERS}")
     positive = ("rms_norm_eps", "query_pre_attn_scalar", "rope_theta", "rope_local_theta")
     for name in (*positive, "rope_scaling", "attn_softcap", "final_softcap"):
         value = getattr(config, name)

@@ -16,11 +16,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from uq.errors import BundleError
-from uq.formats.decode import decode, parse_json, printable
+from uq.formats.decode import MAX_JSON, decode, parse_json, printable
 from uq.formats.manifest import ArrayRecord, TensorRecord
 from uq.formats.spec import QuantTensor
 
-MAX_HEADER = 16 << 20
+MAX_HEADER = MAX_JSON
 DATA_ALIGNMENT = 64
 ARRAY_ALIGNMENT = 4
 ITEM_BYTES = {"U8": 1, "F32": 4}

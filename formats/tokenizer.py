@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import codecs
+import json
 import re
 from collections.abc import Iterable
+from typing import Any
 
 import tokenizers
 from tokenizers.models import BPE
 
 from uq.errors import CheckpointError
 
+MAX_STEPS, MAX_REPLACEMENT = 2, 8
 BYTE = re.compile(r"<0x([0-9A-F]{2})>")
 
 
@@ -38,17 +41,25 @@ class Tokenizer:
         """Build from the content of a tokenizer.json.
 
         Raises:
-            CheckpointError: not a tokenizer, or not a BPE with byte fallback.
+            CheckpointError: not a tokenizer, not a BPE with byte fallback, or one that does more to
+                the text in front of it than Gemma's do.
         """
         try:
             inner = tokenizers.Tokenizer.from_buffer(data)
-        except Exception as error:  # the library raises bare exceptions
-            raise CheckpointError(f"tokenizer.json: cannot be read: {error}") from error
+        except BaseException as error:  # bare exceptions, and panics, which are none
+            if isinstance(error, KeyboardInterrupt | SystemExit):
+                raise
+            raise CheckpointError(f"tokenizer.json: cannot be read: {_line(error)}") from error
         if not (isinstance(inner.model, BPE) and inner.model.byte_fallback):
             raise CheckpointError(
                 f"tokenizer.json: {type(inner.model).__name__} model; expected the BPE model with "
                 "byte fallback that Gemma has"
             )
+        _require_plain(inner)
+        # What text is made into is ours to say; a file may ask for a billion tokens of padding.
+        inner.no_padding()
+        inner.no_truncation()
+        inner.post_processor = inner.decoder = None
         return cls(inner, bos, eos)
 
     def encode(self, text: str, *, bos: bool = True, special: bool = True) -> list[int]:
@@ -85,6 +96,40 @@ class Tokenizer:
         if byte := BYTE.fullmatch(token):
             return bytes([int(byte[1], 16)])
         return str(token).replace("▁", " ").encode()
+
+
+def _require_plain(inner: tokenizers.Tokenizer) -> None:
+    """Before the BPE, Gemma's tokenizers replace spaces and split at them.
+
+    Other steps may blow a text up (each `Replace` can double it) or search it for hours.
+    """
+    steps = [
+        *_steps(inner.normalizer, "normalizers"),
+        *_steps(inner.pre_tokenizer, "pretokenizers"),
+    ]
+    for step in steps:
+        pattern = step.get("pattern")
+        literal = isinstance(pattern, dict) and bool(pattern.get("String"))
+        replaced = step["type"] == "Replace" and len(step["content"]) <= MAX_REPLACEMENT
+        if not (literal and (replaced or step["type"] == "Split")):
+            raise CheckpointError(
+                f"tokenizer.json: a step of type {step['type']} that Gemma's tokenizers do not have"
+            )
+    if sum(step["type"] == "Replace" for step in steps) > MAX_STEPS or len(steps) > 2 * MAX_STEPS:
+        raise CheckpointError(f"tokenizer.json: {len(steps)} steps in front of the BPE model")
+
+
+def _steps(component: Any, key: str) -> list[dict[str, Any]]:
+    """The parts of a normalizer or pre-tokenizer, as the file describes them."""
+    if component is None:
+        return []
+    state = json.loads(component.__getstate__())
+    steps: list[dict[str, Any]] = state[key] if state["type"] == "Sequence" else [state]
+    return steps
+
+
+def _line(error: BaseException) -> str:
+    return " ".join(str(error).split())[:200]
 
 
 class TokenStream:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
@@ -13,10 +14,12 @@ from typing import Any
 from uq.errors import BundleError, UsageError
 from uq.formats.bundle import Bundle
 from uq.formats.chat import Message as Message
+from uq.formats.decode import parse_json
 
 TEMPLATE = "chat_template.jinja"
 CONFIG = "tokenizer_config.json"
 CHAT_FILES = (TEMPLATE, CONFIG)
+ENVIRONMENT = ("PATH", "PYTHONPATH", "PYTHONHOME", "LD_LIBRARY_PATH", "SYSTEMROOT", "TZ", "LANG")
 SECONDS = 10.0  # for one rendering, which takes milliseconds
 MAX_SOURCE = 1 << 20
 MAX_TEXT = 64 << 20  # bytes of a rendered text
@@ -73,11 +76,12 @@ class ChatTemplate:
             return
         self._pipe, theirs = Pipe()
         with theirs:
-            command = [sys.executable, "-m", "uq.sandbox", str(theirs.fileno())]
+            # -P: a json.py in the current folder, perhaps the model's own, is not imported.
+            command = [sys.executable, "-P", "-m", "uq.sandbox", str(theirs.fileno())]
             # A session of its own: Ctrl-C stops the answer and must not stop this process.
             self._worker = subprocess.Popen(
                 command, pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL,
-                stderr=subprocess.DEVNULL, start_new_session=True,
+                stderr=subprocess.DEVNULL, start_new_session=True, env=_without_secrets(),
             )  # fmt: skip
         self._pipe.send_bytes(json.dumps(self._source).encode())
 
@@ -104,7 +108,7 @@ class ChatTemplate:
             self.close()
             raise BundleError("chat template: took more memory than a text needs") from None
         if "error" in answer:
-            raise BundleError(f"chat template: {answer['error']}")
+            raise BundleError(f"chat template: {' '.join(answer['error'].split())[:500]}")
         return str(answer["text"])
 
     def close(self) -> None:
@@ -127,13 +131,15 @@ class ChatTemplate:
         self.close()
 
 
+def _without_secrets() -> dict[str, str]:
+    """What Python needs to start: no token of the Hub, no key of anything."""
+    return {name: os.environ[name] for name in ENVIRONMENT if name in os.environ}
+
+
 def _tokenizer_config(assets: Mapping[str, bytes]) -> dict[str, Any]:
     if CONFIG not in assets:
         return {}
-    try:
-        data = json.loads(assets[CONFIG])
-    except ValueError as error:
-        raise BundleError(f"{CONFIG}: not JSON: {error}") from None
+    data = parse_json(assets[CONFIG], CONFIG)
     if not isinstance(data, dict):
         raise BundleError(f"{CONFIG}: expected an object, found {type(data).__name__}")
     return data

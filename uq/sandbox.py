@@ -23,7 +23,7 @@ MEMORY = 512 << 20  # bytes of address space; Python and jinja2 take some 30 MB
 
 def main() -> None:
     """Take the template, then answer every set of variables until the other side closes."""
-    limit_memory()
+    limit_process()
     connection = Connection(int(sys.argv[1]))
     with contextlib.suppress(EOFError, KeyboardInterrupt):
         source = json.loads(connection.recv_bytes())
@@ -56,11 +56,13 @@ def refuse(message: str) -> NoReturn:
     raise TemplateError(message)
 
 
-def limit_memory() -> None:
+def limit_process() -> None:
     if sys.platform != "win32":
         import resource
 
         resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
+        resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))  # no file grows
+        resource.setrlimit(resource.RLIMIT_NPROC, (0, 0))  # no other process
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from uq.formats.checkpoint.merges import concatenate, used_merges
+from uq.formats.checkpoint.merges import MAX_TOKEN, concatenate, used_merges
 
 
 def without_unused_merges(data: bytes) -> bytes:
@@ -21,14 +21,14 @@ def without_unused_merges(data: bytes) -> bytes:
         model = document["model"]
         vocab: dict[str, int] = model["vocab"]
         merges = [_pair(merge) for merge in model["merges"]]
+        if not merges or not _is_plain(model, vocab):
+            return data
         triples = [(vocab[a], vocab[b], vocab[a + b]) for a, b in merges]
-    except (ValueError, KeyError, TypeError, AttributeError):
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return data  # broken, or not BPE: whoever builds the tokenizer says so
-    if not merges or not _is_plain(model, vocab):
-        return data
     tokens = [b""] * len(vocab)
     for token, index in vocab.items():
-        tokens[index] = token.encode()
+        tokens[index] = token.encode("utf-8", "surrogatepass")
     left, right, result = np.array(triples, np.int32).T.copy()
     rank = np.arange(len(merges), dtype=np.int32)
     used = used_merges(*concatenate(tokens), left, right, result, rank)
@@ -48,5 +48,7 @@ def _is_plain(model: dict[str, Any], vocab: dict[str, int]) -> bool:
     return (
         model.get("type") == "BPE"
         and not any(model.get(key) for key in special)
+        and all(type(index) is int for index in vocab.values())
         and sorted(vocab.values()) == list(range(len(vocab)))
+        and max(map(len, vocab)) <= MAX_TOKEN
     )

@@ -12,16 +12,19 @@ import numpy as np
 
 from uq.errors import CheckpointError
 from uq.formats.checkpoint.gguf_file import GgufFile
-from uq.formats.checkpoint.hf_config import check_heads, pattern_types
+from uq.formats.checkpoint.hf_config import MAX_NUMBER, check_heads, pattern_types
 from uq.formats.config import (
     EMBEDDING,
     FINAL_NORM,
     FULL,
     HEAD,
+    MAX_COUNT,
+    MAX_LAYERS,
     SLIDING,
     GemmaConfig,
     layer_tensor,
 )
+from uq.formats.decode import shown
 
 ARCHITECTURES = ("gemma", "gemma2", "gemma3")
 PATTERN = {"gemma2": 2, "gemma3": 6}
@@ -59,19 +62,19 @@ class Metadata:
         value = self.get(key, default)
         if isinstance(value, np.ndarray) and len(set(value.tolist())) == 1:
             value = value[0].item()  # one number per layer, all the same
-        if type(value) not in (int, float) or value < 0:
-            found = "missing" if value is None else repr(value)
+        if type(value) not in (int, float) or not 0 <= value <= MAX_NUMBER:
+            found = "missing" if value is None else shown(value)
             raise CheckpointError(
                 f"{self.file.path.name}: metadata {self.arch}.{key} is {found}; expected a number"
             )
         return float(value)
 
-    def integer(self, key: str, default: int | None = None) -> int:
+    def integer(self, key: str, default: int | None = None, most: int = MAX_COUNT) -> int:
         value = self.number(key, default)
-        if value != int(value) or value < 1:
+        if value != int(value) or not 1 <= value <= most:
             raise CheckpointError(
                 f"{self.file.path.name}: metadata {self.arch}.{key} is {value:g}; "
-                "expected a positive integer"
+                f"expected a positive integer, at most {most}"
             )
         return int(value)
 
@@ -84,20 +87,23 @@ def gguf_config(file: GgufFile) -> GemmaConfig:
             unsupported value.
     """
     arch = file.metadata.get("general.architecture")
-    if arch not in ARCHITECTURES:
+    if not isinstance(arch, str) or arch not in ARCHITECTURES:
         raise CheckpointError(
-            f"{file.path.name}: architecture {arch!r} is not supported; supported are: "
+            f"{file.path.name}: architecture {shown(arch)} is not supported; supported are: "
             + ", ".join(ARCHITECTURES)
         )
-    if file.metadata.get("split.count", 1) > 1:
+    if file.metadata.get("split.count", 1) not in (0, 1):
         raise CheckpointError(
             f"{file.path.name}: one part of a split GGUF; join the parts with "
             "llama-gguf-split --merge"
         )
     meta = Metadata(file, arch)
-    layers, heads = meta.integer("block_count"), meta.integer("attention.head_count")
+    layers, heads = (
+        meta.integer("block_count", most=MAX_LAYERS),
+        meta.integer("attention.head_count"),
+    )
     hidden = meta.integer("embedding_length")
-    head_dim = meta.integer("attention.key_length", hidden // heads)
+    head_dim = meta.integer("attention.key_length", max(hidden // heads, 1))
     types, window = _windows(meta, layers)
     theta, local_theta, scaling = _rope(meta)
     config = GemmaConfig(
@@ -194,7 +200,11 @@ def _embedding_rows(file: GgufFile) -> int:
 
 
 def _token(file: GgufFile, name: str, default: int) -> int:
-    return int(file.metadata.get(f"tokenizer.ggml.{name}_token_id", default))
+    key = f"tokenizer.ggml.{name}_token_id"
+    value = file.metadata.get(key, default)
+    if type(value) is not int or not 0 <= value <= MAX_COUNT:
+        raise CheckpointError(f"{file.path.name}: {key} is {shown(value)}; expected a token id")
+    return value
 
 
 def _eos(file: GgufFile) -> tuple[int, ...]:
@@ -202,7 +212,7 @@ def _eos(file: GgufFile) -> tuple[int, ...]:
     eos = [_token(file, "eos", 1)]
     if "tokenizer.ggml.eot_token_id" in file.metadata:
         eos.append(_token(file, "eot", 1))
-    tokens = file.metadata.get("tokenizer.ggml.tokens", [])
-    if END_OF_TURN in tokens:
+    tokens = file.metadata.get("tokenizer.ggml.tokens")
+    if isinstance(tokens, list) and END_OF_TURN in tokens:
         eos.append(tokens.index(END_OF_TURN))
     return tuple(dict.fromkeys(eos))

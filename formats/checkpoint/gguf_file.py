@@ -20,6 +20,7 @@ from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 from uq.errors import CheckpointError
 from uq.formats.checkpoint.tensors import TensorInfo
 from uq.formats.checkpoint.weight_file import LocalFile
+from uq.formats.decode import printable
 
 MAGIC = b"GGUF"
 VERSIONS = (2, 3)
@@ -38,6 +39,8 @@ SCALARS: dict[int, np.dtype[Any]] = {
     12: np.dtype("<f8"),
 }
 MAX_DIMS = 4
+MAX_ITEMS = 1 << 22  # of an array; a vocabulary has 262,144
+MAX_ENTRIES = 1 << 16  # keys, or tensors
 U32 = struct.Struct("<I")
 U64 = struct.Struct("<Q")
 
@@ -69,9 +72,9 @@ def read_gguf(path: Path) -> GgufFile:
     with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
         try:
             return _parse(path, _Cursor(data), size)
-        except (struct.error, ValueError, IndexError) as error:
+        except (struct.error, ValueError) as error:
             raise CheckpointError(
-                f"{path.name}: broken or cut short within the header: {error}"
+                f"{path.name}: broken or cut short within the header: {printable(str(error))}"
             ) from error
 
 
@@ -92,6 +95,13 @@ class _Cursor:
         self.at += 8
         return int(value)
 
+    def count(self, most: int) -> int:
+        """A number of things, none of which is smaller than a byte."""
+        value = self.u64()
+        if value > min(most, len(self.data)):
+            raise ValueError(f"{value} at offset {self.at - 8} is more than can be there")
+        return value
+
     def take(self, length: int) -> bytes:
         stop = self.at + length
         if stop > len(self.data):
@@ -107,7 +117,7 @@ class _Cursor:
         if kind == STRING:
             return self.string()
         if kind == ARRAY:
-            return self.array(self.u32(), self.u64())
+            return self.array(self.u32(), self.count(MAX_ITEMS))
         return self.numbers(kind, 1)[0].item()
 
     def array(self, kind: int, count: int) -> Any:
@@ -122,14 +132,14 @@ class _Cursor:
         return np.frombuffer(self.take(count * dtype.itemsize), dtype)
 
     def strings(self, count: int) -> list[bytes]:
-        data, at, size = self.data, self.at, U64.unpack_from
+        data, at, end, size = self.data, self.at, len(self.data), U64.unpack_from
         found = []
         for _ in range(count):
             start = at + 8
             at = start + size(data, at)[0]
+            if at > end:
+                raise ValueError("a list of strings ends behind the file")
             found.append(data[start:at])
-        if at > len(data):
-            raise ValueError("a list of strings ends behind the file")
         self.at = at
         return found
 
@@ -143,13 +153,15 @@ def _parse(path: Path, cursor: _Cursor, size: int) -> GgufFile:
             f"{path.name}: GGUF version {version} is not supported (a big-endian file?); "
             f"supported are: {', '.join(map(str, VERSIONS))}"
         )
-    tensor_count, key_count = cursor.u64(), cursor.u64()
+    tensor_count, key_count = cursor.count(MAX_ENTRIES), cursor.count(MAX_ENTRIES)
     metadata: dict[str, Any] = {}
     for _ in range(key_count):
         key = cursor.string()
         metadata[key] = cursor.value(cursor.u32())
     table = [_entry(cursor) for _ in range(tensor_count)]
-    alignment = int(metadata.get("general.alignment", 32))
+    alignment = metadata.get("general.alignment", 32)
+    if type(alignment) is not int or alignment < 1:
+        raise ValueError(f"general.alignment is {alignment!r:.40}")
     data_start = -(-cursor.at // alignment) * alignment
     tensors = {
         name: _tensor(path, size, data_start + offset, name, shape, kind)
@@ -173,17 +185,19 @@ def _tensor(
     try:
         dtype = GGMLQuantizationType(kind)
     except ValueError as error:
-        raise CheckpointError(f"{path.name}: {name}: unknown tensor type {kind}") from error
+        raise CheckpointError(
+            f"{path.name}: {printable(name)}: unknown tensor type {kind}"
+        ) from error
     block, block_bytes = GGML_QUANT_SIZES[dtype]
     if not shape or shape[-1] % block:
         raise CheckpointError(
-            f"{path.name}: {name}: rows of shape {shape} do not divide by blocks of {block} "
-            f"({dtype.name})"
+            f"{path.name}: {printable(name)}: rows of shape {shape} do not divide by blocks of "
+            f"{block} ({dtype.name})"
         )
     nbytes = math.prod(shape) // block * block_bytes
     if offset + nbytes > size:
         raise CheckpointError(
-            f"{path.name}: {size} bytes, but {name} ends at {offset + nbytes}: the file is cut "
-            "short; copy or download it again"
+            f"{path.name}: {size} bytes, but {printable(name)} ends at {offset + nbytes}: the file "
+            "is cut short; copy or download it again"
         )
     return TensorInfo(name, LocalFile(path), offset, shape, dtype.name.lower(), nbytes)

@@ -15,6 +15,8 @@ from numpy.typing import NDArray
 
 from uq.errors import CheckpointError
 from uq.formats.checkpoint.gguf_file import GgufFile
+from uq.formats.checkpoint.merges import MAX_TOKEN
+from uq.formats.decode import shown
 
 UNKNOWN, CONTROL, USER_DEFINED = 2, 3, 4
 SPACE = "▁"
@@ -49,10 +51,11 @@ def tokenizer_json(file: GgufFile) -> bytes:
         tokens = [token.decode() for token in raw]
     except UnicodeDecodeError as error:
         raise CheckpointError(f"{file.path.name}: a token is not UTF-8: {error}") from error
-    unknown = int(file.metadata.get(UNKNOWN_KEY, 3))
-    if unknown >= len(tokens):
+    unknown = file.metadata.get(UNKNOWN_KEY, 3)
+    if type(unknown) is not int or not 0 <= unknown < len(tokens):
         raise CheckpointError(
-            f"{file.path.name}: unknown_token_id is {unknown}, but there are {len(tokens)} tokens"
+            f"{file.path.name}: unknown_token_id is {shown(unknown)}, but there are {len(tokens)} "
+            "tokens"
         )
     document = {
         "version": "1.0",
@@ -90,7 +93,7 @@ def _vocabulary(file: GgufFile) -> tuple[list[bytes], NDArray[np.float32], NDArr
     kind = file.metadata.get("tokenizer.ggml.model")
     if kind != "llama":
         raise CheckpointError(
-            f"{file.path.name}: tokenizer {kind!r} is not supported; Gemma's is 'llama' "
+            f"{file.path.name}: tokenizer {shown(kind)} is not supported; Gemma's is 'llama' "
             "(SentencePiece)"
         )
     try:
@@ -99,6 +102,11 @@ def _vocabulary(file: GgufFile) -> tuple[list[bytes], NDArray[np.float32], NDArr
         )
     except KeyError as error:
         raise CheckpointError(f"{file.path.name}: metadata {error.args[0]} is missing") from error
+    numbers = isinstance(scores, np.ndarray) and isinstance(types, np.ndarray)
+    if not (isinstance(tokens, list) and numbers):
+        raise CheckpointError(f"{file.path.name}: the vocabulary is no lists of tokens and numbers")
+    if max(map(len, tokens), default=0) > MAX_TOKEN:
+        raise CheckpointError(f"{file.path.name}: a token has more than {MAX_TOKEN} bytes")
     if not len(tokens) == len(scores) == len(types):
         raise CheckpointError(
             f"{file.path.name}: {len(tokens)} tokens, {len(scores)} scores and {len(types)} token "

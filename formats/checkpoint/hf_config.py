@@ -6,16 +6,18 @@ The defaults below are those of GemmaConfig, Gemma2Config and Gemma3TextConfig i
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from uq.errors import CheckpointError
-from uq.formats.config import FULL, SLIDING, GemmaConfig
+from uq.formats.checkpoint.small_file import read_small
+from uq.formats.config import FULL, MAX_COUNT, MAX_LAYERS, SLIDING, GemmaConfig
+from uq.formats.decode import parse_json, shown
 
 JSON = Mapping[str, Any]
+MAX_NUMBER = 1e30
 TOKEN_KEYS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 
@@ -56,17 +58,19 @@ class Keys:
     data: JSON
 
     def refuse(self, key: str, expected: str) -> CheckpointError:
-        return CheckpointError(f"{self.file}: {key} is {self.data[key]!r}; expected {expected}")
+        return CheckpointError(
+            f"{self.file}: {key} is {shown(self.data[key])}; expected {expected}"
+        )
 
-    def integer(self, key: str, default: int) -> int:
+    def integer(self, key: str, default: int, most: int = MAX_COUNT) -> int:
         value = self.data.get(key, default)
-        if type(value) is not int or value <= 0:
-            raise self.refuse(key, "a positive integer")
+        if type(value) is not int or not 0 < value <= most:
+            raise self.refuse(key, f"a positive integer, at most {most}")
         return value
 
     def number(self, key: str, default: float) -> float:
         value = self.data.get(key, default)
-        if type(value) not in (int, float) or value <= 0:
+        if type(value) not in (int, float) or not 0 < value <= MAX_NUMBER:
             raise self.refuse(key, "a positive number")
         return float(value)
 
@@ -77,7 +81,7 @@ class Keys:
 
     def token(self, key: str, default: int) -> int:
         value = self.data.get(key, default)
-        if type(value) is not int or value < 0:
+        if type(value) is not int or not 0 <= value <= MAX_COUNT:
             raise self.refuse(key, "a token id")
         return value
 
@@ -85,7 +89,7 @@ class Keys:
         """An id, a list of ids or null."""
         value = self.data.get(key)
         ids = value if isinstance(value, list) else [] if value is None else [value]
-        if any(type(token) is not int or token < 0 for token in ids):
+        if any(type(token) is not int or not 0 <= token <= MAX_COUNT for token in ids):
             raise self.refuse(key, "a token id or a list of them")
         return tuple(ids)
 
@@ -104,12 +108,7 @@ def read_json(path: Path) -> dict[str, Any]:
     Raises:
         CheckpointError: the file is missing, or not a JSON object.
     """
-    try:
-        data = json.loads(path.read_bytes())
-    except FileNotFoundError as error:
-        raise CheckpointError(f"{path}: not found") from error
-    except ValueError as error:
-        raise CheckpointError(f"{path}: not JSON: {error}") from error
+    data = parse_json(read_small(path), str(path), CheckpointError)
     if not isinstance(data, dict):
         raise CheckpointError(f"{path}: expected a JSON object")
     return data
@@ -133,7 +132,7 @@ def parse_config(
     text = outer.object("text_config") if data["model_type"] == "gemma3" else data
     keys = Keys(file, {key: data[key] for key in TOKEN_KEYS if key in data} | dict(text))
     _refuse_unsupported(family, keys)
-    layers = keys.integer("num_hidden_layers", family.num_layers)
+    layers = keys.integer("num_hidden_layers", family.num_layers, MAX_LAYERS)
     head_dim = keys.integer("head_dim", 256)
     types = _layer_types(family, keys, layers)
     theta, local_theta, scaling = _rope(family, keys)
@@ -192,9 +191,9 @@ def check_heads(config: GemmaConfig, file: str) -> None:
 
 def _family(data: JSON, file: str) -> Family:
     model_type = data.get("model_type")
-    if model_type not in FAMILIES:
+    if not isinstance(model_type, str) or model_type not in FAMILIES:
         raise CheckpointError(
-            f"{file}: model_type {model_type!r} is not supported; supported are: "
+            f"{file}: model_type {shown(model_type)} is not supported; supported are: "
             + ", ".join(FAMILIES)
         )
     return FAMILIES[model_type]
@@ -214,7 +213,7 @@ def _refuse_unsupported(family: Family, keys: Keys) -> None:
     if family is GEMMA and data.get(key) is None:
         key = "hidden_act"
     # "gelu" in an old gemma config means the tanh form; transformers replaces it silently.
-    allowed = {"gelu_pytorch_tanh"} | ({"gelu"} if key == "hidden_act" else set())
+    allowed = ["gelu_pytorch_tanh", *(["gelu"] if key == "hidden_act" else [])]
     if data.get(key, "gelu_pytorch_tanh") not in allowed:
         raise keys.refuse(key, "gelu_pytorch_tanh")
 
@@ -232,7 +231,7 @@ def _layer_types(family: Family, keys: Keys, layers: int) -> tuple[str, ...]:
     types = keys.data.get("layer_types")
     if types is None:
         return pattern_types(_pattern(family, keys), layers)
-    if not isinstance(types, list) or not set(types) <= {SLIDING, FULL}:
+    if not isinstance(types, list) or any(kind not in (SLIDING, FULL) for kind in types):
         raise keys.refuse("layer_types", f"a list of {SLIDING} and {FULL}")
     if len(types) != layers:
         raise CheckpointError(
@@ -288,7 +287,7 @@ def _linear_factor(file: str, parameters: JSON) -> float:
     kind = parameters.get("rope_type", parameters.get("type", "default"))
     if kind not in ("default", "linear") or parameters.get("partial_rotary_factor", 1) != 1:
         raise CheckpointError(
-            f"{file}: RoPE of type {kind!r} is not supported; supported are: default, linear"
+            f"{file}: RoPE of type {shown(kind)} is not supported; supported are: default, linear"
         )
     if kind == "default":
         return 1.0

@@ -14,6 +14,7 @@ import numpy as np
 from numba import njit
 from numpy.typing import NDArray
 
+MAX_TOKEN = 1024  # bytes; the work is quadratic in it; the longest of Gemma 3 has 93
 EMPTY = -1
 NEVER = np.int32(2**31 - 1)
 Ids = NDArray[np.int32]

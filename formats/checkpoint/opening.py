@@ -25,9 +25,10 @@ from uq.formats.checkpoint.hub import (
 from uq.formats.checkpoint.hub_file import hub_files
 from uq.formats.checkpoint.read_ahead import BLOCK, WORKERS, read_ahead
 from uq.formats.checkpoint.safetensors_file import folder_tensors, stored_tensors, weight_names
+from uq.formats.checkpoint.small_file import read_small
 from uq.formats.checkpoint.tensors import TensorInfo
 from uq.formats.config import EMBEDDING, HEAD
-from uq.formats.hub_name import is_hub_id
+from uq.formats.hub_name import cached_repository, is_hub_id
 
 PREFIXES = ("language_model.model.", "model.language_model.", "model.")
 HEADS = ("lm_head.weight", "language_model.lm_head.weight")
@@ -42,6 +43,7 @@ ASSETS = (
     "chat_template.json",
     "config.json",
 )
+MAX_ASSET = 64 << 20  # bytes; Gemma 3's tokenizer.json has 33 MB
 LICENCES = ("LICENSE*", "LICENCE*", "NOTICE*", "GEMMA_TERMS*", "USE_POLICY*")
 
 
@@ -190,7 +192,7 @@ def _gguf_dtype(file: GgufFile, tensors: Iterable[TensorInfo]) -> str:
 
     try:
         name: str = LlamaFileType(file.metadata["general.file_type"]).name
-    except (KeyError, ValueError):
+    except (KeyError, ValueError, TypeError):
         return _describe_dtype(tensors)
     return name.lower().removeprefix("mostly_").removeprefix("all_")
 
@@ -198,12 +200,25 @@ def _gguf_dtype(file: GgufFile, tensors: Iterable[TensorInfo]) -> str:
 def _folder_assets(folder: Path) -> dict[str, bytes]:
     if not (folder / TOKENIZER).is_file():
         raise CheckpointError(f"{folder}: has no {TOKENIZER}; copy it from the original model")
-    names = [name for name in ASSETS if (folder / name).is_file()]
+    names = [name for name in ASSETS if (folder / name).exists()]
     names += sorted(path.name for pattern in LICENCES for path in folder.glob(pattern))
-    assets = {name: (folder / name).read_bytes() for name in names}
+    assets = {name: _asset(folder, name) for name in names}
     original = assets[TOKENIZER]
     kept_as = _tokenizer_file(hashlib.sha256(original).hexdigest())
     return assets | {TOKENIZER: kept(kept_as, lambda: without_unused_merges(original))}
+
+
+def _asset(folder: Path, name: str) -> bytes:
+    """A file that the bundle will carry on, so no link to a file elsewhere on this machine.
+
+    Raises:
+        CheckpointError: it is one, or no file, or larger than any real one.
+        DeviceError: the disk failed.
+    """
+    home = cached_repository(folder) or folder
+    if not (folder / name).resolve().is_relative_to(home.resolve()):
+        raise CheckpointError(f"{folder / name}: is a link out of the folder; copy the file itself")
+    return read_small(folder / name, MAX_ASSET)
 
 
 def _tokenizer_file(key: str) -> str:
@@ -214,6 +229,7 @@ def _tokenizer_file(key: str) -> str:
 def _gguf_assets(file: GgufFile) -> dict[str, bytes]:
     kept_as = _tokenizer_file(vocabulary_key(file))
     assets = {TOKENIZER: kept(kept_as, lambda: tokenizer_json(file))}
-    if template := file.metadata.get("tokenizer.chat_template"):
+    template = file.metadata.get("tokenizer.chat_template")
+    if isinstance(template, str) and template:
         assets["chat_template.jinja"] = template.encode()
     return assets

@@ -2,20 +2,33 @@
 
 from __future__ import annotations
 
-import json
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from uq.errors import CheckpointError
+from uq.errors import BundleError, CheckpointError
+from uq.formats.checkpoint.small_file import read_small
 from uq.formats.checkpoint.tensors import TensorInfo
 from uq.formats.checkpoint.weight_file import LocalFile, WeightFile
+from uq.formats.decode import MAX_JSON, decode, parse_json, printable
 
 ITEM_BYTES = {"bf16": 2, "f16": 2, "f32": 4}
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
-MAX_HEADER = 100_000_000
+MAX_HEADER = MAX_JSON
+MAX_DIMS, MAX_SIZE = 8, 1 << 48  # of a shape
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A tensor as a header describes it; offsets are relative to the data."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    data_offsets: tuple[int, int]
 
 
 def folder_tensors(folder: Path) -> dict[str, TensorInfo]:
@@ -73,14 +86,22 @@ def file_tensors(file: WeightFile) -> dict[str, TensorInfo]:
         for name, entry in header.items()
         if name != "__metadata__"
     }
-    end = max((t.offset + t.nbytes for t in tensors.values()), default=data_start)
-    if end > size:
-        last = max(tensors.values(), key=lambda t: t.offset)
-        raise CheckpointError(
-            f"{file.name}: {size} bytes, but {last.name} ends at {end}: the file is cut short; "
-            "copy or download it again"
-        )
+    _check_places(file, sorted(tensors.values(), key=lambda tensor: tensor.offset), size)
     return tensors
+
+
+def _check_places(file: WeightFile, tensors: Sequence[TensorInfo], size: int) -> None:
+    """In the order of the file, no two tensors share a byte and the last ends within it."""
+    for before, tensor in pairwise(tensors):
+        if before.offset + before.nbytes > tensor.offset:
+            raise CheckpointError(
+                f"{tensor.where}: begins at {tensor.offset}, within {printable(before.name)}"
+            )
+    if tensors and (end := tensors[-1].offset + tensors[-1].nbytes) > size:
+        raise CheckpointError(
+            f"{file.name}: {size} bytes, but {printable(tensors[-1].name)} ends at {end}: the file "
+            "is cut short; copy or download it again"
+        )
 
 
 def index_shards(path: Path) -> dict[str, str]:
@@ -90,13 +111,13 @@ def index_shards(path: Path) -> dict[str, str]:
         CheckpointError: the index is not JSON, or names a file outside of its folder.
     """
     try:
-        shards = json.loads(path.read_bytes())["weight_map"]
+        shards = parse_json(read_small(path), path.name, CheckpointError)["weight_map"]
         items = {str(name): str(file) for name, file in shards.items()}
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError(f"{path.name}: not a safetensors index: {error!r}") from error
+    except (KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"{path.name}: not a safetensors index: {error!r:.99}") from error
     for file in items.values():
-        if Path(file).name != file:
-            raise CheckpointError(f"{path.name}: shard {file!r} is not a plain file name")
+        if Path(file).name != file or "\0" in file:
+            raise CheckpointError(f"{path.name}: shard {file[:99]!r} is not a plain file name")
     return items
 
 
@@ -110,10 +131,7 @@ def _header(file: WeightFile) -> tuple[dict[str, Any], int]:
             "file, or cut short"
         )
     text = file.read(8, length).tobytes() if length else b""
-    try:
-        header = json.loads(text)
-    except ValueError as error:
-        raise CheckpointError(f"{file.name}: header is not JSON: {error}") from error
+    header = parse_json(text, f"{file.name}: header", CheckpointError)
     if not isinstance(header, dict):
         raise CheckpointError(f"{file.name}: header is not a JSON object")
     return header, 8 + length
@@ -121,19 +139,24 @@ def _header(file: WeightFile) -> tuple[dict[str, Any], int]:
 
 def _tensor(file: WeightFile, name: str, entry: Any, data_start: int) -> TensorInfo:
     try:
-        dtype = str(entry["dtype"]).lower()
-        shape = tuple(int(size) for size in entry["shape"])
-        start, stop = (int(offset) for offset in entry["data_offsets"])
-    except (KeyError, TypeError, ValueError) as error:
-        raise CheckpointError(f"{file.name}: {name}: broken header entry: {error!r}") from error
+        stored = decode(Entry, entry, name)
+    except BundleError as error:
+        raise CheckpointError(f"{file.name}: broken header entry: {error}") from error
+    dtype, shape, (start, stop) = stored.dtype.lower(), stored.shape, stored.data_offsets
     nbytes = stop - start
-    if start < 0 or nbytes < 0 or min(shape, default=0) < 0:
+    if (
+        start < 0
+        or nbytes < 0
+        or len(shape) > MAX_DIMS
+        or not all(0 <= n <= MAX_SIZE for n in shape)
+    ):
         raise CheckpointError(
-            f"{file.name}: {name}: data offsets {start}:{stop}, shape {shape}: out of range"
+            f"{file.name}: {printable(name)}: data offsets {start}:{stop}, shape "
+            f"{shape[: MAX_DIMS + 1]}: out of range"
         )
     if dtype in ITEM_BYTES and nbytes != math.prod(shape) * ITEM_BYTES[dtype]:
         raise CheckpointError(
-            f"{file.name}: {name}: {nbytes} bytes, but shape {shape} of {dtype} takes "
+            f"{file.name}: {printable(name)}: {nbytes} bytes, but shape {shape} of {dtype} takes "
             f"{math.prod(shape) * ITEM_BYTES[dtype]}"
         )
     return TensorInfo(name, file, data_start + start, shape, dtype, nbytes)

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from uq.errors import CheckpointError
 from uq.formats.checkpoint.weight_file import WeightFile
+from uq.formats.decode import printable
 
 
 @dataclass(frozen=True)
@@ -35,7 +36,7 @@ class TensorInfo:
     @property
     def where(self) -> str:
         """Prefix of a message about this tensor."""
-        return f"{self.file.name}: {self.name}"
+        return f"{self.file.name}: {printable(self.name)}"
 
 
 def read_rows(info: TensorInfo, start: int, stop: int) -> NDArray[np.float32]:

@@ -74,25 +74,25 @@ class LocalFile:
         where = f"{nbytes} bytes at {offset}"
         data = np.empty(nbytes, np.uint8)
         rest = data.data
-        with _disk_reads(self.path, where), self.path.open("rb", buffering=0) as file:
+        with disk_reads(self.path, where), self.path.open("rb", buffering=0) as file:
             while rest and (count := os.preadv(file.fileno(), [rest], offset)):
                 rest, offset = rest[count:], offset + count
         if rest:
-            raise CheckpointError(f"{self.name}: cannot read {where}: the file was cut")
+            raise CheckpointError(f"{self.name}: cannot read {where}: the file was cut short")
         data.flags.writeable = False
         return data
 
     def sha256(self) -> str:
         """In large steps, which seldom wait for the interpreter's lock."""
         digest, block = hashlib.sha256(), bytearray(HASH_BLOCK)
-        with _disk_reads(self.path, "all of it"), self.path.open("rb", buffering=0) as file:
+        with disk_reads(self.path, "all of it"), self.path.open("rb", buffering=0) as file:
             while count := file.readinto(block):
                 digest.update(memoryview(block)[:count])
         return digest.hexdigest()
 
 
 @contextmanager
-def _disk_reads(path: Path, what: str) -> Iterator[None]:
+def disk_reads(path: Path, what: str) -> Iterator[None]:
     """Turn an `OSError` of reading into a line."""
     try:
         yield

@@ -15,6 +15,7 @@ from typing import Any
 
 from uq.errors import BundleError, UsageError
 from uq.formats.config import GemmaConfig
+from uq.formats.decode import printable, shown
 from uq.kernels.npu.kernels.attention.design import attention
 from uq.kernels.npu.kernels.attention.plan import Plan, on_all_columns, plan
 from uq.kernels.npu.kernels.attention.variant import Variant
@@ -157,7 +158,7 @@ def _entries(root: Path) -> dict[str, Any]:
     try:
         index = json.loads(path.read_text())
         if index["schema"] != SCHEMA:
-            raise BundleError(f"{path}: schema {index['schema']} is not known; update uq")
+            raise BundleError(f"{path}: schema {shown(index['schema'])} is not known; update uq")
         entries: dict[str, Any] = index["designs"]
         for name, entry in entries.items():
             _check_entry(path, name, entry)
@@ -165,7 +166,7 @@ def _entries(root: Path) -> dict[str, Any]:
         raise BundleError(
             f"{root}: carries no designs for an NPU; add them with: uq npu build {root}"
         ) from error
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise BundleError(f"{path}: is no index of designs; carry them again") from error
     return entries
 
@@ -175,9 +176,11 @@ def _check_entry(path: Path, name: str, entry: Mapping[str, Any]) -> None:
     names = [name, *entry["files"], *(made["source"] for made in entry["objects"].values())]
     for part in names:
         if Path(part).name != part or part in ("", ".", ".."):
-            raise BundleError(f"{path}: {part!r} is no name of a file in it")
+            raise BundleError(f"{path}: {part[:99]!r} is no name of a file in it")
     if entry["state"] not in (COMPILED, NOT_COMPILED) or DESIGN not in entry["files"]:
-        raise BundleError(f"{path}: {name} is neither compiled nor not, or has no {DESIGN}")
+        raise BundleError(
+            f"{path}: {printable(name)} is neither compiled nor not, or has no {DESIGN}"
+        )
 
 
 def _write_index(root: Path, index: Mapping[str, Any]) -> None:
