@@ -14,7 +14,7 @@ from pathlib import Path
 
 from uq import __version__
 from uq.errors import BundleError, UqError, UsageError
-from uq.formats.decode import decode, parse_json
+from uq.formats.decode import decode, parse_json, printable
 from uq.formats.disk import hash_files, replace_file
 from uq.formats.manifest import SCHEMA, ArrayRecord, FileRecord, TensorRecord
 
@@ -133,7 +133,7 @@ def _require_equal(begun: object, asked: object, folder: Path) -> None:
         old, new = before.get(key, "nothing"), now.get(key, "nothing")
         if old != new:
             raise UsageError(
-                f"{folder}: was begun with {key} {_short(old)}, now {_short(new)}; ask for the "
+                f"{folder}: was begun with {printable(key)} {_short(old)}, now {_short(new)}; ask for the "
                 f"same to continue, or {BEGIN_ANEW}"
             )
 
@@ -147,5 +147,5 @@ def _flat(value: object, name: str = "") -> dict[str, object]:
 
 
 def _short(value: object) -> str:
-    text = value if isinstance(value, str) else json.dumps(value)
+    text = value if isinstance(value, str) and value.isprintable() else json.dumps(value)
     return text if len(text) <= 64 else text[:61] + "..."

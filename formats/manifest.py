@@ -25,7 +25,7 @@ from uq.formats.config import (
     GemmaConfig,
     layer_tensor,
 )
-from uq.formats.decode import OPTIONAL, decode, parse_json, printable
+from uq.formats.decode import OPTIONAL, decode, parse_json, printable, shown
 from uq.formats.layout import Layout
 from uq.formats.layouts import LAYOUTS
 from uq.formats.spec import BITS, GROUPS, ZERO_POINT_BITS, Spec
@@ -168,7 +168,9 @@ def check_manifest(manifest: Manifest) -> None:
     if not 1 <= manifest.schema <= SCHEMA:
         raise BundleError(f"{MANIFEST}: schema: expected 1 to {SCHEMA}, found {manifest.schema}")
     if unknown := sorted(set(manifest.required_kernels) - KERNELS):
-        raise BundleError(f"{MANIFEST}: required_kernels: {unknown[0]!r} is not known; update uq")
+        raise BundleError(
+            f"{MANIFEST}: required_kernels: {shown(unknown[0])} is not known; update uq"
+        )
     _check_model(manifest.model)
     for name, record in manifest.files.items():
         _check_file(name, record)
@@ -222,12 +224,14 @@ def check_path(name: str) -> None:
         or re.search(r"[\\:\x00-\x1f\x7f\ud800-\udfff]", name)
         or PurePosixPath(name).is_absolute()
     ):
-        raise BundleError(f"{MANIFEST}: files: {name!r} is not a relative path inside the bundle")
+        raise BundleError(
+            f"{MANIFEST}: files: {shown(name)} is not a relative path inside the bundle"
+        )
 
 
 def _check_file(name: str, record: FileRecord) -> None:
     check_path(name)
-    where = f"{MANIFEST}: files.{name}"
+    where = f"{MANIFEST}: files.{printable(name)}"
     if name in UNLISTED:
         raise BundleError(f"{where}: is written outside the hashed set and cannot be listed")
     if record.size < 0:
@@ -296,7 +300,7 @@ def _check_tensor(where: str, record: TensorRecord, shape: tuple[int, int], sche
 
 def _check_shard(where: str, file: str, files: Mapping[str, FileRecord]) -> None:
     if file not in files or not file.endswith(SHARD_SUFFIX):
-        raise BundleError(f"{where}.file: {file!r} is no shard of this bundle")
+        raise BundleError(f"{where}.file: {shown(file)} is no shard of this bundle")
 
 
 def _check_shape(where: str, found: tuple[int, ...], expected: tuple[int, ...]) -> None:
@@ -306,4 +310,4 @@ def _check_shape(where: str, found: tuple[int, ...], expected: tuple[int, ...]) 
 
 def _one_of(where: str, value: object, allowed: tuple[object, ...]) -> None:
     if value not in allowed:
-        raise BundleError(f"{where}: {value!r} is not one of {', '.join(map(str, allowed))}")
+        raise BundleError(f"{where}: {shown(value)} is not one of {', '.join(map(str, allowed))}")

@@ -10,6 +10,7 @@ import signal
 import struct
 import tracemalloc
 from collections.abc import Callable, Sequence
+from copy import deepcopy
 from dataclasses import dataclass
 from typing import Any
 
@@ -79,7 +80,6 @@ VALUES: tuple[Any, ...] = (
     float("nan"), True, False, None, "", "a", "\ud800", "../x", "/etc/passwd", "a\nb", "\0",
     "x" * 3000, "\U0001f600" * 300, [], {}, [0], [[]], {"a": {}}, [1] * 500, {"0": [1, 2]}, 12345,
 )  # fmt: skip
-DEEP = 3000
 
 
 def damage_json(data: bytes, edits: Sequence[Edit]) -> bytes:
@@ -107,7 +107,7 @@ def nodes(value: Any) -> list[tuple[Any, Any]]:
 
 
 def replace_value(holder: Any, key: Any, value: int) -> None:
-    holder[key] = VALUES[value % len(VALUES)]
+    holder[key] = deepcopy(VALUES[value % len(VALUES)])
 
 
 def remove_value(holder: Any, key: Any, value: int) -> None:
@@ -124,7 +124,7 @@ def wrap_value(holder: Any, key: Any, value: int) -> None:
 
 
 def nest_value(holder: Any, key: Any, value: int) -> None:
-    depth = (1, 5, 90, 300)[value % 4]  # more than json.dumps can write comes by `deep`
+    depth = (1, 5, 90, 300)[value % 4]
     for _ in range(depth):
         holder[key] = [holder[key]]
 
@@ -132,7 +132,7 @@ def nest_value(holder: Any, key: Any, value: int) -> None:
 def move_value(holder: Any, key: Any, value: int) -> None:
     """Another value of the same holder in its place."""
     keys = list(holder) if isinstance(holder, dict) else range(len(holder))
-    holder[key] = holder[keys[value % len(keys)]]
+    holder[key] = deepcopy(holder[keys[value % len(keys)]])
 
 
 def multiply_value(holder: Any, key: Any, value: int) -> None:
@@ -142,9 +142,9 @@ def multiply_value(holder: Any, key: Any, value: int) -> None:
 
 def add_value(holder: Any, key: Any, value: int) -> None:
     if isinstance(holder, dict):
-        holder[f"{key}{value % 3}"] = holder[key]
+        holder[f"{key}{value % 3}"] = deepcopy(holder[key])
     else:
-        holder.append(holder[key])
+        holder.append(deepcopy(holder[key]))
 
 
 JSON_EDITS = (
@@ -246,6 +246,7 @@ def watched(form: Format, data: bytes, found: Found) -> None:
     except BaseException as error:
         raise AssertionError(f"{error!r:.300} by {data!r:.3000}") from error
     peak = tracemalloc.get_traced_memory()[1] - before
+    signal.setitimer(signal.ITIMER_VIRTUAL, 0)
     assert peak <= PER_BYTE * len(data) + CONSTANT, f"{peak} bytes for {len(data)}: {data!r:.3000}"
     found.peak = max(found.peak, (peak, len(data)))
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -194,3 +195,12 @@ def test_no_reader_unpickles_or_evaluates() -> None:
         "allow_pickle=True",
     ):
         assert forbidden not in text
+
+
+def test_the_tests_that_the_page_names_are_there() -> None:
+    tests = Path(__file__).parent
+    page = (tests.parent / "SECURITY.md").read_text()
+    named = re.findall(r"`(test_\w+)(?:::(test_\w+))?`", page)
+    assert len(named) > 10
+    for file, function in named:
+        assert f"def {function}" in (tests / f"{file}.py").read_text()

@@ -131,7 +131,8 @@ class Soak:
             raise Lost(f"{fault}: cannot be continued: {resumed.error}")
         if self.take() != unbroken.files:
             raise Lost(f"{fault}: the files differ from those of an unbroken run")
-        again = 0 if resumed.first is None else broken_at(broken) - resumed.first
+        # A kill may come between a commit and the word of it.
+        again = 0 if resumed.first is None else max(broken_at(broken) - resumed.first, 0)
         if again > 1:
             raise Lost(f"{fault}: {again} finished layers were made again")
         tally.resumed[kind] += 1

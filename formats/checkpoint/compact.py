@@ -33,7 +33,8 @@ def without_unused_merges(data: bytes) -> bytes:
     rank = np.arange(len(merges), dtype=np.int32)
     used = used_merges(*concatenate(tokens), left, right, result, rank)
     model["merges"] = [merges[index] for index in np.flatnonzero(used)]
-    return json.dumps(document, ensure_ascii=False, separators=(",", ":")).encode()
+    text = json.dumps(document, ensure_ascii=False, separators=(",", ":"))
+    return text.encode("utf-8", "surrogatepass")  # which no tokenizer will read
 
 
 def _pair(merge: str | list[str]) -> tuple[str, str]:
