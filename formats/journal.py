@@ -133,8 +133,8 @@ def _require_equal(begun: object, asked: object, folder: Path) -> None:
         old, new = before.get(key, "nothing"), now.get(key, "nothing")
         if old != new:
             raise UsageError(
-                f"{folder}: was begun with {printable(key)} {_short(old)}, now {_short(new)}; ask for the "
-                f"same to continue, or {BEGIN_ANEW}"
+                f"{folder}: was begun with {printable(key)} {_short(old)}, now {_short(new)}; ask "
+                f"for the same to continue, or {BEGIN_ANEW}"
             )
 
 

@@ -112,8 +112,8 @@ class Soak:
                 return Fault(sync=self.rng.randrange(calls.syncs))
         return Fault(read=self.rng.randrange(calls.reads))
 
-    def disturb(self, kind: str, unbroken: Unbroken, tally: Tally) -> None:
-        """One run that is broken and one that goes on.
+    def disturb(self, kind: str, unbroken: Unbroken, tally: Tally) -> bool:
+        """One run that is broken and one that goes on; whether the first was broken in time.
 
         Raises:
             Lost: the second fails or its files differ, or too much was done again.
@@ -123,7 +123,7 @@ class Soak:
         if broken.error is None and not broken.killed:
             tally.missed += 1  # it was faster this time
             self.take()
-            return
+            return False
         if not broken.killed and SAYS[kind] not in str(broken.error):
             raise Lost(f"{fault}: said {broken.error!r}")
         resumed = self.server.run(self.job(unbroken.text))
@@ -137,6 +137,7 @@ class Soak:
             raise Lost(f"{fault}: {again} finished layers were made again")
         tally.resumed[kind] += 1
         tally.again[again] += 1
+        return True
 
 
 def broken_at(outcome: Outcome) -> int:
@@ -216,7 +217,8 @@ def soak(folder: Path, args: argparse.Namespace) -> Tally:
         for index, kind in enumerate(disturbances(args.kills, args.failures)):
             if time.monotonic() > deadline:
                 break
-            work.disturb(kind, kinds[index // 2 % 2], tally)
+            while not work.disturb(kind, kinds[index // 2 % 2], tally):
+                pass
     tally.files = len(kinds[1].files)
     tally.flips = flip(folder / "flipped", kinds[1].files, rng, args.flips, deadline)
     return tally
