@@ -31,8 +31,8 @@ NORMS = ("attn_norm", "ffn_norm", "post_attention_norm", "post_ffw_norm")
 def write_random_gguf(config: GemmaConfig, path: Path) -> None:
     """Write `config`'s model to `path`; its norms are all ones."""
     writer = GGUFWriter(path, "gemma3")
-    _add_sizes(writer, config)
-    _add_vocabulary(writer, config)
+    add_sizes(writer, config)
+    add_vocabulary(writer, config)
     vocabulary = (config.vocab_size, config.hidden_size)
     _add_matrix(writer, "token_embd", vocabulary, GGMLQuantizationType.Q8_0)
     writer.add_tensor("output_norm.weight", np.ones(config.hidden_size, np.float32))
@@ -49,7 +49,7 @@ def write_random_gguf(config: GemmaConfig, path: Path) -> None:
     writer.close()
 
 
-def _add_sizes(writer: GGUFWriter, config: GemmaConfig) -> None:
+def add_sizes(writer: GGUFWriter, config: GemmaConfig) -> None:
     writer.add_context_length(config.max_position_embeddings)
     writer.add_embedding_length(config.hidden_size)
     writer.add_block_count(config.num_layers)
@@ -63,7 +63,7 @@ def _add_sizes(writer: GGUFWriter, config: GemmaConfig) -> None:
     writer.add_sliding_window(config.sliding_window or 0)
 
 
-def _add_vocabulary(writer: GGUFWriter, config: GemmaConfig) -> None:
+def add_vocabulary(writer: GGUFWriter, config: GemmaConfig) -> None:
     """Special tokens, the 256 bytes, then names without a meaning."""
     special = ["<pad>", "<eos>", "<bos>", "<unk>"]
     tokens = special + [f"<0x{byte:02X}>" for byte in range(256)]

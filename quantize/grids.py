@@ -21,8 +21,8 @@ from numba.extending import intrinsic
 from numpy.typing import NDArray
 
 from uq.formats.half import from_half, to_half
+from uq.quantize.lanes import LANES, candidate_sums
 
-LANES = 24  # three vectors of eight
 CANDIDATES = 19  # of a symmetric grid, in the first lanes; the others repeat the last
 SHIFTS = (0, -1, 1)  # of the zero point beside the one that fits the group's smallest weight
 # A group below this in magnitude has no float16 scale and becomes zero.
@@ -46,6 +46,7 @@ def range_steps(span: int) -> NDArray[np.float32]:
 @njit(nogil=True, cache=True)
 def search_scales(
     weight: NDArray[np.float32],
+    bits: NDArray[np.int32],
     importance: NDArray[np.float32],
     steps: NDArray[np.float32],
     qmin: int,
@@ -56,51 +57,45 @@ def search_scales(
     """Symmetric grids. Out: codes (rows, cols), bits of the float16 scales (rows, groups).
 
     Args:
+        bits: `weight` seen as integers.
         steps: `symmetric_steps(qmin)`.
     """
     rows, groups = halves.shape
     group = weight.shape[1] // groups
-    sums = np.empty(3 * LANES, np.float32)  # S1, S2, steps: one array, so that they cannot alias
-    sums[2 * LANES :] = steps
+    sums = np.empty(4 * LANES, np.float32)  # S1, S2, S1^2 / S2, steps
+    sums[3 * LANES :] = steps
     for row in range(rows):
+        w, raw, out = weight[row], bits[row], codes[row]  # per group, slices would be counted
         for g in range(groups):
-            here = slice(g * group, (g + 1) * group)
-            w, a = weight[row, here], importance[here]
-            largest = np.float32(0)
-            for i in range(group):
-                largest = w[i] if abs(w[i]) > abs(largest) else largest
+            start, stop = g * group, (g + 1) * group
+            largest = _largest(raw, start, stop)
             scale = np.float32(0)
             if abs(largest) > TINY:
-                scale = _best_scale(w, a, largest, qmin, qmax, sums)
+                scale = _best_scale(w, importance, start, stop, largest, qmin, qmax, sums)
             halves[row, g] = to_half(scale)
-            _round(w, from_half(halves[row, g]), qmin, qmax, codes[row, here])
+            _round(w, start, stop, from_half(halves[row, g]), qmin, qmax, out)
 
 
 @njit(nogil=True, cache=True)
 def _best_scale(
     w: NDArray[np.float32],
     a: NDArray[np.float32],
+    start: int,
+    stop: int,
     largest: np.float32,
     qmin: int,
     qmax: int,
     sums: NDArray[np.float32],
 ) -> np.float32:
-    """Scale of the best candidate; overwrites S1 and S2."""
-    low, high = np.float32(qmin), np.float32(qmax)
-    sums[: 2 * LANES] = 0
+    """Scale of the best candidate; overwrites all but the steps."""
     inverse = np.float32(1) / largest
-    for i in range(len(w)):
-        x = w[i] * inverse
-        for k in range(LANES):
-            code = min(max(np.rint(x * sums[2 * LANES + k]), low), high)
-            weighted = a[i] * code
-            sums[k] += weighted * x
-            sums[LANES + k] += weighted * code
-    best, scale = np.float32(-1), np.float32(0)
-    for k in range(CANDIDATES):
-        fit = sums[k] * sums[k] / sums[LANES + k]
-        if fit > best:
-            best, scale = fit, sums[k] / sums[LANES + k] * largest
+    candidate_sums(w, a, start, stop, inverse, np.float32(qmin), np.float32(qmax), sums)
+    best = 0
+    for k in range(1, CANDIDATES):
+        best = k if sums[2 * LANES + k] > sums[2 * LANES + best] else best
+    if not sums[LANES + best] > 0:
+        return np.float32(0)
+    scale: np.float32 = sums[best] / sums[LANES + best] * largest
     return scale
 
 
@@ -139,7 +134,8 @@ def search_zeros(
             scale = from_half(halves[row, g])
             low = np.float32(qmin) if scale == 0 else low
             zeros[row, g] = np.int8(np.int32(qmin - low))
-            _round(w, scale, int(low), int(low) + qmax - qmin, codes[row, here])
+            start, stop = g * group, (g + 1) * group
+            _round(weight[row], start, stop, scale, int(low), int(low) + qmax - qmin, codes[row])
             for i in range(g * group, (g + 1) * group):
                 codes[row, i] += zeros[row, g]
 
@@ -190,45 +186,55 @@ def _as_float(_typing: Any, bits: Any) -> Any:
 
 
 @njit(nogil=True, cache=True)
+def _largest(bits: NDArray[np.int32], start: int, stop: int) -> np.float32:
+    """The number of the largest magnitude in `start:stop`, the positive one of two.
+
+    By integers: without their sign they order like the magnitudes, with it positive ones order like
+    the numbers, and an integer maximum vectorizes where a float one may not.
+    """
+    magnitude = positive = np.int32(0)
+    for i in range(start, stop):
+        unsigned = np.int32(bits[i] & np.int32(0x7FFFFFFF))
+        magnitude = unsigned if unsigned > magnitude else magnitude
+        positive = bits[i] if bits[i] > positive else positive
+    largest: np.float32 = _as_float(magnitude)
+    return largest if positive == magnitude else -largest
+
+
+@njit(nogil=True, cache=True)
 def largest_values(
     weight: NDArray[np.float32],
     bits: NDArray[np.int32],
     codes: NDArray[np.int8],
     halves: NDArray[np.uint16],
 ) -> None:
-    """INT8: the largest magnitude of each group becomes code 127.
-
-    `bits` is `weight` seen as integers: without their sign they order like the magnitudes, and an
-    integer maximum vectorizes where a float one may not.
-    """
+    """INT8: the largest magnitude of each group becomes code 127. `bits` is as above."""
     rows, groups = halves.shape
     group = weight.shape[1] // groups
     for row in range(rows):
+        w, raw, out = weight[row], bits[row], codes[row]
         for g in range(groups):
-            here = slice(g * group, (g + 1) * group)
-            raw = bits[row, here]
-            largest = np.int32(0)
-            for i in range(group):
-                magnitude = np.int32(raw[i] & np.int32(0x7FFFFFFF))
-                largest = magnitude if magnitude > largest else largest
-            halves[row, g] = to_half(_as_float(largest) / np.float32(127))
-            _round(weight[row, here], from_half(halves[row, g]), -127, 127, codes[row, here])
+            start, stop = g * group, (g + 1) * group
+            halves[row, g] = to_half(abs(_largest(raw, start, stop)) / np.float32(127))
+            _round(w, start, stop, from_half(halves[row, g]), -127, 127, out)
 
 
 @njit(nogil=True, cache=True)
 def _round(
     weight: NDArray[np.float32],
+    start: int,
+    stop: int,
     scale: np.float32,
     qmin: int,
     qmax: int,
     codes: NDArray[np.int8],
 ) -> None:
-    """Nearest levels of one group, ties to even; all zero when the scale is zero in float16."""
+    """Nearest levels of `start:stop`, ties to even; all zero when the scale is zero in float16."""
     if scale == 0:
-        codes[:] = 0
+        codes[start:stop] = 0
         return
     low, high = np.float32(qmin), np.float32(qmax)
-    for i in range(len(codes)):
+    for i in range(start, stop):
         codes[i] = np.int8(np.int32(min(max(np.rint(weight[i] / scale), low), high)))
 
 

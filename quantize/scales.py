@@ -40,11 +40,14 @@ def quantize_rtn(
     codes, halves = np.empty((rows, cols), np.int8), np.empty(groups, np.uint16)
     zeros = np.empty(groups, np.int8) if spec.zero_point else None
     weight, low, high = np.ascontiguousarray(weight), spec.qmin, spec.qmax
+    bits = weight.view(np.int32)
     if spec.bits == 8:
-        largest_values(weight, weight.view(np.int32), codes, halves)
+        largest_values(weight, bits, codes, halves)
     elif zeros is None:
         a = _relative(importance, cols)
-        search_scales(weight, a, symmetric_steps(low), low, high, codes, halves)
+        search_scales(
+            weight, weight.view(np.int32), a, symmetric_steps(low), low, high, codes, halves
+        )
     else:
         a, step = _relative(importance, cols), spec.zero_step
         search_zeros(weight, a, range_steps(high - low), low, high, step, codes, halves, zeros)

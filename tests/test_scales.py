@@ -25,6 +25,11 @@ def importances(cols: int = 256, seed: int = 1) -> NDArray[np.float32]:
     return np.random.default_rng(seed).lognormal(0, 1.5, cols).astype(np.float32)
 
 
+def fused(a: Float, b: Float, c: Float | int) -> Float:
+    """a b + c of float32 without rounding the product, in float64."""
+    return a.astype(np.float64) * b.astype(np.float64) + c
+
+
 def search_twin(weight: Float, importance: Float, spec: Spec) -> Float:
     """Scales by the search's definition, all groups at once, in the dtype of `weight`."""
     kind, group, half = weight.dtype.type, spec.group, -spec.qmin
@@ -37,11 +42,12 @@ def search_twin(weight: Float, importance: Float, spec: Spec) -> Float:
     scale = np.zeros(len(w), kind)
     for k in range(-9, 10):
         step = kind(np.float32(-(half + half / 80 * k)))
-        codes = np.clip(np.rint(x * step), spec.qmin, spec.qmax)
+        codes = np.clip(np.rint(fused(x, step, 0)), spec.qmin, spec.qmax).astype(kind)
         s1, s2 = np.zeros(len(w), kind), np.zeros(len(w), kind)
         for i in range(group):
-            s1 += a[:, i] * codes[:, i] * x[:, i]
-            s2 += a[:, i] * codes[:, i] * codes[:, i]
+            weighted = a[:, i] * codes[:, i]
+            s1 = fused(weighted, x[:, i], s1).astype(kind)
+            s2 = fused(weighted, codes[:, i], s2).astype(kind)
         fit = s1 * s1 / s2
         scale = np.where(fit > best, s1 / s2 * largest[:, 0], scale)
         best = np.maximum(fit, best)
