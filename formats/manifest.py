@@ -305,7 +305,9 @@ def _check_shard(where: str, file: str, files: Mapping[str, FileRecord]) -> None
 
 def _check_shape(where: str, found: tuple[int, ...], expected: tuple[int, ...]) -> None:
     if found != expected:
-        raise BundleError(f"{where}.shape: {list(found)}, but the model asks for {list(expected)}")
+        raise BundleError(
+            f"{where}.shape: {shown(list(found))}, but the model asks for {list(expected)}"
+        )
 
 
 def _one_of(where: str, value: object, allowed: tuple[object, ...]) -> None:

@@ -16,11 +16,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from uq.errors import BundleError
-from uq.formats.decode import MAX_JSON, decode, parse_json, printable
+from uq.formats.decode import MAX_JSON, decode, parse_json, printable, shown
 from uq.formats.manifest import ArrayRecord, TensorRecord
 from uq.formats.spec import QuantTensor
 
 MAX_HEADER = MAX_JSON
+MAX_DIMS, MAX_SIZE = 8, 1 << 48  # of a shape
 DATA_ALIGNMENT = 64
 ARRAY_ALIGNMENT = 4
 ITEM_BYTES = {"U8": 1, "F32": 4}
@@ -150,7 +151,9 @@ def _check_offsets(file: str, tensors: Sequence[tuple[str, Stored]], data_bytes:
         where = f"{file}: {printable(name)}"
         start, stop = stored.data_offsets
         if stored.dtype not in ITEM_BYTES:
-            raise BundleError(f"{where}: dtype {stored.dtype!r} is not one of U8, F32")
+            raise BundleError(f"{where}: dtype {shown(stored.dtype)} is not one of U8, F32")
+        if len(stored.shape) > MAX_DIMS or any(size > MAX_SIZE for size in stored.shape):
+            raise BundleError(f"{where}: shape {shown(stored.shape)} is out of range")
         if start != end:
             raise BundleError(f"{where}: begins at {start}, but the tensor before ends at {end}")
         if min(stored.shape, default=0) < 0 or stop - start != _nbytes(stored):

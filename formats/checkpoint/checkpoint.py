@@ -14,6 +14,7 @@ from uq.errors import CheckpointError
 from uq.formats.checkpoint.tensors import TensorInfo, is_readable, read_rows
 from uq.formats.checkpoint.weight_file import WeightFile
 from uq.formats.config import EMBEDDING, FINAL_NORM, HEAD, GemmaConfig, layer_tensor
+from uq.formats.decode import printable
 from uq.formats.tokenizer import Tokenizer
 
 TOKENIZER = "tokenizer.json"
@@ -195,8 +196,8 @@ def needed_tensors(config: GemmaConfig, tensors: Mapping[str, TensorInfo]) -> di
             raise CheckpointError(f"{info.where}: shape {info.shape}, expected {shape}")
         if not is_readable(info.dtype):
             raise CheckpointError(
-                f"{info.where}: dtype {info.dtype} is not supported; use a checkpoint in bf16, "
-                "f16 or f32, or a GGUF file"
+                f"{info.where}: dtype {printable(info.dtype)} is not supported; use a checkpoint "
+                "in bf16, f16 or f32, or a GGUF file"
             )
         needed[name] = info
     return needed
