@@ -44,12 +44,12 @@ def quantize_rtn(
     if spec.bits == 8:
         largest_values(weight, bits, codes, halves)
     elif zeros is None:
-        a = _relative(importance, cols)
+        a = relative_importance(importance, cols)
         search_scales(
             weight, weight.view(np.int32), a, symmetric_steps(low), low, high, codes, halves
         )
     else:
-        a, step = _relative(importance, cols), spec.zero_step
+        a, step = relative_importance(importance, cols), spec.zero_step
         search_zeros(weight, a, range_steps(high - low), low, high, step, codes, halves, zeros)
     return QuantTensor(codes, halves.view(np.float16), spec, zeros)
 
@@ -84,7 +84,7 @@ def checked(name: str, tensor: QuantTensor) -> QuantTensor:
     return tensor
 
 
-def _relative(importance: NDArray[np.float32] | None, cols: int) -> NDArray[np.float32]:
+def relative_importance(importance: NDArray[np.float32] | None, cols: int) -> NDArray[np.float32]:
     """Importance with mean 1 and no zero: a group of unused channels still gets a fitting scale."""
     if importance is None or not importance.any():
         return np.ones(cols, np.float32)

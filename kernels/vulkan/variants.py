@@ -151,9 +151,49 @@ def _ceilings() -> Iterator[Variant]:
         yield replace(row, subgroup=32 if macro == "MATRIX" else None)
 
 
+def _dense_kernels() -> Iterator[Variant]:
+    """Of calibration: matrices of float32 and float16 (kernels/vulkan/dense)."""
+    cut = ("LANES", "BM", "BN", "SM", "SN", "STEP", "PAD", "A_BY_K", "B_BY_K", "ADD")
+    operands: dict[str, dict[str, str | int]] = {
+        "half": {},
+        "float": {"A_FLOAT": 1, "B_FLOAT": 1},
+        "systems": {"B_FLOAT": 1, "SYSTEMS": 1},
+    }
+    for name, macros in operands.items():
+        constants = (*cut, "GROUP") if name == "systems" else cut
+        yield _dense(f"dense_{name}", "dense_gemm.comp", macros, (), constants)
+        needs = ("fp16", "coopmat")
+        row = _dense(f"dense_{name}_matrix", "dense_gemm.comp", {**macros, "MATRIX": 1}, needs, constants)
+        yield replace(row, subgroup=32)
+    for name, constants in {
+        "invert": (),
+        "round": ("GROUP",),
+        "descend": ("GROUP",),
+        "search": ("GROUP", "KIND"),
+        "solve": ("GROUP", "GROUPS", "ROUNDS"),
+        "cells": ("OP", "HALF_OUT", "BY_ROW", "BY_COL", "GROUP"),
+        "rows": ("OP", "HAS_GAIN"),
+        "heads": ("DIM", "DIM_OUT", "NORM", "ROPE"),
+        "softmax": ("WINDOW", "CAP"),
+        "context": ("DIM",),
+    }.items():
+        yield _dense(f"dense_{name}", f"dense_{name}.comp", {}, (), ("LANES", *constants))
+
+
+def _dense(
+    name: str,
+    source: str,
+    macros: Mapping[str, str | int],
+    features: tuple[str, ...],
+    constants: tuple[str, ...],
+) -> Variant:
+    return Variant(name, source, macros, ("subgroup", *features), constants, "vulkan1.3")
+
+
 VARIANTS: Mapping[str, Variant] = _table(
     *_decode_kernels(),
     *_prefill_kernels(),
+    *_dense_kernels(),
     *_ceilings(),
     *(
         Variant(f"dequantize_int{bits}", "dequantize.comp", {"BITS": bits}, (), ("GROUP",))

@@ -1,0 +1,169 @@
+"""Levels and scales of a weight on a device: search, GPTQ's rounding, descent, refit.
+
+What is computed is described in quantize/gptq.py, descent.py and grids.py; this is the same in
+float32, in blocks of 128 columns.
+"""
+
+from __future__ import annotations
+
+import struct
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from uq.kernels.vulkan.dense.cells import Cell, Cells, Levels
+from uq.kernels.vulkan.dense.matrix import TILE, Matrix, Store
+from uq.kernels.vulkan.dense.products import Products
+from uq.kernels.vulkan.dense.stream import Stream
+from uq.kernels.vulkan.memory import Span
+from uq.kernels.vulkan.push import addresses, words
+
+LANES = 64
+TEAM = 8  # lanes that share a row
+SOLVE_LANES = 256
+SYSTEM_BYTES = 1 << 31  # of the systems of the rows that are refitted together
+ROUNDS, TOLERANCE = 64, 1e-5  # of conjugate gradients
+SYMMETRIC, ZEROS, BYTES = range(3)  # kinds of grid, as in shaders/dense_search.comp
+
+
+@dataclass(frozen=True)
+class GridKind:
+    """What grids a search chooses from.
+
+    Attributes:
+        kind: one of SYMMETRIC, ZEROS, BYTES.
+        zero_step: distance of zero points.
+        steps: (24,) candidates, as of `symmetric_steps` or `range_steps`.
+    """
+
+    kind: int
+    group: int
+    qmin: int
+    qmax: int
+    zero_step: int
+    steps: NDArray[np.float32]
+
+
+@dataclass(frozen=True)
+class Curvature:
+    """Second moments of a linear's inputs on a device.
+
+    Attributes:
+        hessian: (n, n) float32.
+        diagonal: (1, n) float32, its diagonal.
+        upper: (n, n) as `Factor.upper`.
+        order, places: uint32, column of a place and place of a column.
+    """
+
+    hessian: Matrix
+    diagonal: Matrix
+    upper: Matrix
+    order: Span
+    places: Span
+
+
+class Quantizer:
+    """The steps between a target and its levels."""
+
+    def __init__(self, stream: Stream, store: Store, products: Products, cells: Cells) -> None:
+        self._stream, self._store = stream, store
+        self._products, self._cells = products, cells
+
+    def search(
+        self, target: Matrix, kind: GridKind, importance: NDArray[np.float32], unit: float
+    ) -> Levels:
+        """Scales and lowest levels of each group; the levels themselves are not set.
+
+        Args:
+            importance: (n,) with mean 1 and no zero.
+            unit: a weight of 1 in `target` is one of `unit`, a power of two, in the model.
+        """
+        groups = target.stride // kind.group
+        nbytes = 4 * target.height * groups
+        scales, lows = self._store.span("scales", nbytes), self._store.span("lows", nbytes)
+        levels = self._store.matrix("levels", target.rows, target.cols, "i8")
+        weights = self._store.vector("importance", importance)
+        steps = self._store.vector("steps", kind.steps)
+        push = addresses(target.span, weights, steps, scales, lows)
+        push += words(target.stride, groups, target.cols // kind.group)
+        push += struct.pack("<4f", kind.qmin, kind.qmax, kind.zero_step, unit)
+        grid = (-(-groups // LANES), target.height, 1)
+        constants = {"LANES": LANES, "GROUP": kind.group, "KIND": kind.kind}
+        self._stream.dispatch("dense_search", push, grid, dict(constants))
+        return Levels(levels, scales, lows, kind.group, kind.qmax - kind.qmin)
+
+    def round(self, by_place: Matrix, grid: Levels, curvature: Curvature) -> None:
+        """GPTQ: set the levels. Overwrites `by_place`, the target's columns in order of rounding."""
+        height, n = by_place.height, by_place.width
+        errors = self._store.matrix("changes", height, TILE)
+        rounded = self._store.matrix("levels by place", by_place.rows, by_place.cols, "i8")
+        upper = curvature.upper
+        for start in range(0, n, TILE):
+            push = addresses(by_place.span, upper.span, errors.span, curvature.order)
+            push += addresses(grid.scales, grid.lows, rounded.span)
+            push += words(n, grid.groups, start) + struct.pack("<f", grid.span)
+            self._by_teams("dense_round", push, height, grid.group)
+            stop = start + TILE
+            if stop < n:
+                rest = by_place.block(0, stop, height, n - stop)
+                row = upper.block(start, stop, TILE, n - stop)
+                self._products.multiply(rest, errors, row, alpha=-1.0, add=True, b_by_k=True)
+        self._cells.run(
+            Cell.GATHER_BYTES, grid.levels, other=rounded, index=curvature.places
+        )
+
+    def descend(
+        self, target: Matrix, grid: Levels, curvature: Curvature, damping: float, sweeps: int
+    ) -> None:
+        """Coordinate descent: move levels to where the output error is smaller.
+
+        Args:
+            damping: added to the Hessian's diagonal.
+        """
+        height, n = target.height, target.width
+        missing = self._store.matrix("missing", target.rows, target.cols)
+        slope = self._store.matrix("slope", target.rows, target.cols)
+        changes = self._store.matrix("changes", height, TILE)
+        hessian, diagonal = curvature.hessian, curvature.diagonal
+        self._cells.run(Cell.SET_DIAGONAL, hessian, diagonal, beta=damping)
+        self._cells.run(Cell.MISSING, missing, target, grid=grid)
+        self._products.multiply(slope, missing, hessian)
+        for start in list(range(0, n, TILE)) * sweeps:
+            push = addresses(slope.span, hessian.span, changes.span)
+            push += addresses(grid.scales, grid.lows, grid.levels.span)
+            push += words(n, grid.groups, start) + struct.pack("<f", grid.span)
+            self._by_teams("dense_descend", push, height, grid.group)
+            row = hessian.block(start, 0, TILE, n)
+            self._products.multiply(slope, changes, row, alpha=-1.0, add=True, b_by_k=True)
+        self._cells.run(Cell.SET_DIAGONAL, hessian, diagonal)
+
+    def refit(
+        self, outputs: Matrix, grid: Levels, curvature: Curvature, ridge: float, unit: float
+    ) -> None:
+        """Scales that fit the target best while the levels stay.
+
+        Args:
+            outputs: (rows, n) target H.
+            ridge: in units of the mean of each system's diagonal.
+            unit: as of `search`.
+        """
+        height, n, groups = outputs.height, outputs.width, grid.groups
+        used = outputs.cols // grid.group
+        levels = self._store.matrix("half levels", outputs.rows, outputs.cols, "f16")
+        self._cells.run(Cell.LEVELS, levels, grid=grid)
+        rows = max(TILE, SYSTEM_BYTES // (4 * groups**2) // TILE * TILE)
+        systems = self._store.span("systems", 4 * groups**2 * min(rows, height))
+        constants = {"LANES": SOLVE_LANES, "GROUP": grid.group, "GROUPS": groups, "ROUNDS": ROUNDS}
+        for start in range(0, height, rows):
+            count = min(rows, height - start)
+            here = levels.block(start, 0, count, n)
+            self._products.systems(systems, here, curvature.hessian, grid.group)
+            scales = grid.scales.part(4 * start * groups, 4 * count * groups)
+            push = addresses(systems, outputs.block(start, 0, count, n).span, here.span, scales)
+            push += words(n, used) + struct.pack("<3f", ridge, TOLERANCE, unit)
+            self._stream.dispatch("dense_solve", push, (count, 1, 1), dict(constants), 2e6 * count)
+
+    def _by_teams(self, name: str, push: bytes, height: int, group: int) -> None:
+        groups = height * TEAM // LANES
+        self._stream.dispatch(name, push, (groups, 1, 1), {"LANES": LANES, "GROUP": group})

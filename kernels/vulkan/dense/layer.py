@@ -1,0 +1,279 @@
+"""Gemma's layer over many tokens on a device, staged as in kernels/reference.py.
+
+Inputs of linears and weights are float16 times a power of two that keeps them far from overflow,
+whatever the tokens: it comes from bounds of what a norm and the rows of a weight allow. Sums and
+the residual stream are float32.
+"""
+
+from __future__ import annotations
+
+import math
+import struct
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from uq.formats.config import GemmaConfig
+from uq.kernels.attention import rope_tables
+from uq.kernels.vulkan.dense.cells import Cell, Cells, Row
+from uq.kernels.vulkan.dense.matrix import TILE, Matrix, Store, padded
+from uq.kernels.vulkan.dense.products import Batch, Products
+from uq.kernels.vulkan.dense.stream import Stream
+from uq.kernels.vulkan.memory import Span
+from uq.kernels.vulkan.push import addresses, words
+
+Array = NDArray[np.float32]
+TOP = 2.0**13  # what float16 values stay below, times 8
+LANES = 64
+MARGIN = 2.0  # of bounds, for weights that were quantized since
+
+
+@dataclass(frozen=True)
+class Linear:
+    """A weight of the layer.
+
+    Attributes:
+        half: (rows, n) float16, the weight times `factor`.
+        norms: (rows,) Euclidean norms of the rows.
+    """
+
+    half: Matrix
+    factor: float
+    norms: Array
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """Float16 inputs of a linear times `factor`: (tokens, n)."""
+
+    half: Matrix
+    factor: float
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """Some sequences of one length.
+
+    Attributes:
+        hidden: (tokens, hidden) float32, the residual stream.
+    """
+
+    hidden: Matrix
+    sequences: int
+    length: int
+
+    @property
+    def tokens(self) -> int:
+        return self.sequences * self.length
+
+
+class Layer:
+    """One layer's weights on one path, and the way of tokens through it."""
+
+    def __init__(
+        self,
+        config: GemmaConfig,
+        number: int,
+        name: str,
+        tools: tuple[Stream, Store, Products, Cells],
+    ) -> None:
+        """`name` keeps the weights of two paths apart."""
+        self._config, self._number, self._name = config, number, name
+        self._stream, self._store, self._products, self._cells = tools
+        self._linears: dict[str, Linear] = {}
+        self._gains: dict[str, Array] = {}
+        self._gain_spans: dict[str, Span] = {}
+
+    def set_weights(self, weights: Mapping[str, Array]) -> None:
+        """Role -> (out, in) linear or (size,) gain; others keep what they are."""
+        for role, value in weights.items():
+            if value.ndim == 1:
+                self._gains[role] = value
+                self._gain_spans[role] = self._store.vector(f"{self._name} {role}", value)
+            else:
+                self._set_linear(role, self._store.put("uploaded", value))
+
+    def _set_linear(self, role: str, weight: Matrix) -> None:
+        norms, peak = row_norms(self._cells, self._store, weight)
+        self.set_linear(role, weight, norms, peak)
+
+    def set_linear(self, role: str, weight: Matrix, norms: Array, peak: float) -> None:
+        """A weight (out, in) in float32 on the device; `peak` is its largest magnitude."""
+        half = self._store.matrix(f"{self._name} {role}", weight.rows, weight.cols, "f16")
+        factor = power_below(TOP, peak)
+        self._cells.run(Cell.COPY, half, weight, alpha=factor)
+        self._linears[role] = Linear(half, factor, norms)
+
+    def attention_input(self, chunk: Chunk) -> Tokens:
+        return self._normed(chunk.hidden, "input_layernorm")
+
+    def mlp_input(self, chunk: Chunk) -> Tokens:
+        return self._normed(chunk.hidden, self._mlp_norm)
+
+    def input_change(self, chunk: Chunk, other: Chunk, *, mlp: bool) -> Tokens:
+        """Input of this path's linears less that of `other`'s."""
+        role = self._mlp_norm if mlp else "input_layernorm"
+        return self._normed(chunk.hidden, role, other.hidden)
+
+    @property
+    def _mlp_norm(self) -> str:
+        name = "pre_feedforward_layernorm" if self._config.post_norms else None
+        return name or "post_attention_layernorm"
+
+    def _largest_input(self, role: str) -> float:
+        """Bound of the Euclidean norm of a token behind a norm."""
+        return math.sqrt(self._config.hidden_size) * float(np.abs(self._gains[role]).max())
+
+    def _normed(self, hidden: Matrix, role: str, other: Matrix | None = None) -> Tokens:
+        factor = power_below(TOP, (2 if other else 1) * self._largest_input(role))
+        name = "normed change" if other else "normed"
+        half = self._store.matrix(name, hidden.rows, hidden.cols, "f16", spare=TILE)
+        self._cells.rows(
+            Row.NORM_CHANGE if other else Row.NORM,
+            half.span,
+            half.stride,
+            hidden,
+            other=other,
+            gain=self._gain_spans[role],
+            eps=self._config.rms_norm_eps,
+            factor=factor,
+        )
+        return Tokens(half, factor)
+
+    def linear(self, role: str, x: Tokens, name: str) -> Matrix:
+        """(tokens, out) float32 in the store's matrix `name`."""
+        weight = self._linears[role]
+        y = self._store.matrix(name, x.half.rows, weight.half.rows)
+        alpha = 1.0 / (x.factor * weight.factor)
+        self._products.multiply(y, x.half, weight.half, alpha=alpha)
+        return y
+
+    def context(self, chunk: Chunk, name: str) -> Tokens:
+        """Input of o_proj, in the store's matrix `name`."""
+        config = self._config
+        x = self.attention_input(chunk)
+        length, dim = padded(chunk.length), padded(config.head_dim)
+        q, k, v = (self._heads(role, x, chunk) for role in "qkv")
+        heads, kv_heads, sharing = (
+            config.num_heads,
+            config.num_kv_heads,
+            config.num_heads // config.num_kv_heads,
+        )
+        count = chunk.sequences * heads
+        scores = self._store.matrix("scores", count * length, length)
+        weights = self._store.matrix("attention weights", count * length, length, "f16")
+        mixed = self._store.matrix("mixed", count * length, dim)
+        square, across = length * length, length * dim
+        q_outer, k_outer = chunk.length * q.half.stride, chunk.length * k.half.stride
+        batch = Batch(chunk.sequences, heads, sharing, (q_outer, dim), (k_outer, dim), (heads * square, square))
+        one_score = scores.block(0, 0, length, length)
+        self._products.multiply(
+            one_score,
+            q.half.block(0, 0, length, dim),
+            k.half.block(0, 0, length, dim),
+            batch=batch,
+        )
+        self._softmax(scores, weights, chunk.length, count, 1.0 / (q.factor * k.factor))
+        batch = Batch(
+            chunk.sequences,
+            heads,
+            sharing,
+            (heads * square, square),
+            (chunk.length * v.half.stride, dim),
+            (heads * across, across),
+        )
+        self._products.multiply(
+            mixed.block(0, 0, length, dim),
+            weights.block(0, 0, length, length),
+            v.half.block(0, 0, length, dim),
+            alpha=1.0 / 1024,
+            b_by_k=True,
+            batch=batch,
+        )
+        result = self._store.matrix(name, chunk.tokens, heads * config.head_dim, "f16")
+        push = addresses(result.span, mixed.span)
+        push += words(result.stride, heads, chunk.length, length, dim) + struct.pack("<f", 1.0)
+        grid = (-(-result.stride // (2 * LANES)), chunk.tokens, 1)
+        self._stream.dispatch(
+            "dense_context", push, grid, {"LANES": LANES, "DIM": config.head_dim}
+        )
+        return Tokens(result, v.factor)
+
+    def _heads(self, name: str, x: Tokens, chunk: Chunk) -> Tokens:
+        """(tokens, heads * padded dim) float16 behind QK-norm and RoPE."""
+        config, role = self._config, f"self_attn.{name}_proj"
+        y = self.linear(role, x, "heads")
+        dim, heads = config.head_dim, self._linears[role].half.rows // config.head_dim
+        half = self._store.matrix(
+            f"{name} heads", chunk.tokens, heads * padded(dim), "f16", spare=padded(chunk.length)
+        )
+        normed = config.qk_norm and name != "v"
+        if normed:
+            gain = self._gains[f"self_attn.{name}_norm"]
+            largest = math.sqrt(dim) * float(np.abs(gain).max())
+        else:
+            norms = self._linears[role].norms
+            largest = self._largest_input("input_layernorm") * float(norms.max())
+        factor = power_below(TOP, MARGIN * largest)
+        gain_span = self._gain_spans[f"self_attn.{name}_norm"] if normed else y.span
+        push = addresses(half.span, y.span, gain_span, self._turns(chunk.length))
+        push += words(y.stride, heads, chunk.length)
+        push += struct.pack("<2f", config.rms_norm_eps, factor)
+        constants = {"LANES": LANES, "DIM": dim, "DIM_OUT": padded(dim)}
+        switches = {"NORM": normed, "ROPE": name != "v"}
+        grid = (chunk.tokens, heads, 1)
+        self._stream.dispatch("dense_heads", push, grid, {**constants, **switches})
+        return Tokens(half, factor)
+
+    def _turns(self, length: int) -> Span:
+        """cos and sin of each position and pair, for this layer's angle."""
+        kind = f"turns {self._config.theta(self._number)} {self._config.position_scale(self._number)}"
+        tables = np.stack(rope_tables(self._config, self._number, 0, length), axis=-1)
+        return self._store.constant(kind, tables.reshape(-1))
+
+    def _softmax(
+        self, scores: Matrix, weights: Matrix, length: int, count: int, factor: float
+    ) -> None:
+        config = self._config
+        push = addresses(scores.span, weights.span) + words(scores.stride, length)
+        push += struct.pack("<f", config.attention_scale * factor)
+        constants: dict[str, int | float] = {
+            "LANES": LANES,
+            "WINDOW": config.window(self._number) or 0,
+            "CAP": float(config.attn_softcap or 0.0),
+        }
+        self._stream.dispatch("dense_softmax", push, (scores.stride, count, 1), constants)
+
+    def mlp_hidden(self, x: Tokens, name: str) -> Tokens:
+        """Input of down_proj, in the store's matrix `name`."""
+        gate, up = (self.linear(f"mlp.{part}_proj", x, part) for part in ("gate", "up"))
+        norms = [self._linears[f"mlp.{part}_proj"].norms for part in ("gate", "up")]
+        largest = self._largest_input(self._mlp_norm) ** 2 * float((norms[0] * norms[1]).max())
+        factor = power_below(TOP, MARGIN * largest)
+        half = self._store.matrix(name, gate.rows, gate.cols, "f16")
+        self._cells.run(Cell.GEGLU, half, gate, other=up, alpha=factor)
+        return Tokens(half, factor)
+
+    def join(self, chunk: Chunk, out: Matrix, norm: str) -> None:
+        """Add the output of o_proj or down_proj to the residual stream."""
+        gain = self._gain_spans[norm] if self._config.post_norms else None
+        hidden = chunk.hidden
+        eps = self._config.rms_norm_eps
+        self._cells.rows(Row.JOIN, hidden.span, hidden.stride, out, gain=gain, eps=eps)
+
+
+def row_norms(cells: Cells, store: Store, weight: Matrix) -> tuple[Array, float]:
+    """(rows,) Euclidean norms, and the largest magnitude of all."""
+    extents = store.matrix("extents", weight.height, 2)
+    cells.rows(Row.EXTENT, extents.span, 2, weight)
+    found = store.numbers(extents.span, 2 * weight.rows).reshape(-1, 2)
+    return np.sqrt(found[:, 0]), float(found[:, 1].max())
+
+
+def power_below(top: float, largest: float) -> float:
+    """The power of two that brings `largest` to at most `top`; 1 for 0."""
+    if not 0 < largest < math.inf:
+        return 1.0
+    return 2.0 ** max(-60, min(60, math.floor(math.log2(top / largest))))

@@ -1,0 +1,168 @@
+"""Products of matrices, and how they are cut into workgroups."""
+
+from __future__ import annotations
+
+import struct
+from dataclasses import dataclass
+
+from uq.kernels.vulkan.dense.matrix import TILE, Matrix
+from uq.kernels.vulkan.dense.stream import MOST_WORK, Stream
+from uq.kernels.vulkan.memory import Span
+from uq.kernels.vulkan.push import words
+from uq.kernels.vulkan.variants import VARIANTS
+
+PANELS = 16  # of the rows of a symmetric product
+
+
+@dataclass(frozen=True)
+class Cut:
+    """A workgroup makes bm x bn, each of its subgroups (or lanes, without matrix) sm x sn."""
+
+    bm: int
+    bn: int
+    sm: int
+    sn: int
+    step: int = 32
+
+    @property
+    def parts(self) -> int:
+        return self.bm // self.sm * (self.bn // self.sn)
+
+
+MATRIX_CUT, SMALL_MATRIX_CUT = Cut(128, 128, 64, 32), Cut(64, 64, 32, 32)
+PLAIN_CUT = Cut(64, 64, 4, 4)
+PLAIN_SYSTEMS = Cut(16, 128, 4, 4)
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Products of the same size side by side, as pairs (outer, inner); distances in elements.
+
+    Attributes:
+        sharing: inner ones that share B.
+        a, b, c: distance from an outer to the next, from an inner to the next.
+    """
+
+    outer: int
+    inner: int
+    sharing: int
+    a: tuple[int, int]
+    b: tuple[int, int]
+    c: tuple[int, int]
+
+
+ONE = Batch(1, 1, 1, (0, 0), (0, 0), (0, 0))
+
+
+class Products:
+    """C = alpha A B^T (+ C) and its relatives."""
+
+    def __init__(self, stream: Stream) -> None:
+        self._stream = stream
+        self._matrix = stream.gpu.physical.has_matrix_blocks
+
+    def multiply(
+        self,
+        c: Matrix,
+        a: Matrix,
+        b: Matrix,
+        *,
+        alpha: float = 1.0,
+        add: bool = False,
+        a_by_k: bool = False,
+        b_by_k: bool = False,
+        batch: Batch = ONE,
+    ) -> None:
+        """C (m, n) float32 from A (m, k) and B (n, k), both float16 or both float32.
+
+        Args:
+            a_by_k, b_by_k: A is (k, m), B is (k, n).
+            add: to what C holds.
+        """
+        k = a.height if a_by_k else a.width
+        rows = max(TILE, int(MOST_WORK / (2.0 * c.width * k)) // TILE * TILE)
+        for start in range(0, c.height, rows):
+            height = min(rows, c.height - start)
+            part = a.block(0, start, k, height) if a_by_k else a.block(start, 0, height, k)
+            here = c.block(start, 0, height, c.width)
+            self._multiply(here, part, b, k, alpha, add, a_by_k, b_by_k, batch)
+
+    def square(
+        self, c: Matrix, a: Matrix, *, alpha: float = 1.0, add: bool = False, by_k: bool = False
+    ) -> None:
+        """C = alpha A A^T (+ C) on and below the diagonal, and in places above it."""
+        rows = -(-c.height // (PANELS * TILE)) * TILE
+        for start in range(0, c.height, rows):
+            stop = min(start + rows, c.height)
+            k = a.height if by_k else a.width
+            left = a.block(0, start, k, stop - start) if by_k else a.block(start, 0, stop - start, k)
+            right = a.block(0, 0, k, stop) if by_k else a.block(0, 0, stop, k)
+            here = c.block(start, 0, stop - start, stop)
+            self.multiply(here, left, right, alpha=alpha, add=add, a_by_k=by_k, b_by_k=by_k)
+
+    def systems(self, result: Span, levels: Matrix, hessian: Matrix, group: int) -> None:
+        """L_g^T H_gh L_h of every row, (rows, groups, groups): what the refit solves.
+
+        Args:
+            levels: (rows, n) float16; hessian: (n, n) float32.
+        """
+        groups = levels.width // group
+        name, cut, constants = self._cut("systems", levels.height, TILE, group)
+        batch = Batch(1, groups, 1, (0, group), (0, group * hessian.stride), (groups**2, 0))
+        whole = Matrix(result, *[0] * 4, groups, "f32")
+        push = _push(whole, levels, hessian, group, 1.0, batch, levels)
+        grid = (levels.width // cut.bn, levels.height // cut.bm, groups)
+        work = 2.0 * levels.height * levels.width**2
+        constants |= {"A_BY_K": False, "B_BY_K": True, "ADD": False, "GROUP": group}
+        self._stream.dispatch(name, push, grid, constants, work)
+
+    def _multiply(
+        self,
+        c: Matrix,
+        a: Matrix,
+        b: Matrix,
+        k: int,
+        alpha: float,
+        add: bool,
+        a_by_k: bool,
+        b_by_k: bool,
+        batch: Batch,
+    ) -> None:
+        kind = "half" if a.kind == "f16" else "float"
+        name, cut, constants = self._cut(kind, c.height, c.width)
+        constants |= {"A_BY_K": a_by_k, "B_BY_K": b_by_k, "ADD": add}
+        count = batch.outer * batch.inner
+        grid = (c.width // cut.bn, c.height // cut.bm, count)
+        push = _push(c, a, b, k, alpha, batch)
+        self._stream.dispatch(name, push, grid, constants, 2.0 * c.height * c.width * k * count)
+
+    def _cut(
+        self, kind: str, height: int, width: int, group: int = 0
+    ) -> tuple[str, Cut, dict[str, int | float]]:
+        """The module, how it is cut, and the constants that say so."""
+        name, lanes = f"dense_{kind}", 1
+        if self._matrix:
+            name += "_matrix"
+            wide = max(32, group)
+            large = Cut(128, 128, 2048 // wide, wide) if group else MATRIX_CUT
+            cut = large if height % 128 == width % 128 == 0 else SMALL_MATRIX_CUT
+            lanes = self._stream.gpu.physical.lanes(VARIANTS[name].subgroup)
+        else:
+            cut = PLAIN_SYSTEMS if group else PLAIN_CUT
+        return name, cut, cut_constants(cut, lanes)
+
+
+def cut_constants(cut: Cut, lanes: int) -> dict[str, int | float]:
+    """`lanes` of a part: of a subgroup, or 1."""
+    sizes = {"BM": cut.bm, "BN": cut.bn, "SM": cut.sm, "SN": cut.sn, "STEP": cut.step}
+    return {"LANES": lanes * cut.parts, **sizes}
+
+
+def _push(
+    c: Matrix, a: Matrix, b: Matrix, k: int, alpha: float, batch: Batch, levels: Matrix | None = None
+) -> bytes:
+    beside = levels or a
+    push = struct.pack("<4Q", a.address, b.address, c.address, beside.address)
+    push += words(k, a.stride, b.stride, c.stride, batch.inner, batch.sharing)
+    push += words(*batch.a, *batch.b, *batch.c)
+    return push + struct.pack("<fI", alpha, beside.stride)

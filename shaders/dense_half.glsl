@@ -1,0 +1,11 @@
+// The float16 next to x, ties to even, as a float32; infinity beyond 65504.
+float nearest_half(float x) {
+    float size = abs(x);
+    if (size < 6.103515625e-5) {  // subnormal: multiples of 2^-24
+        return roundEven(x * 16777216.0) * 5.9604644775390625e-8;
+    }
+    uint bits = floatBitsToUint(x);
+    bits = (bits + 0xFFFu + (bits >> 13 & 1u)) & 0xFFFFE000u;
+    float near = uintBitsToFloat(bits);
+    return abs(near) > 65504.0 ? sign(x) * uintBitsToFloat(0x7F800000u) : near;
+}

@@ -1,0 +1,163 @@
+// 16 x 16 x 16, float16 into float32, by matrix instructions.
+
+const uint A_PITCH = (A_ROW + PAD) / 4, B_PITCH = (B_ROW + PAD) / 4;  // in f16vec4
+const uint A_SIZE = A_VECTORS * A_WIDTH / A_ROW * A_PITCH, B_SIZE = B_VECTORS * B_WIDTH / B_ROW * B_PITCH;
+const uint DOWN = SM / 16, ACROSS = SN / 16;
+
+shared f16vec4 a_tile[A_SIZE];
+shared f16vec4 b_tile[B_SIZE];
+#ifdef A_FLOAT
+shared f16vec4 a_low[A_SIZE];
+#endif
+#ifdef B_FLOAT
+shared f16vec4 b_low[B_SIZE];
+#endif
+
+#define Block coopmat<float, gl_ScopeSubgroup, 16, 16, gl_MatrixUseAccumulator>
+#define BlockA coopmat<float16_t, gl_ScopeSubgroup, 16, 16, gl_MatrixUseA>
+#define BlockB coopmat<float16_t, gl_ScopeSubgroup, 16, 16, gl_MatrixUseB>
+
+Block sum[DOWN * ACROSS];
+
+void clear_sums() {
+    [[unroll]] for (uint i = 0; i < DOWN * ACROSS; i++) {
+        sum[i] = Block(0.0);
+    }
+}
+
+void stage(uint lane) {
+    [[unroll]] for (uint i = 0; i < A_LOADS; i++) {
+        uint load = i * LANES + lane;
+        if (A_VECTORS % LANES != 0 && load >= A_VECTORS) {
+            break;
+        }
+        uint place = load / (A_ROW / A_WIDTH) * A_PITCH + load % (A_ROW / A_WIDTH) * (A_WIDTH / 4);
+        uvec4 v = a_next[i];
+#ifdef A_FLOAT
+        f16vec4 high = f16vec4(uintBitsToFloat(v));
+        a_tile[place] = high;
+        a_low[place] = f16vec4(uintBitsToFloat(v) - vec4(high));
+#else
+        a_tile[place] = f16vec4(unpackFloat2x16(v.x), unpackFloat2x16(v.y));
+        a_tile[place + 1] = f16vec4(unpackFloat2x16(v.z), unpackFloat2x16(v.w));
+#endif
+    }
+    [[unroll]] for (uint i = 0; i < B_LOADS; i++) {
+        uint load = i * LANES + lane;
+        if (B_VECTORS % LANES != 0 && load >= B_VECTORS) {
+            break;
+        }
+        uint place = load / (B_ROW / B_WIDTH) * B_PITCH + load % (B_ROW / B_WIDTH) * (B_WIDTH / 4);
+        uvec4 v = b_next[i];
+#ifdef B_FLOAT
+        f16vec4 high = f16vec4(uintBitsToFloat(v));
+        b_tile[place] = high;
+        b_low[place] = f16vec4(uintBitsToFloat(v) - vec4(high));
+#else
+        b_tile[place] = f16vec4(unpackFloat2x16(v.x), unpackFloat2x16(v.y));
+        b_tile[place + 1] = f16vec4(unpackFloat2x16(v.z), unpackFloat2x16(v.w));
+#endif
+    }
+}
+
+// A tile that lies by k is the operand turned over.
+#define LOAD_A(block, tile, m, kk)                                                                 \
+    if (A_BY_K) {                                                                                  \
+        coopMatLoad(block, tile, (kk) * A_PITCH + (m) / 4, A_PITCH, gl_CooperativeMatrixLayoutColumnMajor); \
+    } else {                                                                                       \
+        coopMatLoad(block, tile, (m) * A_PITCH + (kk) / 4, A_PITCH, gl_CooperativeMatrixLayoutRowMajor);    \
+    }
+#define LOAD_B(block, tile, n, kk)                                                                 \
+    if (B_BY_K) {                                                                                  \
+        coopMatLoad(block, tile, (kk) * B_PITCH + (n) / 4, B_PITCH, gl_CooperativeMatrixLayoutRowMajor);    \
+    } else {                                                                                       \
+        coopMatLoad(block, tile, (n) * B_PITCH + (kk) / 4, B_PITCH, gl_CooperativeMatrixLayoutColumnMajor); \
+    }
+
+uint tile_top() {
+    return gl_SubgroupID / (BN / SN) * SM;
+}
+
+uint tile_left() {
+    return gl_SubgroupID % (BN / SN) * SN;
+}
+
+void multiply_step(uint lane) {
+    uint top = tile_top(), left = tile_left();
+    [[unroll]] for (uint kk = 0; kk < STEP; kk += 16) {
+        BlockA high[DOWN];
+#ifdef A_FLOAT
+        BlockA low[DOWN];
+#endif
+        [[unroll]] for (uint i = 0; i < DOWN; i++) {
+            LOAD_A(high[i], a_tile, top + 16 * i, kk)
+#ifdef A_FLOAT
+            LOAD_A(low[i], a_low, top + 16 * i, kk)
+#endif
+        }
+        [[unroll]] for (uint j = 0; j < ACROSS; j++) {
+            BlockB other;
+            LOAD_B(other, b_tile, left + 16 * j, kk)
+            [[unroll]] for (uint i = 0; i < DOWN; i++) {
+                sum[i * ACROSS + j] = coopMatMulAdd(high[i], other, sum[i * ACROSS + j]);
+#ifdef A_FLOAT
+                sum[i * ACROSS + j] = coopMatMulAdd(low[i], other, sum[i * ACROSS + j]);
+#endif
+            }
+#ifdef B_FLOAT
+            LOAD_B(other, b_low, left + 16 * j, kk)
+            [[unroll]] for (uint i = 0; i < DOWN; i++) {
+                sum[i * ACROSS + j] = coopMatMulAdd(high[i], other, sum[i * ACROSS + j]);
+            }
+#endif
+        }
+    }
+}
+
+#ifdef SYSTEMS
+shared float block_out[BM / SM * (BN / SN) * 256];  // one for each subgroup
+
+// Sum over each GROUP of columns of C times the levels: C is (rows, columns), `group` that of A's.
+void store_systems(uint lane, uint first_m, uint first_n, uint group) {
+    uint base = gl_SubgroupID * 256, top = first_m + tile_top(), left = first_n + tile_left();
+    uint row = gl_SubgroupInvocationID % 16;
+    [[unroll]] for (uint i = 0; i < DOWN; i++) {
+        float total = 0.0;
+        [[unroll]] for (uint j = 0; j < ACROSS; j++) {
+            coopMatStore(sum[i * ACROSS + j], block_out, base, 16, gl_CooperativeMatrixLayoutRowMajor);
+            subgroupBarrier();
+            uint m = top + 16 * i + row, n = left + 16 * j;
+            if (gl_SubgroupInvocationID < 16) {
+                [[unroll]] for (uint v = 0; v < 2; v++) {
+                    uvec4 level = levels.at[(m * stride_levels + n) / 8 + v];
+                    [[unroll]] for (uint e = 0; e < 8; e++) {
+                        f16vec2 pair = unpackFloat2x16(level[e / 2]);
+                        total += block_out[base + 16 * row + 8 * v + e] * float(pair[e % 2]);
+                    }
+                }
+            }
+            if ((n + 16) % GROUP == 0) {
+                if (gl_SubgroupInvocationID < 16) {
+                    c.at[m * c_outer + group * stride_c + n / GROUP] = total;
+                }
+                total = 0.0;
+            }
+            subgroupBarrier();
+        }
+    }
+}
+#else
+void store_sums(uint lane, uint base, uint first_m, uint first_n) {
+    uint top = first_m + tile_top(), left = first_n + tile_left();
+    [[unroll]] for (uint i = 0; i < DOWN * ACROSS; i++) {
+        uint at = base + (top + 16 * (i / ACROSS)) * stride_c + left + 16 * (i % ACROSS);
+        Block block = sum[i] * alpha;
+        if (ADD) {
+            Block before;
+            coopMatLoad(before, c.at, at, stride_c, gl_CooperativeMatrixLayoutRowMajor);
+            block = block + before;
+        }
+        coopMatStore(block, c.at, at, stride_c, gl_CooperativeMatrixLayoutRowMajor);
+    }
+}
+#endif
