@@ -11,8 +11,12 @@ layout(push_constant) uniform Push {
     uint stride;   // of both
 };
 
+// L on and below the diagonal; its inverse, turned over and one place to the right, above it.
 shared float block[SIZE * PITCH];
-shared float result[SIZE * PITCH];
+
+uint inverse_at(uint row, uint col) {
+    return col * PITCH + row + 1;
+}
 
 void factorize(uint lane) {
     for (uint j = 0; j < SIZE; j++) {
@@ -39,12 +43,12 @@ void factorize(uint lane) {
 // Column by column, each its own lane's.
 void invert(uint lane) {
     for (uint col = lane; col < SIZE; col += LANES) {
-        for (uint row = 0; row < SIZE; row++) {
+        for (uint row = col; row < SIZE; row++) {
             float left = row == col ? 1.0 : 0.0;
             for (uint i = col; i < row; i++) {
-                left -= block[row * PITCH + i] * result[i * PITCH + col];
+                left -= block[row * PITCH + i] * block[inverse_at(i, col)];
             }
-            result[row * PITCH + col] = row < col ? 0.0 : left / block[row * PITCH + row];
+            block[inverse_at(row, col)] = left / block[row * PITCH + row];
         }
     }
 }
@@ -52,13 +56,16 @@ void invert(uint lane) {
 void main() {
     uint lane = lane_index();
     for (uint e = lane; e < SIZE * SIZE; e += LANES) {
-        block[e / SIZE * PITCH + e % SIZE] = matrix.at[e / SIZE * stride + e % SIZE];
+        if (e % SIZE <= e / SIZE) {
+            block[e / SIZE * PITCH + e % SIZE] = matrix.at[e / SIZE * stride + e % SIZE];
+        }
     }
     barrier();
     factorize(lane);
     invert(lane);
     barrier();
     for (uint e = lane; e < SIZE * SIZE; e += LANES) {
-        inverse.at[e / SIZE * stride + e % SIZE] = result[e / SIZE * PITCH + e % SIZE];
+        uint row = e / SIZE, col = e % SIZE;
+        inverse.at[row * stride + col] = row < col ? 0.0 : block[inverse_at(row, col)];
     }
 }
