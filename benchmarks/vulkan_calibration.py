@@ -31,13 +31,14 @@ from numpy.typing import NDArray
 
 from benchmarks.vulkan_speed import SHAPES, shape_config
 from uq.formats.config import GemmaConfig
+from uq.kernels.vulkan.dense.workshop import Workshop
 from uq.kernels.vulkan.device import choose
 from uq.progress import SilentProgress
 from uq.quantize.calibrate import NumpyEngine
 from uq.quantize.calibration_engine import CalibrationEngine
 from uq.quantize.layers import CalibratedLayers
 from uq.quantize.plan import make_plan
-from uq.quantize.vulkan_calibration import VulkanEngine, Workshop
+from uq.quantize.vulkan_calibration import VulkanEngine
 
 Array = NDArray[np.float32]
 SPREAD = 0.02  # of weights

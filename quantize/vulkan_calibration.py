@@ -1,4 +1,4 @@
-"""Calibration on a GPU: the same arithmetic as `calibrate.py` and `gptq.py`, in float16 and float32.
+"""Calibration on a GPU: the arithmetic of `calibrate.py` and `gptq.py` in float16 and float32.
 
 The tokens, both paths, the statistics and the weights in work stay on the device. Inputs of linears
 and the weights that they meet are float16, sums float32; what GPTQ does with the second moments is
@@ -9,79 +9,26 @@ says how many.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
-from pathlib import Path
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 
 import numpy as np
-from numpy.typing import NDArray
 
 from uq.formats.config import GemmaConfig
-from uq.formats.spec import QuantTensor, Spec
 from uq.kernels.reference import embed, flat
-from uq.kernels.vulkan.dense.cells import Cell, Cells, Levels, Row
-from uq.kernels.vulkan.dense.factor import inverse_cholesky
-from uq.kernels.vulkan.dense.grids import (
-    BYTES,
-    SYMMETRIC,
-    ZEROS,
-    Curvature,
-    GridKind,
-    Quantizer,
-)
-from uq.kernels.vulkan.dense.layer import Chunk, Layer, Tokens, power_below, row_norms
-from uq.kernels.vulkan.dense.matrix import Matrix, Store, padded
-from uq.kernels.vulkan.dense.products import Products
-from uq.kernels.vulkan.dense.stream import Stream
-from uq.kernels.vulkan.device import Gpu, PhysicalGpu
-from uq.kernels.vulkan.memory import Arena, Transfers
-from uq.kernels.vulkan.pipelines import Pipelines
+from uq.kernels.vulkan.dense.cells import Cell, Row
+from uq.kernels.vulkan.dense.layer import Chunk, Layer, Tokens, power_below
+from uq.kernels.vulkan.dense.matrix import Matrix
+from uq.kernels.vulkan.dense.workshop import Workshop
+from uq.kernels.vulkan.memory import Span
 from uq.quantize.calibration_engine import Array, QuantizeStage, TokenRows, Weights
-from uq.quantize.descent import SWEEPS
-from uq.quantize.gptq import DIAGONAL_FLOOR, ESCALATION, REFIT_RIDGE, unusable
-from uq.quantize.grids import range_steps, symmetric_steps
 from uq.quantize.moments import GAIN_RIDGE, token_weights
 from uq.quantize.plan import GptqOptions
-from uq.quantize.scales import relative_importance
+from uq.quantize.vulkan_gptq import DeviceStatistics
 
 ATTENTION = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
 MLP = ("mlp.gate_proj", "mlp.up_proj")
 HEADROOM = 4.0  # root mean square of weighed outputs as float16, which end at 65504
-
-
-@dataclass(frozen=True)
-class Workshop:
-    """A device and all that works on it."""
-
-    gpu: Gpu
-    arena: Arena
-    transfers: Transfers
-    pipelines: Pipelines
-    stream: Stream
-    store: Store
-    products: Products
-    cells: Cells
-
-    @classmethod
-    def open(cls, physical: PhysicalGpu, pipeline_cache: Path, *, timed: bool = False) -> Workshop:
-        """Raises DeviceError: the device fails."""
-        gpu = Gpu(physical)
-        arena, transfers = Arena(gpu, 0), Transfers(gpu)
-        pipelines = Pipelines(gpu, pipeline_cache)
-        stream = Stream(gpu, pipelines, transfers, timed=timed)
-        store = Store(stream, arena)
-        return cls(
-            gpu, arena, transfers, pipelines, stream, store, Products(stream), Cells(stream)
-        )
-
-    @property
-    def tools(self) -> tuple[Stream, Store, Products, Cells]:
-        return self.stream, self.store, self.products, self.cells
-
-    def close(self) -> None:
-        self.stream.wait()
-        for part in (self.pipelines, self.transfers, self.arena, self.gpu):
-            part.close()
 
 
 class VulkanEngine:
@@ -285,7 +232,7 @@ class VulkanCalibration:
         return found
 
     def _change(
-        self, number: int, root: object, size: Array, gain: Array | None, factor: float
+        self, number: int, root: Span, size: Array, gain: Array | None, factor: float
     ) -> Matrix:
         """(tokens, rows) float16 times `factor`: what the outputs should change by, weighed."""
         pair, out = self._pairs[number], self._exact_out(number)
@@ -300,273 +247,9 @@ class VulkanCalibration:
             gain=None if gain is None else self._store.vector("undoing", gain),
             sizes=self._store.vector("sizes of tokens", size),
             branch=out,
-            factors=root,  # type: ignore[arg-type]
+            factors=root,
             factor=factor,
             correction=self._options.correction,
             residual=self._options.residual,
         )
         return change
-
-
-@dataclass(frozen=True)
-class DeviceStatistics:
-    """`Statistics` on a device, over a power of two; `scale` waits to be applied.
-
-    Attributes:
-        diagonal: (n,) of the Hessian, in its unit.
-        unit: power of two that the matrices were multiplied by.
-        scale: (n,) that the inputs are divided by; None: by 1.
-    """
-
-    workshop: Workshop
-    hessian: Matrix
-    cross: Matrix | None
-    wanted: Matrix | None
-    diagonal: Array
-    unit: float
-    scale: Array | None = None
-
-    @classmethod
-    def of(
-        cls,
-        workshop: Workshop,
-        hessian: Matrix,
-        *,
-        cross: Matrix | None = None,
-        wanted: Matrix | None = None,
-    ) -> DeviceStatistics:
-        """Brings the mean of the diagonal to 1 to 2; of `hessian` the lower half is set."""
-        workshop.cells.run(Cell.MIRROR, hessian, hessian)
-        vector = workshop.store.matrix("diagonal", 1, hessian.cols)
-        workshop.cells.run(Cell.GET_DIAGONAL, vector, hessian)
-        diagonal = workshop.store.numbers(vector.span, hessian.cols).copy()
-        unit = power_below(2.0, float(diagonal.mean(dtype=np.float64)))
-        found = cls(workshop, hessian, cross, wanted, diagonal, 1.0)
-        return found._scaled(None, unit)
-
-    @property
-    def importance(self) -> Array:
-        squared = np.float32(1) if self.scale is None else self.scale**2
-        found: Array = self.diagonal / (np.float32(self.unit) * squared)
-        return found
-
-    def rescaled(self, scale: Array) -> DeviceStatistics:
-        """Of the inputs divided by `scale`."""
-        return self if (scale == 1).all() else replace(self, scale=scale)
-
-    def subtract_present(self, weight: Array, correction: float) -> None:
-        """wanted -= correction * weight H."""
-        assert self.wanted is not None
-        store, cells = self.workshop.store, self.workshop.cells
-        placed = store.put("uploaded", weight)
-        peak = row_norms(cells, store, placed)[1]
-        factor = power_below(1.0, peak)
-        cells.run(Cell.COPY, placed, placed, alpha=factor)
-        self.workshop.products.multiply(
-            self.wanted, placed, self.hessian, alpha=-correction / factor, add=True
-        )
-
-    def factorize(self, damping: float) -> DeviceSolver | str:
-        """As `StageStatistics` asks for it."""
-        diagonal = self.diagonal
-        mean = float(diagonal.mean(dtype=np.float64))
-        if not math.isfinite(mean) or mean <= 0:
-            return unusable(diagonal.astype(np.float64)[None])
-        here = self._applied()
-        return here._factorized(damping) or unusable(np.ones((1, 1)))
-
-    def _applied(self) -> DeviceStatistics:
-        """With `scale` applied, and the mean of the diagonal at 1 to 2 again."""
-        if self.scale is None:
-            return self
-        mean = float((self.diagonal / self.scale**2).mean(dtype=np.float64))
-        return self._scaled(1 / self.scale, power_below(2.0, mean))
-
-    def _scaled(self, factors: Array | None, unit: float) -> DeviceStatistics:
-        cells, store = self.workshop.cells, self.workshop.store
-        by = None if factors is None else store.vector("column factors", factors)
-        for matrix in (self.hessian, self.cross):
-            if matrix is not None:
-                cells.run(Cell.COPY, matrix, matrix, by_row=by, by_col=by, alpha=unit)
-        if self.wanted is not None:
-            cells.run(Cell.COPY, self.wanted, self.wanted, by_col=by, alpha=unit)
-        squared = np.float32(1) if factors is None else factors**2
-        diagonal = self.diagonal * squared * np.float32(unit)
-        return replace(self, diagonal=diagonal, unit=self.unit * unit, scale=None)
-
-    def _factorized(self, damping: float) -> DeviceSolver | None:
-        workshop, n = self.workshop, self.hessian.cols
-        store = workshop.store
-        diagonal = self.diagonal.astype(np.float64)
-        order = np.argsort(-self.diagonal, kind="stable")
-        with workshop.stream.phase("factor"):
-            for attempt, factor in enumerate(ESCALATION, start=1):
-                floor = DIAGONAL_FLOOR * diagonal.max() if attempt == len(ESCALATION) else 0.0
-                damped = np.maximum(diagonal, floor) + factor * damping * diagonal.mean()
-                upper = self._upper(order, damped)
-                if upper is None:
-                    continue
-                vector = store.matrix("pivots", 1, n)
-                workshop.cells.run(Cell.GET_DIAGONAL, vector, upper)
-                left = np.empty(n)
-                left[order] = store.numbers(vector.span, n).astype(np.float64) ** -2
-                if np.isfinite(left).all():
-                    return DeviceSolver(self, self._curvature(order, upper), left)
-        return None
-
-    def _curvature(self, order: NDArray[np.intp], upper: Matrix) -> Curvature:
-        store, n = self.workshop.store, len(order)
-        places = np.empty(n, np.uint32)
-        places[order] = np.arange(n, dtype=np.uint32)
-        diagonal = store.put("diagonal", self.diagonal[None])
-        return Curvature(
-            self.hessian,
-            diagonal,
-            upper,
-            store.vector("order", order.astype(np.uint32)),
-            store.vector("places", places),
-        )
-
-    def _upper(self, order: NDArray[np.intp], damped: NDArray[np.float64]) -> Matrix | None:
-        """U of the damped Hessian by place; None where that is not positive definite."""
-        workshop, n = self.workshop, len(order)
-        store, cells = workshop.store, workshop.cells
-        matrix, inverse = store.matrix("damped", n, n), store.matrix("inverse", n, n)
-        backwards = store.vector("index", order[::-1].astype(np.uint32))
-        cells.run(Cell.SQUARE, matrix, self.hessian, index=backwards)
-        entries = store.put("entries", damped[order[::-1]].astype(np.float32)[None])
-        cells.run(Cell.SET_DIAGONAL, matrix, entries)
-        workshop.stream.clear(inverse.span)
-        failed = store.vector("failed", np.zeros(1, np.uint32))
-        inverse_cholesky(workshop.stream, workshop.products, matrix, inverse, failed)
-        if store.numbers(failed, 1).view(np.uint32)[0]:
-            return None
-        flip = store.vector("index", np.arange(n - 1, -1, -1, dtype=np.uint32))
-        cells.run(Cell.SQUARE, matrix, inverse, index=flip)
-        return matrix
-
-
-class DeviceSolver:
-    """A `GptqSolver` on a device."""
-
-    def __init__(
-        self, statistics: DeviceStatistics, curvature: Curvature, left: NDArray[np.float64]
-    ) -> None:
-        """`left`: as `left_variances` gives it."""
-        self._statistics, self._curvature, self._left = statistics, curvature, left
-        workshop = statistics.workshop
-        self._workshop, self._store, self._cells = workshop, workshop.store, workshop.cells
-        self._products, self._phase = workshop.products, workshop.stream.phase
-        self._quantizer = Quantizer(*workshop.tools)
-        self._errors: dict[int, float] = {}  # id of a tensor that was made here
-
-    def quantize(self, weight: Array, spec: Spec, options: GptqOptions) -> QuantTensor:
-        """As `quantize_gptq`."""
-        quantizer, curvature = self._quantizer, self._curvature
-        with self._phase("upload"):
-            placed, unit = self._placed(weight)
-        with self._phase("target"):
-            target, by_place = self._target(placed, unit, options)
-        with self._phase("round"):
-            grid = quantizer.search(target, _kind(spec), self._importance, unit)
-            quantizer.round(by_place, grid, curvature)
-        outputs = self._store.matrix("outputs", target.rows, target.cols)
-        damping = options.damping * float(self._statistics.diagonal.mean(dtype=np.float64))
-        if options.refit:
-            with self._phase("refit"):
-                self._products.multiply(outputs, target, curvature.hessian)
-                quantizer.refit(outputs, grid, curvature, REFIT_RIDGE, unit)
-        for _ in range(options.descents):
-            with self._phase("descent"):
-                quantizer.descend(target, grid, curvature, damping, SWEEPS)
-            if options.refit:
-                with self._phase("refit"):
-                    quantizer.refit(outputs, grid, curvature, REFIT_RIDGE, unit)
-        with self._phase("error"):
-            error = self._error(placed, grid)
-        with self._phase("download"):
-            found = self._tensor(grid, spec, unit)
-        self._errors[id(found)] = error
-        return found
-
-    def output_error(self, weight: Array, quantized: QuantTensor) -> float:
-        """As `output_error` of gptq.py."""
-        if id(quantized) in self._errors:
-            return self._errors[id(quantized)]
-        placed, missing = self._placed(weight)[0], self._store.matrix("missing", *weight.shape)
-        unit = np.float32(power_below(1.0, float(np.abs(weight).max())))
-        self._store.put("missing", (weight - quantized.dequantize()) * unit)
-        return self._ratio(placed, missing)
-
-    @property
-    def _importance(self) -> Array:
-        """(n,) as `scale_importance`, with mean 1."""
-        found = np.sqrt(self._statistics.diagonal * self._left).astype(np.float32)
-        return relative_importance(found, len(found))
-
-    def _placed(self, weight: Array) -> tuple[Matrix, float]:
-        """The weight over a power of two that leaves its largest magnitude at 0.5 to 1."""
-        placed = self._store.put("weight", weight)
-        unit = 1.0 / power_below(1.0, row_norms(self._cells, self._store, placed)[1])
-        self._cells.run(Cell.COPY, placed, placed, alpha=1.0 / unit)
-        return placed, unit
-
-    def _target(self, weight: Matrix, unit: float, options: GptqOptions) -> tuple[Matrix, Matrix]:
-        """The weight that is rounded, by column and by place."""
-        cells, store, products = self._cells, self._store, self._products
-        shape, found = (weight.rows, weight.cols), self._statistics
-        by_place = store.matrix("by place", *shape)
-        curvature = self._curvature
-        if found.cross is None and found.wanted is None:
-            cells.run(Cell.GATHER, by_place, weight, index=curvature.order)
-            return weight, by_place
-        goal, target = store.matrix("goal", *shape), store.matrix("target", *shape)
-        if found.cross is not None:
-            products.multiply(goal, weight, found.cross, alpha=options.correction, b_by_k=True)
-        if found.wanted is not None:
-            cells.run(Cell.COPY, goal, found.wanted, alpha=1.0 / unit)
-        half = store.matrix("slope", *shape)
-        cells.run(Cell.GATHER, by_place, goal, index=curvature.order)
-        products.multiply(half, by_place, curvature.upper)
-        cells.run(Cell.GATHER, by_place, weight, index=curvature.order)
-        products.multiply(by_place, half, curvature.upper, add=True, b_by_k=True)
-        cells.run(Cell.GATHER, target, by_place, index=curvature.places)
-        return target, by_place
-
-    def _error(self, weight: Matrix, grid: Levels) -> float:
-        missing = self._store.matrix("missing", weight.rows, weight.cols)
-        self._cells.run(Cell.MISSING, missing, weight, grid=grid)
-        return self._ratio(weight, missing)
-
-    def _ratio(self, weight: Matrix, missing: Matrix) -> float:
-        energy = self._energy(weight)
-        return math.sqrt(max(self._energy(missing), 0.0) / energy) if energy > 0 else 0.0
-
-    def _energy(self, matrix: Matrix) -> float:
-        """Sum over the rows of m H m^T."""
-        outputs = self._store.matrix("slope", matrix.rows, matrix.cols)
-        self._products.multiply(outputs, matrix, self._curvature.hessian)
-        sums = self._store.span("sums", 4 * matrix.height)
-        self._cells.rows(Row.DOT, sums, 1, outputs, other=matrix)
-        return math.fsum(self._store.numbers(sums, matrix.rows))
-
-    def _tensor(self, grid: Levels, spec: Spec, unit: float) -> QuantTensor:
-        levels, groups = grid.levels, grid.groups
-        used = levels.cols // spec.group
-        codes = np.ascontiguousarray(self._store.get(levels))
-        scales = self._store.numbers(grid.scales, levels.rows * groups) * np.float32(unit)
-        scales = scales.reshape(-1, groups)[:, :used].astype(np.float16)
-        if not spec.zero_point:
-            return QuantTensor(codes, scales, spec)
-        lows = self._store.numbers(grid.lows, levels.rows * groups).reshape(-1, groups)
-        zeros = (spec.qmin - lows[:, :used]).astype(np.int8)
-        return QuantTensor(codes + zeros.repeat(spec.group, axis=1), scales, spec, zeros)
-
-
-def _kind(spec: Spec) -> GridKind:
-    limits = (spec.group, spec.qmin, spec.qmax, spec.zero_step)
-    if spec.bits == 8:
-        return GridKind(BYTES, *limits, symmetric_steps(spec.qmin))
-    if spec.zero_point:
-        return GridKind(ZEROS, *limits, range_steps(spec.qmax - spec.qmin))
-    return GridKind(SYMMETRIC, *limits, symmetric_steps(spec.qmin))

@@ -160,12 +160,12 @@ def _dense_kernels() -> Iterator[Variant]:
         "systems": {"B_FLOAT": 1, "SYSTEMS": 1},
     }
     for name, macros in operands.items():
-        constants = (*cut, "GROUP") if name == "systems" else cut
+        constants = (*cut, *["GROUP"] * (name == "systems"))
         yield _dense(f"dense_{name}", "dense_gemm.comp", macros, (), constants)
-        needs = ("fp16", "coopmat")
-        row = _dense(f"dense_{name}_matrix", "dense_gemm.comp", {**macros, "MATRIX": 1}, needs, constants)
+        needs, macros = ("fp16", "coopmat"), {**macros, "MATRIX": 1}
+        row = _dense(f"dense_{name}_matrix", "dense_gemm.comp", macros, needs, constants)
         yield replace(row, subgroup=32)
-    for name, constants in {
+    others: dict[str, tuple[str, ...]] = {
         "invert": (),
         "round": ("GROUP",),
         "descend": ("GROUP",),
@@ -176,8 +176,9 @@ def _dense_kernels() -> Iterator[Variant]:
         "heads": ("DIM", "DIM_OUT", "NORM", "ROPE"),
         "softmax": ("WINDOW", "CAP"),
         "context": ("DIM",),
-    }.items():
-        yield _dense(f"dense_{name}", f"dense_{name}.comp", {}, (), ("LANES", *constants))
+    }
+    for name, sizes in others.items():
+        yield _dense(f"dense_{name}", f"dense_{name}.comp", {}, (), ("LANES", *sizes))
 
 
 def _dense(

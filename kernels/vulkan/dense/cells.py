@@ -9,6 +9,7 @@ from enum import IntEnum
 from uq.kernels.vulkan.dense.matrix import Matrix
 from uq.kernels.vulkan.dense.stream import Stream
 from uq.kernels.vulkan.memory import Span
+from uq.kernels.vulkan.push import words
 
 LANES = 128
 
@@ -95,9 +96,9 @@ class Cells:
         side = grid.levels if grid else other
         whole = source or side or result
         nothing = result.span
-        spans = (result.span, whole.span, (side or whole).span)
-        spans += (grid.scales if grid else nothing, index or nothing)
-        spans += (by_row or nothing, by_col or nothing)
+        spans = [result.span, whole.span, (side or whole).span]
+        spans += [grid.scales if grid else nothing, index or nothing]
+        spans += [by_row or nothing, by_col or nothing]
         push = struct.pack(
             "<7Q5I2f",
             *(span.address for span in spans),
@@ -147,10 +148,11 @@ class Cells:
             stride: of the result, in elements.
             factor: of what is stored as float16.
         """
-        spans = (result, source.span, (other or source).span, gain or result, sizes or result)
-        spans += ((branch or source).span, factors or result)
+        spans = [result, source.span, (other or source).span, gain or result, sizes or result]
+        spans += [(branch or source).span, factors or result]
         push = struct.pack("<7Q", *(span.address for span in spans))
-        push += struct.pack("<3I4f", stride, source.stride, source.cols, eps, factor, correction, residual)
+        push += words(stride, source.stride, source.cols)
+        push += struct.pack("<4f", eps, factor, correction, residual)
         constants: dict[str, int | float] = {
             "LANES": LANES,
             "OP": int(op),

@@ -94,7 +94,7 @@ class Quantizer:
         return Levels(levels, scales, lows, kind.group, kind.qmax - kind.qmin)
 
     def round(self, by_place: Matrix, grid: Levels, curvature: Curvature) -> None:
-        """GPTQ: set the levels. Overwrites `by_place`, the target's columns in order of rounding."""
+        """GPTQ: set the levels. Overwrites `by_place`, the target in the order of rounding."""
         height, n = by_place.height, by_place.width
         errors = self._store.matrix("changes", height, TILE)
         rounded = self._store.matrix("levels by place", by_place.rows, by_place.cols, "i8")
@@ -109,9 +109,7 @@ class Quantizer:
                 rest = by_place.block(0, stop, height, n - stop)
                 row = upper.block(start, stop, TILE, n - stop)
                 self._products.multiply(rest, errors, row, alpha=-1.0, add=True, b_by_k=True)
-        self._cells.run(
-            Cell.GATHER_BYTES, grid.levels, other=rounded, index=curvature.places
-        )
+        self._cells.run(Cell.GATHER_BYTES, grid.levels, other=rounded, index=curvature.places)
 
     def descend(
         self, target: Matrix, grid: Levels, curvature: Curvature, damping: float, sweeps: int

@@ -27,6 +27,7 @@ from uq.kernels.vulkan.push import addresses, words
 Array = NDArray[np.float32]
 TOP = 2.0**13  # what float16 values stay below, times 8
 LANES = 64
+SOFTMAX = 1024  # attention weights are stored times this
 MARGIN = 2.0  # of bounds, for weights that were quantized since
 
 
@@ -152,54 +153,43 @@ class Layer:
 
     def context(self, chunk: Chunk, name: str) -> Tokens:
         """Input of o_proj, in the store's matrix `name`."""
-        config = self._config
-        x = self.attention_input(chunk)
-        length, dim = padded(chunk.length), padded(config.head_dim)
+        config, x = self._config, self.attention_input(chunk)
         q, k, v = (self._heads(role, x, chunk) for role in "qkv")
-        heads, kv_heads, sharing = (
-            config.num_heads,
-            config.num_kv_heads,
-            config.num_heads // config.num_kv_heads,
-        )
-        count = chunk.sequences * heads
-        scores = self._store.matrix("scores", count * length, length)
-        weights = self._store.matrix("attention weights", count * length, length, "f16")
-        mixed = self._store.matrix("mixed", count * length, dim)
-        square, across = length * length, length * dim
-        q_outer, k_outer = chunk.length * q.half.stride, chunk.length * k.half.stride
-        batch = Batch(chunk.sequences, heads, sharing, (q_outer, dim), (k_outer, dim), (heads * square, square))
-        one_score = scores.block(0, 0, length, length)
-        self._products.multiply(
-            one_score,
-            q.half.block(0, 0, length, dim),
-            k.half.block(0, 0, length, dim),
-            batch=batch,
-        )
-        self._softmax(scores, weights, chunk.length, count, 1.0 / (q.factor * k.factor))
-        batch = Batch(
-            chunk.sequences,
-            heads,
-            sharing,
-            (heads * square, square),
-            (chunk.length * v.half.stride, dim),
-            (heads * across, across),
-        )
+        mixed = self._attend(chunk, q, k, v)
+        heads, dim = config.num_heads, config.head_dim
+        result = self._store.matrix(name, chunk.tokens, heads * dim, "f16")
+        push = addresses(result.span, mixed.span)
+        push += words(result.stride, heads, chunk.length, padded(chunk.length), mixed.stride)
+        grid = (-(-result.stride // (2 * LANES)), chunk.tokens, 1)
+        constants: dict[str, int | float] = {"LANES": LANES, "DIM": dim}
+        self._stream.dispatch("dense_context", push + struct.pack("<f", 1.0), grid, constants)
+        return Tokens(result, v.factor)
+
+    def _attend(self, chunk: Chunk, q: Tokens, k: Tokens, v: Tokens) -> Matrix:
+        """(sequences * heads * padded length, padded dim): softmax(Q K^T) V times V's factor."""
+        config, store = self._config, self._store
+        length, dim, heads = padded(chunk.length), padded(config.head_dim), config.num_heads
+        rows = chunk.sequences * heads * length
+        scores = store.matrix("scores", rows, length)
+        weights = store.matrix("attention weights", rows, length, "f16")
+        mixed = store.matrix("mixed", rows, dim)
+        one_q, one_k, one_v = (part.half.block(0, 0, length, dim) for part in (q, k, v))
+        one_score, one_weight = (m.block(0, 0, length, length) for m in (scores, weights))
+        square, across = (heads * length**2, length**2), (heads * length * dim, length * dim)
+        queries = (chunk.length * q.half.stride, dim)
+        keys = (chunk.length * k.half.stride, dim)
+        shape = (chunk.sequences, heads, heads // config.num_kv_heads)
+        self._products.multiply(one_score, one_q, one_k, batch=Batch(*shape, queries, keys, square))
+        self._softmax(scores, weights, chunk.length, 1.0 / (q.factor * k.factor))
         self._products.multiply(
             mixed.block(0, 0, length, dim),
-            weights.block(0, 0, length, length),
-            v.half.block(0, 0, length, dim),
-            alpha=1.0 / 1024,
+            one_weight,
+            one_v,
+            alpha=1.0 / SOFTMAX,
             b_by_k=True,
-            batch=batch,
+            batch=Batch(*shape, square, keys, across),
         )
-        result = self._store.matrix(name, chunk.tokens, heads * config.head_dim, "f16")
-        push = addresses(result.span, mixed.span)
-        push += words(result.stride, heads, chunk.length, length, dim) + struct.pack("<f", 1.0)
-        grid = (-(-result.stride // (2 * LANES)), chunk.tokens, 1)
-        self._stream.dispatch(
-            "dense_context", push, grid, {"LANES": LANES, "DIM": config.head_dim}
-        )
-        return Tokens(result, v.factor)
+        return mixed
 
     def _heads(self, name: str, x: Tokens, chunk: Chunk) -> Tokens:
         """(tokens, heads * padded dim) float16 behind QK-norm and RoPE."""
@@ -229,13 +219,12 @@ class Layer:
 
     def _turns(self, length: int) -> Span:
         """cos and sin of each position and pair, for this layer's angle."""
-        kind = f"turns {self._config.theta(self._number)} {self._config.position_scale(self._number)}"
-        tables = np.stack(rope_tables(self._config, self._number, 0, length), axis=-1)
-        return self._store.constant(kind, tables.reshape(-1))
+        config, number = self._config, self._number
+        name = f"turns {config.theta(number)} {config.position_scale(number)}"
+        tables = np.stack(rope_tables(config, number, 0, length), axis=-1)
+        return self._store.constant(name, tables.reshape(-1))
 
-    def _softmax(
-        self, scores: Matrix, weights: Matrix, length: int, count: int, factor: float
-    ) -> None:
+    def _softmax(self, scores: Matrix, weights: Matrix, length: int, factor: float) -> None:
         config = self._config
         push = addresses(scores.span, weights.span) + words(scores.stride, length)
         push += struct.pack("<f", config.attention_scale * factor)
@@ -244,7 +233,8 @@ class Layer:
             "WINDOW": config.window(self._number) or 0,
             "CAP": float(config.attn_softcap or 0.0),
         }
-        self._stream.dispatch("dense_softmax", push, (scores.stride, count, 1), constants)
+        grid = (scores.stride, scores.height // scores.stride, 1)
+        self._stream.dispatch("dense_softmax", push, grid, constants)
 
     def mlp_hidden(self, x: Tokens, name: str) -> Tokens:
         """Input of down_proj, in the store's matrix `name`."""

@@ -83,7 +83,7 @@ class Products:
         rows = max(TILE, int(MOST_WORK / (2.0 * c.width * k)) // TILE * TILE)
         for start in range(0, c.height, rows):
             height = min(rows, c.height - start)
-            part = a.block(0, start, k, height) if a_by_k else a.block(start, 0, height, k)
+            part = _rows(a, start, start + height, k, a_by_k)
             here = c.block(start, 0, height, c.width)
             self._multiply(here, part, b, k, alpha, add, a_by_k, b_by_k, batch)
 
@@ -95,8 +95,7 @@ class Products:
         for start in range(0, c.height, rows):
             stop = min(start + rows, c.height)
             k = a.height if by_k else a.width
-            left = a.block(0, start, k, stop - start) if by_k else a.block(start, 0, stop - start, k)
-            right = a.block(0, 0, k, stop) if by_k else a.block(0, 0, stop, k)
+            left, right = _rows(a, start, stop, k, by_k), _rows(a, 0, stop, k, by_k)
             here = c.block(start, 0, stop - start, stop)
             self.multiply(here, left, right, alpha=alpha, add=add, a_by_k=by_k, b_by_k=by_k)
 
@@ -109,7 +108,7 @@ class Products:
         groups = levels.width // group
         name, cut, constants = self._cut("systems", levels.height, TILE, group)
         batch = Batch(1, groups, 1, (0, group), (0, group * hessian.stride), (groups**2, 0))
-        whole = Matrix(result, *[0] * 4, groups, "f32")
+        whole = Matrix(result, 0, 0, 0, 0, groups, "f32")
         push = _push(whole, levels, hessian, group, 1.0, batch, levels)
         grid = (levels.width // cut.bn, levels.height // cut.bm, groups)
         work = 2.0 * levels.height * levels.width**2
@@ -158,8 +157,20 @@ def cut_constants(cut: Cut, lanes: int) -> dict[str, int | float]:
     return {"LANES": lanes * cut.parts, **sizes}
 
 
+def _rows(operand: Matrix, start: int, stop: int, k: int, by_k: bool) -> Matrix:
+    if by_k:
+        return operand.block(0, start, k, stop - start)
+    return operand.block(start, 0, stop - start, k)
+
+
 def _push(
-    c: Matrix, a: Matrix, b: Matrix, k: int, alpha: float, batch: Batch, levels: Matrix | None = None
+    c: Matrix,
+    a: Matrix,
+    b: Matrix,
+    k: int,
+    alpha: float,
+    batch: Batch,
+    levels: Matrix | None = None,
 ) -> bytes:
     beside = levels or a
     push = struct.pack("<4Q", a.address, b.address, c.address, beside.address)
