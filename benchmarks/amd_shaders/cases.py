@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import product
 from typing import Any
 
 import numpy as np
@@ -13,9 +14,17 @@ from numpy.typing import NDArray
 from benchmarks.shapes import SHAPES, shape_config
 from benchmarks.vulkan_speed import role_of
 from uq.formats.config import GemmaConfig
-from uq.formats.spec import SPECS, Spec
+from uq.formats.spec import GROUPS, SPECS, Spec
 from uq.kernels.vulkan.cache import Cache, CacheSize
 from uq.kernels.vulkan.commands import Recorder
+from uq.kernels.vulkan.dense.cells import Cell, Row
+from uq.kernels.vulkan.dense.matrix import padded
+from uq.kernels.vulkan.dense.products import (
+    MATRIX_CUT,
+    SMALL_MATRIX_CUT,
+    cut_constants,
+    systems_cut,
+)
 from uq.kernels.vulkan.memory import Arena, Span, Transfers
 from uq.kernels.vulkan.model import Work, load_model, work_sizes
 from uq.kernels.vulkan.pipelines import Constants, Pipelines
@@ -56,7 +65,7 @@ ALONE = (
 
 def cases() -> list[Case]:
     """Gemma 3 of every size as `uq quantize` makes it; in the 4B every kind of weight, and INT8
-    activations with and without zero points."""
+    activations with and without zero points; and what calibrates the 4B and the 27B."""
     found: dict[Case, None] = {}
     for config in map(shape_config, SHAPES):
         found |= dict.fromkeys(session_cases(config, *USUAL))
@@ -66,6 +75,8 @@ def cases() -> list[Case]:
         found |= dict.fromkeys(session_cases(config, kind, kind))
     for kinds in (USUAL, (INT4Z, INT4Z)):
         found |= dict.fromkeys(session_cases(config, *kinds, int8_x=True))
+    for name in ("4b", "27b"):
+        found |= dict.fromkeys(calibration_cases(shape_config(name)))
     return list(found | dict.fromkeys(ALONE))
 
 
@@ -112,6 +123,44 @@ def prefill_cases(config: GemmaConfig, kinds: Iterable[Kind]) -> Iterator[Case]:
         attention = attention_constants(config, layer, slots, WAVE, SHARED_BYTES)
         for module in ("attention_prefill", "attention_prefill_int8"):
             yield Case(module, tuple(sorted(attention.items())))
+
+
+def calibration_cases(config: GemmaConfig) -> Iterator[Case]:
+    """The kernels of kernels/vulkan/dense, with matrix instructions."""
+    for group in GROUPS:
+        for cut in (systems_cut(group), MATRIX_CUT, SMALL_MATRIX_CUT):
+            sizes: dict[str, int | float] = {"A_BY_K": False, "B_BY_K": True, "ADD": True}
+            sizes |= cut_constants(cut, 32)
+            if cut == systems_cut(group):
+                sizes |= {"GROUP": group, "ADD": False}
+                yield _case("dense_systems_matrix", sizes)
+                continue
+            for by_k in (False, True):
+                yield _case("dense_half_matrix", sizes | {"A_BY_K": by_k, "B_BY_K": by_k})
+                yield _case("dense_float_matrix", sizes | {"B_BY_K": by_k})
+        for name in ("round", "descend"):
+            yield _case(f"dense_{name}", {"LANES": 64, "GROUP": group})
+        for kind in range(3):
+            yield _case("dense_search", {"LANES": 64, "GROUP": group, "KIND": kind})
+        for n in (config.hidden_size, config.intermediate_size):
+            solve = {"LANES": 256, "GROUP": group, "GROUPS": padded(n) // group, "ROUNDS": 64}
+            yield _case("dense_solve", dict(solve))
+    yield _case("dense_invert", {"LANES": 256})
+    for cell, half in product(Cell, (False, True)):
+        by = {"BY_ROW": True, "BY_COL": True}
+        yield _case("dense_cells", {"LANES": 128, "OP": int(cell), "HALF_OUT": half, **by})
+    for row in Row:
+        yield _case("dense_rows", {"LANES": 128, "OP": int(row), "HAS_GAIN": True})
+    dim = {"LANES": 64, "DIM": config.head_dim}
+    heads = {**dim, "DIM_OUT": padded(config.head_dim), "NORM": True, "ROPE": True}
+    yield _case("dense_heads", dict(heads))
+    yield _case("dense_context", dict(dim))
+    for window in (0, 1024):
+        yield _case("dense_softmax", {"LANES": 64, "WINDOW": window, "CAP": 50.0})
+
+
+def _case(module: str, constants: Constants) -> Case:
+    return Case(module, tuple(sorted(constants.items())))
 
 
 class Inventory(Pipelines):

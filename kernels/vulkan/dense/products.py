@@ -142,13 +142,18 @@ class Products:
         name, lanes = f"dense_{kind}", 1
         if self._matrix:
             name += "_matrix"
-            wide = max(32, group)
-            large = Cut(128, 128, 2048 // wide, wide) if group else MATRIX_CUT
+            large = systems_cut(group) if group else MATRIX_CUT
             cut = large if height % 128 == width % 128 == 0 else SMALL_MATRIX_CUT
             lanes = self._stream.gpu.physical.lanes(VARIANTS[name].subgroup)
         else:
             cut = PLAIN_SYSTEMS if group else PLAIN_CUT
         return name, cut, cut_constants(cut, lanes)
+
+
+def systems_cut(group: int) -> Cut:
+    """With matrix instructions: a subgroup sums whole groups of columns."""
+    wide = max(32, group)
+    return Cut(128, 128, 2048 // wide, wide)
 
 
 def cut_constants(cut: Cut, lanes: int) -> dict[str, int | float]:
