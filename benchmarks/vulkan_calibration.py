@@ -78,10 +78,8 @@ def run(
     config: GemmaConfig, layers: int, tokens: NDArray[np.int32], engine: CalibrationEngine
 ) -> tuple[float, list[float]]:
     """Seconds until the tokens stand in front of layer 0, and of each layer."""
-    plan = make_plan(config)
     began = time.perf_counter()
-    checkpoint: Any = RandomCheckpoint(config)
-    calibrated = CalibratedLayers(checkpoint, plan, tokens, engine, SilentProgress())
+    calibrated = begun(config, tokens, engine)
     start, seconds = time.perf_counter() - began, []
     for layer in range(layers):
         began = time.perf_counter()
@@ -90,29 +88,48 @@ def run(
     return start, seconds
 
 
+def begun(
+    config: GemmaConfig, tokens: NDArray[np.int32], engine: CalibrationEngine
+) -> CalibratedLayers:
+    checkpoint: Any = RandomCheckpoint(config)
+    return CalibratedLayers(checkpoint, make_plan(config), tokens, engine, SilentProgress())
+
+
 def on_gpu(
-    config: GemmaConfig, layers: int, tokens: NDArray[np.int32], wish: str, *, timed: bool
+    config: GemmaConfig, layers: int, tokens: NDArray[np.int32], wish: str
 ) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
-        workshop = Workshop.open(choose(wish), Path(folder), timed=timed)
+        workshop = Workshop.open(choose(wish), Path(folder))
         start, seconds = run(config, layers, tokens, VulkanEngine(workshop))
-        found = {
-            "start": round(start, 2),
-            "layers": [round(value, 3) for value in seconds],
-            "device_gib": round(workshop.arena.nbytes / 2**30, 1),
-        }
-        if timed:
-            phases = workshop.stream.seconds.items()
-            found["phases"] = {label: round(value / layers, 3) for label, value in phases}
+        nbytes = workshop.arena.nbytes
         workshop.close()
-    return found
+    return {
+        "start": round(start, 2),
+        "layers": [round(value, 3) for value in seconds],
+        "device_gib": round(nbytes / 2**30, 1),
+    }
+
+
+def phases(config: GemmaConfig, tokens: NDArray[np.int32], wish: str) -> dict[str, float]:
+    """Seconds of each phase of the second layer; the first one makes the pipelines."""
+    with tempfile.TemporaryDirectory() as folder:
+        workshop = Workshop.open(choose(wish), Path(folder), timed=True)
+        calibrated = begun(config, tokens, VulkanEngine(workshop))
+        calibrated.quantize(0)
+        workshop.stream.seconds.clear()
+        began = time.perf_counter()
+        calibrated.quantize(1)
+        whole = time.perf_counter() - began
+        found = {label: round(value, 3) for label, value in workshop.stream.seconds.items()}
+        workshop.close()
+    return found | {"between the phases": round(whole - sum(found.values()), 3)}
 
 
 def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     config = shape_config(arguments.shape)
     shape = (arguments.sequences, arguments.length)
     tokens = np.random.default_rng(1).integers(0, config.vocab_size, shape).astype(np.int32)
-    found = on_gpu(config, arguments.layers, tokens, arguments.device, timed=False)
+    found = on_gpu(config, arguments.layers, tokens, arguments.device)
     counted = found["layers"][1:] or found["layers"]  # the first one makes the pipelines, too
     mean = sum(counted) / len(counted)
     total = found["start"] + found["layers"][0] + mean * (config.num_layers - 1)
@@ -125,7 +142,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
         "extrapolated_layers": config.num_layers - arguments.layers,
         "seconds_of_all": round(total, 1),
         **found,
-        "timed": on_gpu(config, 1, tokens, arguments.device, timed=True),
+        "phases": phases(config, tokens, arguments.device),
         "recipe": asdict(make_plan(config).gptq),
     }
 
@@ -139,7 +156,7 @@ def peer(name: str, wish: str) -> dict[str, Any]:
         "shape": name,
         "tokens": list(tokens.shape),
         "blas": [round(value, 2) for value in main],
-        "gpu": on_gpu(config, 2, tokens, wish, timed=False)["layers"],
+        "gpu": on_gpu(config, 2, tokens, wish)["layers"],
     }
 
 

@@ -9,7 +9,7 @@ measure: another engine gives its codes up to ties that it states.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, MutableMapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -37,8 +37,30 @@ class TokenRows:
     exact: Array | None = None
 
 
+class QuantizedWeights(Mapping[str, Array]):
+    """Role -> weight of the linears of a stage, dequantized when it is asked for."""
+
+    def __init__(self, tensors: Mapping[str, QuantTensor], scale: Array) -> None:
+        """`scale`: (n,) what the columns of the tensors are multiplied by."""
+        self.tensors, self._scale = tensors, scale
+
+    def __getitem__(self, role: str) -> Array:
+        found: Array = self.tensors[role].dequantize()
+        found /= self._scale
+        return found
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.tensors)
+
+    def __len__(self) -> int:
+        return len(self.tensors)
+
+
 class GptqSolver(Protocol):
-    """The statistics of a stage with their damped Hessian factorized."""
+    """The statistics of a stage with their damped Hessian factorized.
+
+    Weights are those of the layer; where the statistics were `rescaled`, their columns are, too.
+    """
 
     def quantize(self, weight: Array, spec: Spec, options: GptqOptions) -> QuantTensor:
         """GPTQ of one linear, weight (rows, n) finite. A scale beyond float16 is for the caller."""

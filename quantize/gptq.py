@@ -41,11 +41,13 @@ class Statistics:
             towards the floating-point path.
         wanted: (rows, n), that of r x^T, with r what the outputs should change by, for a linear of
             its own.
+        scale: (n,) what the inputs were divided by.
     """
 
     hessian: Matrix
     cross: Matrix | None
     wanted: Matrix | None = None
+    scale: NDArray[np.float32] | None = None
 
     @property
     def importance(self) -> NDArray[np.float32]:
@@ -54,14 +56,15 @@ class Statistics:
 
     def rescaled(self, scale: NDArray[np.float32]) -> Statistics:
         """Of the inputs divided by `scale`, (n,); in place."""
-        if (scale != 1).any():
-            for row, factor in enumerate(scale):
-                self.hessian[row] /= factor * scale
-                if self.cross is not None:
-                    self.cross[row] /= factor * scale
-            if self.wanted is not None:
-                np.divide(self.wanted, scale, out=self.wanted)
-        return self
+        if (scale == 1).all():
+            return self
+        for row, factor in enumerate(scale):
+            self.hessian[row] /= factor * scale
+            if self.cross is not None:
+                self.cross[row] /= factor * scale
+        if self.wanted is not None:
+            np.divide(self.wanted, scale, out=self.wanted)
+        return replace(self, scale=scale)
 
     def of_rows(self, rows: slice) -> Statistics:
         """For some rows of the linear."""
@@ -83,10 +86,16 @@ class FactorizedStatistics:
     def quantize(
         self, weight: NDArray[np.float32], spec: Spec, options: GptqOptions
     ) -> QuantTensor:
+        weight = self._behind(weight)
         return quantize_gptq(weight, spec, self.statistics, self.factor, options)
 
     def output_error(self, weight: NDArray[np.float32], quantized: QuantTensor) -> float:
-        return output_error(weight, quantized, self.statistics.hessian)
+        return output_error(self._behind(weight), quantized, self.statistics.hessian)
+
+    def _behind(self, weight: NDArray[np.float32]) -> NDArray[np.float32]:
+        """The weight that the rescaled inputs meet."""
+        scale = self.statistics.scale
+        return weight if scale is None else weight * scale
 
 
 def quantize_gptq(

@@ -18,6 +18,7 @@ from uq.quantize.calibrate import BATCH_TOKENS, PLAIN
 from uq.quantize.calibration_engine import (
     CalibrationEngine,
     GptqSolver,
+    QuantizedWeights,
     StageStatistics,
     TokenRows,
 )
@@ -58,21 +59,17 @@ class CalibratedLayers:
         gains = {role: weights[role] for role in self._checkpoint.config.norm_shapes()}
         linears: list[Entry] = []
 
-        def stage(
-            roles: Sequence[str], statistics: StageStatistics
-        ) -> dict[str, NDArray[np.float32]]:
+        def stage(roles: Sequence[str], statistics: StageStatistics) -> QuantizedWeights:
             scale = self._equalize(layer, roles, statistics.importance, gains)
             statistics = statistics.rescaled(scale)
             importance = statistics.importance
             solver = statistics.factorize(self._plan.gptq.damping)
-            found: dict[str, NDArray[np.float32]] = {}
+            found: dict[str, QuantTensor] = {}
             for role in roles:
                 name = layer_tensor(layer, role)
-                tensor, entry = self._linear(name, weights[role] * scale, importance, solver)
-                found[role] = tensor.dequantize()
-                found[role] /= scale
+                found[role], entry = self._linear(name, weights[role], scale, importance, solver)
                 linears.append(entry)
-            return found
+            return QuantizedWeights(found, scale)
 
         self._calibration.quantize_layer(layer, weights, stage)
         norms = [ArrayEntry(gain_name(layer_tensor(layer, role)), gains[role]) for role in gains]
@@ -111,16 +108,17 @@ class CalibratedLayers:
         self,
         name: str,
         weight: NDArray[np.float32],
+        scale: NDArray[np.float32],
         importance: NDArray[np.float32],
         solver: GptqSolver | str,
     ) -> tuple[QuantTensor, QuantEntry]:
         self._progress.work(name)
         plan = self._plan.tensors[name]
-        found, method, fallback = self._codes(name, weight, importance, solver)
+        found, method, fallback = self._codes(name, weight, scale, importance, solver)
         if fallback is not None:
             self._progress.note(f"{name}: {fallback}")
         if method == "grid" or isinstance(solver, str):
-            error = weight_error(weight, found)
+            error = weight_error(weight * scale, found)
         else:
             error = solver.output_error(weight, found)
         blocks = [checked(name, found)]
@@ -132,19 +130,20 @@ class CalibratedLayers:
         self,
         name: str,
         weight: NDArray[np.float32],
+        scale: NDArray[np.float32],
         importance: NDArray[np.float32],
         solver: GptqSolver | str,
     ) -> tuple[QuantTensor, str, str | None]:
         """The quantized tensor, the method, and why it is not the planned one."""
         spec, method = self._plan.tensors[name].spec, self._plan.tensors[name].method
         if method == "grid":
-            found, fits = recover(weight, spec, self._checkpoint.tensors[name].dtype)
+            found, fits = recover(weight * scale, spec, self._checkpoint.tensors[name].dtype)
             return found, method, misfit(int(fits.sum()), fits.size)
         if isinstance(solver, str):
-            return quantize_rtn(weight, spec), "rtn", f"{solver}; rounded to nearest"
+            return quantize_rtn(weight * scale, spec), "rtn", f"{solver}; rounded to nearest"
         if method == "gptq":
             return solver.quantize(weight, spec, self._plan.gptq), method, None
-        return quantize_rtn(weight, spec, importance), method, None
+        return quantize_rtn(weight * scale, spec, importance), method, None
 
 
 def _token_rows(

@@ -21,7 +21,13 @@ from uq.kernels.vulkan.dense.layer import Chunk, Layer, Tokens, power_below
 from uq.kernels.vulkan.dense.matrix import Matrix
 from uq.kernels.vulkan.dense.workshop import Workshop
 from uq.kernels.vulkan.memory import Span
-from uq.quantize.calibration_engine import Array, QuantizeStage, TokenRows, Weights
+from uq.quantize.calibration_engine import (
+    Array,
+    QuantizedWeights,
+    QuantizeStage,
+    TokenRows,
+    Weights,
+)
 from uq.quantize.moments import GAIN_RIDGE, token_weights
 from uq.quantize.plan import GptqOptions
 from uq.quantize.vulkan_gptq import DeviceStatistics
@@ -82,13 +88,15 @@ class VulkanCalibration:
         """As `CalibrationRun` asks for it."""
         exact, quantized = (self._layer(layer, name) for name in ("exact", "quantized"))
         with self._phase("upload"):
-            exact.set_weights(weights)
-            quantized.set_weights({role: w for role, w in weights.items() if w.ndim == 1})
+            placed = exact.set_linears(weights)
+            for path in (exact, quantized):
+                path.set_gains(weights)
 
         def replace_weights(roles: Sequence[str], statistics: DeviceStatistics) -> None:
+            statistics.placed.update(placed)
             found = quantize(roles, statistics)
             with self._phase("upload"):
-                quantized.set_weights({role: found.get(role, weights[role]) for role in roles})
+                self._take_over(found, roles, statistics, quantized, exact, weights)
 
         replace_weights(ATTENTION, self._input_statistics(quantized, exact, mlp=False))
         contexts = self._contexts(quantized, exact)
@@ -105,12 +113,31 @@ class VulkanCalibration:
     def pass_layer(self, layer: int, exact: Weights, quantized: Weights) -> None:
         """As `CalibrationRun` asks for it."""
         paths = self._layer(layer, "exact"), self._layer(layer, "quantized")
-        paths[0].set_weights(exact)
-        paths[1].set_weights(quantized)
+        for path, weights in zip(paths, (exact, quantized), strict=True):
+            path.set_linears(weights)
+            path.set_gains(weights)
         contexts = self._contexts(paths[1], paths[0])
         self._join("self_attn.o_proj", "post_attention_layernorm", contexts, paths[1])
         hidden = self._mlp_hidden(paths[1], paths[0])
         self._join("mlp.down_proj", "post_feedforward_layernorm", hidden, paths[1])
+
+    def _take_over(
+        self,
+        found: Weights,
+        roles: Sequence[str],
+        statistics: DeviceStatistics,
+        quantized: Layer,
+        exact: Layer,
+        weights: Weights,
+    ) -> None:
+        """Let the tokens go on with what was found; what was made on the device stays there."""
+        for role in roles:
+            tensor = found.tensors.get(role) if isinstance(found, QuantizedWeights) else None
+            made = statistics.made.get(id(tensor))
+            if made is None:
+                quantized.set_linears({role: found.get(role, weights[role])})
+            else:
+                quantized.adopt(role, made, exact)
 
     def _layer(self, number: int, name: str) -> Layer:
         return Layer(self._config, number, name, self._workshop.tools)

@@ -19,7 +19,7 @@ from uq.kernels.vulkan.dense.grids import (
     GridKind,
     Quantizer,
 )
-from uq.kernels.vulkan.dense.layer import power_below, row_norms
+from uq.kernels.vulkan.dense.layer import Tokens, power_below, row_norms
 from uq.kernels.vulkan.dense.matrix import Matrix
 from uq.kernels.vulkan.dense.workshop import Workshop
 from uq.quantize.calibration_engine import Array
@@ -29,6 +29,8 @@ from uq.quantize.grids import range_steps, symmetric_steps
 from uq.quantize.plan import GptqOptions
 from uq.quantize.scales import relative_importance
 
+MADE = 2.0**8  # times numbers of at most 2^5: far from overflow and from the smallest float16
+
 
 @dataclass(frozen=True)
 class DeviceStatistics:
@@ -37,7 +39,10 @@ class DeviceStatistics:
     Attributes:
         diagonal: (n,) of the Hessian, in its unit.
         unit: power of two that the matrices were multiplied by.
+        placed: id of a weight -> the same on the device.
+        made: id of a tensor -> its weight on the device, as it meets inputs that are not rescaled.
         scale: (n,) that the inputs are divided by; None: by 1.
+        is_applied: the matrices are those of the divided inputs already.
     """
 
     workshop: Workshop
@@ -46,7 +51,10 @@ class DeviceStatistics:
     wanted: Matrix | None
     diagonal: Array
     unit: float
+    placed: dict[int, Matrix]
+    made: dict[int, Tokens]
     scale: Array | None = None
+    is_applied: bool = False
 
     @classmethod
     def of(
@@ -63,14 +71,13 @@ class DeviceStatistics:
         workshop.cells.run(Cell.GET_DIAGONAL, vector, hessian)
         diagonal = workshop.store.numbers(vector.span, hessian.cols).copy()
         unit = power_below(2.0, float(diagonal.mean(dtype=np.float64)))
-        found = cls(workshop, hessian, cross, wanted, diagonal, 1.0)
+        found = cls(workshop, hessian, cross, wanted, diagonal, 1.0, {}, {})
         return found._scaled(None, unit)
 
     @property
     def importance(self) -> Array:
-        squared = np.float32(1) if self.scale is None else self.scale**2
-        found: Array = self.diagonal / (np.float32(self.unit) * squared)
-        return found
+        found: Array = self.diagonal / np.float32(self.unit)
+        return found if self.scale is None or self.is_applied else found / self.scale**2
 
     def rescaled(self, scale: Array) -> DeviceStatistics:
         """Of the inputs divided by `scale`."""
@@ -80,13 +87,18 @@ class DeviceStatistics:
         """wanted -= correction * weight H."""
         assert self.wanted is not None
         store, cells = self.workshop.store, self.workshop.cells
-        placed = store.put("uploaded", weight)
-        peak = row_norms(cells, store, placed)[1]
-        factor = power_below(1.0, peak)
-        cells.run(Cell.COPY, placed, placed, alpha=factor)
+        source = self.source(weight)
+        copy = store.matrix("weight", source.rows, source.cols)
+        factor = power_below(1.0, row_norms(cells, store, source)[1])
+        cells.run(Cell.COPY, copy, source, alpha=factor)
         self.workshop.products.multiply(
-            self.wanted, placed, self.hessian, alpha=-correction / factor, add=True
+            self.wanted, copy, self.hessian, alpha=-correction / factor, add=True
         )
+
+    def source(self, weight: Array) -> Matrix:
+        """A weight on the device."""
+        found = self.placed.get(id(weight))
+        return self.workshop.store.put("uploaded", weight) if found is None else found
 
     def factorize(self, damping: float) -> DeviceSolver | str:
         """As `StageStatistics` asks for it."""
@@ -99,10 +111,11 @@ class DeviceStatistics:
 
     def _applied(self) -> DeviceStatistics:
         """With `scale` applied, and the mean of the diagonal at 1 to 2 again."""
-        if self.scale is None:
+        if self.scale is None or self.is_applied:
             return self
         mean = float((self.diagonal / self.scale**2).mean(dtype=np.float64))
-        return self._scaled(np.float32(1) / self.scale, power_below(2.0, mean))
+        done = self._scaled(np.float32(1) / self.scale, power_below(2.0, mean))
+        return replace(done, is_applied=True)
 
     def _scaled(self, factors: Array | None, unit: float) -> DeviceStatistics:
         cells, store = self.workshop.cells, self.workshop.store
@@ -114,7 +127,7 @@ class DeviceStatistics:
             cells.run(Cell.COPY, self.wanted, self.wanted, by_col=by, alpha=unit)
         squared = np.float32(1) if factors is None else factors**2
         diagonal = self.diagonal * squared * np.float32(unit)
-        return replace(self, diagonal=diagonal, unit=self.unit * unit, scale=None)
+        return replace(self, diagonal=diagonal, unit=self.unit * unit)
 
     def _factorized(self, damping: float) -> DeviceSolver | None:
         workshop, n = self.workshop, self.hessian.cols
@@ -209,15 +222,29 @@ class DeviceSolver:
         with self._phase("download"):
             found = self._tensor(grid, spec, unit)
         self._errors[id(found)] = error
+        self._statistics.made[id(found)] = self._half(grid, unit)
         return found
+
+    def _half(self, grid: Levels, unit: float) -> Tokens:
+        """What was found as a weight of the layer. Columns are divided by at most 2^4."""
+        levels, scale = grid.levels, self._statistics.scale
+        name = f"made {len(self._statistics.made)}"
+        half = self._store.matrix(name, levels.rows, levels.cols, "f16")
+        by = None
+        if scale is not None:
+            by = self._store.vector("column factors", np.float32(1) / scale)
+        self._cells.run(Cell.WEIGHT, half, grid=grid, by_col=by, alpha=MADE)
+        return Tokens(half, MADE / unit)
 
     def output_error(self, weight: Array, quantized: QuantTensor) -> float:
         """As `output_error` of gptq.py."""
         if id(quantized) in self._errors:
             return self._errors[id(quantized)]
-        placed, missing = self._placed(weight)[0], self._store.matrix("missing", *weight.shape)
+        scale = self._statistics.scale
+        weight = weight if scale is None else weight * scale
         unit = np.float32(power_below(1.0, float(np.abs(weight).max())))
-        self._store.put("missing", (weight - quantized.dequantize()) * unit)
+        placed = self._store.put("weight", weight * unit)
+        missing = self._store.put("missing", (weight - quantized.dequantize()) * unit)
         return self._ratio(placed, missing)
 
     @property
@@ -227,8 +254,12 @@ class DeviceSolver:
         return relative_importance(found, len(found))
 
     def _placed(self, weight: Array) -> tuple[Matrix, float]:
-        """The weight over a power of two that leaves its largest magnitude at 0.5 to 1."""
-        placed = self._store.put("weight", weight)
+        """The weight behind the rescaled inputs, over a power of two that leaves its largest
+        magnitude at 0.5 to 1, and that power."""
+        source, scale = self._statistics.source(weight), self._statistics.scale
+        by = None if scale is None else self._store.vector("column factors", scale)
+        placed = self._store.matrix("weight", source.rows, source.cols)
+        self._cells.run(Cell.COPY, placed, source, by_col=by)
         unit = 1.0 / power_below(1.0, row_norms(self._cells, self._store, placed)[1])
         self._cells.run(Cell.COPY, placed, placed, alpha=1.0 / unit)
         return placed, unit

@@ -8,11 +8,11 @@ layout(constant_id = 1) const uint GROUP = 32;
 layout(push_constant) uniform Push {
     Quads slope;     // (rows, stride)
     Quads hessian;   // (stride, stride), damped
-    Quads changes;   // (rows, 128), out: of the weights
+    Quads changes;   // (rows, stride_out), out: of the weights
     Floats scales;   // (rows, groups)
     Floats lows;     // (rows, groups)
     Vectors levels;  // (rows, stride) bytes, in and out
-    uint stride, groups, start;
+    uint stride, groups, start, stride_out;
     float span;
 };
 
@@ -53,7 +53,7 @@ void main() {
         }
     }
     [[unroll]] for (uint i = 0; i < OWN; i += 4) {
-        changes.at[(row * BLOCK + part * OWN + i) / 4] =
+        changes.at[(row * stride_out + part * OWN + i) / 4] =
             vec4(change[i], change[i + 1], change[i + 2], change[i + 3]);
     }
     levels.at[(row * stride + first) / 16] = packed(level);

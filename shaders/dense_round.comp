@@ -8,12 +8,12 @@ layout(constant_id = 1) const uint GROUP = 32;
 layout(push_constant) uniform Push {
     Quads target;      // (rows, stride) by place
     Quads upper;       // (stride, stride)
-    Quads errors;      // (rows, 128), out
+    Quads errors;      // (rows, stride_out), out
     Words order;       // (stride) column of a place
     Floats scales;     // (rows, groups)
     Floats lows;       // (rows, groups) lowest level
     Vectors levels;    // (rows, stride) bytes by place, out
-    uint stride, groups, start;
+    uint stride, groups, start, stride_out;
     float span;  // of the levels
 };
 
@@ -52,7 +52,7 @@ void main() {
         }
     }
     [[unroll]] for (uint i = 0; i < OWN; i += 4) {
-        errors.at[(row * BLOCK + part * OWN + i) / 4] =
+        errors.at[(row * stride_out + part * OWN + i) / 4] =
             vec4(error[i], error[i + 1], error[i + 2], error[i + 3]);
     }
     levels.at[(row * stride + first) / 16] = packed(level);

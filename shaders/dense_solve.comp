@@ -34,8 +34,12 @@ void apply(uint lane) {
     [[unroll]] for (uint i = 0; i < OWN; i++) {
         uint group = min(group_of(i, lane), GROUPS - 1);
         float total = 0.0;
-        for (uint g = 0; g < used; g++) {
-            total += systems.at[base + g * GROUPS + group] * ways[g];
+        for (uint g = 0; g < GROUPS; g += 4) {  // GROUPS is a multiple of 4 unless it is small
+            [[unroll]] for (uint e = 0; e < 4; e++) {
+                if (GROUPS % 4 == 0 || g + e < GROUPS) {
+                    total += systems.at[base + (g + e) * GROUPS + group] * ways[g + e];
+                }
+            }
         }
         moved[i] = group_of(i, lane) < used ? total : 0.0;
     }

@@ -25,6 +25,12 @@ void clear_sums() {
     }
 }
 
+// The next numbers of 11 bits, which are float16. By way of the bits, because a compiler may take a
+// float16 that becomes a float32 again for what it was made of: then low would be 0.
+vec4 upper_bits(uvec4 v) {
+    return uintBitsToFloat((v + 0x1000u) & 0xFFFFE000u);
+}
+
 void stage(uint lane) {
     [[unroll]] for (uint i = 0; i < A_LOADS; i++) {
         uint load = i * LANES + lane;
@@ -34,9 +40,9 @@ void stage(uint lane) {
         uint place = load / (A_ROW / A_WIDTH) * A_PITCH + load % (A_ROW / A_WIDTH) * (A_WIDTH / 4);
         uvec4 v = a_next[i];
 #ifdef A_FLOAT
-        f16vec4 high = f16vec4(uintBitsToFloat(v));
-        a_tile[place] = high;
-        a_low[place] = f16vec4(uintBitsToFloat(v) - vec4(high));
+        vec4 high = upper_bits(v);
+        a_tile[place] = f16vec4(high);
+        a_low[place] = f16vec4(uintBitsToFloat(v) - high);
 #else
         a_tile[place] = f16vec4(unpackFloat2x16(v.x), unpackFloat2x16(v.y));
         a_tile[place + 1] = f16vec4(unpackFloat2x16(v.z), unpackFloat2x16(v.w));
@@ -50,9 +56,9 @@ void stage(uint lane) {
         uint place = load / (B_ROW / B_WIDTH) * B_PITCH + load % (B_ROW / B_WIDTH) * (B_WIDTH / 4);
         uvec4 v = b_next[i];
 #ifdef B_FLOAT
-        f16vec4 high = f16vec4(uintBitsToFloat(v));
-        b_tile[place] = high;
-        b_low[place] = f16vec4(uintBitsToFloat(v) - vec4(high));
+        vec4 high = upper_bits(v);
+        b_tile[place] = f16vec4(high);
+        b_low[place] = f16vec4(uintBitsToFloat(v) - high);
 #else
         b_tile[place] = f16vec4(unpackFloat2x16(v.x), unpackFloat2x16(v.y));
         b_tile[place + 1] = f16vec4(unpackFloat2x16(v.z), unpackFloat2x16(v.w));

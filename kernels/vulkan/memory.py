@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +17,8 @@ from uq.kernels.vulkan.device import Gpu
 ALIGNMENT = 256  # of every piece: a cache line or more on all devices
 SLAB, LEAST_SLAB = 1 << 30, 1 << 20
 STAGING = 64 << 20
+HALF = STAGING // 2
+COPY_THREADS, WORTH_THREADS = 4, 4 << 20
 LOCAL = ("MEMORY_PROPERTY_DEVICE_LOCAL_BIT",)
 HOST = ("MEMORY_PROPERTY_HOST_VISIBLE_BIT", "MEMORY_PROPERTY_HOST_COHERENT_BIT")
 CACHED = (*HOST, "MEMORY_PROPERTY_HOST_CACHED_BIT")
@@ -106,48 +109,89 @@ class Arena:
         self._slabs.clear()
 
 
+class Copy:
+    """A copy that the device is at."""
+
+    def __init__(self, gpu: Gpu, source: Span, target: Span) -> None:
+        self._recorder = Recorder(gpu)
+        self._recorder.copy(source, target)
+        self._recorder.end()
+        self._submission = Submission(gpu, [self._recorder.commands])
+        self._submission.start()
+
+    def finish(self) -> None:
+        self._submission.finish()
+        self._submission.close()
+        self._recorder.close()
+
+
 class Transfers:
-    """Copies between the host and device-local memory through mapped memory."""
+    """Copies between the host and device-local memory through mapped memory.
+
+    The mapped memory has two halves: while the device copies one, the host's threads fill or empty
+    the other.
+    """
 
     def __init__(self, gpu: Gpu) -> None:
         self._gpu = gpu
         self._up: Slab | None = None
         self._down: Slab | None = None
+        self._threads = ThreadPoolExecutor(COPY_THREADS)
 
     def write(self, span: Span, data: NDArray[Any]) -> None:
         """Copy `data` to the front of `span`; the data is on the device when this returns."""
         source = np.ascontiguousarray(data).reshape(-1).view(np.uint8)
         if self._up is None:
             self._up = Slab(self._gpu, STAGING, HOST)
-        assert self._up.bytes is not None
-        for start in range(0, source.size, STAGING):
-            piece = source[start : start + STAGING]
-            self._up.bytes[: piece.size] = piece
-            self._copy(self._up.span.part(0, piece.size), span.part(start, piece.size))
+        running: list[Copy] = []
+        for number, start in enumerate(range(0, source.size, HALF)):
+            if len(running) > 1:
+                running.pop(0).finish()
+            piece = source[start : start + HALF]
+            mapped, staged = self._half(self._up, number, piece.size)
+            self._spread_copy(mapped, piece)
+            running.append(Copy(self._gpu, staged, span.part(start, piece.size)))
+        for copy in running:
+            copy.finish()
 
     def read(self, span: Span) -> NDArray[np.uint8]:
         out = np.empty(span.nbytes, np.uint8)
         if self._down is None:
             self._down = Slab(self._gpu, STAGING, CACHED)
-        assert self._down.bytes is not None
-        for start in range(0, out.size, STAGING):
-            size = min(STAGING, out.size - start)
-            self._copy(span.part(start, size), self._down.span.part(0, size))
-            out[start : start + size] = self._down.bytes[:size]
+        waiting: list[tuple[Copy, NDArray[np.uint8], NDArray[np.uint8]]] = []
+        for number, start in enumerate(range(0, out.size, HALF)):
+            piece = out[start : start + HALF]
+            mapped, staged = self._half(self._down, number, piece.size)
+            waiting.append((Copy(self._gpu, span.part(start, piece.size), staged), piece, mapped))
+            if len(waiting) > 1:
+                self._collect(*waiting.pop(0))
+        for each in waiting:
+            self._collect(*each)
         return out
+
+    def _half(self, slab: Slab, number: int, nbytes: int) -> tuple[NDArray[np.uint8], Span]:
+        """The front of one of its halves, mapped and as a span."""
+        assert slab.bytes is not None
+        start = number % 2 * HALF
+        return slab.bytes[start : start + nbytes], slab.span.part(start, nbytes)
+
+    def _collect(self, copy: Copy, target: NDArray[np.uint8], mapped: NDArray[np.uint8]) -> None:
+        copy.finish()
+        self._spread_copy(target, mapped)
+
+    def _spread_copy(self, target: NDArray[np.uint8], source: NDArray[np.uint8]) -> None:
+        """target = source; large ones by several threads."""
+        if source.size < WORTH_THREADS:
+            target[:] = source
+            return
+        step = -(-source.size // COPY_THREADS)
+        parts = (slice(start, start + step) for start in range(0, source.size, step))
+        list(self._threads.map(lambda part: np.copyto(target[part], source[part]), parts))
 
     def fill(self, span: Span) -> None:
         """Zeros."""
         recorder = Recorder(self._gpu)
         recorder.fill(span.buffer, span.offset, aligned(span.nbytes, 4))
-        self._run(recorder)
-
-    def _copy(self, source: Span, target: Span) -> None:
-        recorder = Recorder(self._gpu)
-        recorder.copy(source, target)
-        self._run(recorder)
-
-    def _run(self, recorder: Recorder) -> None:
         recorder.end()
         submission = Submission(self._gpu, [recorder.commands])
         submission.run()
@@ -155,6 +199,7 @@ class Transfers:
         recorder.close()
 
     def close(self) -> None:
+        self._threads.shutdown()
         for slab in (self._up, self._down):
             if slab is not None:
                 slab.close()

@@ -1,7 +1,7 @@
 """Levels and scales of a weight on a device: search, GPTQ's rounding, descent, refit.
 
 What is computed is described in quantize/gptq.py, descent.py and grids.py; this is the same in
-float32, in blocks of 128 columns.
+float32, in blocks of 128 columns: a block changes those near it at once, all others every 512.
 """
 
 from __future__ import annotations
@@ -20,10 +20,11 @@ from uq.kernels.vulkan.memory import Span
 from uq.kernels.vulkan.push import addresses, words
 
 LANES = 64
+AHEAD = 512  # columns between two products with all other columns
 TEAM = 8  # lanes that share a row
 SOLVE_LANES = 256
 SYSTEM_BYTES = 1 << 31  # of the systems of the rows that are refitted together
-ROUNDS, TOLERANCE = 64, 1e-5  # of conjugate gradients
+ROUNDS, TOLERANCE = 64, 1e-4  # of conjugate gradients
 SYMMETRIC, ZEROS, BYTES = range(3)  # kinds of grid, as in shaders/dense_search.comp
 
 
@@ -96,19 +97,19 @@ class Quantizer:
     def round(self, by_place: Matrix, grid: Levels, curvature: Curvature) -> None:
         """GPTQ: set the levels. Overwrites `by_place`, the target in the order of rounding."""
         height, n = by_place.height, by_place.width
-        errors = self._store.matrix("changes", height, TILE)
         rounded = self._store.matrix("levels by place", by_place.rows, by_place.cols, "i8")
         upper = curvature.upper
-        for start in range(0, n, TILE):
-            push = addresses(by_place.span, upper.span, errors.span, curvature.order)
-            push += addresses(grid.scales, grid.lows, rounded.span)
-            push += words(n, grid.groups, start) + struct.pack("<f", grid.span)
-            self._by_teams("dense_round", push, height, grid.group)
-            stop = start + TILE
-            if stop < n:
-                rest = by_place.block(0, stop, height, n - stop)
-                row = upper.block(start, stop, TILE, n - stop)
-                self._products.multiply(rest, errors, row, alpha=-1.0, add=True, b_by_k=True)
+        for first in range(0, n, AHEAD):
+            last = min(first + AHEAD, n)
+            errors = self._changes(height)
+            for start in range(first, last, TILE):
+                block = errors.block(0, start - first, height, TILE)
+                push = addresses(by_place.span, upper.span, block.span, curvature.order)
+                push += addresses(grid.scales, grid.lows, rounded.span)
+                push += words(n, grid.groups, start, AHEAD) + struct.pack("<f", grid.span)
+                self._by_teams("dense_round", push, height, grid.group)
+                self._spread(by_place, block, upper, start, slice(start + TILE, last))
+            self._spread(by_place, errors, upper, first, slice(last, n))
         self._cells.run(Cell.GATHER_BYTES, grid.levels, other=rounded, index=curvature.places)
 
     def descend(
@@ -122,19 +123,40 @@ class Quantizer:
         height, n = target.height, target.width
         missing = self._store.matrix("missing", target.rows, target.cols)
         slope = self._store.matrix("slope", target.rows, target.cols)
-        changes = self._store.matrix("changes", height, TILE)
         hessian, diagonal = curvature.hessian, curvature.diagonal
         self._cells.run(Cell.SET_DIAGONAL, hessian, diagonal, beta=damping)
         self._cells.run(Cell.MISSING, missing, target, grid=grid)
         self._products.multiply(slope, missing, hessian)
-        for start in list(range(0, n, TILE)) * sweeps:
-            push = addresses(slope.span, hessian.span, changes.span)
-            push += addresses(grid.scales, grid.lows, grid.levels.span)
-            push += words(n, grid.groups, start) + struct.pack("<f", grid.span)
-            self._by_teams("dense_descend", push, height, grid.group)
-            row = hessian.block(start, 0, TILE, n)
-            self._products.multiply(slope, changes, row, alpha=-1.0, add=True, b_by_k=True)
+        for first in list(range(0, n, AHEAD)) * sweeps:
+            last = min(first + AHEAD, n)
+            changes = self._changes(height)
+            for start in range(first, last, TILE):
+                block = changes.block(0, start - first, height, TILE)
+                push = addresses(slope.span, hessian.span, block.span)
+                push += addresses(grid.scales, grid.lows, grid.levels.span)
+                push += words(n, grid.groups, start, AHEAD) + struct.pack("<f", grid.span)
+                self._by_teams("dense_descend", push, height, grid.group)
+                self._spread(slope, block, hessian, start, slice(first, last))
+            self._spread(slope, changes, hessian, first, slice(0, first))
+            self._spread(slope, changes, hessian, first, slice(last, n))
         self._cells.run(Cell.SET_DIAGONAL, hessian, diagonal)
+
+    def _changes(self, height: int) -> Matrix:
+        """What a run of blocks changes, kept until the columns behind the run get it."""
+        return self._store.matrix("changes", height, AHEAD)
+
+    def _spread(
+        self, target: Matrix, changes: Matrix, matrix: Matrix, row: int, columns: slice
+    ) -> None:
+        """target[:, columns] -= changes matrix[row : , columns], as many rows as changes."""
+        width = columns.stop - columns.start
+        if width <= 0:
+            return
+        count = min(changes.width, matrix.height - row)
+        part = target.block(0, columns.start, target.height, width)
+        left = changes.block(0, 0, target.height, count)
+        right = matrix.block(row, columns.start, count, width)
+        self._products.multiply(part, left, right, alpha=-1.0, add=True, b_by_k=True)
 
     def refit(
         self, outputs: Matrix, grid: Levels, curvature: Curvature, ridge: float, unit: float

@@ -47,7 +47,7 @@ class Linear:
 
 @dataclass(frozen=True)
 class Tokens:
-    """Float16 inputs of a linear times `factor`: (tokens, n)."""
+    """Float16 numbers times `factor`; mostly inputs of a linear, (tokens, n)."""
 
     half: Matrix
     factor: float
@@ -87,25 +87,41 @@ class Layer:
         self._gains: dict[str, Array] = {}
         self._gain_spans: dict[str, Span] = {}
 
-    def set_weights(self, weights: Mapping[str, Array]) -> None:
-        """Role -> (out, in) linear or (size,) gain; others keep what they are."""
+    def set_gains(self, weights: Mapping[str, Array]) -> None:
+        """Role -> (size,) gain; linears are left out."""
         for role, value in weights.items():
             if value.ndim == 1:
                 self._gains[role] = value
                 self._gain_spans[role] = self._store.vector(f"{self._name} {role}", value)
-            else:
-                self._set_linear(role, self._store.put("uploaded", value))
+
+    def set_linears(self, weights: Mapping[str, Array]) -> dict[int, Matrix]:
+        """Role -> (out, in) linear; gains are left out.
+
+        Returns:
+            id of an array -> what was made of it, float32.
+        """
+        placed = {}
+        for role, value in weights.items():
+            if value.ndim == 2:
+                placed[id(value)] = self._store.put(f"weight {role}", value)
+                self._set_linear(role, placed[id(value)])
+        return placed
 
     def _set_linear(self, role: str, weight: Matrix) -> None:
         norms, peak = row_norms(self._cells, self._store, weight)
-        self.set_linear(role, weight, norms, peak)
-
-    def set_linear(self, role: str, weight: Matrix, norms: Array, peak: float) -> None:
-        """A weight (out, in) in float32 on the device; `peak` is its largest magnitude."""
         half = self._store.matrix(f"{self._name} {role}", weight.rows, weight.cols, "f16")
         factor = power_below(TOP, peak)
         self._cells.run(Cell.COPY, half, weight, alpha=factor)
         self._linears[role] = Linear(half, factor, norms)
+
+    def adopt(self, role: str, weight: Tokens, other: Layer) -> None:
+        """A quantized weight that is on the device: (out, in) float16 times its factor.
+
+        Args:
+            other: has the weight that it was made of, whose norms it keeps within `MARGIN`.
+        """
+        norms = other._linears[role].norms
+        self._linears[role] = Linear(weight.half, weight.factor, norms)
 
     def attention_input(self, chunk: Chunk) -> Tokens:
         return self._normed(chunk.hidden, "input_layernorm")

@@ -29,7 +29,8 @@ class Cut:
         return self.bm // self.sm * (self.bn // self.sn)
 
 
-MATRIX_CUT, SMALL_MATRIX_CUT = Cut(128, 128, 64, 32), Cut(64, 64, 32, 32)
+MATRIX_CUT, SMALL_MATRIX_CUT = Cut(128, 128, 64, 64), Cut(64, 64, 32, 32)
+FLOAT_CUT = Cut(128, 128, 32, 32)
 PLAIN_CUT = Cut(64, 64, 4, 4)
 PLAIN_SYSTEMS = Cut(16, 128, 4, 4)
 
@@ -142,7 +143,7 @@ class Products:
         name, lanes = f"dense_{kind}", 1
         if self._matrix:
             name += "_matrix"
-            large = systems_cut(group) if group else MATRIX_CUT
+            large = systems_cut(group) if group else {"half": MATRIX_CUT}.get(kind, FLOAT_CUT)
             cut = large if height % 128 == width % 128 == 0 else SMALL_MATRIX_CUT
             lanes = self._stream.gpu.physical.lanes(VARIANTS[name].subgroup)
         else:
