@@ -99,10 +99,10 @@ def on_gpu(
     config: GemmaConfig, layers: int, tokens: NDArray[np.int32], wish: str
 ) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
-        workshop = Workshop.open(choose(wish), Path(folder))
-        start, seconds = run(config, layers, tokens, VulkanEngine(workshop))
-        nbytes = workshop.arena.nbytes
-        workshop.close()
+        engine = VulkanEngine(choose(wish), Path(folder))
+        start, seconds = run(config, layers, tokens, engine)
+        nbytes = opened(engine).arena.nbytes
+        engine.close()
     return {
         "start": round(start, 2),
         "layers": [round(value, 3) for value in seconds],
@@ -110,18 +110,24 @@ def on_gpu(
     }
 
 
+def opened(engine: VulkanEngine) -> Workshop:
+    assert engine.workshop is not None
+    return engine.workshop
+
+
 def phases(config: GemmaConfig, tokens: NDArray[np.int32], wish: str) -> dict[str, float]:
     """Seconds of each phase of the second layer; the first one makes the pipelines."""
     with tempfile.TemporaryDirectory() as folder:
-        workshop = Workshop.open(choose(wish), Path(folder), timed=True)
-        calibrated = begun(config, tokens, VulkanEngine(workshop))
+        engine = VulkanEngine(choose(wish), Path(folder), timed=True)
+        calibrated = begun(config, tokens, engine)
         calibrated.quantize(0)
-        workshop.stream.seconds.clear()
+        phase_seconds = opened(engine).stream.seconds
+        phase_seconds.clear()
         began = time.perf_counter()
         calibrated.quantize(1)
         whole = time.perf_counter() - began
-        found = {label: round(value, 3) for label, value in workshop.stream.seconds.items()}
-        workshop.close()
+        found = {label: round(value, 3) for label, value in phase_seconds.items()}
+        engine.close()
     return found | {"between the phases": round(whole - sum(found.values()), 3)}
 
 

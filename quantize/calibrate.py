@@ -267,6 +267,8 @@ class NumpyEngine:
 
     spill: Path | None = None
 
+    name = ""
+
     def begin(
         self, config: GemmaConfig, rows: Iterable[TokenRows], options: GptqOptions
     ) -> Calibration:

@@ -121,7 +121,13 @@ class CalibrationRun(Protocol):
 
 
 class CalibrationEngine(Protocol):
-    """A place to calibrate on."""
+    """A place to calibrate on.
+
+    Attributes:
+        name: of a device whose codes differ from those of main memory at ties; else empty.
+    """
+
+    name: str
 
     def begin(
         self, config: GemmaConfig, rows: Iterable[TokenRows], options: GptqOptions

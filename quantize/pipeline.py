@@ -122,7 +122,8 @@ def quantize(
         progress.note(f"{kept} of {len(plan.tensors)} tensors lie on their grid: codes kept")
     spill = _spill_bytes(config, plan, options) if engine is None else 0
     text = _calibration_text(plan, options)
-    identity = _identity(checkpoint, text, options)
+    tools = _tools(MAIN_MEMORY if text is None else engine)
+    identity = _identity(checkpoint, text, options, tools)
     shards = 1 + config.num_layers
     with (
         BundleWriter(
@@ -155,7 +156,8 @@ def quantize(
         calibration = None
         if text is not None and tokens is not None:
             calibration = Calibration(text.name, text.sha256, tokens.size)
-        manifest = _manifest(checkpoint, plan, options, calibration, watch.hashed(writer))
+        hashes = watch.hashed(writer)
+        manifest = _manifest(checkpoint, plan, options, calibration, hashes, tools)
         return writer.finish(manifest, assets())
 
 
@@ -302,7 +304,7 @@ def worker_threads(options: QuantizeOptions) -> int:
 
 
 def _identity(
-    checkpoint: Checkpoint, text: Text | None, options: QuantizeOptions
+    checkpoint: Checkpoint, text: Text | None, options: QuantizeOptions, tools: dict[str, str]
 ) -> dict[str, object]:
     """What fixes the bytes of the bundle; what is known later is a fact of the journal."""
     revision = checkpoint.source.revision
@@ -312,12 +314,13 @@ def _identity(
         "model": checkpoint.config.to_json(),
         "options": _recorded(options),
         "calibration": None if text is None else text.sha256,
-        "tools": _tools(),
+        "tools": tools,
     }
 
 
-def _tools() -> dict[str, str]:
-    return {
+def _tools(engine: CalibrationEngine) -> dict[str, str]:
+    device = {"calibration": engine.name} if engine.name else {}
+    return device | {
         "python": platform.python_version(),
         "numpy": np.__version__,
         "numba": numba.__version__,
@@ -346,6 +349,7 @@ def _manifest(
     options: QuantizeOptions,
     calibration: Calibration | None,
     fingerprint: Mapping[str, Mapping[str, int | str]],
+    tools: dict[str, str],
 ) -> Manifest:
     source = checkpoint.source
     files = {
@@ -360,7 +364,7 @@ def _manifest(
         provenance=Provenance(source.kind, source.id, source.revision, checkpoint.dtype, files),
         calibration=calibration,
         left_out=checkpoint.left_out,
-        tools=_tools(),
+        tools=tools,
     )
 
 

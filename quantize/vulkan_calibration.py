@@ -11,16 +11,20 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 
 from uq.formats.config import GemmaConfig
 from uq.kernels.reference import embed, flat
 from uq.kernels.vulkan.dense.cells import Cell, Row
+from uq.kernels.vulkan.dense.grids import SYSTEM_BYTES
 from uq.kernels.vulkan.dense.layer import Chunk, Layer, Tokens, power_below
-from uq.kernels.vulkan.dense.matrix import Matrix
+from uq.kernels.vulkan.dense.matrix import Matrix, padded
 from uq.kernels.vulkan.dense.workshop import Workshop
+from uq.kernels.vulkan.device import PhysicalGpu
 from uq.kernels.vulkan.memory import Span
+from uq.quantize.calibrate import BATCH_TOKENS
 from uq.quantize.calibration_engine import (
     Array,
     QuantizedWeights,
@@ -38,15 +42,38 @@ HEADROOM = 4.0  # root mean square of weighed outputs as float16, which end at 6
 
 
 class VulkanEngine:
-    """Calibrates on one GPU."""
+    """Calibrates on one GPU, which is opened when a calibration begins."""
 
-    def __init__(self, workshop: Workshop) -> None:
-        self._workshop = workshop
+    def __init__(self, physical: PhysicalGpu, pipeline_cache: Path, *, timed: bool = False) -> None:
+        """`timed`: as of `Stream`."""
+        self.name = f"vulkan {physical.name}"
+        self._physical, self._cache, self._timed = physical, pipeline_cache, timed
+        self.workshop: Workshop | None = None
 
     def begin(
         self, config: GemmaConfig, rows: Iterable[TokenRows], options: GptqOptions
     ) -> VulkanCalibration:
-        return VulkanCalibration(self._workshop, config, rows, options)
+        """Raises DeviceError: the device fails."""
+        self.close()
+        self.workshop = Workshop.open(self._physical, self._cache, timed=self._timed)
+        return VulkanCalibration(self.workshop, config, rows, options)
+
+    def close(self) -> None:
+        if self.workshop is not None:
+            self.workshop.close()
+        self.workshop = None
+
+
+def device_bytes(config: GemmaConfig, tokens: int, length: int) -> int:
+    """Of the device's memory for a calibration on two paths, about, from above."""
+    hidden, ffn, q = config.hidden_size, config.intermediate_size, config.q_size
+    n, largest = padded(max(hidden, ffn, q)), padded(hidden) * padded(ffn)
+    streams = tokens * (3 * 4 * padded(hidden) + 2 * (padded(q) + padded(ffn)))
+    squares = 4 * (3 * n * n + padded(hidden) ** 2)
+    layer = sum(padded(rows) * padded(cols) for rows, cols in config.linear_shapes().values())
+    batch = max(BATCH_TOKENS, length)
+    work = batch * (8 * padded(ffn) + 6 * config.num_heads * padded(length))
+    return streams + squares + 10 * layer + 36 * largest + SYSTEM_BYTES + work
 
 
 @dataclass(frozen=True)
@@ -55,6 +82,24 @@ class Pair:
 
     quantized: Chunk
     exact: Chunk | None
+
+
+@dataclass(frozen=True)
+class Outputs:
+    """What is known of the outputs of a linear that joins the residual stream.
+
+    Attributes:
+        sizes, roots: of every token, its mean square and the root of its weight.
+        count: sum of the weights.
+        gain: (rows,) what `undo_norm` multiplies by, but for the size; None without a norm.
+        factor: of changes of the outputs as float16.
+    """
+
+    sizes: Span
+    roots: Span
+    count: float
+    gain: Span | None
+    factor: float
 
 
 class VulkanCalibration:
@@ -201,28 +246,24 @@ class VulkanCalibration:
         self, role: str, norm: str, weights: Weights, inputs: Sequence[Tokens], exact: Layer
     ) -> DeviceStatistics:
         """Of a linear whose outputs join the residual stream."""
-        weight, config = weights[role], self._config
+        weight = weights[role]
         rows, n = weight.shape
+        hessian, wanted = self._store.matrix("hessian", n, n), None
+        corrects = self._pairs[0].exact is not None
         with self._phase("moments"):
-            sizes = self._sizes(role, inputs, exact)
-            roots, count = self._roots(sizes)
-            hessian, wanted = self._store.matrix("hessian", n, n), None
-            corrects = self._pairs[0].exact is not None
+            outputs = self._outputs(role, norm, weights, inputs, exact)
             if corrects:
                 wanted = self._store.matrix("wanted", rows, n)
-            gain = self._undoing(weights[norm]) if config.post_norms else None
-            size = float(np.median(np.concatenate(sizes)))
-            factor = power_below(HEADROOM, math.sqrt(size))
             for number, x in enumerate(inputs):
-                root = self._store.vector("roots", roots[number])
+                root = self._of_chunk(outputs.roots, number)
                 weighed = self._store.matrix("weighed", x.half.rows, n, "f16")
                 self._cells.run(Cell.HALVES, weighed, other=x.half, by_row=root)
-                alpha = 1.0 / (x.factor**2 * count)
+                alpha = 1.0 / (x.factor**2 * outputs.count)
                 self._products.square(hessian, weighed, alpha=alpha, add=number > 0, by_k=True)
                 if wanted is None:
                     continue
-                change = self._change(number, root, sizes[number], gain, factor)
-                alpha = 1.0 / (x.factor * factor * count)
+                change = self._change(number, outputs)
+                alpha = 1.0 / (x.factor * outputs.factor * outputs.count)
                 self._products.multiply(
                     wanted, change, weighed,
                     alpha=alpha, add=number > 0, a_by_k=True, b_by_k=True,
@@ -232,36 +273,56 @@ class VulkanCalibration:
             found.subtract_present(weight, self._options.correction)
         return found
 
+    def _outputs(
+        self,
+        role: str,
+        norm: str,
+        weights: Weights,
+        inputs: Sequence[Tokens],
+        exact: Layer,
+    ) -> Outputs:
+        found = self._sizes(role, inputs, exact)
+        median, roots, count = float(np.median(np.concatenate(found))), found, float(self._tokens)
+        gain = None
+        if self._config.post_norms:
+            counts = token_weights([size[:, None] for size in found], self._options.clip)
+            count = math.fsum(float(each.sum(dtype=np.float64)) for each in counts)
+            roots = [np.sqrt(each[:, 0]) for each in counts]
+            squared = weights[norm] ** 2  # as `undo_norm`
+            undoing = weights[norm] / (squared + np.float32(GAIN_RIDGE) * squared.mean())
+            gain = self._store.vector("undoing", undoing)
+        else:
+            roots = [np.ones_like(size) for size in found]
+        sizes, weighing = self._of_tokens("sizes of tokens", found), self._of_tokens("roots", roots)
+        return Outputs(sizes, weighing, count, gain, power_below(HEADROOM, math.sqrt(median)))
+
+    def _of_tokens(self, name: str, values: Sequence[Array]) -> Span:
+        """Numbers of all tokens; those of a chunk begin at its multiple of the largest one."""
+        room = np.zeros((len(values), self._room), np.float32)
+        for number, part in enumerate(values):
+            room[number, : len(part)] = part
+        return self._store.vector(name, room.reshape(-1))
+
+    def _of_chunk(self, span: Span, number: int) -> Span:
+        return span.part(4 * number * self._room, 4 * self._room)
+
+    @property
+    def _room(self) -> int:
+        return max(pair.quantized.hidden.height for pair in self._pairs)
+
     def _sizes(self, role: str, inputs: Sequence[Tokens], exact: Layer) -> list[Array]:
         """(tokens,) per chunk: mean square of each token's output."""
-        found = []
+        room, eps = self._room, self._config.rms_norm_eps
+        span = self._store.span("sizes", 4 * room * len(inputs))
         for number, x in enumerate(inputs):
             followed = self._pairs[number].exact is not None
             out = self._exact_out(number) if followed else exact.linear(role, x, "out")
-            span = self._store.span("sizes", 4 * out.height)
-            eps = self._config.rms_norm_eps
-            self._cells.rows(Row.SIZE, span, 1, out, eps=eps)
-            found.append(self._store.numbers(span, out.rows))
-        return found
+            self._cells.rows(Row.SIZE, self._of_chunk(span, number), 1, out, eps=eps)
+        found = self._store.numbers(span, room * len(inputs)).reshape(-1, room)
+        return [found[number, : x.half.rows] for number, x in enumerate(inputs)]
 
-    def _roots(self, sizes: Sequence[Array]) -> tuple[list[Array], float]:
-        """(tokens,) per chunk, roots of the weights of the tokens, and the sum of the weights."""
-        if not self._config.post_norms:
-            return [np.ones_like(size) for size in sizes], float(self._tokens)
-        counts = token_weights([size[:, None] for size in sizes], self._options.clip)
-        total = math.fsum(float(count.sum(dtype=np.float64)) for count in counts)
-        return [np.sqrt(count[:, 0]) for count in counts], total
-
-    def _undoing(self, gain: Array) -> Array:
-        """(rows,) what `undo_norm` multiplies by, but for the size."""
-        squared = gain**2
-        found: Array = gain / (squared + np.float32(GAIN_RIDGE) * squared.mean())
-        return found
-
-    def _change(
-        self, number: int, root: Span, size: Array, gain: Array | None, factor: float
-    ) -> Matrix:
-        """(tokens, rows) float16 times `factor`: what the outputs should change by, weighed."""
+    def _change(self, number: int, outputs: Outputs) -> Matrix:
+        """(tokens, rows) float16 times a factor: what the outputs should change by, weighed."""
         pair, out = self._pairs[number], self._exact_out(number)
         assert pair.exact is not None
         change = self._store.matrix("change", out.rows, out.cols, "f16")
@@ -271,11 +332,11 @@ class VulkanCalibration:
             change.stride,
             pair.exact.hidden,
             other=pair.quantized.hidden,
-            gain=None if gain is None else self._store.vector("undoing", gain),
-            sizes=self._store.vector("sizes of tokens", size),
+            gain=outputs.gain,
+            sizes=self._of_chunk(outputs.sizes, number),
             branch=out,
-            factors=root,
-            factor=factor,
+            factors=self._of_chunk(outputs.roots, number),
+            factor=outputs.factor,
             correction=self._options.correction,
             residual=self._options.residual,
         )

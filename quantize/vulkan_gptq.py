@@ -203,7 +203,7 @@ class DeviceSolver:
         with self._phase("target"):
             target, by_place = self._target(placed, unit, options)
         with self._phase("round"):
-            grid = quantizer.search(target, _kind(spec), self._importance, unit)
+            grid = quantizer.search(target, grid_kind(spec), self._importance, unit)
             quantizer.round(by_place, grid, curvature)
         outputs = self._store.matrix("outputs", target.rows, target.cols)
         damping = options.damping * float(self._statistics.diagonal.mean(dtype=np.float64))
@@ -316,7 +316,7 @@ class DeviceSolver:
         return QuantTensor(codes + zeros.repeat(spec.group, axis=1), scales, spec, zeros)
 
 
-def _kind(spec: Spec) -> GridKind:
+def grid_kind(spec: Spec) -> GridKind:
     limits = (spec.group, spec.qmin, spec.qmax, spec.zero_step)
     if spec.bits == 8:
         return GridKind(BYTES, *limits, symmetric_steps(spec.qmin))

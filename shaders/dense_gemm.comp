@@ -43,6 +43,11 @@ layout(push_constant) uniform Push {
 void main() {
     uint lane = lane_index();
     uint first_m = gl_WorkGroupID.y * BM, first_n = gl_WorkGroupID.x * BN;
+#ifdef SYSTEMS
+    if (first_n + BN <= gl_WorkGroupID.z * GROUP) {  // a system is symmetric
+        return;
+    }
+#endif
     uint outer = gl_WorkGroupID.z / inner, within = gl_WorkGroupID.z % inner;
     uint base_a = outer * a_outer + within * a_inner;
     uint base_b = outer * b_outer + within / sharing * b_inner;

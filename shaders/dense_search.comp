@@ -25,7 +25,7 @@ uint column;  // of its first
 // (S1, S2) of levels rint(x * step) within low..high.
 vec2 fit(float inverse, float step, float low, float high) {
     precise float s1 = 0.0, s2 = 0.0;
-    for (uint i = 0; i < GROUP; i++) {
+    [[dont_unroll]] for (uint i = 0; i < GROUP; i++) {
         precise float x = weight.at[first + i] * inverse;
         precise float scaled = x * step;
         float level = clamp(roundEven(scaled), low, high);
@@ -39,7 +39,7 @@ vec2 fit(float inverse, float step, float low, float high) {
 float symmetric_scale(float largest) {
     precise float inverse = 1.0 / largest;
     float best = -1.0, scale = 0.0;
-    for (uint k = 0; k < CANDIDATES; k++) {
+    [[dont_unroll]] for (uint k = 0; k < CANDIDATES; k++) {
         float step = steps.at[k];
         vec2 s = fit(inverse, step, qmin, qmax);
         precise float quality = s.x * s.x / s.y;
@@ -56,8 +56,8 @@ vec2 scale_and_low(float least, float most) {
     precise float inverse = 1.0 / (most - least);
     float span = qmax - qmin, best = -1.0;
     vec2 found = vec2(0.0);
-    for (int shift = 0; shift < 3; shift++) {
-        for (uint k = 0; k < LANES_OF_ZEROS; k++) {
+    [[dont_unroll]] for (int shift = 0; shift < 3; shift++) {
+        [[dont_unroll]] for (uint k = 0; k < LANES_OF_ZEROS; k++) {
             float step = steps.at[k];
             precise float nibble = roundEven(least * inverse * step / zero_step);
             float low = zero_step * clamp(nibble + float(shift == 1 ? -1 : shift / 2), -15.0, 0.0);
@@ -80,7 +80,7 @@ void main() {
     column = group * GROUP;
     first = row * stride + column;
     float least = 0.0, most = 0.0, largest = 0.0;
-    for (uint i = 0; i < GROUP; i++) {
+    [[dont_unroll]] for (uint i = 0; i < GROUP; i++) {
         float w = weight.at[first + i];
         least = min(least, w);
         most = max(most, w);

@@ -39,6 +39,17 @@ void fetch(uint lane, uint at, uint base_a, uint base_b, uint first_m, uint firs
     }
 }
 
+#ifdef SYSTEMS
+// Entry (group, other) of row m's system, and its double on the other side of the diagonal.
+void store_entry(uint m, uint group, uint other, float value) {
+    uint base = m * c_outer;
+    if (other >= group) {
+        c.at[base + group * stride_c + other] = value;
+        c.at[base + other * stride_c + group] = value;
+    }
+}
+#endif
+
 #ifdef MATRIX
 #include "dense_tiles_matrix.glsl"
 #else

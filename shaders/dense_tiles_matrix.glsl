@@ -121,30 +121,30 @@ void multiply_step(uint lane) {
 }
 
 #ifdef SYSTEMS
-shared float block_out[BM / SM * (BN / SN) * 256];  // one for each subgroup
+const uint OUT_PITCH = 20;  // 16 and what spreads rows over the banks
+shared vec4 block_out[BM / SM * (BN / SN) * 4 * OUT_PITCH];  // one for each subgroup
 
 // Sum over each GROUP of columns of C times the levels: C is (rows, columns), `group` that of A's.
+// Two lanes share a row of a block.
 void store_systems(uint lane, uint first_m, uint first_n, uint group) {
-    uint base = gl_SubgroupID * 256, top = first_m + tile_top(), left = first_n + tile_left();
-    uint row = gl_SubgroupInvocationID % 16;
+    uint base = gl_SubgroupID * 4 * OUT_PITCH, top = first_m + tile_top(), left = first_n + tile_left();
+    uint row = gl_SubgroupInvocationID / 2 % 16, side = gl_SubgroupInvocationID % 2;
     [[unroll]] for (uint i = 0; i < DOWN; i++) {
         float total = 0.0;
         [[unroll]] for (uint j = 0; j < ACROSS; j++) {
-            coopMatStore(sum[i * ACROSS + j], block_out, base, 16, gl_CooperativeMatrixLayoutRowMajor);
+            coopMatStore(
+                sum[i * ACROSS + j], block_out, base, OUT_PITCH / 4, gl_CooperativeMatrixLayoutRowMajor);
             subgroupBarrier();
             uint m = top + 16 * i + row, n = left + 16 * j;
-            if (gl_SubgroupInvocationID < 16) {
-                [[unroll]] for (uint v = 0; v < 2; v++) {
-                    uvec4 level = levels.at[(m * stride_levels + n) / 8 + v];
-                    [[unroll]] for (uint e = 0; e < 8; e++) {
-                        f16vec2 pair = unpackFloat2x16(level[e / 2]);
-                        total += block_out[base + 16 * row + 8 * v + e] * float(pair[e % 2]);
-                    }
-                }
-            }
+            uvec4 level = levels.at[(m * stride_levels + n) / 8 + side];
+            vec4 one = block_out[base + row * (OUT_PITCH / 4) + 2 * side];
+            vec4 two = block_out[base + row * (OUT_PITCH / 4) + 2 * side + 1];
+            total += dot(one, vec4(unpackHalf2x16(level.x), unpackHalf2x16(level.y)));
+            total += dot(two, vec4(unpackHalf2x16(level.z), unpackHalf2x16(level.w)));
             if ((n + 16) % GROUP == 0) {
-                if (gl_SubgroupInvocationID < 16) {
-                    c.at[m * c_outer + group * stride_c + n / GROUP] = total;
+                total = team_sum(total, 2);
+                if (side == 0) {
+                    store_entry(m, group, n / GROUP, total);
                 }
                 total = 0.0;
             }

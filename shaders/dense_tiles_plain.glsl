@@ -76,7 +76,7 @@ void store_systems(uint lane, uint first_m, uint first_n, uint group) {
             uvec4 level = levels.at[(m * stride_levels + n + e) / 8];
             total += block_out[row * BN + part + e] * unpackHalf2x16(level[e % 8 / 2])[e % 2];
         }
-        c.at[m * c_outer + group * stride_c + n / GROUP] = total;
+        store_entry(m, group, n / GROUP, total);
     }
 }
 #else

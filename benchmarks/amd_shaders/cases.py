@@ -20,7 +20,6 @@ from uq.kernels.vulkan.commands import Recorder
 from uq.kernels.vulkan.dense.cells import Cell, Row
 from uq.kernels.vulkan.dense.matrix import padded
 from uq.kernels.vulkan.dense.products import (
-    MATRIX_CUT,
     SMALL_MATRIX_CUT,
     cut_constants,
     systems_cut,
@@ -128,7 +127,7 @@ def prefill_cases(config: GemmaConfig, kinds: Iterable[Kind]) -> Iterator[Case]:
 def calibration_cases(config: GemmaConfig) -> Iterator[Case]:
     """The kernels of kernels/vulkan/dense, with matrix instructions."""
     for group in GROUPS:
-        for cut in (systems_cut(group), MATRIX_CUT, SMALL_MATRIX_CUT):
+        for cut in (systems_cut(group), SMALL_MATRIX_CUT):
             sizes: dict[str, int | float] = {"A_BY_K": False, "B_BY_K": True, "ADD": True}
             sizes |= cut_constants(cut, 32)
             if cut == systems_cut(group):

@@ -67,7 +67,7 @@ def open_vulkan_batch(
         BundleSource(bundle),
         choose(wish),
         slots=slots,
-        pipeline_cache=_cache_folder(),
+        pipeline_cache=pipeline_cache(),
         max_context=max_context,
         numerics=numerics or FLOAT,
     )
@@ -100,14 +100,15 @@ def _open(
         config,
         source,
         choose(wish),
-        pipeline_cache=_cache_folder(),
+        pipeline_cache=pipeline_cache(),
         max_context=max_context,
         numerics=numerics or FLOAT,
         speculate=speculate,
     )
 
 
-def _cache_folder() -> Path:
+def pipeline_cache() -> Path:
+    """Folder of the drivers' compiled kernels."""
     from uq.formats.checkpoint.cache import cache_folder
 
     return cache_folder() / "vulkan"

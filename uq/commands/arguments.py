@@ -85,6 +85,15 @@ def device(text: str) -> str:
     return text
 
 
+def calibration_device(text: str) -> str:
+    """A device that calibrates; whether it is there is found out by opening it."""
+    kind, _, wish = text.partition(":")
+    if text not in ("auto", "cpu", "vulkan") and not (kind == "vulkan" and wish):
+        allowed = "auto, cpu, vulkan, vulkan:NUMBER, vulkan:NAME"
+        raise argparse.ArgumentTypeError(f"invalid choice: '{text}' (choose from {allowed})")
+    return text
+
+
 def bundle(text: str) -> Path:
     """A folder that looks like a bundle, or a Hub id; whether it is good, opening finds out."""
     path = Path(text)

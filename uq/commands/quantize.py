@@ -11,13 +11,15 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from uq.commands.arguments import names, nbytes, whole
+from uq.commands.arguments import calibration_device, names, nbytes, whole
 from uq.instruct import FORMATS, chat_render
 
 if TYPE_CHECKING:
     from uq.formats.bundle import Bundle
     from uq.formats.chat import Render
     from uq.formats.checkpoint import Checkpoint
+    from uq.progress import Progress
+    from uq.quantize.calibration_engine import CalibrationEngine
     from uq.quantize.pipeline import QuantizeOptions
 
 METHODS = ("auto", "rtn", "gptq")
@@ -91,6 +93,11 @@ def configure(parser: argparse.ArgumentParser) -> None:
         "--max-memory", type=nbytes, metavar="N",
         help="such as 10G; calibration waits on the disk where it must; default: what is free",
     )  # fmt: skip
+    add(
+        "--device", type=calibration_device, default="auto", metavar="D",
+        help="that calibrates: auto (default; a GPU with enough memory, else the CPU), cpu, "
+        "vulkan, vulkan:NUMBER or vulkan:NAME",
+    )  # fmt: skip
     add("--threads", type=whole(1), metavar="N", help="default: one per core")
     add("--dry-run", action="store_true", help="print plan, memory, disk and time, write nothing")
     again = parser.add_mutually_exclusive_group()
@@ -119,9 +126,11 @@ def run(args: argparse.Namespace) -> int:
         found = estimate(checkpoint, options)
         print(json.dumps(found.to_json(), indent=2) if args.json else f"output: {out}\n{found}")
         return 0
+    progress = terminal_progress()
+    engine = calibration_engine(args.device, checkpoint, options, progress)
     with calibration_render(args, checkpoint, options) as render:
         options = replace(options, render=render)
-        folder = quantize(checkpoint, out, options, terminal_progress())
+        folder = quantize(checkpoint, out, options, progress, engine)
     bundle = open_bundle(folder, verify="lazy")
     seconds = time.perf_counter() - began
     print(json.dumps(facts(bundle, seconds), indent=2) if args.json else describe(bundle, seconds))
@@ -146,6 +155,20 @@ def read_options(args: argparse.Namespace) -> QuantizeOptions:
         threads=args.threads,
         resume="require" if args.resume else "restart" if args.restart else "auto",
     )
+
+
+def calibration_engine(
+    device: str, checkpoint: Checkpoint, options: QuantizeOptions, progress: Progress
+) -> CalibrationEngine:
+    """What calibrates; the CPU where nothing does."""
+    from uq.quantize.devices import open_engine
+    from uq.quantize.pipeline import SEQUENCE, plan_of
+
+    if not plan_of(checkpoint.config, options).calibrated:
+        device = "cpu"
+    length = min(SEQUENCE, options.calibration_tokens)
+    sequences = options.calibration_tokens // length
+    return open_engine(device, checkpoint.config, sequences, length, progress)
 
 
 def calibration_render(

@@ -1,7 +1,7 @@
 """Levels and scales of a weight on a device: search, GPTQ's rounding, descent, refit.
 
 What is computed is described in quantize/gptq.py, descent.py and grids.py; this is the same in
-float32, in blocks of 128 columns: a block changes those near it at once, all others every 512.
+float32, in blocks of 128 columns: a block changes those near it at once, all others every 1024.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from uq.kernels.vulkan.memory import Span
 from uq.kernels.vulkan.push import addresses, words
 
 LANES = 64
-AHEAD = 512  # columns between two products with all other columns
+AHEAD = 1024  # columns between two products with all other columns
 TEAM = 8  # lanes that share a row
 SOLVE_LANES = 256
 SYSTEM_BYTES = 1 << 31  # of the systems of the rows that are refitted together

@@ -29,8 +29,8 @@ class Cut:
         return self.bm // self.sm * (self.bn // self.sn)
 
 
+# The first one fills an NVIDIA GPU best and has more sums than the registers of an AMD iGPU hold.
 MATRIX_CUT, SMALL_MATRIX_CUT = Cut(128, 128, 64, 64), Cut(64, 64, 32, 32)
-FLOAT_CUT = Cut(128, 128, 32, 32)
 PLAIN_CUT = Cut(64, 64, 4, 4)
 PLAIN_SYSTEMS = Cut(16, 128, 4, 4)
 
@@ -61,6 +61,7 @@ class Products:
     def __init__(self, stream: Stream) -> None:
         self._stream = stream
         self._matrix = stream.gpu.physical.has_matrix_blocks
+        self._is_large = stream.gpu.physical.kind == "discrete"
 
     def multiply(
         self,
@@ -140,14 +141,14 @@ class Products:
         self, kind: str, height: int, width: int, group: int = 0
     ) -> tuple[str, Cut, dict[str, int | float]]:
         """The module, how it is cut, and the constants that say so."""
-        name, lanes = f"dense_{kind}", 1
-        if self._matrix:
-            name += "_matrix"
-            large = systems_cut(group) if group else {"half": MATRIX_CUT}.get(kind, FLOAT_CUT)
-            cut = large if height % 128 == width % 128 == 0 else SMALL_MATRIX_CUT
-            lanes = self._stream.gpu.physical.lanes(VARIANTS[name].subgroup)
-        else:
+        if not self._matrix:
             cut = PLAIN_SYSTEMS if group else PLAIN_CUT
+            return f"dense_{kind}", cut, cut_constants(cut, 1)
+        name = f"dense_{kind}_matrix"
+        fits = height % TILE == width % TILE == 0
+        cut = MATRIX_CUT if self._is_large and fits else SMALL_MATRIX_CUT
+        cut = systems_cut(group) if group else cut
+        lanes = self._stream.gpu.physical.lanes(VARIANTS[name].subgroup)
         return name, cut, cut_constants(cut, lanes)
 
 
