@@ -73,7 +73,7 @@ def device_bytes(config: GemmaConfig, tokens: int, length: int) -> int:
     layer = sum(padded(rows) * padded(cols) for rows, cols in config.linear_shapes().values())
     batch = max(BATCH_TOKENS, length)
     work = batch * (8 * padded(ffn) + 6 * config.num_heads * padded(length))
-    return streams + squares + 10 * layer + 36 * largest + SYSTEM_BYTES + work
+    return 5 * (streams + squares + 10 * layer + 36 * largest + SYSTEM_BYTES + work) // 4
 
 
 @dataclass(frozen=True)

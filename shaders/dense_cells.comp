@@ -2,6 +2,7 @@
 #extension GL_GOOGLE_include_directive : require
 // What happens to each element of a matrix by itself. An invocation has two neighbours of a row.
 #include "common.glsl"
+#include "dense_half.glsl"
 layout(constant_id = 1) const uint OP = 0;
 layout(constant_id = 2) const bool HALF_OUT = false;
 layout(constant_id = 3) const bool BY_ROW = false;  // times a factor of the row
@@ -116,7 +117,7 @@ void main() {
     }
     float one = scaled(row, col), two = scaled(row, col + 1);
     if (HALF_OUT) {
-        vec2 both = clamp(vec2(one, two), -65504.0, 65504.0);
+        vec2 both = limited(vec2(one, two));
         result.at[at / 2] = uintBitsToFloat(packHalf2x16(both));
     } else {
         result.at[at] = one;

@@ -2,6 +2,7 @@
 #extension GL_GOOGLE_include_directive : require
 // Mixed values of all heads of a token side by side, as float16: the input of o_proj.
 #include "common.glsl"
+#include "dense_half.glsl"
 layout(constant_id = 1) const uint DIM = 128;
 
 layout(push_constant) uniform Push {
@@ -24,5 +25,5 @@ void main() {
             values[i] = from.at[row * dim_in + col] * factor;
         }
     }
-    result.at[token * (stride_out / 2) + pair] = packHalf2x16(clamp(values, -65504.0, 65504.0));
+    result.at[token * (stride_out / 2) + pair] = packHalf2x16(limited(values));
 }

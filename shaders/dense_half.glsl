@@ -9,3 +9,9 @@ float nearest_half(float x) {
     float near = uintBitsToFloat(bits);
     return abs(near) > 65504.0 ? sign(x) * uintBitsToFloat(0x7F800000u) : near;
 }
+
+// What float16 can hold of x. Infinity and NaN stay: a broken model must not look like a whole one.
+vec2 limited(vec2 x) {
+    bvec2 is_broken = equal(floatBitsToUint(x) & 0x7F800000u, uvec2(0x7F800000u));
+    return mix(clamp(x, -65504.0, 65504.0), x, is_broken);
+}

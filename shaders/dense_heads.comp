@@ -3,6 +3,7 @@
 // Heads of queries, keys or values on their way into attention: QK-norm, RoPE, float16 in rows of
 // DIM_OUT. Workgroup (token, head).
 #include "common.glsl"
+#include "dense_half.glsl"
 layout(constant_id = 1) const uint DIM = 128;
 layout(constant_id = 2) const uint DIM_OUT = 128;
 layout(constant_id = 3) const bool NORM = true;
@@ -50,6 +51,6 @@ void main() {
             }
         }
         uint at = (token * heads + number) * (DIM_OUT / 2) + pair;
-        result.at[at] = packHalf2x16(clamp(values * factor, -65504.0, 65504.0));
+        result.at[at] = packHalf2x16(limited(values * factor));
     }
 }

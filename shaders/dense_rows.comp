@@ -3,6 +3,7 @@
 // What needs sums over a row; a workgroup a row. A row that becomes float16 is multiplied by `factor`,
 // a power of two that keeps it far from overflow.
 #include "common.glsl"
+#include "dense_half.glsl"
 layout(constant_id = 1) const uint OP = 0;
 layout(constant_id = 2) const bool HAS_GAIN = true;
 
@@ -32,7 +33,7 @@ float mean_square(Floats matrix) {
 }
 
 void store_half(uint pair, vec2 values) {
-    vec2 both = clamp(values * factor, -65504.0, 65504.0);
+    vec2 both = limited(values * factor);
     result.at[(row * stride_out) / 2 + pair] = uintBitsToFloat(packHalf2x16(both));
 }
 
