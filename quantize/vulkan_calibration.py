@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy as np
 
 from uq.formats.config import GemmaConfig
+from uq.formats.spec import GROUPS
 from uq.kernels.reference import embed, flat
 from uq.kernels.vulkan.dense.cells import Cell, Row
 from uq.kernels.vulkan.dense.grids import SYSTEM_BYTES
@@ -73,7 +74,8 @@ def device_bytes(config: GemmaConfig, tokens: int, length: int) -> int:
     layer = sum(padded(rows) * padded(cols) for rows, cols in config.linear_shapes().values())
     batch = max(BATCH_TOKENS, length)
     work = batch * (8 * padded(ffn) + 6 * config.num_heads * padded(length))
-    return 5 * (streams + squares + 10 * layer + 36 * largest + SYSTEM_BYTES + work) // 4
+    systems = min(SYSTEM_BYTES, 4 * (n // min(GROUPS)) ** 2 * n)
+    return 5 * (streams + squares + 10 * layer + 36 * largest + systems + work) // 4
 
 
 @dataclass(frozen=True)
