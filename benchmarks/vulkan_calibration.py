@@ -29,7 +29,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from benchmarks.vulkan_speed import SHAPES, shape_config
+from benchmarks.shapes import SHAPES, shape_config
 from uq.formats.config import GemmaConfig
 from uq.kernels.vulkan.dense.workshop import Workshop
 from uq.kernels.vulkan.device import choose

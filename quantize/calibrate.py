@@ -267,7 +267,9 @@ class NumpyEngine:
 
     spill: Path | None = None
 
-    name = ""
+    @property
+    def name(self) -> str:
+        return ""
 
     def begin(
         self, config: GemmaConfig, rows: Iterable[TokenRows], options: GptqOptions

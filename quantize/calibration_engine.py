@@ -121,13 +121,12 @@ class CalibrationRun(Protocol):
 
 
 class CalibrationEngine(Protocol):
-    """A place to calibrate on.
+    """A place to calibrate on."""
 
-    Attributes:
-        name: of a device whose codes differ from those of main memory at ties; else empty.
-    """
-
-    name: str
+    @property
+    def name(self) -> str:
+        """Of a device whose codes differ from those of main memory at ties; else empty."""
+        ...
 
     def begin(
         self, config: GemmaConfig, rows: Iterable[TokenRows], options: GptqOptions

@@ -7,8 +7,6 @@ from typing import TYPE_CHECKING
 from uq.errors import DeviceError, UqError
 from uq.formats.config import GemmaConfig
 from uq.progress import Progress
-from uq.quantize.calibrate import NumpyEngine
-from uq.quantize.calibration_engine import CalibrationEngine
 from uq.text import size
 
 if TYPE_CHECKING:
@@ -20,8 +18,8 @@ REAL = ("discrete", "integrated")  # kinds of GPU that `auto` takes
 
 def open_engine(
     device: str, config: GemmaConfig, sequences: int, length: int, progress: Progress
-) -> CalibrationEngine:
-    """What calibrates so many tokens; said in one line when there is a GPU.
+) -> VulkanEngine | None:
+    """The GPU that calibrates so many tokens, or None for main memory; one line says which.
 
     Args:
         device: `cpu`, `vulkan`, `vulkan:` and a number or a name, or `auto`, which takes a GPU with
@@ -32,19 +30,19 @@ def open_engine(
         UsageError: no GPU of that name.
     """
     if device == "cpu":
-        return NumpyEngine()
+        return None
     if device != "auto":
         return _on_gpu(device.partition(":")[2], config, sequences, length, progress)
     try:
         if _chosen("").kind not in REAL:
-            return NumpyEngine()
+            return None
     except UqError:  # no GPU: nothing to say
-        return NumpyEngine()
+        return None
     try:
         return _on_gpu("", config, sequences, length, progress)
     except DeviceError as error:
         progress.note(f"calibration: on the CPU, because {error}")
-        return NumpyEngine()
+        return None
 
 
 def _on_gpu(

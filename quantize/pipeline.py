@@ -122,7 +122,7 @@ def quantize(
         progress.note(f"{kept} of {len(plan.tensors)} tensors lie on their grid: codes kept")
     spill = _spill_bytes(config, plan, options) if engine is None else 0
     text = _calibration_text(plan, options)
-    tools = _tools(MAIN_MEMORY if text is None else engine)
+    tools = _tools(None if text is None else engine)
     identity = _identity(checkpoint, text, options, tools)
     shards = 1 + config.num_layers
     with (
@@ -318,8 +318,8 @@ def _identity(
     }
 
 
-def _tools(engine: CalibrationEngine) -> dict[str, str]:
-    device = {"calibration": engine.name} if engine.name else {}
+def _tools(engine: CalibrationEngine | None) -> dict[str, str]:
+    device = {"calibration": engine.name} if engine and engine.name else {}
     return device | {
         "python": platform.python_version(),
         "numpy": np.__version__,

@@ -47,9 +47,12 @@ class VulkanEngine:
 
     def __init__(self, physical: PhysicalGpu, pipeline_cache: Path, *, timed: bool = False) -> None:
         """`timed`: as of `Stream`."""
-        self.name = f"vulkan {physical.name}"
         self._physical, self._cache, self._timed = physical, pipeline_cache, timed
         self.workshop: Workshop | None = None
+
+    @property
+    def name(self) -> str:
+        return f"vulkan {self._physical.name}"
 
     def begin(
         self, config: GemmaConfig, rows: Iterable[TokenRows], options: GptqOptions

@@ -24,9 +24,10 @@ from uq.kernels.vulkan.dense.matrix import Matrix
 from uq.kernels.vulkan.dense.workshop import Workshop
 from uq.quantize.calibration_engine import Array
 from uq.quantize.descent import SWEEPS
-from uq.quantize.gptq import DIAGONAL_FLOOR, ESCALATION, REFIT_RIDGE, unusable
+from uq.quantize.factor import DIAGONAL_FLOOR, ESCALATION, unusable
 from uq.quantize.grids import range_steps, symmetric_steps
 from uq.quantize.plan import GptqOptions
+from uq.quantize.refit import REFIT_RIDGE
 from uq.quantize.scales import relative_importance
 
 MADE = 2.0**8  # times numbers of at most 2^5: far from overflow and from the smallest float16

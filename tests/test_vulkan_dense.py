@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -19,7 +20,8 @@ from uq.kernels.vulkan.dense.products import Batch
 from uq.kernels.vulkan.dense.workshop import Workshop
 from uq.kernels.vulkan.device import choose
 from uq.quantize.descent import SWEEPS, descend
-from uq.quantize.gptq import REFIT_RIDGE, Factor, factorize, refit_scales
+from uq.quantize.factor import Factor, factorize
+from uq.quantize.refit import REFIT_RIDGE, refit_scales
 from uq.quantize.scales import quantize_rtn, relative_importance
 from uq.quantize.vulkan_gptq import grid_kind
 
@@ -51,12 +53,12 @@ def moments(n: int) -> Floats:
 @pytest.mark.parametrize("a_by_k", [False, True])
 @pytest.mark.parametrize(("kind", "dtype"), [("f32", np.float32), ("f16", np.float16)])
 def test_product(shop: Workshop, kind: str, dtype: type, a_by_k: bool, b_by_k: bool) -> None:
-    a, b = normal(130, 70).astype(dtype), normal(50, 70, seed=1).astype(dtype)
+    a: NDArray[Any] = normal(130, 70).astype(dtype)
+    b: NDArray[Any] = normal(50, 70, seed=1).astype(dtype)
     placed_a = shop.store.put(f"a {a_by_k} {kind}", a.T.copy() if a_by_k else a, kind)
     placed_b = shop.store.put(f"b {b_by_k} {kind}", b.T.copy() if b_by_k else b, kind)
     c = shop.store.put("c", np.ones((130, 50), np.float32))
-    how = {"a_by_k": a_by_k, "b_by_k": b_by_k}
-    shop.products.multiply(c, placed_a, placed_b, alpha=0.5, add=True, **how)
+    shop.products.multiply(c, placed_a, placed_b, alpha=0.5, add=True, a_by_k=a_by_k, b_by_k=b_by_k)
     exact = 1 + 0.5 * a.astype(np.float64) @ b.T.astype(np.float64)
     bound = 2e-6 * (1 + np.abs(a.astype(np.float64)) @ np.abs(b.T.astype(np.float64)))
     assert (np.abs(shop.store.get(c) - exact) <= bound).all()
@@ -198,15 +200,14 @@ def test_each_code_is_the_nearest_given_those_before_it(shop: Workshop) -> None:
 def test_descent_finds_what_main_memory_finds(shop: Workshop) -> None:
     weight, hessian, grid, found, _ = rounded(shop)
     before = tensor(shop, grid)
-    damping = 0.05
-    expected = descend(weight.astype(np.float64), before, hessian.astype(np.float64), damping)
-    added = damping * float(np.diagonal(hessian).mean())
+    added = 0.05 * float(np.diagonal(hessian).mean())
+    damped = hessian + added * np.eye(N)
+    expected = descend(weight.astype(np.float64), before, damped)
     target = shop.store.matrix("target", ROWS, N)
     Quantizer(*shop.tools).descend(target, grid, found, added, SWEEPS)
     after = tensor(shop, grid)
     assert (after.codes != before.codes).mean() > 0.005
     assert (after.codes == expected).mean() > 0.995
-    damped = hessian + added * np.eye(N)
     one, two = (
         energy(weight, replace(before, codes=codes), damped) for codes in (after.codes, expected)
     )

@@ -159,14 +159,14 @@ def read_options(args: argparse.Namespace) -> QuantizeOptions:
 
 def calibration_engine(
     device: str, checkpoint: Checkpoint, options: QuantizeOptions, progress: Progress
-) -> CalibrationEngine:
-    """What calibrates; the CPU where nothing does."""
+) -> CalibrationEngine | None:
+    """The GPU that calibrates, if there is one and something to calibrate."""
     from uq.quantize.devices import open_engine
-    from uq.quantize.pipeline import SEQUENCE, plan_of
+    from uq.quantize.pipeline import plan_of
 
     if not plan_of(checkpoint.config, options).calibrated:
-        device = "cpu"
-    length = min(SEQUENCE, options.calibration_tokens)
+        return None
+    length = min(options.calibration_length, options.calibration_tokens)
     sequences = options.calibration_tokens // length
     return open_engine(device, checkpoint.config, sequences, length, progress)
 
