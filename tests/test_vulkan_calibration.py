@@ -41,7 +41,7 @@ Array = NDArray[np.float32]
 TOKENS = np.random.default_rng(0).integers(6, 512, (5, 24)).astype(np.int32)
 SMALL = {"layers": 1, "ffn": 128, "dtype": "f32"}
 SPEC = Spec(4, 32)
-OPTIONS = GptqOptions()
+OPTIONS = GptqOptions(descents=1)
 
 
 @pytest.fixture(scope="module")
@@ -187,13 +187,13 @@ def test_inputs_that_are_not_finite_have_no_factor(
 
 @pytest.fixture(scope="module")
 def folder(tiny_checkpoint: Callable[..., Path]) -> Path:
-    return tiny_checkpoint(layers=1)
+    return tiny_checkpoint(layers=1, ffn=128)
 
 
 def made(folder: Path, out: Path, device: str) -> int:
-    # 64 tokens are few for 256 inputs: enough to see that the device is the one that was named.
+    # 32 tokens are few for 128 inputs: enough to see that the device is the one that was named.
     command = ["quantize", str(folder), "-o", str(out), "--device", device]
-    return main([*command, "--calibration-tokens", "64"])
+    return main([*command, "--calibration-tokens", "32", "--group", "32"])
 
 
 def test_the_command_calibrates_where_it_is_told(
