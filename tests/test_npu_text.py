@@ -140,6 +140,20 @@ HOSTILE = {
         "module { aie.device(npu1) { aie.cascade_flow(%q, %q)\n func.func @f() {} } }",
         "%q|before assignment|not defined",
     ),
+    "use beyond its region": (
+        "module { aie.device(npu1) {\n%t = aie.tile(0, 2) }\n"
+        "aie.device(npu1) { aie.cascade_flow(%t, %t) } }",
+        ".%t|not defined",
+    ),
+    "a label twice": (
+        "module { aie.device(npu1) {\n%t = aie.tile(0, 2)\naie.mem(%t) {\n"
+        "%0 = aie.dma_start(S2MM, 0, ^a, ^a)\n^a:\naie.end\n^a:\naie.end } } }",
+        "7:1: .*block .a is defined twice",
+    ),
+    "use before its operation": (
+        "module {\nfunc.func @f() { aie.core(%x) {} }\nfunc.func @g(%x : index) { func.return } }",
+        "2: aie.core uses a value that is not defined",
+    ),
     "deep braces": ("{" * 100_000, "1:1: "),
     "deep regions": (
         "module { aie.device(npu1) { %c = arith.constant 1 : index\n" + NESTED,

@@ -191,6 +191,18 @@ def test_use_before_definition_is_a_finding() -> None:
     assert [(f.line, f.rule) for f in report(text).findings] == [(2, "ir.operation")]
 
 
+def test_use_inside_of_its_own_definition_is_a_finding() -> None:
+    text = """module { aie.device(npu2) {
+      aie.runtime_sequence() {
+        %t = aiex.dma_configure_task_for @out {
+          aiex.dma_start_task(%t)
+          aie.end
+        }
+      }
+    } }"""
+    assert (4, "ir.operation") in {(f.line, f.rule) for f in report(text).findings}
+
+
 def test_deep_loops_do_not_take_exponential_time() -> None:
     loops = "".join(f"scf.for %i{n} = %c to %c step %c {{\n" for n in range(60))
     text = f"""module {{ aie.device(npu1) {{

@@ -1,13 +1,15 @@
 """Valid NPU files with random damage: a reader answers with a value or a UqError of one line."""
 
+import re
 import struct
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from tests.fuzzing import Edit, Format, accepts, edit_lists, is_read
+from tests.fuzzing import INTERESTING, Edit, Format, accepts, edit_lists, is_read
 from uq.formats.xdna import describe
 from uq.formats.xdna.cdo import parse_cdo
 from uq.formats.xdna.metadata import pack_metadata, parse_metadata
@@ -49,25 +51,95 @@ TXN = Transaction(
     generation=NPU1,
     columns=4,
 ).to_bytes()
-DESIGN = b"""module { aie.device(npu1) {
+# Short, so that many are read: FIFOs and a core, buffers and locks, transfers, tasks.
+DESIGNS = [
+    b"""aie.device(npu1) {
   %s = aie.tile(0, 0)
   %c = aie.tile(0, 2)
-  %b = aie.buffer(%c) {sym_name = "b"} : memref<4xi8>
-  %l = aie.lock(%c, 1) {init = 0 : i32}
   aie.objectfifo @in(%s, {%c}, 2 : i32) : !aie.objectfifo<memref<8xi32>>
   aie.core(%c) {
-    %i = arith.constant 1 : index
-    scf.for %n = %i to %i step %i {
-      %v = aie.objectfifo.acquire @in(Consume, 1) : !aie.objectfifosubview<memref<8xi32>>
-      aie.objectfifo.release @in(Consume, 1)
-    }
+    %v = aie.objectfifo.acquire @in(Consume, 1) : !aie.objectfifosubview<memref<8xi32>>
+    aie.objectfifo.release @in(Consume, 1)
     aie.end
   } {link_with = "k.o"}
+}""",
+    b"""aie.device(npu2) {
+  %m = aie.tile(3, 1)
+  %b = aie.buffer(%m) {sym_name = "b"} : memref<4xi8>
+  %l = aie.lock(%m, 1) {init = 0 : i32}
+  aie.memtile_dma(%m) {
+    %0 = aie.dma_start(S2MM, 0, ^bd, ^end)
+  ^bd:
+    aie.use_lock(%l, AcquireGreaterEqual, 1)
+    aie.dma_bd(%b : memref<4xi8>, 0, 4, [<size = 1, stride = 4>])
+    aie.next_bd ^end
+  ^end:
+    aie.end
+  }
+}""",
+    b"""aie.device(npu1_1col) {
+  %s = aie.tile(0, 0)
+  %c = aie.tile(0, 2)
+  aie.objectfifo @in(%s, {%c}, [2, 1]) : !aie.objectfifo<memref<8xi32>>
   aie.runtime_sequence(%x : memref<8xi32>) {
     aiex.npu.dma_memcpy_nd (%x[0,0,0,0][1,1,1,8][0,0,0,1]) {metadata = @in, id = 0} : memref<8xi32>
     aiex.npu.dma_wait {symbol = @in}
   }
-} }"""
+}""",
+    b"""aie.device(npu2) {
+  %s = aie.tile(0, 0)
+  aie.shim_dma_allocation @out(%s, S2MM, 1)
+  aie.runtime_sequence(%x : memref<8xi32>) {
+    %t = aiex.dma_configure_task_for @out {
+      aie.dma_bd(%x : memref<8xi32>, 0, 8) {bd_id = 3 : i32}
+      aie.end
+    } {issue_token = true}
+    aiex.dma_start_task(%t)
+    aiex.dma_await_task(%t)
+  }
+}""",
+]
+NUMBER, WORD = re.compile(rb"\d+"), re.compile(rb"[%@!^]?[\w.]+")
+
+
+def set_number(data: bytearray, place: int, value: int) -> None:
+    """The first number behind a place."""
+    if found := NUMBER.search(data, place):
+        data[found.start() : found.end()] = str(INTERESTING[value % len(INTERESTING)] - 2).encode()
+
+
+def set_word_of_text(data: bytearray, place: int, value: int) -> None:
+    """The first word behind a place becomes another one of the text."""
+    words = list(WORD.finditer(data))
+    if words and (found := WORD.search(data, place)):
+        data[found.start() : found.end()] = words[value % len(words)].group()
+
+
+def cut_line(data: bytearray, place: int, value: int) -> None:
+    del data[_line(data, place)]
+
+
+def move_line(data: bytearray, place: int, value: int) -> None:
+    """A copy of a line to some other place, between lines."""
+    line, at = data[_line(data, place)], _line(data, value % len(data)).start
+    data[at:at] = line
+
+
+def _line(data: bytearray, place: int) -> slice:
+    return slice(data.rfind(b"\n", 0, place) + 1, data.find(b"\n", place) + 1 or len(data))
+
+
+TEXT_EDITS = (set_number, set_word_of_text, cut_line, move_line)
+
+
+def damage_text(data: bytes, edits: Sequence[Edit]) -> bytes:
+    """The same design with other numbers, words and lines."""
+    damaged = bytearray(data)
+    for edit in edits:
+        if damaged:
+            place = edit.place % len(damaged)
+            TEXT_EDITS[edit.kind % len(TEXT_EDITS)](damaged, place, edit.value)
+    return bytes(damaged)
 
 
 def seal(data: bytearray, start: int, words: int) -> None:
@@ -150,7 +222,7 @@ FORMATS = {
     "cdo": Format(CDOS, read_cdo, mend_cdo),
     "txn": Format([TXN], read_txn, mend_txn),
     "raw": Format([b"AUPN" + bytes(40), b"NPUA" + bytes(90)], parse_raw_kernel, bytes),
-    "mlir": Format([DESIGN], read_design, bytes),
+    "mlir": Format(DESIGNS, read_design, structured=damage_text),
 }
 
 

@@ -18,7 +18,7 @@ from xdsl.dialects.builtin import (
     ModuleOp,
     RankedStructure,
 )
-from xdsl.ir import Operation, SSAValue
+from xdsl.ir import Block, Operation, SSAValue
 from xdsl.parser import Parser
 from xdsl.parser.core import ForwardDeclaredValue
 from xdsl.printer import Printer
@@ -68,6 +68,13 @@ class _LocatingParser(Parser):
             return raw.decode()
         except UnicodeDecodeError:
             self.raise_error("a string is not UTF-8 text", at_position=self.start)
+
+    def _parse_block(self) -> Block:
+        """xDSL looks in vain for the references of a label that it has met before."""
+        label = self._current_token.text[1:]
+        if label in self.blocks and label not in self.forward_block_references:
+            self.raise_error(f"block ^{label} is defined twice")
+        return super()._parse_block()
 
     def parse_operation(self) -> Operation:
         self.start = self._current_token.span
@@ -121,7 +128,7 @@ def parse_design(text: str, name: str = "design") -> Source:
         raise DesignError(f"{name}:{line}:{column}: {_one_line(str(error))}") from None
     starts = _line_starts(text)
     for op, start in parser.starts.items():
-        if any(isinstance(operand, ForwardDeclaredValue) for operand in op.operands):
+        if not all(_in_scope(operand, op) for operand in op.operands):
             raise DesignError(f"{name}:{starts(start)}: {op.name} uses a value that is not defined")
     return Source(name, module, {op: starts(start) for op, start in parser.starts.items()})
 
@@ -143,6 +150,17 @@ def print_design(module: Operation) -> str:
     stream = io.StringIO()
     _Printer(stream).print_op(module)
     return stream.getvalue() + "\n"
+
+
+def _in_scope(value: SSAValue, op: Operation) -> bool:
+    """Whether a value is defined, in a region around `op`."""
+    if isinstance(value, ForwardDeclaredValue):
+        return False
+    block = value.owner if isinstance(value.owner, Block) else value.owner.parent
+    home, region = block.parent if block else None, op.parent_region()
+    while region is not None and region is not home:
+        region = region.parent_region()
+    return region is home
 
 
 def _refuse_open_strings(text: str, name: str) -> None:

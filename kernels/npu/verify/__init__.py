@@ -105,7 +105,7 @@ def _broken(source: Source, device: Device) -> Iterator[Finding]:
     seen: set[Operation | Block] = set()
     for op in device.walk():
         seen.update((op, *(block for region in op.regions for block in region.blocks)))
-        if any(operand.owner not in seen for operand in op.operands):
+        if any(_undefined(operand.owner, op, seen) for operand in op.operands):
             message = f"{op.name} uses a value before its definition"
             yield Finding(_line(source, op), *_id(IR_RULE), message, AIE_VERIFIER)
         if isinstance(op, CallOp):
@@ -115,6 +115,12 @@ def _broken(source: Source, device: Device) -> Iterator[Finding]:
         except VerifyException as error:
             message = f"{op.name}: {' '.join(str(error).split())}"[:300]
             yield Finding(_line(source, op), *_id(IR_RULE), message, AIE_VERIFIER)
+
+
+def _undefined(owner: Operation | Block, op: Operation, seen: set[Operation | Block]) -> bool:
+    """Whether a value of `owner` is used where it is not there yet: a region has no result of its
+    own operation."""
+    return owner not in seen or (isinstance(owner, Operation) and owner.is_ancestor(op))
 
 
 def _line(source: Source, op: Operation) -> int:
