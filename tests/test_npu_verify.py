@@ -191,6 +191,11 @@ def test_use_before_definition_is_a_finding() -> None:
     assert [(f.line, f.rule) for f in report(text).findings] == [(2, "ir.operation")]
 
 
+def test_use_before_definition_beside_a_device_is_a_finding() -> None:
+    text = "module { aie.device(npu1) { }\naie.cascade_flow(%a, %a)\n%a = aie.tile(0, 2) }"
+    assert [(f.line, f.rule) for f in report(text).findings] == [(2, "ir.operation")]
+
+
 def test_use_inside_of_its_own_definition_is_a_finding() -> None:
     text = """module { aie.device(npu2) {
       aie.runtime_sequence() {

@@ -1,5 +1,7 @@
 """The dialects `aie` and `aiex` of mlir-aie, on xDSL."""
 
+from functools import cache
+
 from xdsl.context import Context
 from xdsl.dialects.arith import Arith
 from xdsl.dialects.builtin import Builtin
@@ -31,6 +33,7 @@ MEMREF = Dialect(
 STANDARD = (Builtin, Arith, Cf, Func, Math, MEMREF, Scf, Vector)
 
 
+@cache
 def npu_context() -> Context:
     """Knows the dialects of NPU designs and nothing else: other operations are refused."""
     context = Context()

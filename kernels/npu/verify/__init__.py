@@ -101,20 +101,31 @@ def _verify(source: Source, op: Device, name: str, reserved: int) -> Report:
 
 
 def _broken(source: Source, device: Device) -> Iterator[Finding]:
-    """Operations that are not what their definition says. Calls have rules of their own."""
+    """Operations that are not what their definition says. Calls have rules of their own.
+
+    Beside the device, in no other one, only the order of values is looked at.
+    """
     seen: set[Operation | Block] = set()
-    for op in device.walk():
+    mine, others = set(device.walk()), _in_devices(source)
+    for op in source.module.walk():
         seen.update((op, *(block for region in op.regions for block in region.blocks)))
+        if op in others and op not in mine:
+            continue
         if any(_undefined(operand.owner, op, seen) for operand in op.operands):
             message = f"{op.name} uses a value before its definition"
             yield Finding(_line(source, op), *_id(IR_RULE), message, AIE_VERIFIER)
-        if isinstance(op, CallOp):
+        if isinstance(op, CallOp) or op not in mine:
             continue
         try:
             op.verify(verify_nested_ops=False)
         except VerifyException as error:
             message = f"{op.name}: {' '.join(str(error).split())}"[:300]
             yield Finding(_line(source, op), *_id(IR_RULE), message, AIE_VERIFIER)
+
+
+def _in_devices(source: Source) -> set[Operation]:
+    devices = (op for op in source.module.walk() if isinstance(op, Device))
+    return {op for device in devices for op in device.walk()}
 
 
 def _undefined(owner: Operation | Block, op: Operation, seen: set[Operation | Block]) -> bool:
