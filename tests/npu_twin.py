@@ -24,14 +24,17 @@ Void = NDArray[np.void]
 class Unpacked:
     """Codes of queries (jobs, rows of all lanes, dim), and the keys of each head."""
 
-    queries: NDArray[np.int8]
+    queries: NDArray[np.int16]
     heads: list[twin.Keys]
 
     @classmethod
     def of(cls, plan: Plan, queries: Void, blocks: Void) -> Unpacked:
         variant = plan.variant
         m, k, n = variant.tiles.score
-        rows = [_flat(block, variant.rows, variant.head_dim, m, k) for block in _each(queries)]
+        high, low = (
+            np.stack([_flat(block, variant.rows, variant.head_dim, m, k) for block in limb])
+            for limb in (_each(queries, "high"), _each(queries, "low"))
+        )
         shape = (len(queries), -1, variant.head_dim)
         heads = []
         for mine in blocks:
@@ -42,11 +45,11 @@ class Unpacked:
             ]
             scales = mine["scale"].reshape(-1), mine["weight"].reshape(-1)
             heads.append(twin.Keys(np.concatenate(turned), np.concatenate(straight), *scales))
-        return cls(np.stack(rows).reshape(shape), heads)
+        return cls((high * np.int16(256) + low).reshape(shape), heads)
 
 
-def _each(queries: Void) -> NDArray[np.int8]:
-    codes: NDArray[np.int8] = queries["codes"]
+def _each(queries: Void, limb: str) -> NDArray[np.int8]:
+    codes: NDArray[np.int8] = queries[limb]
     return codes.reshape(-1, codes.shape[-1])
 
 

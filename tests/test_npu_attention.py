@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import numpy as np
 import pytest
 from numpy.typing import NDArray
@@ -17,7 +19,10 @@ from uq.kernels.npu.verify import verify
 
 Array = NDArray[np.float32]
 EXP_TABLES = 4352  # bytes of exp2_table.h: two tables, each value four times
-BOUND = {8: 0.01, 4: 0.03}  # of the error against float64 softmax on the stored keys and values
+# Of the error against softmax in float64: what the kernel adds, on the keys and values as stored,
+# and with what storing costs, on queries, keys and values as they were. Independent normal numbers
+# lose 6 % at least in any 4 bits (their rate-distortion bound), 10.7 % in evenly spaced codes.
+OWN, WITH_STORAGE = {8: 0.01, 4: 0.03}, {8: 0.01, 4: 0.15}
 
 
 def gemma_like(seed: int, made: Plan) -> tuple[Array, Array, Array]:
@@ -45,17 +50,17 @@ def check(made: Plan, seed: int = 0, softcap: float | None = None) -> None:
     inputs = Inputs.quantized(q, k, v, bits, factor, softcap)
     emulated = attend.emulate(made, inputs)
     assert emulated.tobytes() == attend.compute(made, inputs).tobytes()
-    keys, values = inputs.stored()
-    exact = twin.softmax_attention(
+    rows = attend.rows(made, inputs, emulated)
+    exact = partial(
+        twin.softmax_attention,
         q,
-        keys,
-        values,
         factor=factor,
         start=made.start,
         window=made.window,
         softcap=softcap,
     )
-    assert nrmse(attend.rows(made, inputs, emulated), exact) < BOUND[bits]
+    assert nrmse(rows, exact(*inputs.stored())) < OWN[bits]
+    assert nrmse(rows, exact(k, v)) < WITH_STORAGE[bits]
 
 
 def nrmse(x: Array, exact: NDArray[np.floating]) -> float:

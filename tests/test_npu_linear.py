@@ -36,6 +36,7 @@ def weight(outputs: int, inputs: int, group: int) -> QuantTensor:
         (40, 640, 64, 4, 4),  # fewer blocks than cores
         (40, 7104, 64, 4, 2),  # slices, the last one padded
         (70, 10240, 32, 16, 20),  # the width of Gemma 3 4B, two passes
+        (16, 15360, 32, 4, 3),  # that of 12B
         (33, 21504, 128, 4, 1),  # that of 27B
     ],
 )

@@ -75,13 +75,16 @@ def test_the_emulator_gives_the_bits_of_the_twin(tiny: Source, device: str, bits
 
 
 # Exponents are multiples of 1/256, so a weight is off by 0.14 % at most, besides its 14 bits; rows
-# are bfloat16 (0.2 %) in both. Three layers add up.
-@pytest.mark.parametrize("bits", [8, 4])
-def test_hidden_states_of_softmax_over_the_same_codes(tiny: Source, bits: int) -> None:
+# are bfloat16 (0.2 %) in both. Three layers add up, and where that moves keys of a later layer over
+# the edge of a 4-bit code, they differ by a whole step.
+@pytest.mark.parametrize(("bits", "bound"), [(8, 0.005), (4, 0.02)])
+def test_hidden_states_of_softmax_over_the_same_codes(
+    tiny: Source, bits: int, bound: float
+) -> None:
     tokens = text(tiny.config, 1, 300)
     ours = session(tiny, "npu1", starting(by_twin), bits).score(tokens)
     exact = session(tiny, "npu1", starting(by_softmax), bits).score(tokens)
-    assert nrmse(ours, exact) < 0.01
+    assert nrmse(ours, exact) < bound
 
 
 def test_hidden_states_of_the_cpu(tiny: Source) -> None:
@@ -114,11 +117,14 @@ def test_padded_plans_are_attention(
     config = tiny_config(head_dim)
     attention = NpuAttention(config, device, starting(by_twin), 8)
     store = attention.store(start + length)
+    inputs = Inputs.quantized(q, k, v, 8, 1.0)
+    store.frame = inputs.frame
     store.append(0, k[:start], v[:start])
     rows = attention.attend(store, start, window, q, k[start:], v[start:])
-    stored = Inputs.quantized(q, k, v, 8, 1.0).stored()
+    if start == 0:  # the frame of the first part, which is not padded
+        inputs = replace(inputs, frame=store.frame)
     exact = twin.softmax_attention(
-        q, *stored, factor=config.attention_scale, start=start, window=window
+        q, *inputs.stored(), factor=config.attention_scale, start=start, window=window
     )
     assert nrmse(rows, exact) < 0.01
 
@@ -148,6 +154,7 @@ def test_a_store_filled_token_by_token_has_the_packed_blocks(
     q, k, v = gemma_like(3, made)
     inputs = Inputs.quantized(q, k, v, bits, 1.0)
     store = Store(made.variant, 2, 90)
+    store.frame = inputs.frame
     store.append(0, k[:60], v[:60])
     store.append(40, 1000 * k[40:50], 1000 * v[40:50])  # of another text, and longer
     for token in range(40, 90):

@@ -13,13 +13,9 @@ from numpy.typing import NDArray
 from uq.formats.config import GemmaConfig
 from uq.kernels.npu.hybrid.reach import STEP, Reach
 from uq.kernels.npu.hybrid.store import Store
-from uq.kernels.npu.kernels.attention.pack import (
-    Array,
-    pack_queries,
-    quantize,
-    rotate,
-    unpack_rows,
-)
+from uq.kernels.npu.kernels.attention.codes import Array
+from uq.kernels.npu.kernels.attention.frame import Frame
+from uq.kernels.npu.kernels.attention.pack import pack_queries, unpack_rows
 from uq.kernels.npu.kernels.attention.plan import Plan
 from uq.kernels.npu.kernels.attention.variant import Form, Variant
 from uq.kernels.npu.runtime.npu import TIMEOUT
@@ -88,6 +84,8 @@ class NpuAttention:
             NpuTimeout: the NPU did not answer; its program is opened again for the next call.
             DeviceError: a program cannot be opened, or a run failed.
         """
+        if position == 0:
+            store.frame = Frame.of(q, k, capped=self._config.attn_softcap is not None)
         under_way: deque[Part] = deque()
         rows: list[Array] = []
         for first in range(0, len(q), PART):
@@ -106,9 +104,9 @@ class NpuAttention:
         reach = Reach.of(variant, *heads, position, tokens, window)
         plan = reach.plan
         padded = np.zeros((plan.length, *q.shape[1:]), np.float32)
-        padded[:tokens] = rotate(q)
+        padded[:tokens] = q
         scaling = float(config.attention_scale), config.attn_softcap
-        queries = pack_queries(plan, *quantize(padded, 8), *scaling)
+        queries = pack_queries(plan, *store.frame.queries(padded), *scaling)
         reach.place(queries)
         blocks, units = store.blocks(reach.low, plan.stored)
         outputs = np.zeros(queries.shape, variant.output)

@@ -8,14 +8,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from uq.formats.pack import pack_pairs
-from uq.kernels.npu.kernels.attention.pack import (
-    Array,
-    Codes,
-    blocked,
-    quantize,
-    rotate,
-    weights_of,
-)
+from uq.kernels.npu.kernels.attention.codes import Array, Codes, quantize, rotate
+from uq.kernels.npu.kernels.attention.frame import Frame
+from uq.kernels.npu.kernels.attention.pack import blocked, weights_of
 from uq.kernels.npu.kernels.attention.variant import Variant
 
 Where = NDArray[np.intp]
@@ -24,8 +19,11 @@ Where = NDArray[np.intp]
 class Store:
     """Codes in the order of the kernel's blocks, and a scale for each key and value.
 
-    Keys are rotated before they are quantized, as queries are: that changes no score.
+    Attributes:
+        frame: of the queries and keys of the text; given before its first keys come.
     """
+
+    frame: Frame
 
     def __init__(self, variant: Variant, kv_heads: int, capacity: int) -> None:
         self.variant = variant
@@ -40,11 +38,10 @@ class Store:
         bits, end = self.variant.kv_bits, position + len(k)
         of_keys, of_values = _order(self.variant)
         block, slot = np.divmod(np.arange(position, end), self.variant.keys)
-        for order, x, codes, scales in (
-            (of_keys, rotate(k), self._keys, self._scale),
-            (of_values, v, self._values, self._value_scale),
+        for order, (made, scale), codes, scales in (
+            (of_keys, self.frame.keys(k, bits), self._keys, self._scale),
+            (of_values, quantize(rotate(v), bits), self._values, self._value_scale),
         ):
-            made, scale = quantize(x, bits)
             codes[:, block[:, None], order[slot]] = made.swapaxes(0, 1)
             scales[:, position:end] = scale.T
             scales[:, end:] = 0  # keys of an earlier sequence weigh nothing

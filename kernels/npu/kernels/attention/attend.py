@@ -9,17 +9,10 @@ from numpy.typing import NDArray
 
 from uq.kernels.npu.emulator import run
 from uq.kernels.npu.kernels.attention import twin
+from uq.kernels.npu.kernels.attention.codes import Array, Codes, QueryCodes, quantize, rotate
 from uq.kernels.npu.kernels.attention.design import attention
-from uq.kernels.npu.kernels.attention.pack import (
-    Array,
-    Codes,
-    pack_keys,
-    pack_queries,
-    quantize,
-    rotate,
-    rows_of,
-    unpack_rows,
-)
+from uq.kernels.npu.kernels.attention.frame import Frame
+from uq.kernels.npu.kernels.attention.pack import pack_keys, pack_queries, rows_of, unpack_rows
 from uq.kernels.npu.kernels.attention.plan import Plan
 
 
@@ -28,15 +21,17 @@ class Inputs:
     """What a plan computes on: codes and scales of a row (dim) each.
 
     Attributes:
-        queries: (length, heads, dim) int8 and (length, heads).
-        keys, values: (keys, kv_heads, dim) and (keys, kv_heads).
+        queries: (length, heads, dim) int16 and (length, heads).
+        keys, values: (keys, kv_heads, dim) int8 and (keys, kv_heads).
+        frame: in which the queries and keys are; the values are rotated.
         factor: what scores are multiplied by in front of exp.
         softcap: scores s times `factor` become softcap tanh(s / softcap); None leaves them.
     """
 
-    queries: tuple[Codes, Array]
+    queries: tuple[QueryCodes, Array]
     keys: tuple[Codes, Array]
     values: tuple[Codes, Array]
+    frame: Frame
     factor: float
     softcap: float | None = None
 
@@ -50,19 +45,15 @@ class Inputs:
         factor: float,
         softcap: float | None = None,
     ) -> Inputs:
-        """Queries and keys are rotated first, which changes no score."""
-        return cls(
-            quantize(rotate(q), 8),
-            quantize(rotate(k), kv_bits),
-            quantize(v, kv_bits),
-            factor,
-            softcap,
-        )
+        """In the frame of the first tokens."""
+        frame = Frame.of(q, k, capped=softcap is not None)
+        values = quantize(rotate(v), kv_bits)
+        return cls(frame.queries(q), frame.keys(k, kv_bits), values, frame, factor, softcap)
 
     def stored(self) -> tuple[Array, Array]:
-        """Keys (not rotated) and values that the codes stand for."""
-        keys, values = (codes * scale[..., None] for codes, scale in (self.keys, self.values))
-        return rotate(keys), values
+        """Keys and values that the codes stand for."""
+        codes, scale = self.values
+        return self.frame.floats(*self.keys), rotate(codes * scale[..., None])
 
 
 def emulate(plan: Plan, inputs: Inputs) -> NDArray[np.void]:
@@ -78,7 +69,7 @@ def compute(plan: Plan, inputs: Inputs) -> NDArray[np.void]:
     queries, blocks, _ = packed(plan, inputs)
     variant, jobs = plan.variant, [job for column in plan.jobs for job in column]
     shape = (*queries.shape, variant.rows, variant.head_dim)
-    q = np.zeros(shape, np.int8)
+    q = np.zeros(shape, np.int16)
     for index, job in enumerate(jobs):
         for number, lane in enumerate(job.lanes):
             index_of = rows_of(plan, lane)

@@ -1,6 +1,6 @@
 // Online softmax attention of ROWS query rows over blocks of KEYS keys, head size DIM.
 //
-// Queries are int8, keys and values int8 or int4 (KV_BITS), scores int32. Weights 2^(t - m) are
+// Queries are int16 in two limbs of int8, keys and values int8 or int4 (KV_BITS), scores int32. Weights 2^(t - m) are
 // integers of 14 bits and m, the running maximum of a row, is an integer too: so sums of weights and
 // of weighted values are integers, and a new maximum shifts them. `state` keeps m in units of 1/256
 // and the sum of weights for each row. ../../README.md and twin.py say the same in other words.
@@ -40,7 +40,8 @@ struct Queries {
   float inverse;   // 1 / cap
   int32 unused[9];
   float scale[ROWS];  // of the codes, with log2(e) / sqrt(head size) in it
-  int8 codes[ROWS * DIM];
+  int8 high[ROWS * DIM];  // codes are 256 high + low
+  int8 low[ROWS * DIM];
 };
 
 // One block of keys and values: codes of keys, codes of values, then a scale of each.
@@ -80,14 +81,16 @@ static aie::vector<int16, KEYS> power(const aie::vector<int32, KEYS> &distance) 
 static void score(const Queries &q, const Keys &kv, int32 *scores) {
   for (unsigned i = 0; i < ROWS / SCORE_M; ++i)
     for (unsigned j = 0; j < KEYS / SCORE_N; ++j) {
-      Score sum;
+      Score high, low;
       for (unsigned k = 0; k < DIM / SCORE_K; ++k) {
-        const int8 *left = q.codes + (i * (DIM / SCORE_K) + k) * Score::size_A;
+        const unsigned left = (i * (DIM / SCORE_K) + k) * Score::size_A;
         const int8 *right = kv.keys + (k * (KEYS / SCORE_N) + j) * Score::size_B * KV_BITS / 8;
-        sum.mac(aie::load_v<Score::size_A>(left),
-                aie::load_v<Score::size_B>((const Code *)right));
+        const auto keys = aie::load_v<Score::size_B>((const Code *)right);
+        high.mac(aie::load_v<Score::size_A>(q.high + left), keys);
+        low.mac(aie::load_v<Score::size_A>(q.low + left), keys);
       }
-      const auto block = sum.template to_vector<int32>();
+      const auto block = aie::add(aie::upshift(high.template to_vector<int32>(), 8),
+                                  low.template to_vector<int32>());
       for (unsigned row = 0; row < SCORE_M; ++row)
         aie::store_v(scores + (i * SCORE_M + row) * KEYS + j * SCORE_N,
                      block.template extract<SCORE_N>(row));

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from functools import cache
 from typing import Any
 
 import numpy as np
@@ -10,46 +9,15 @@ from numpy.typing import NDArray
 
 from uq.errors import UsageError
 from uq.formats.pack import pack_pairs
+from uq.kernels.npu.kernels.attention.codes import Array, Codes, QueryCodes, limbs, rotate
 from uq.kernels.npu.kernels.attention.plan import LANES, NO_WINDOW, Lane, Plan
 
-Array = NDArray[np.float32]
-Codes = NDArray[np.int8]
 Index = NDArray[np.intp]
 WEIGHT_ONE = 32767  # of the value with the largest scale
 
 
-def quantize(x: Array, bits: int) -> tuple[Codes, Array]:
-    """Symmetric codes and one scale for each row (..., channels).
-
-    INT8 codes are -127..127. INT4 codes are -8..7 and the largest magnitude has code -8, so scales
-    have a sign.
-    """
-    if bits == 8:
-        ends = np.abs(x).max(axis=-1, keepdims=True) / 127
-    else:
-        ends = np.take_along_axis(x, np.abs(x).argmax(axis=-1)[..., None], axis=-1) / -8
-    scale = ends.astype(np.float32)
-    codes = np.rint(x / np.where(scale == 0, np.float32(1), scale))
-    low, high = (-127, 127) if bits == 8 else (-8, 7)
-    return codes.clip(low, high).astype(np.int8), scale[..., 0]
-
-
-def rotate(x: Array) -> Array:
-    """A Hadamard transform over the channels: it spreads outliers and keeps every q . k."""
-    return x @ _hadamard(x.shape[-1])
-
-
-@cache
-def _hadamard(size: int) -> Array:
-    matrix: Array = np.ones((1, 1), np.float32)
-    while len(matrix) < size:
-        matrix = np.kron(matrix, np.array([[1, 1], [1, -1]], np.float32))
-    matrix /= np.sqrt(np.float32(size))
-    return matrix
-
-
 def pack_queries(
-    plan: Plan, codes: Codes, scale: Array, factor: float, softcap: float | None = None
+    plan: Plan, codes: QueryCodes, scale: Array, factor: float, softcap: float | None = None
 ) -> NDArray[np.void]:
     """Every job's blocks of queries, column by column, in order.
 
@@ -81,9 +49,10 @@ def pack_queries(
             block["position"] = lane.position
             block["step"] = variant.form == "prefill"
             block["scale"][: len(rows[0])] = exponent[rows]
-            whole = np.zeros((variant.rows, variant.head_dim), np.int8)
+            whole = np.zeros((variant.rows, variant.head_dim), np.int16)
             whole[: len(rows[0])] = codes[rows]
-            block["codes"] = blocked(whole, *variant.tiles.score[:2])
+            for name, limb in zip(("high", "low"), limbs(whole), strict=True):
+                block[name] = blocked(limb, *variant.tiles.score[:2])
     return blocks
 
 
@@ -147,7 +116,7 @@ def _bytes(codes: Codes, bits: int) -> NDArray[np.uint8]:
 
 
 def unpack_rows(plan: Plan, outputs: NDArray[np.void], units: Array) -> Array:
-    """(length, heads, dim) of the outputs (jobs, lanes) in the order of the queries.
+    """(length, heads, dim) of the outputs (jobs, lanes) in the order of the queries, turned back.
 
     Parts of one row over different keys (decode) are merged: rows weighted by 2^m times the sum.
     """
@@ -165,7 +134,8 @@ def unpack_rows(plan: Plan, outputs: NDArray[np.void], units: Array) -> Array:
             total[rows] += from_bfloat16(block["rows"][:count]) * part[:, None]
             weight[rows] += part
     mixed = total / np.where(weight > 0, weight, 1)[..., None]
-    return (mixed * units.repeat(plan.heads // plan.kv_heads)[:, None]).astype(np.float32)
+    units = units.repeat(plan.heads // plan.kv_heads)
+    return rotate((mixed * units[:, None]).astype(np.float32))
 
 
 def from_bfloat16(bits: NDArray[np.uint16]) -> Array:

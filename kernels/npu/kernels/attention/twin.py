@@ -1,10 +1,10 @@
 """The kernel's arithmetic in numpy, integer for integer, and softmax attention in float64.
 
-For each row: scores s = q . k in int32, t = rint(256 s q_scale k_scale), capped before it is
-rounded where the model caps scores, in units of 1/256 of a
-power of two, the running maximum m, a multiple of 256, weights w = 2^((t - m) / 256) in 1 / 16384,
-and sums of w and of w v. m rises to the next multiple above the largest t, and by one power of two
-more when the sum of weights reaches 2^23; sums are shifted right when it does.
+For each row: scores s = q . k in int32 (256 times those of the high limbs, and those of the low),
+t = rint(256 s q_scale k_scale), capped before it is rounded where the model caps scores, in units
+of 1/256 of a power of two, the running maximum m, a multiple of 256, weights w = 2^((t - m) / 256)
+in 1 / 16384, and sums of w and of w v. m rises to the next multiple above the largest t, and by one
+power of two more when the sum of weights reaches 2^23; sums are shifted right when it does.
 """
 
 from __future__ import annotations
@@ -14,12 +14,11 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from uq.kernels.npu.kernels.attention.codes import LIMB, Array, Codes, QueryCodes, limbs
 from uq.kernels.npu.kernels.attention.exp2_table import part, whole
 from uq.kernels.npu.kernels.attention.plan import LANES, NO_WINDOW, Job, Plan
 from uq.kernels.npu.kernels.attention.variant import Variant
 
-Array = NDArray[np.float32]
-Codes = NDArray[np.int8]
 Ints = NDArray[np.int64]
 ONE, LOWEST, MASKED, FULL = 256, -(1 << 28), -(1 << 30), 1 << 23
 
@@ -124,7 +123,7 @@ def capped(t: Array, cap: np.float32) -> Array:
 
 def add_block(
     rows: Rows,
-    q: Codes,
+    q: QueryCodes,
     scale: Array,
     positions: Ints,
     window: int,
@@ -134,7 +133,9 @@ def add_block(
     cap: np.float32,
 ) -> None:
     """Let one block of keys pass by rows of queries (rows, dim)."""
-    scores = (q.astype(np.float32) @ keys.keys[block].astype(np.float32).T).astype(np.float32)
+    columns = keys.keys[block].astype(np.float32).T
+    high, low = (limb.astype(np.float32) @ columns for limb in limbs(q))  # exact
+    scores = high * np.float32(LIMB) + low  # rounded once, as the kernel's int32 to float
     factor = keys.scale[block] * scale[:, None]  # float32, as the kernel multiplies
     exponents = capped(scores * factor, cap)
     t = np.rint(exponents.astype(np.float64) * ONE).astype(np.int64)
@@ -157,7 +158,9 @@ def finish(rows: Rows) -> NDArray[np.uint16]:
     return (_bfloat16(ratio).view(np.uint32) >> 16).astype(np.uint16)
 
 
-def job_rows(variant: Variant, job: Job, packed: NDArray[np.void], q: Codes, keys: Keys) -> Rows:
+def job_rows(
+    variant: Variant, job: Job, packed: NDArray[np.void], q: QueryCodes, keys: Keys
+) -> Rows:
     """Every row of a job; q (rows of all its lanes, dim), `packed` its blocks of queries."""
     power = powers(variant.device)
     scale = packed["scale"].reshape(-1)
@@ -176,7 +179,7 @@ def job_rows(variant: Variant, job: Job, packed: NDArray[np.void], q: Codes, key
 
 
 def attention(
-    plan: Plan, packed: NDArray[np.void], q: Codes, heads: list[Keys]
+    plan: Plan, packed: NDArray[np.void], q: QueryCodes, heads: list[Keys]
 ) -> NDArray[np.void]:
     """What the design writes for the packed queries.
 

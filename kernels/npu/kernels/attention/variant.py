@@ -87,7 +87,8 @@ class Variant:
                 *((name, "<f4") for name in floats),
                 ("unused", "<i4", HEADER - len(words) - len(floats)),
                 ("scale", "<f4", self.rows),
-                ("codes", "i1", self.rows * self.head_dim),
+                ("high", "i1", self.rows * self.head_dim),
+                ("low", "i1", self.rows * self.head_dim),
             ]
         )
 
