@@ -6,7 +6,7 @@ import argparse
 import json
 import os
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +16,7 @@ from uq.errors import UsageError
 if TYPE_CHECKING:
     from uq.kernels.npu.toolchain.find import Toolchain
     from uq.kernels.npu.toolchain.job import Job
+    from uq.kernels.npu.toolchain.steps import Step
 
 
 def configure(commands: Any) -> None:
@@ -48,22 +49,32 @@ def run(args: argparse.Namespace) -> int:
         defines=dict(args.define),
         syntax=args.syntax,
     )
-    return _show(job, toolchain, args) if args.dry_run else _build(job, toolchain, args)
+    return _show([job], toolchain, args) if args.dry_run else _build(job, toolchain, args)
 
 
-def _show(job: Job, toolchain: Toolchain, args: argparse.Namespace) -> int:
+def _show(jobs: Sequence[Job], toolchain: Toolchain, args: argparse.Namespace) -> int:
+    """The commands of each design; of a bundle's, below its name."""
     from uq.kernels.npu.toolchain.plan import plan
     from uq.kernels.npu.toolchain.run import ask_tools
 
     if missing := toolchain.missing():
         print(f"not installed: {', '.join(missing)}; assumed as its wheels are", file=sys.stderr)
-    steps = plan(job, toolchain.assumed(), ask_tools(toolchain))
+    asked = ask_tools(toolchain)
+    steps = {job.name: plan(job, toolchain.assumed(), asked) for job in jobs}
     if args.json:
-        commands = [{"stage": step.stage, "command": str(step)} for step in steps]
-        print(json.dumps({"device": job.device, "commands": commands}, indent=2))
-    else:
-        print("\n".join(str(step) for step in steps))
+        shown = [_commands(job, steps[job.name]) for job in jobs]
+        whole = {"designs": shown} if args.design.is_dir() else shown[0]
+        print(json.dumps(whole, indent=2))
+        return 0
+    for name, of_design in steps.items():
+        title = [f"# {name}"] if len(jobs) > 1 else []
+        print("\n".join([*title, *map(str, of_design)]))
     return 0
+
+
+def _commands(job: Job, steps: Sequence[Step]) -> dict[str, Any]:
+    commands = [{"stage": step.stage, "command": str(step)} for step in steps]
+    return {"design": job.name, "device": job.device, "commands": commands}
 
 
 def _build(job: Job, toolchain: Toolchain, args: argparse.Namespace) -> int:
@@ -84,20 +95,28 @@ def _build_bundle(args: argparse.Namespace, toolchain: Toolchain) -> int:
     from uq.kernels.npu.toolchain.carried import (
         FOLDER,
         INDEX,
+        carried,
         carry,
         compile_carried,
         designs_for,
         device_of,
     )
 
-    if args.output or args.sources or args.define or args.syntax or args.dry_run:
-        raise UsageError("a bundle takes --device and --json only; the rest is for one design")
+    if args.output or args.sources or args.define or args.syntax:
+        raise UsageError(
+            "a bundle takes --device, --dry-run and --json; the rest is for one design"
+        )
     bundle = open_bundle(args.design, verify="lazy")
+    jobs: list[Job] = []
     if args.device or not (bundle.path / FOLDER / INDEX).is_file():
         layouts = {record.layout for record in bundle.manifest.tensors.values()}
-        device = device_of(layouts, args.device)
-        carry(bundle.path, list(designs_for(bundle.config, device)))
-        print(f"{bundle.path / FOLDER}: designs for {device}, not compiled", file=sys.stderr)
+        jobs = list(designs_for(bundle.config, device_of(layouts, args.device)))
+    if args.dry_run:
+        return _show(jobs or [job for job, _ in carried(bundle.path).values()], toolchain, args)
+    if jobs:
+        carry(bundle.path, jobs)
+        said = f"{bundle.path / FOLDER}: designs for {jobs[0].device}, not compiled"
+        print(said, file=sys.stderr)
     names = compile_carried(bundle.path, toolchain, say=lambda line: print(line, file=sys.stderr))
     if args.json:
         print(json.dumps({"folder": str(bundle.path / FOLDER), "compiled": names}))
