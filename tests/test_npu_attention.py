@@ -67,12 +67,17 @@ def nrmse(x: Array, exact: NDArray[np.floating]) -> float:
     return float(np.sqrt(((x - exact) ** 2).sum() / (exact**2).sum()))
 
 
-@pytest.mark.parametrize("length", [256, 512])
 @pytest.mark.parametrize("head_dim", [128, 256])
 @pytest.mark.parametrize("kv_bits", [8, 4])
 @pytest.mark.parametrize("device", ["npu1", "npu2"])
-def test_prefill(device: str, kv_bits: int, head_dim: int, length: int) -> None:
-    check(plan(Variant(device, head_dim, kv_bits), heads=4, kv_heads=1, length=length))
+def test_prefill(device: str, kv_bits: int, head_dim: int) -> None:
+    check(plan(Variant(device, head_dim, kv_bits), heads=4, kv_heads=1, length=256))
+
+
+@pytest.mark.parametrize("device", ["npu1", "npu2"])
+def test_prefill_of_512(device: str) -> None:
+    """`python -m benchmarks.npu_attention` runs every variant, up to 2048."""
+    check(plan(Variant(device, 256, 8), heads=4, kv_heads=1, length=512))
 
 
 @pytest.mark.parametrize("head_dim", [128, 256])

@@ -265,10 +265,9 @@ def test_runs_that_fail(compiled: Bundle, phoenix: Phoenix) -> None:
 def test_keys_and_values_of_an_npu_are_int8_or_int4(path: Path) -> None:
     bundle = open_bundle(path)
     logits = []
-    for kv in (None, KV["int8"], KV["int4"]):
+    for kv in (KV["int8"], KV["int4"]):
         session = open_session(bundle, "npu-emulator:npu1", max_context=8, numerics=Numerics(kv=kv))
         session.prefill([6, 7, 8])
         assert isinstance(session, NpuSession)
         logits.append(session.next_logits)
-    np.testing.assert_array_equal(logits[0], logits[1])
-    assert (logits[0] != logits[2]).any()
+    assert (logits[0] != logits[1]).any()

@@ -37,7 +37,7 @@ def test_bit_exact(device: str, shape: Shape) -> None:
 
 
 @pytest.mark.parametrize("device", ["npu1", "npu2"])
-@pytest.mark.parametrize("sizes", [(1, 1, 1), (37, 100, 300), (65, 129, 257)], ids=str)
+@pytest.mark.parametrize("sizes", [(37, 100, 300), (65, 129, 257)], ids=str)
 def test_any_sizes_run_through_the_runtime(
     device: str, sizes: tuple[int, int, int], tmp_path: Path
 ) -> None:
