@@ -80,9 +80,9 @@ void stage_weight(uint i, uint tile, uint piece) {
 #ifdef INTEGER_DOT
     w_packs[i] = codes(w, 0);
     w_packs[BN + i] = codes(w, 1);
-    w_scales[i] = w.scale;
+    w_scales[i] = scale_of(w);
 #if ZERO_POINT
-    w_zeros[i] = w.zero;
+    w_zeros[i] = zero_of(w);
 #endif
 #else
     [[unroll]] for (uint p = 0; p < PACKS; p++) {

@@ -9,7 +9,7 @@
 // y = x W^T for many columns of x (tokens), with matrix instructions: 16 x 16 x 16, float16 into float32.
 //
 // A workgroup makes BM tokens x BN rows of the weight in steps of 64 channels, each of its subgroups
-// SM x SN. The weight becomes float16 on its way into shared memory; while a step is multiplied, the
+// SM x SN; of few tokens, one of gl_NumWorkGroups.z parts of the channels. The weight becomes float16 on its way into shared memory; while a step is multiplied, the
 // next one is on its way into registers.
 #include "common.glsl"
 layout(constant_id = 1) const uint GROUP = 32;
@@ -63,9 +63,9 @@ void fetch(uint step, uint lane) {
 const uint EXPONENT = (WEIGHT + 17) << 10 | (WEIGHT + 17) << 26;
 
 void store_piece(Piece piece, uint place) {
-    float16_t scale = float16_t(piece.scale / UNIT);
+    float16_t scale = float16_t(scale_of(piece) / UNIT);
 #if ZERO_POINT
-    float16_t offset = float16_t(float(1024 + 128 + piece.zero) * UNIT);
+    float16_t offset = float16_t(float(1024 + 128 + zero_of(piece)) * UNIT);
 #else
     const float16_t offset = float16_t((1024.0 + 128.0) * UNIT);
 #endif
@@ -111,7 +111,7 @@ void store_block(uint block, uint first_m, uint first_n) {
     for (uint i = gl_SubgroupInvocationID; i < 256; i += gl_SubgroupSize) {
         uint m = first_m + i / 16, n = first_n + i % 16;
         if (m < count && n < rows) {
-            y.at[m * stride + n] = y_block[base + i] * units.at[m];
+            y.at[(gl_WorkGroupID.z * count + m) * stride + n] = y_block[base + i] * units.at[m];
         }
     }
     subgroupBarrier();
@@ -121,11 +121,13 @@ void main() {
     uint lane = lane_index();
     uint top = gl_SubgroupID / (BN / SN) * SM, left = gl_SubgroupID % (BN / SN) * SN;
     clear_blocks();
-    fetch(0, lane);
-    for (uint step = 0; step < 2 * tiles; step++) {
+    uint part_steps = (2 * tiles + gl_NumWorkGroups.z - 1) / gl_NumWorkGroups.z;
+    uint first = gl_WorkGroupID.z * part_steps, last = min(first + part_steps, 2 * tiles);
+    fetch(first, lane);
+    for (uint step = first; step < last; step++) {
         stage(lane);
         barrier();
-        if (step + 1 < 2 * tiles) {
+        if (step + 1 < last) {
             fetch(step + 1, lane);
         }
         multiply_step(top, left);

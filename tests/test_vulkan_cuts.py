@@ -59,9 +59,17 @@ def test_the_best_module_of_a_device(
 def test_lanes_follow_from_the_cut() -> None:
     assert MatrixCut(128, 64, 32, 32).constants(INT4, 64)["LANES"] == 8 * 64
     assert PlainCut(64, 32, 4, 2).constants(INT4)["LANES"] == 16 * 16
-    assert gemm_constants("gemm_int4_matrix", INT4, 32, 48 << 10)["LANES"] == 256
+    assert gemm_constants("gemm_int4_matrix", INT4, 32, 48 << 10, 512)["LANES"] == 256
 
 
 def test_a_small_cut_where_shared_memory_is_small() -> None:
-    large, small = (gemm_constants("gemm_int4_matrix", INT4, 32, kib << 10) for kib in (48, 32))
+    large, small = (
+        gemm_constants("gemm_int4_matrix", INT4, 32, kib << 10, 512) for kib in (48, 32)
+    )
     assert (large["BM"], small["BM"]) == (128, 64)
+
+
+@pytest.mark.parametrize(("columns", "tokens"), [(9, 32), (32, 32), (33, 64), (64, 64), (65, 128)])
+def test_few_tokens_get_a_tile_of_their_own(columns: int, tokens: int) -> None:
+    cut = gemm_constants("gemm_int4_matrix", INT4, 32, 48 << 10, columns)
+    assert cut["BM"] == tokens

@@ -125,18 +125,26 @@ def matrix_modules(lab: Lab, kind: Kind) -> list[str]:
 
 
 def gemm_matrix(
-    lab: Lab, name: str, weight: Span, kind: Kind, shape: tuple[int, int], x: Floats, **how: int
+    lab: Lab,
+    name: str,
+    weight: Span,
+    kind: Kind,
+    shape: tuple[int, int],
+    x: Floats,
+    parts: int = 1,
+    **how: int,
 ) -> Floats:
     rows, cols = shape
-    y = lab.room(len(x) * rows)
+    y = lab.room(parts * len(x) * rows)
     sizes = {"BM": 32, "BN": 32, "SM": 16, "SN": 32, **how}
     subgroups = sizes["BM"] // sizes["SM"] * (sizes["BN"] // sizes["SN"])
     lanes = subgroups * lab.gpu.physical.subgroup[0]
     push = addresses(weight, *halves(lab, x, is_float=kind.is_float), y)
     push += words(tiles_of(cols), rows, rows, len(x))
     groups = -(-rows // sizes["BN"]), -(-len(x) // sizes["BM"])
-    lab.run(name, push, *groups, LANES=lanes, GROUP=kind.group, **sizes)
-    return lab.get(y, np.float32, len(x), rows)
+    lab.run(name, push, *groups, parts, LANES=lanes, GROUP=kind.group, **sizes)
+    found: Floats = lab.get(y, np.float32, parts, len(x), rows).sum(axis=0)
+    return found
 
 
 def assert_half_product(y: Floats, weight: Floats, x: Floats) -> None:
@@ -165,6 +173,16 @@ def test_matrix_gemm_however_it_is_cut(
     cut = dict(zip(("BM", "BN", "SM", "SN"), sizes, strict=True))
     for name in matrix_modules(lab, kind):
         y = gemm_matrix(lab, name, lab.weight(weight, kind), kind, weight.shape, x, **cut)
+        assert_half_product(y, weight, x)
+
+
+@pytest.mark.parametrize("parts", [2, 4])
+def test_parts_of_the_channels_add_up(lab: Lab, emulated: None, parts: int) -> None:
+    weight = normal(ROWS, COLS).astype(np.float16).astype(np.float32)
+    kind, x = Kind("f16"), normal(TOKENS, COLS, seed=1)
+    for name in matrix_modules(lab, kind):
+        put = lab.weight(weight, kind)
+        y = gemm_matrix(lab, name, put, kind, weight.shape, x, parts)
         assert_half_product(y, weight, x)
 
 

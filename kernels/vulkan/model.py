@@ -13,6 +13,7 @@ from uq.kernels.vulkan.weights import Loader, Matrix, padded_rows, tiles_of
 
 COLUMNS = 16  # of a GEMV; more tokens of a pass are a GEMM
 MOST_PARTS = 8  # of a product, summed by who reads it
+MOST_SPLIT = 64  # tokens of a pass whose products have parts
 WORKGROUPS = 256  # of attention, about, that keep a large GPU busy
 PEAK_LOGITS = 32  # of which peaks.comp keeps the greatest
 HEAD_ROWS = 1 << 14  # rows of the head whose logits of many tokens are computed at a time
@@ -174,7 +175,7 @@ def work_sizes(
         "state": STATE_BYTES,
         "hidden": value * hidden,
         "joined": value * hidden,
-        "branch": 4 * max(tokens, COLUMNS * MOST_PARTS) * padded_rows(hidden),
+        "branch": 4 * max(tokens, min(tokens, MOST_SPLIT) * MOST_PARTS) * padded_rows(hidden),
         "normed": value * hidden,
         "qkv": value * (padded_rows(q) + 2 * padded_rows(config.kv_size)),
         "wide": value * 2 * padded_rows(mlp),

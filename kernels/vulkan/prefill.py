@@ -50,6 +50,8 @@ class MatrixCut:
 
 
 SMALL_CUT = MatrixCut(64, 64, 32, 32)  # 22 KiB of shared memory: every device has them
+# Tokens up to which a cut serves: of few tokens, more workgroups share the weights' memory.
+CUTS = ((32, MatrixCut(32, 64, 32, 16)), (64, SMALL_CUT))
 
 
 @dataclass(frozen=True)
@@ -81,15 +83,19 @@ def gemm_module(kind: Kind, *, matrix: bool, integer_dot: bool) -> str:
     return f"gemm_{kind.name}"
 
 
-def gemm_constants(module: str, kind: Kind, subgroup: int, shared_bytes: int) -> Constants:
+def gemm_constants(
+    module: str, kind: Kind, subgroup: int, shared_bytes: int, columns: int
+) -> Constants:
     """
     Args:
         subgroup: invocations of a subgroup.
         shared_bytes: that a workgroup may have.
+        columns: tokens.
     """
     if not module.endswith("_matrix"):
         return PlainCut().constants(kind)
-    cut = MatrixCut() if MatrixCut().shared_bytes <= shared_bytes else SMALL_CUT
+    large = MatrixCut() if MatrixCut().shared_bytes <= shared_bytes else SMALL_CUT
+    cut = next((cut for tokens, cut in CUTS if columns <= tokens), large)
     return cut.constants(kind, subgroup)
 
 

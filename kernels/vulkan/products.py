@@ -16,6 +16,9 @@ from uq.kernels.vulkan.weights import Matrix
 from uq.kernels.vulkan.wide import Abilities, Wide
 
 
+FEW_ALONE = 8  # sequences up to which a GEMV is faster than matrix instructions
+
+
 @dataclass(frozen=True)
 class Joining:
     """What stands in front of a product: joined = hidden + norm(branch), x = norm(joined).
@@ -54,7 +57,8 @@ class Products:
     @property
     def wide(self) -> Wide | None:
         """What records products and attention when the columns are too many for a GEMV."""
-        if self.columns <= COLUMNS:
+        few = FEW_ALONE if self.alone and self.abilities.matrix else COLUMNS
+        if self.columns <= few:
             return None
         return Wide(self.config, self.work, self.pipelines, self.abilities, self.columns)
 
@@ -90,7 +94,8 @@ class Products:
             self.wide.halve(recorder, kinds, x, outputs[0][0].cols)
         for i, (matrix, y) in enumerate(outputs):
             if self.wide:
-                self.wide.product(recorder, matrix, x, y, stride=stride)
+                parts = self.wide.parts(matrix) if like == BRANCH else 1
+                self.wide.product(recorder, matrix, x, y, stride=stride, parts=parts)
             else:
                 stores = norm is not None and i == 0
                 self._product(recorder, matrix, x, y, stride, like, cap, norm, stores)

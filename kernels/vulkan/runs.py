@@ -16,7 +16,7 @@ from uq.kernels.vulkan.model import COLUMNS
 from uq.kernels.vulkan.profile import TimedRecorder
 from uq.kernels.vulkan.stages import Stages
 
-WIDTHS = (1, 4, COLUMNS)  # of passes of few tokens; each has kernels of its own
+WIDTHS = (1, 4, COLUMNS, 32)  # of passes of few tokens; each has kernels of its own
 STEP = 64  # between the widths of passes of many tokens, which share their kernels
 
 

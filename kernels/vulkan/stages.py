@@ -57,7 +57,8 @@ class Stages(Products):
         """The next joining: each leaves the residual stream where the one before did not."""
         hidden = before.joined
         other = self.work.joined if hidden == self.work.hidden else self.work.hidden
-        parts = 1 if self.wide else self.tuning.shape(matrix, self.columns, BRANCH).parts
+        shape = self.tuning.shape(matrix, self.columns, BRANCH)
+        parts = self.wide.parts(matrix) if self.wide else shape.parts
         return Joining(self.work.branch, hidden, other, branch_gain, gain, parts)
 
     def embed(self, recorder: Recorder, *, decode: bool) -> None:

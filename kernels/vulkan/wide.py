@@ -10,7 +10,7 @@ from uq.kernels.vulkan.cache import Cache
 from uq.kernels.vulkan.commands import Recorder
 from uq.kernels.vulkan.device import PhysicalGpu
 from uq.kernels.vulkan.memory import Span
-from uq.kernels.vulkan.model import Layer, Work
+from uq.kernels.vulkan.model import MOST_PARTS, MOST_SPLIT, Layer, Work
 from uq.kernels.vulkan.pipelines import Pipelines
 from uq.kernels.vulkan.prefill import AttentionCut, attention_constants, gemm_constants, gemm_module
 from uq.kernels.vulkan.push import addresses, words
@@ -18,6 +18,8 @@ from uq.kernels.vulkan.variants import VARIANTS
 from uq.kernels.vulkan.weights import Kind, Matrix, tiles_of
 
 HALF_LANES = 256
+SPLIT_ROWS = 64
+ENOUGH_GROUPS = 512  # workgroups that keep a large GPU busy
 
 
 @dataclass(frozen=True)
@@ -75,20 +77,38 @@ class Wide:
         recorder.dispatch(pipeline, self.pipelines.layout, push, (self.columns, 1, 1))
         recorder.barrier()
 
-    def product(self, recorder: Recorder, matrix: Matrix, x: Span, y: Span, *, stride: int) -> None:
+    def parts(self, matrix: Matrix) -> int:
+        """Of the channels, each another workgroup's, of a product whose reader sums them."""
+        if self.columns > MOST_SPLIT or not self._takes_halves(matrix.kind):
+            return 1
+        groups, steps = -(-matrix.rows // SPLIT_ROWS), 2 * matrix.tiles
+        wanted = max(1, min(MOST_PARTS, ENOUGH_GROUPS // groups, matrix.tiles // 2))
+        return -(-steps // -(-steps // wanted))  # none of them empty
+
+    def product(
+        self,
+        recorder: Recorder,
+        matrix: Matrix,
+        x: Span,
+        y: Span,
+        *,
+        stride: int,
+        parts: int = 1,
+    ) -> None:
         """y = matrix x as float32, `stride` values from one column to the next.
 
-        x was given to `halve` before.
+        x was given to `halve` before. `parts` of the sum are (part, column) of y.
         """
         module = self.abilities.module(matrix.kind)
         lanes = self.abilities.lanes(VARIANTS[module].subgroup)
-        constants = gemm_constants(module, matrix.kind, lanes, self.abilities.shared_bytes)
+        shared = self.abilities.shared_bytes
+        constants = gemm_constants(module, matrix.kind, lanes, shared, self.columns)
         inputs = (self.work.half, self.work.units) if self._takes_halves(matrix.kind) else (x,)
         push = addresses(matrix.span, *inputs, y)
         push += words(matrix.tiles, stride, matrix.rows, self.columns)
         groups = -(-matrix.rows // int(constants["BN"])), -(-self.columns // int(constants["BM"]))
         pipeline = self.pipelines.get(module, **constants)
-        recorder.dispatch(pipeline, self.pipelines.layout, push, (*groups, 1))
+        recorder.dispatch(pipeline, self.pipelines.layout, push, (*groups, parts))
 
     def attention(self, recorder: Recorder, layer: Layer, cache: Cache, *, is_float: bool) -> None:
         """context = softmax(Q K^T) V; queries behind their norm and RoPE, keys in the cache."""
