@@ -15,12 +15,30 @@ from uq.formats.spec import QuantTensor, Spec
 
 
 @dataclass(frozen=True)
+class TiledRows:
+    """Consecutive rows of a quantized tensor as a layout stores them.
+
+    Attributes:
+        data: what `Layout.tile` gives for them.
+    """
+
+    shape: tuple[int, int]
+    spec: Spec
+    data: NDArray[np.uint8]
+
+    @classmethod
+    def of(cls, tensor: QuantTensor, layout: str) -> TiledRows:
+        return cls(tensor.shape, tensor.spec, LAYOUTS[layout].tile(tensor))
+
+
+@dataclass(frozen=True)
 class QuantEntry:
     """A quantized tensor to be written in pieces.
 
     Attributes:
         shape: (out, in).
         blocks: consecutive rows; every piece but the last has a multiple of the layout's row block.
+            Those that are tiled already have the entry's layout.
         relative_error: the number, or a function that is asked for it behind the last block.
         fallback: why a part of the tensor was not quantized as planned; None if all was. Or a
             function, as above.
@@ -31,7 +49,7 @@ class QuantEntry:
     spec: Spec
     layout: str
     method: str
-    blocks: Iterable[QuantTensor]
+    blocks: Iterable[QuantTensor | TiledRows]
     relative_error: float | Callable[[], float] | None = None
     fallback: str | Callable[[], str | None] | None = None
 
@@ -51,14 +69,14 @@ class QuantEntry:
         return LAYOUTS[self.layout].nbytes(*self.shape, self.spec)
 
     def chunks(self) -> Iterator[memoryview]:
-        layout = LAYOUTS[self.layout]
-        height = layout.row_block(self.spec)
+        height = LAYOUTS[self.layout].row_block(self.spec)
         rows = 0
         for block in self.blocks:
             if block.spec != self.spec or block.shape[1] != self.shape[1] or rows % height:
                 raise ValueError(f"{self.name}: piece {block.shape} {block.spec} behind row {rows}")
             rows += block.shape[0]
-            yield layout.tile(block).data
+            tiled = block if isinstance(block, TiledRows) else TiledRows.of(block, self.layout)
+            yield tiled.data.data
         if rows != self.shape[0]:
             raise ValueError(f"{self.name}: {rows} rows, not {self.shape[0]}")
 

@@ -26,7 +26,7 @@ from numpy.typing import NDArray
 
 from uq.errors import BundleError, UsageError
 from uq.formats.disk import disk_errors, sync_folder, write_file
-from uq.formats.entries import ArrayEntry, Entry, QuantEntry
+from uq.formats.entries import ArrayEntry, Entry, QuantEntry, TiledRows
 from uq.formats.journal import JOURNAL, CommittedShard, Journal
 from uq.formats.manifest import (
     CHECKSUM,
@@ -42,7 +42,7 @@ from uq.formats.manifest import (
 from uq.formats.shard import Shard, make_header, shard_file
 from uq.formats.spec import QuantTensor
 
-__all__ = ["ArrayEntry", "BundleWriter", "Entry", "QuantEntry"]
+__all__ = ["ArrayEntry", "BundleWriter", "Entry", "QuantEntry", "TiledRows"]
 
 LOCK = "lock"
 

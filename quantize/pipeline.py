@@ -36,6 +36,7 @@ from uq.formats.writer import ArrayEntry, BundleWriter, Entry, QuantEntry, work_
 from uq.progress import Progress, SilentProgress
 from uq.quantize.calibrate import NumpyEngine
 from uq.quantize.calibration_engine import CalibrationEngine
+from uq.quantize.farm import Farm, Threads
 from uq.quantize.layers import CalibratedLayers
 from uq.quantize.memory import footprint, spills
 from uq.quantize.mixing import mixed_plan
@@ -95,14 +96,16 @@ def quantize(
     options: QuantizeOptions = DEFAULTS,
     progress: Progress = SILENT,
     engine: CalibrationEngine | None = None,
+    farm: Farm | None = None,
 ) -> Path:
     """Quantize a checkpoint into the bundle `out`.
 
     Same checkpoint, text, options and engine, same bytes: at any number of threads, in one run or
-    several.
+    several, on one machine or several.
 
     Args:
         engine: where calibration runs; None for main memory, and the disk where that is too small.
+        farm: does the work that is independent; None for threads of this process.
 
     Returns:
         The finished folder.
@@ -143,7 +146,8 @@ def quantize(
             require_free(out, spill + sum(shard_bytes(config, plan)[first:]))
         writer.confirm("plan", {name: str(tensor) for name, tensor in plan.tensors.items()})
         progress.start(shards, "quantize", done=first)
-        source = ShardSource(checkpoint, plan, tokens, range(first, shards), engine, pool, progress)
+        farm = farm or Threads(checkpoint, pool)
+        source = ShardSource(checkpoint, plan, tokens, range(first, shards), engine, farm, progress)
         source.skip(writer)
         # A model without tokenizer is refused before a shard is written.
         writer.confirm("asset", {n: sha256(data).hexdigest() for n, data in assets().items()})
@@ -171,7 +175,7 @@ class ShardSource:
         tokens: NDArray[np.int32] | None,
         shards: range,
         engine: CalibrationEngine,
-        pool: ThreadPoolExecutor,
+        farm: Farm,
         progress: Progress,
     ) -> None:
         """`shards` are those that will be asked for; `tokens` calibrate the layers."""
@@ -186,7 +190,7 @@ class ShardSource:
             if index == 0 or self._calibrated is None
             for name in shard_tensors(checkpoint.config, index)
         ]
-        self._rounded = RoundedTensors(checkpoint, plan, names, pool, progress.work)
+        self._rounded = RoundedTensors(checkpoint, plan, names, farm, progress.work)
 
     def skip(self, writer: BundleWriter) -> None:
         """Bring the calibration behind the layers that are already written."""

@@ -1,43 +1,41 @@
-"""Tensors that need no statistics: read, rounded and handed on in pieces of rows.
+"""Tensors that need no statistics: read, rounded, tiled and handed on in pieces of rows.
 
-Threads work ahead of the writer, over the borders of tensors and shards. The pieces do not depend
-on their number, so neither do the bytes.
+A farm works ahead of the writer, over the borders of tensors and shards. The pieces do not depend
+on who works, so neither do the bytes.
 """
 
 from __future__ import annotations
 
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import islice
-from typing import TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 from uq.formats.checkpoint import Checkpoint
 from uq.formats.layouts import LAYOUTS
-from uq.formats.spec import QuantTensor
-from uq.formats.writer import QuantEntry
+from uq.formats.writer import QuantEntry, TiledRows
+from uq.quantize.farm import Farm
 from uq.quantize.plan import Plan, TensorPlan
 from uq.quantize.recover import misfit, recover
 from uq.quantize.scales import checked, error_ratio, quantize_rtn, squared_error
 
 PIECE = 1 << 20  # weights
 PIECES_AHEAD = 48  # enough to hide the pauses of the disk
-
-Task = TypeVar("Task")
-Result = TypeVar("Result")
+PIECES_SENT = 8  # in one message to another machine: long beside its latency
 
 
 @dataclass(frozen=True)
 class Rows:
-    """Rows `start:stop` of a tensor."""
+    """Rows `start:stop` of a tensor, and what becomes of them."""
 
     name: str
     start: int
     stop: int
+    plan: TensorPlan
+
+    def __str__(self) -> str:
+        return self.name
 
 
 @dataclass(frozen=True)
@@ -48,7 +46,7 @@ class RoundedRows:
         sums: the two of `squared_error`, groups that were quantized as planned, groups.
     """
 
-    tensor: QuantTensor
+    tiled: TiledRows
     sums: NDArray[np.float64]
 
 
@@ -60,7 +58,7 @@ class RoundedTensors:
         checkpoint: Checkpoint,
         plan: Plan,
         names: Sequence[str],
-        pool: ThreadPoolExecutor,
+        farm: Farm,
         started: Callable[[str], None],
     ) -> None:
         """`started` is called with a tensor's name before its first piece is written."""
@@ -68,18 +66,18 @@ class RoundedTensors:
         self._plan = plan
         self._started = started
         tasks = (rows for name in names for rows in self._split(name))
-        self._pieces = ahead(pool, self._round, tasks, PIECES_AHEAD)
+        self._pieces = farm.map(round_rows, tasks, ahead=PIECES_AHEAD, together=PIECES_SENT)
 
     def entry(self, name: str) -> QuantEntry:
         """The tensor as an entry whose blocks arrive while it is written."""
         tensor, sums = self._plan.tensors[name], np.zeros(4)
 
-        def blocks() -> Iterator[QuantTensor]:
+        def blocks() -> Iterator[TiledRows]:
             self._started(name)
             for _ in self._split(name):
                 piece = next(self._pieces)
                 np.add(sums, piece.sums, out=sums)
-                yield piece.tensor
+                yield piece.tiled
 
         shape = self._shape(name)
         return QuantEntry(
@@ -99,41 +97,25 @@ class RoundedTensors:
 
     def _split(self, name: str) -> Iterator[Rows]:
         rows, cols = self._shape(name)
-        step = _piece_rows(cols, self._plan.tensors[name])
+        plan = self._plan.tensors[name]
+        step = _piece_rows(cols, plan)
         for start in range(0, rows, step):
-            yield Rows(name, start, min(start + step, rows))
-
-    def _round(self, rows: Rows) -> RoundedRows:
-        weight = self._checkpoint.rows(rows.name, rows.start, rows.stop)
-        plan = self._plan.tensors[rows.name]
-        if plan.method == "grid":
-            tensor, fits = recover(weight, plan.spec, self._checkpoint.tensors[rows.name].dtype)
-            fitting = int(fits.sum())
-        else:
-            tensor = quantize_rtn(weight, plan.spec)
-            fitting = tensor.scales.size
-        checked(rows.name, tensor)
-        sums = np.append(squared_error(weight, tensor), [fitting, tensor.scales.size])
-        return RoundedRows(tensor, sums)
+            yield Rows(name, start, min(start + step, rows), plan)
 
 
-def ahead(
-    pool: ThreadPoolExecutor, work: Callable[[Task], Result], tasks: Iterable[Task], depth: int
-) -> Iterator[Result]:
-    """`map` over threads, in order, that never runs more than `depth` results ahead.
-
-    The first tasks begin at once, before a result is asked for.
-    """
-    left = iter(tasks)
-    waiting = deque(pool.submit(work, task) for task in islice(left, depth))
-
-    def results() -> Iterator[Result]:
-        while waiting:
-            result = waiting.popleft().result()
-            waiting.extend(pool.submit(work, task) for task in islice(left, 1))
-            yield result
-
-    return results()
+def round_rows(checkpoint: Checkpoint, rows: Rows) -> RoundedRows:
+    """Raises CheckpointError: a weight is not finite, or too large."""
+    weight = checkpoint.rows(rows.name, rows.start, rows.stop)
+    plan = rows.plan
+    if plan.method == "grid":
+        tensor, fits = recover(weight, plan.spec, checkpoint.tensors[rows.name].dtype)
+        fitting = int(fits.sum())
+    else:
+        tensor = quantize_rtn(weight, plan.spec)
+        fitting = tensor.scales.size
+    checked(rows.name, tensor)
+    sums = np.append(squared_error(weight, tensor), [fitting, tensor.scales.size])
+    return RoundedRows(TiledRows.of(tensor, plan.layout), sums)
 
 
 def _piece_rows(cols: int, tensor: TensorPlan) -> int:

@@ -121,7 +121,9 @@ class Parts:
         """Canonical name -> weight, in one piece."""
         entries = (entry for shard in self.shards for entry in shard)
         return {
-            entry.name: joined(entry.blocks) for entry in entries if isinstance(entry, QuantEntry)
+            entry.name: joined(block for block in entry.blocks if isinstance(block, QuantTensor))
+            for entry in entries
+            if isinstance(entry, QuantEntry)
         }
 
 

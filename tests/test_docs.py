@@ -5,8 +5,8 @@ random Gemma in the place of `google/gemma-3-1b-it`:
 
 - `uq` commands run, quantizing with little calibration text, validating four short windows without
   measuring speeds, writing four tokens; a limit on the loss of a random model may be missed.
-- `uq serve` waits for clients, `uq publish` needs the Hub, `demo:` the real model, and
-  `uq doctor --fix` a person: their arguments are parsed. They run in their own tests, and so do
+- `uq serve` waits for clients, `uq publish` needs the Hub, `demo:` the real model, `--scheduler`
+  other machines, and `uq doctor --fix` a person: their arguments are parsed. They run in their own tests, and so do
   the lines of `curl`.
 - Of scripts and modules of this repository it is checked that they exist.
 - What installs or shows parts of the system (`SYSTEM`) is not run.
@@ -44,9 +44,10 @@ from uq.validate import validate as stage
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
-SYSTEM = {"pip", "sudo", "vulkaninfo", "lsmod", "ls", "curl", "lm_eval"}
+SYSTEM = {"pip", "dask", "sudo", "vulkaninfo", "lsmod", "ls", "curl", "lm_eval"}
 PARSED = {"serve", "publish"}
 ASKING = {"--fix", "--power-mode"}  # of uq doctor, which would change this machine
+AWAY = {"--scheduler"}  # needs other machines
 LIGHTER = {
     "quantize": ["--calibration-tokens", "64"],
     "validate": ["--chunks", "4", "--context", "32", "--no-speed"],
@@ -120,7 +121,7 @@ def run(words: list[str], world: Path) -> None:
         assert end.value.code == 0
         return
     parsed = build_parser().parse_args(arguments)
-    parsed_only = name in PARSED or ASKING & set(arguments)
+    parsed_only = name in PARSED or (ASKING | AWAY) & set(arguments)
     if parsed_only or any("demo:" in word for word in arguments):
         return
     if name == "quantize" and not parsed.dry_run:  # the reader has not made it yet

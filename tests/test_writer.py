@@ -143,6 +143,7 @@ def test_the_error_is_asked_for_behind_the_last_block(
 
     def blocks() -> Iterator[QuantTensor]:
         for block in entry.blocks:
+            assert isinstance(block, QuantTensor)
             seen.append(block.shape[0])
             yield block
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from uq.commands.quantize import default_folder
+from uq.commands.quantize import default_folder, open_farm
 from uq.formats.bundle import Bundle, open_bundle
 from uq.formats.checkpoint import Checkpoint, open_checkpoint
 from uq.formats.journal import begun_revision
@@ -47,6 +47,7 @@ def quantize(
     *,
     revision: str | None = None,
     keep: bool = False,
+    scheduler: str | None = None,
     progress: Progress | None = None,
 ) -> Bundle:
     """Quantize a model, as `uq quantize` does. A run that was broken off is continued.
@@ -57,6 +58,7 @@ def quantize(
         output: folder of the bundle; None: MODEL-RECIPE-gGROUP in the current folder.
         revision: branch, tag or commit of a Hub id.
         keep: download a Hub checkpoint into the Hugging Face cache; else fetch it layer by layer.
+        scheduler: address of a Dask scheduler, `tcp://host:port`, whose workers help.
         progress: told about every step; None: nobody is.
 
     Returns:
@@ -66,7 +68,7 @@ def quantize(
         UsageError: the options do not fit the model or each other, or `output` exists.
         CheckpointError: the model is broken or of another family.
         HubError: it cannot be downloaded.
-        DeviceError: the disk is full or broken.
+        DeviceError: the disk is full or broken, or no worker can help.
     """
     options = options or QuantizeOptions()
     name = model.source.id if isinstance(model, Checkpoint) else str(model)
@@ -75,7 +77,9 @@ def quantize(
         if revision is None and options.resume != "restart":  # the branch may have moved since
             revision = begun_revision(work_folder(out), name)
         model = open_checkpoint(model, revision=revision, stream=not keep)
-    path = pipeline.quantize(model, out, options, progress or SilentProgress())
+    progress = progress or SilentProgress()
+    with open_farm(scheduler, model, options, progress) as farm:
+        path = pipeline.quantize(model, out, options, progress, farm=farm)
     return open_bundle(path, verify="lazy")
 
 

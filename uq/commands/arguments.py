@@ -13,6 +13,8 @@ from uq.kernels.backends import DEVICES, is_device
 
 DEVICE_HELP = "auto (default), vulkan, vulkan:NUMBER, vulkan:NAME, npu, npu-emulator or cpu"
 
+SCHEDULER_HELP = "tcp://HOST:PORT of a Dask scheduler, whose workers help; default: this machine"
+
 
 def whole(minimum: int, maximum: float = math.inf) -> Callable[[str], int]:
     """A whole number in `minimum..maximum`."""
@@ -91,6 +93,15 @@ def calibration_device(text: str) -> str:
     if text not in ("auto", "cpu", "vulkan") and not (kind == "vulkan" and wish):
         allowed = "auto, cpu, vulkan, vulkan:NUMBER, vulkan:NAME"
         raise argparse.ArgumentTypeError(f"invalid choice: '{text}' (choose from {allowed})")
+    return text
+
+
+def scheduler(text: str) -> str:
+    """An address of Dask; whether a scheduler answers there, connecting finds out."""
+    if not re.fullmatch(r"(tcp|tls)://.+:\d+", text):
+        raise argparse.ArgumentTypeError(
+            f"'{text}' is not an address such as tcp://10.0.0.1:8786 or tls://host:8786"
+        )
     return text
 
 

@@ -10,6 +10,7 @@ EXAMPLES: Mapping[str, tuple[tuple[str, str], ...]] = {
         ("uq quantize google/gemma-3-1b-it", "writes gemma-3-1b-it-int4"),
         ("uq quantize ./checkpoint -o small --recipe int4-small", "from a folder, smaller"),
         ("uq quantize model.gguf --bits 8", "from a GGUF file, 8 bits"),
+        ("uq quantize MODEL --scheduler tcp://10.0.0.1:8786", "with the help of Dask workers"),
     ),
     "validate": (
         ("uq validate gemma-3-1b-it-int4", "writes report.html into the bundle"),

@@ -11,7 +11,14 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from uq.commands.arguments import calibration_device, names, nbytes, whole
+from uq.commands.arguments import (
+    SCHEDULER_HELP,
+    calibration_device,
+    names,
+    nbytes,
+    scheduler,
+    whole,
+)
 from uq.instruct import FORMATS, chat_render
 
 if TYPE_CHECKING:
@@ -20,6 +27,7 @@ if TYPE_CHECKING:
     from uq.formats.checkpoint import Checkpoint
     from uq.progress import Progress
     from uq.quantize.calibration_engine import CalibrationEngine
+    from uq.quantize.farm import Farm
     from uq.quantize.pipeline import QuantizeOptions
 
 METHODS = ("auto", "rtn", "gptq")
@@ -99,6 +107,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
         "vulkan, vulkan:NUMBER or vulkan:NAME",
     )  # fmt: skip
     add("--threads", type=whole(1), metavar="N", help="default: one per core")
+    add("--scheduler", type=scheduler, metavar="ADDRESS", help=SCHEDULER_HELP)
     add("--dry-run", action="store_true", help="print plan, memory, disk and time, write nothing")
     again = parser.add_mutually_exclusive_group()
     again.add_argument("--resume", action="store_true", help="insist on continuing a stopped run")
@@ -130,11 +139,31 @@ def run(args: argparse.Namespace) -> int:
     engine = calibration_engine(args.device, checkpoint, options, progress)
     with calibration_render(args, checkpoint, options) as render:
         options = replace(options, render=render)
-        folder = quantize(checkpoint, out, options, progress, engine)
+        with open_farm(args.scheduler, checkpoint, options, progress) as farm:
+            folder = quantize(checkpoint, out, options, progress, engine, farm)
     bundle = open_bundle(folder, verify="lazy")
     seconds = time.perf_counter() - began
     print(json.dumps(facts(bundle, seconds), indent=2) if args.json else describe(bundle, seconds))
     return 0
+
+
+def open_farm(
+    scheduler: str | None, checkpoint: Checkpoint, options: QuantizeOptions, progress: Progress
+) -> AbstractContextManager[Farm | None]:
+    """The workers of a scheduler; None for this machine alone.
+
+    Raises:
+        ToolMissing: Dask is not installed.
+        DeviceError: no scheduler answers, or it has no worker that can take part.
+    """
+    from uq.quantize.pipeline import plan_of
+
+    if scheduler is None:
+        return nullcontext()
+    from uq.cluster.cluster import connect
+
+    blas = plan_of(checkpoint.config, options).calibrated
+    return connect(scheduler, checkpoint, progress, same_cpu=blas)
 
 
 def read_options(args: argparse.Namespace) -> QuantizeOptions:

@@ -1,0 +1,1 @@
+"""Work on several machines, over the scheduler and the workers of Dask (extra `cluster`)."""
