@@ -6,8 +6,8 @@ random Gemma in the place of `google/gemma-3-1b-it`:
 - `uq` commands run, quantizing with little calibration text, validating four short windows without
   measuring speeds, writing four tokens; a limit on the loss of a random model may be missed.
 - `uq serve` waits for clients, `uq publish` needs the Hub, `demo:` the real model, `--scheduler`
-  other machines, and `uq doctor --fix` a person: their arguments are parsed. They run in their own tests, and so do
-  the lines of `curl`.
+  other machines, and `uq doctor --fix` a person: their arguments are parsed. They run in their own
+  tests, and so do the lines of `curl`.
 - Of scripts and modules of this repository it is checked that they exist.
 - What installs or shows parts of the system (`SYSTEM`) is not run.
 

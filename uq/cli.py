@@ -32,6 +32,7 @@ from uq.commands import (
     publish,
     quantize,
     serve,
+    sweep,
     validate,
 )
 from uq.commands.examples import epilog
@@ -39,6 +40,7 @@ from uq.errors import UqError, UsageError
 
 COMMANDS = {
     "quantize": (quantize, "read a Gemma checkpoint and write a quantized bundle"),
+    "sweep": (sweep, "try several recipes on a model, to choose one"),
     "validate": (validate, "compare a bundle with its float32 reference"),
     "generate": (generate, "continue a text with a bundle"),
     "chat": (chat, "talk to a bundle in the terminal"),

@@ -12,6 +12,11 @@ EXAMPLES: Mapping[str, tuple[tuple[str, str], ...]] = {
         ("uq quantize model.gguf --bits 8", "from a GGUF file, 8 bits"),
         ("uq quantize MODEL --scheduler tcp://10.0.0.1:8786", "with the help of Dask workers"),
     ),
+    "sweep": (
+        ("uq sweep google/gemma-3-1b-it", "every recipe: bits, size, KL divergence, time"),
+        ("uq sweep MODEL --recipe int4 --recipe bpw=5 -o tried.json", "two, and what they gave"),
+        ("uq sweep MODEL --scheduler tcp://10.0.0.1:8786", "one on each of several machines"),
+    ),
     "validate": (
         ("uq validate gemma-3-1b-it-int4", "writes report.html into the bundle"),
         ("uq validate BUNDLE --text mine.txt --chunks all", "over all of your own text"),
