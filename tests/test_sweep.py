@@ -11,6 +11,7 @@ import pytest
 
 from uq import sweep as module
 from uq.cli import main
+from uq.formats.bundle import open_bundle
 from uq.formats.checkpoint import open_checkpoint
 from uq.progress import SilentProgress
 from uq.quantize.pipeline import QuantizeOptions, quantize
@@ -44,7 +45,7 @@ def test_a_sweep_finds_what_quantizing_and_validating_find(model: Path, text: Pa
     four, eight = sweep(checkpoint, trials, SilentProgress())
     bundle = quantize(checkpoint, text.with_name("b"), trials[0].options)
     options = ValidateOptions(device="cpu", text=text, context=32, max_chunks=4, speed=False)
-    report = validate(module.open_bundle(bundle), checkpoint, options)
+    report = validate(open_bundle(bundle), checkpoint, options)
     assert (four.kld, four.same_top_percent) == (report.kld.mean, report.same_top_percent)
     assert (four.bytes, four.bits_per_weight) == (
         report.bundle.bytes,
