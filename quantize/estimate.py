@@ -105,7 +105,8 @@ def estimate(checkpoint: Checkpoint, options: QuantizeOptions) -> Estimate:
     gains = 4 * sum(width for (width,) in expected_tensors(config)[1].values())
     nbytes = gains + sum(kind.nbytes for kind in kinds)
     threads = worker_threads(options)
-    memory = footprint(config, plan, options.calibration_tokens, threads)
+    tokens, made = options.calibration_tokens, checkpoint.makes_tokenizer
+    memory = footprint(config, plan, tokens, threads, makes_tokenizer=made)
     spilled = spills(memory, options.max_memory)
     source = sum(file.size for file in checkpoint.files().values())
     seconds = _rounding_seconds(checkpoint, plan) + _hashing_seconds(source + nbytes)

@@ -23,7 +23,7 @@ from uq.quantize.refit import REFIT_NUMBERS
 from uq.quantize.rounding import PIECE, PIECES_AHEAD
 from uq.text import size
 
-COMPILED = 100 << 20  # kernels and libraries that a run loads beside what it has begun with
+COMPILED = 30 << 20  # kernels and libraries that a run loads beside what it has begun with
 TOKENIZER_BYTES = 700  # per token, while a tokenizer.json is put together
 ROW_COPIES = 7  # of a block of rows in work, in the Hessian's type; and in float32:
 ROW_FLOATS = 5
@@ -44,11 +44,17 @@ class Footprint:
         return self.base + self.activations
 
 
-def footprint(config: GemmaConfig, plan: Plan, tokens: int, threads: int) -> Footprint:
-    """Of a run on `tokens` calibration tokens."""
-    program = (
-        int(psutil.Process().memory_info().rss) + COMPILED + TOKENIZER_BYTES * config.vocab_size
-    )
+def footprint(
+    config: GemmaConfig, plan: Plan, tokens: int, threads: int, *, makes_tokenizer: bool = False
+) -> Footprint:
+    """Of a run on `tokens` calibration tokens.
+
+    Args:
+        makes_tokenizer: the checkpoint has no tokenizer.json, as in a GGUF file.
+    """
+    program = int(psutil.Process().memory_info().rss) + COMPILED
+    if makes_tokenizer:
+        program += TOKENIZER_BYTES * config.vocab_size
     rounding = PIECE * (PIECES_AHEAD + 12 * threads)
     if not plan.calibrated:
         return Footprint(program + rounding, 0)

@@ -123,7 +123,7 @@ def quantize(
     kept = sum(tensor.method == "grid" for tensor in plan.tensors.values())
     if kept:
         progress.note(f"{kept} of {len(plan.tensors)} tensors lie on their grid: codes kept")
-    spill = _spill_bytes(config, plan, options) if engine is None else 0
+    spill = _spill_bytes(checkpoint, plan, options) if engine is None else 0
     text = _calibration_text(plan, options)
     tools = _tools(None if text is None else engine)
     identity = _identity(checkpoint, text, options, tools)
@@ -266,13 +266,16 @@ def shard_bytes(config: GemmaConfig, plan: Plan) -> list[int]:
     return [sum(stored[name] for name in shard_tensors(config, index)) for index in shards]
 
 
-def _spill_bytes(config: GemmaConfig, plan: Plan, options: QuantizeOptions) -> int:
+def _spill_bytes(checkpoint: Checkpoint, plan: Plan, options: QuantizeOptions) -> int:
     """What the activations take on the disk; 0 where they fit into memory.
 
     Raises:
         UsageError: the run does not fit into `max_memory`.
     """
-    found = footprint(config, plan, options.calibration_tokens, worker_threads(options))
+    tokens, made = options.calibration_tokens, checkpoint.makes_tokenizer
+    found = footprint(
+        checkpoint.config, plan, tokens, worker_threads(options), makes_tokenizer=made
+    )
     return found.activations if spills(found, options.max_memory) else 0
 
 

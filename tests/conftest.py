@@ -88,6 +88,14 @@ class Tiny:
         return self.prefix != "model."
 
 
+@pytest.fixture(scope="session", autouse=True)
+def small_cache() -> Iterator[None]:
+    """A processor whose cache is small: its bandwidth is measured in 256 MiB, not in gigabytes."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("uq.validate.bandwidth.last_level_cache", lambda: 64 << 20)
+        yield
+
+
 @pytest.fixture(scope="session")
 def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
     """Factory of Hugging Face style folders with random weights; each call writes a new one."""

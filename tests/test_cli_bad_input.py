@@ -224,7 +224,7 @@ def test_a_disk_that_is_too_small_is_refused_at_once(
 def test_ctrl_c_stops_with_one_line_and_the_run_can_go_on(
     tiny_checkpoint: Callable[..., Path], interruptible: list[str], tmp_path: Path
 ) -> None:
-    model = tiny_checkpoint(layers=24, hidden=256, ffn=1024)
+    model = tiny_checkpoint(layers=12, hidden=256, ffn=1024)
     argv = [*interruptible, "quantize", str(model), "--method", "rtn", "-o"]
     with subprocess.Popen(
         [*argv, str(tmp_path / "out")], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True

@@ -70,6 +70,11 @@ class Checkpoint:
         """Whether its weights are fetched from the Hub as they are read."""
         return self.buffered > 0
 
+    @property
+    def makes_tokenizer(self) -> bool:
+        """Whether it has no tokenizer.json, which is then put together from a GGUF file's words."""
+        return self.source.kind in ("gguf", "demo")
+
     def layer(self, index: int) -> dict[str, NDArray[np.float32]]:
         """Weights of one layer: role -> (out, in) linear, or (size,) norm gain.
 

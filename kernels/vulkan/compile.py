@@ -14,6 +14,7 @@ import struct
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from importlib.metadata import PackageNotFoundError, distribution, version
 from pathlib import Path
@@ -44,7 +45,8 @@ def compile_all(folder: Path = MODULES) -> None:
         ShaderError: the first module that is wrong.
         ToolMissing: no compiler.
     """
-    modules = {name: compile_variant(variant) for name, variant in VARIANTS.items()}
+    with ThreadPoolExecutor() as pool:  # the optimizer is a program of its own
+        modules = dict(zip(VARIANTS, pool.map(compile_variant, VARIANTS.values()), strict=True))
     folder.mkdir(parents=True, exist_ok=True)
     for stale in set(folder.glob("*.spv")) - {folder / f"{name}.spv" for name in modules}:
         stale.unlink()
