@@ -21,28 +21,19 @@ from numpy.typing import NDArray
 from uq.errors import DeviceError, HubError, UsageError
 from uq.formats.chat import Render
 from uq.formats.checkpoint import Checkpoint
-from uq.formats.config import EMBEDDING, FINAL_NORM, HEAD, GemmaConfig, layer_tensor
+from uq.formats.config import GemmaConfig
 from uq.formats.disk import require_free
-from uq.formats.layouts import LAYOUTS
-from uq.formats.manifest import (
-    Calibration,
-    FileRecord,
-    Manifest,
-    Provenance,
-    expected_tensors,
-    gain_name,
-)
-from uq.formats.writer import ArrayEntry, BundleWriter, Entry, QuantEntry, work_folder
+from uq.formats.manifest import Calibration, FileRecord, Manifest, Provenance
+from uq.formats.writer import BundleWriter, Entry, QuantEntry, work_folder
 from uq.progress import Progress, SilentProgress
 from uq.quantize.calibrate import NumpyEngine
 from uq.quantize.calibration_engine import CalibrationEngine
 from uq.quantize.farm import Farm, Threads
-from uq.quantize.layers import CalibratedLayers
 from uq.quantize.memory import footprint, spills
 from uq.quantize.mixing import mixed_plan
 from uq.quantize.plan import Plan, make_plan
 from uq.quantize.recover import recognise
-from uq.quantize.rounding import RoundedTensors
+from uq.quantize.shards import ShardSource, shard_bytes
 from uq.quantize.source import SourceWatch
 from uq.quantize.text import Text, read_text, text_notes, token_sequences
 
@@ -120,9 +111,7 @@ def quantize(
     config = checkpoint.config
     watch = SourceWatch(checkpoint)
     plan = recognised_plan(checkpoint, options)
-    kept = sum(tensor.method == "grid" for tensor in plan.tensors.values())
-    if kept:
-        progress.note(f"{kept} of {len(plan.tensors)} tensors lie on their grid: codes kept")
+    _tell_kept(plan, progress)
     spill = _spill_bytes(checkpoint, plan, options) if engine is None else 0
     text = _calibration_text(plan, options)
     tools = _tools(None if text is None else engine)
@@ -151,12 +140,7 @@ def quantize(
         source.skip(writer)
         # A model without tokenizer is refused before a shard is written.
         writer.confirm("asset", {n: sha256(data).hexdigest() for n, data in assets().items()})
-        for index in range(first, shards):
-            entries = source.entries(index)
-            writer.write_shard(index, entries)
-            watch.record(writer)
-            progress.advance(_step(index), error=_mean_error(entries))
-        progress.close()
+        _write_shards(source, writer, watch, progress)
         calibration = None
         if text is not None and tokens is not None:
             calibration = Calibration(text.name, text.sha256, tokens.size)
@@ -165,55 +149,16 @@ def quantize(
         return writer.finish(manifest, assets())
 
 
-class ShardSource:
-    """What each shard consists of, made in the order of the shards."""
-
-    def __init__(
-        self,
-        checkpoint: Checkpoint,
-        plan: Plan,
-        tokens: NDArray[np.int32] | None,
-        shards: range,
-        engine: CalibrationEngine,
-        farm: Farm,
-        progress: Progress,
-    ) -> None:
-        """`shards` are those that will be asked for; `tokens` calibrate the layers."""
-        self._checkpoint = checkpoint
-        self._shards = shards
-        self._calibrated = None
-        if tokens is not None and shards:
-            self._calibrated = CalibratedLayers(checkpoint, plan, tokens, engine, progress)
-        names = [
-            name
-            for index in shards
-            if index == 0 or self._calibrated is None
-            for name in shard_tensors(checkpoint.config, index)
-        ]
-        self._rounded = RoundedTensors(checkpoint, plan, names, farm, progress.work)
-
-    def skip(self, writer: BundleWriter) -> None:
-        """Bring the calibration behind the layers that are already written."""
-        if self._calibrated is not None:
-            for layer in range(self._shards.start - 1):
-                self._calibrated.skip(layer, writer.read_layer(layer))
-
-    def entries(self, index: int) -> list[Entry]:
-        """Embedding, head and final norm (0), or layer `index - 1`."""
-        if index == 0:
-            final = ArrayEntry(gain_name(FINAL_NORM), self._checkpoint.final_norm())
-            return [*self._round(index), final]
-        layer = index - 1
-        if self._calibrated is not None:
-            return self._calibrated.quantize(layer)
-        gains = [
-            ArrayEntry(gain_name(layer_tensor(layer, role)), gain)
-            for role, gain in self._checkpoint.gains(layer).items()
-        ]
-        return [*self._round(index), *gains]
-
-    def _round(self, index: int) -> list[Entry]:
-        return [self._rounded.entry(name) for name in shard_tensors(self._checkpoint.config, index)]
+def _write_shards(
+    source: ShardSource, writer: BundleWriter, watch: SourceWatch, progress: Progress
+) -> None:
+    """All that are not written yet, one after the other."""
+    for index in source.shards:
+        entries = source.entries(index)
+        writer.write_shard(index, entries)
+        watch.record(writer)
+        progress.advance(_step(index), error=_mean_error(entries))
+    progress.close()
 
 
 def plan_of(config: GemmaConfig, options: QuantizeOptions) -> Plan:
@@ -248,22 +193,10 @@ def recognised_plan(checkpoint: Checkpoint, options: QuantizeOptions) -> Plan:
     return plan if options.method == "gptq" else recognise(checkpoint, plan)
 
 
-def shard_tensors(config: GemmaConfig, index: int) -> list[str]:
-    """Quantized tensors of a shard: the tables (0), or the linears of layer `index - 1`."""
-    if index == 0:
-        return [EMBEDDING] if config.tied_head else [EMBEDDING, HEAD]
-    return [layer_tensor(index - 1, role) for role in config.linear_shapes()]
-
-
-def shard_bytes(config: GemmaConfig, plan: Plan) -> list[int]:
-    """Bytes of the quantized tensors of each shard, as their layout stores them."""
-    shapes = expected_tensors(config)[0]
-    stored = {
-        name: LAYOUTS[tensor.layout].nbytes(*shapes[name], tensor.spec)
-        for name, tensor in plan.tensors.items()
-    }
-    shards = range(1 + config.num_layers)
-    return [sum(stored[name] for name in shard_tensors(config, index)) for index in shards]
+def _tell_kept(plan: Plan, progress: Progress) -> None:
+    kept = sum(tensor.method == "grid" for tensor in plan.tensors.values())
+    if kept:
+        progress.note(f"{kept} of {len(plan.tensors)} tensors lie on their grid: codes kept")
 
 
 def _spill_bytes(checkpoint: Checkpoint, plan: Plan, options: QuantizeOptions) -> int:

@@ -1,0 +1,91 @@
+"""What lies in each shard of a bundle: the tables (0), then a layer each."""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+from uq.formats.checkpoint import Checkpoint
+from uq.formats.config import EMBEDDING, FINAL_NORM, HEAD, GemmaConfig, layer_tensor
+from uq.formats.layouts import LAYOUTS
+from uq.formats.manifest import expected_tensors, gain_name
+from uq.formats.writer import ArrayEntry, BundleWriter, Entry
+from uq.progress import Progress
+from uq.quantize.calibration_engine import CalibrationEngine
+from uq.quantize.farm import Farm
+from uq.quantize.layers import CalibratedLayers
+from uq.quantize.plan import Plan
+from uq.quantize.rounding import RoundedTensors
+
+
+class ShardSource:
+    """What each shard consists of, made in the order of the shards.
+
+    Attributes:
+        shards: those that are still to be made.
+    """
+
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        plan: Plan,
+        tokens: NDArray[np.int32] | None,
+        shards: range,
+        engine: CalibrationEngine,
+        farm: Farm,
+        progress: Progress,
+    ) -> None:
+        """`tokens` calibrate the layers."""
+        self._checkpoint = checkpoint
+        self.shards = shards
+        self._calibrated = None
+        if tokens is not None and shards:
+            self._calibrated = CalibratedLayers(checkpoint, plan, tokens, engine, progress)
+        names = [
+            name
+            for index in shards
+            if index == 0 or self._calibrated is None
+            for name in shard_tensors(checkpoint.config, index)
+        ]
+        self._rounded = RoundedTensors(checkpoint, plan, names, farm, progress.work)
+
+    def skip(self, writer: BundleWriter) -> None:
+        """Bring the calibration behind the layers that are already written."""
+        if self._calibrated is not None:
+            for layer in range(self.shards.start - 1):
+                self._calibrated.skip(layer, writer.read_layer(layer))
+
+    def entries(self, index: int) -> list[Entry]:
+        """Embedding, head and final norm (0), or layer `index - 1`."""
+        if index == 0:
+            final = ArrayEntry(gain_name(FINAL_NORM), self._checkpoint.final_norm())
+            return [*self._round(index), final]
+        layer = index - 1
+        if self._calibrated is not None:
+            return self._calibrated.quantize(layer)
+        gains = [
+            ArrayEntry(gain_name(layer_tensor(layer, role)), gain)
+            for role, gain in self._checkpoint.gains(layer).items()
+        ]
+        return [*self._round(index), *gains]
+
+    def _round(self, index: int) -> list[Entry]:
+        return [self._rounded.entry(name) for name in shard_tensors(self._checkpoint.config, index)]
+
+
+def shard_tensors(config: GemmaConfig, index: int) -> list[str]:
+    """Quantized tensors of a shard: the tables (0), or the linears of layer `index - 1`."""
+    if index == 0:
+        return [EMBEDDING] if config.tied_head else [EMBEDDING, HEAD]
+    return [layer_tensor(index - 1, role) for role in config.linear_shapes()]
+
+
+def shard_bytes(config: GemmaConfig, plan: Plan) -> list[int]:
+    """Bytes of the quantized tensors of each shard, as their layout stores them."""
+    shapes = expected_tensors(config)[0]
+    stored = {
+        name: LAYOUTS[tensor.layout].nbytes(*shapes[name], tensor.spec)
+        for name, tensor in plan.tensors.items()
+    }
+    shards = range(1 + config.num_layers)
+    return [sum(stored[name] for name in shard_tensors(config, index)) for index in shards]
