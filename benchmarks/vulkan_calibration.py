@@ -92,7 +92,7 @@ def begun(
     config: GemmaConfig, tokens: NDArray[np.int32], engine: CalibrationEngine
 ) -> CalibratedLayers:
     checkpoint: Any = RandomCheckpoint(config)
-    return CalibratedLayers(checkpoint, make_plan(config), tokens, engine, SilentProgress())
+    return CalibratedLayers(checkpoint, make_plan(config), tokens, engine, SilentProgress(), {})
 
 
 def on_gpu(

@@ -24,12 +24,17 @@ BEGIN_ANEW = "pass --restart to begin anew"
 
 @dataclass(frozen=True)
 class CommittedShard:
-    """A shard that was written, synced and hashed."""
+    """A shard that was written, synced and hashed.
+
+    Attributes:
+        sources: hash of each tensor that it was made from.
+    """
 
     file: str
     record: FileRecord
     tensors: Mapping[str, TensorRecord]
     arrays: Mapping[str, ArrayRecord]
+    sources: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -38,7 +43,7 @@ class Journal:
 
     Attributes:
         identity: what was asked for; known from the beginning.
-        facts: what else fixes the bytes and became known on the way: the hashes of the source, ...
+        facts: what else fixes the bytes and became known on the way: the plan, the assets, ...
     """
 
     identity: Mapping[str, object]
@@ -86,6 +91,20 @@ class Journal:
         normal = _as_json(value)
         _require_equal({name: facts.setdefault(name, normal)}, {name: normal}, folder)
         return replace(self, facts=facts)
+
+    @property
+    def sources(self) -> dict[str, str]:
+        """Hash of each tensor that a shard was made from."""
+        return {name: sha256 for shard in self.shards for name, sha256 in shard.sources.items()}
+
+    def require_sources(self, found: Mapping[str, str], folder: Path) -> None:
+        """Raises UsageError: a tensor is not what a shard was made from; names it.
+
+        Args:
+            found: hashes of some of the tensors in `sources`.
+        """
+        begun = {name: sha256 for name, sha256 in self.sources.items() if name in found}
+        _require_equal({"source": begun}, {"source": dict(found)}, folder)
 
     def verified(self, folder: Path) -> Journal:
         """The journal up to the first shard that is missing or changed."""

@@ -92,6 +92,20 @@ class ArrayRecord:
 
 
 @dataclass(frozen=True)
+class SourceFile:
+    """A weight file that was read.
+
+    Attributes:
+        content: SHA-256 of what was read of it, as `formats/README.md` describes it.
+        sha256: of the file itself, where the place it was read from states it.
+    """
+
+    size: int
+    content: str | None = field(default=None, metadata=OPTIONAL)
+    sha256: str | None = field(default=None, metadata=OPTIONAL)
+
+
+@dataclass(frozen=True)
 class Provenance:
     """The checkpoint that was read: how it was found, and its weight files."""
 
@@ -99,7 +113,7 @@ class Provenance:
     id: str
     revision: str | None
     dtype: str
-    files: Mapping[str, FileRecord]
+    files: Mapping[str, SourceFile]
 
 
 @dataclass(frozen=True)

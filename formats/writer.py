@@ -61,7 +61,7 @@ class BundleWriter:
         identity: Mapping[str, object],
         *,
         resume: str = "auto",
-        check: Callable[[], None] = lambda: None,
+        sources: Callable[[int], Mapping[str, str]] = lambda _: {},
     ) -> None:
         """Lock the work folder and find out what is already there.
 
@@ -69,7 +69,8 @@ class BundleWriter:
             identity: JSON that fixes the bytes of the bundle: source, plan, calibration, ...
             resume: `auto` continues where the same work was broken off, `restart` begins anew,
                 `require` refuses to begin anew.
-            check: is called before a shard is committed; what it raises drops the shard.
+            sources: is called with a shard before it is committed, for the hashes of the tensors
+                that it was made from; what it raises drops the shard.
 
         Raises:
             UsageError: `out` exists, another run is writing it, the work folder belongs to
@@ -79,7 +80,7 @@ class BundleWriter:
         _require_new(out)
         self._out = out
         self._count = shard_count
-        self._check = check
+        self._sources = sources
         self._work = work_folder(out)
         self._finished = False
         with disk_errors(self._work, 0):
@@ -121,6 +122,16 @@ class BundleWriter:
         if journal != self._journal:
             journal.save(self._work)
             self._journal = journal
+
+    @property
+    def sources(self) -> Mapping[str, str]:
+        """Hash of each tensor that the committed shards were made from."""
+        self._settle()
+        return self._journal.sources
+
+    def require_sources(self, found: Mapping[str, str]) -> None:
+        """Raises UsageError: one of these hashes differs from that in `sources`; names it."""
+        self._journal.require_sources(found, self._work)
 
     def _settle(self) -> None:
         """Wait for the commit that runs beside the work on the next shard; raises what it met."""
@@ -165,14 +176,14 @@ class BundleWriter:
         size = len(header) + sum(entry.nbytes for entry in entries)
         sha256 = write_file(self._work / file, _contents(header, entries), size)
         try:
-            self._check()
+            sources = self._sources(index)
             self._settle()
             tensors = {e.name: e.record(file) for e in entries if isinstance(e, QuantEntry)}
             arrays = {e.name: e.record(file) for e in entries if isinstance(e, ArrayEntry)}
         except BaseException:
             (self._work / file).unlink()
             raise
-        shard = CommittedShard(file, FileRecord(size, sha256), tensors, arrays)
+        shard = CommittedShard(file, FileRecord(size, sha256), tensors, arrays, sources)
         self._commit_under_way = self._committer.submit(self._commit, shard)
         self._written += 1
 

@@ -16,6 +16,7 @@ import numpy as np
 import psutil
 
 from uq.formats.checkpoint import Checkpoint
+from uq.formats.checkpoint.content import BLOCK
 from uq.formats.config import EMBEDDING, HEAD, GemmaConfig, layer_tensor
 from uq.formats.layouts import LAYOUTS
 from uq.formats.manifest import expected_tensors
@@ -35,7 +36,6 @@ from uq.quantize.probes import (
     probed_layers,
     table_names,
 )
-from uq.quantize.rounding import PIECE
 from uq.quantize.scales import quantize_rtn
 from uq.quantize.sensitivity import SAMPLE_ROWS
 from uq.text import duration, size, table
@@ -168,7 +168,7 @@ def _rounding_seconds(checkpoint: Checkpoint, plan: Plan) -> float:
         if tensor.method != "rtn":
             continue
         if tensor.spec not in per_weight:
-            count = min(rows, max(1, PIECE // cols))
+            count = min(rows, max(1, BLOCK // cols))
             took = _fastest(partial(_piece, checkpoint, name, tensor, count))
             per_weight[tensor.spec] = took / (count * cols)
         total += rows * cols * per_weight[tensor.spec]

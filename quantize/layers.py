@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, MutableMapping, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -38,16 +38,19 @@ class CalibratedLayers:
         tokens: NDArray[np.int32],
         engine: CalibrationEngine,
         progress: Progress,
+        contents: MutableMapping[str, str],
     ) -> None:
         """Begin in front of layer 0.
 
         Args:
             tokens: (sequences, length) int32.
             engine: where the tokens go through the layers, and GPTQ is run.
+            contents: the hashes of the layers that are quantized are entered here.
         """
         self._checkpoint = checkpoint
         self._plan = plan
         self._progress = progress
+        self._contents = contents
         options = plan.gptq if plan.uses_gptq else PLAIN  # rtn weighs all tokens alike
         rows = _token_rows(checkpoint, plan, tokens)
         self._calibration = engine.begin(checkpoint.config, rows, options)
@@ -55,7 +58,7 @@ class CalibratedLayers:
     @np.errstate(over="ignore", invalid="ignore")
     def quantize(self, layer: int) -> list[Entry]:
         """Bundle entries of a layer; the next call is for the next layer."""
-        weights = self._checkpoint.layer(layer)
+        weights = self._checkpoint.layer(layer, self._contents)
         gains = {role: weights[role] for role in self._checkpoint.config.norm_shapes()}
         linears: list[Entry] = []
 

@@ -13,6 +13,7 @@ import numpy as np
 import psutil
 
 from uq.errors import UsageError
+from uq.formats.checkpoint.content import BLOCK
 from uq.formats.config import GemmaConfig
 from uq.quantize.calibrate import BATCH_TOKENS, STAGES, Stage, token_bytes
 from uq.quantize.gptq import ROW_NUMBERS
@@ -20,7 +21,7 @@ from uq.quantize.moments import WIDE
 from uq.quantize.plan import Plan
 from uq.quantize.probes import PROBE_LENGTH, PROBE_WINDOWS, probed_layers
 from uq.quantize.refit import REFIT_NUMBERS
-from uq.quantize.rounding import PIECE, PIECES_AHEAD
+from uq.quantize.rounding import PIECES_AHEAD
 from uq.text import size
 
 COMPILED = 30 << 20  # kernels and libraries that a run loads beside what it has begun with
@@ -55,7 +56,7 @@ def footprint(
     program = int(psutil.Process().memory_info().rss) + COMPILED
     if makes_tokenizer:
         program += TOKENIZER_BYTES * config.vocab_size
-    rounding = PIECE * (PIECES_AHEAD + 12 * threads)
+    rounding = BLOCK * (PIECES_AHEAD + 12 * threads)
     if not plan.calibrated:
         return Footprint(program + rounding, 0)
     paths = 2 if plan.corrected else 1

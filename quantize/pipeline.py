@@ -23,7 +23,7 @@ from uq.formats.chat import Render
 from uq.formats.checkpoint import Checkpoint
 from uq.formats.config import GemmaConfig
 from uq.formats.disk import require_free
-from uq.formats.manifest import Calibration, FileRecord, Manifest, Provenance
+from uq.formats.manifest import Calibration, Manifest, Provenance, SourceFile
 from uq.formats.writer import BundleWriter, Entry, QuantEntry, work_folder
 from uq.progress import Progress, SilentProgress
 from uq.quantize.calibrate import NumpyEngine
@@ -119,12 +119,12 @@ def quantize(
     shards = 1 + config.num_layers
     with (
         BundleWriter(
-            out, shards, identity, resume=options.resume, check=watch.require_unchanged
+            out, shards, identity, resume=options.resume, sources=watch.of_shard
         ) as writer,
         _explained_interrupt(out, writer, progress),
         ThreadPoolExecutor(worker_threads(options)) as pool,
     ):
-        watch.require_same(writer)
+        watch.require_same(writer, pool)
         first = writer.committed
         require_free(out, spill + sum(shard_bytes(config, plan)[first:]))
         engine = engine or NumpyEngine(work_folder(out) if spill else None)
@@ -136,27 +136,25 @@ def quantize(
         writer.confirm("plan", {name: str(tensor) for name, tensor in plan.tensors.items()})
         progress.start(shards, "quantize", done=first)
         farm = farm or Threads(checkpoint, pool)
-        source = ShardSource(checkpoint, plan, tokens, range(first, shards), engine, farm, progress)
+        todo = range(first, shards)
+        source = ShardSource(checkpoint, plan, tokens, todo, engine, farm, progress, watch.contents)
         source.skip(writer)
         # A model without tokenizer is refused before a shard is written.
         writer.confirm("asset", {n: sha256(data).hexdigest() for n, data in assets().items()})
-        _write_shards(source, writer, watch, progress)
+        _write_shards(source, writer, progress)
         calibration = None
         if text is not None and tokens is not None:
             calibration = Calibration(text.name, text.sha256, tokens.size)
-        hashes = watch.hashed(writer)
-        manifest = _manifest(checkpoint, plan, options, calibration, hashes, tools)
+        files = watch.files(writer)
+        manifest = _manifest(checkpoint, plan, options, calibration, files, tools)
         return writer.finish(manifest, assets())
 
 
-def _write_shards(
-    source: ShardSource, writer: BundleWriter, watch: SourceWatch, progress: Progress
-) -> None:
+def _write_shards(source: ShardSource, writer: BundleWriter, progress: Progress) -> None:
     """All that are not written yet, one after the other."""
     for index in source.shards:
         entries = source.entries(index)
         writer.write_shard(index, entries)
-        watch.record(writer)
         progress.advance(_step(index), error=_mean_error(entries))
     progress.close()
 
@@ -288,14 +286,10 @@ def _manifest(
     plan: Plan,
     options: QuantizeOptions,
     calibration: Calibration | None,
-    fingerprint: Mapping[str, Mapping[str, int | str]],
+    files: Mapping[str, SourceFile],
     tools: dict[str, str],
 ) -> Manifest:
     source = checkpoint.source
-    files = {
-        name: FileRecord(int(file["size"]), str(file["sha256"]))
-        for name, file in fingerprint.items()
-    }
     gptq = asdict(plan.gptq) if plan.uses_gptq else None
     return Manifest(
         model=checkpoint.config,

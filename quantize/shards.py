@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import MutableMapping
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -34,20 +36,29 @@ class ShardSource:
         engine: CalibrationEngine,
         farm: Farm,
         progress: Progress,
+        contents: MutableMapping[str, str],
     ) -> None:
-        """`tokens` calibrate the layers."""
+        """
+        Args:
+            tokens: calibrate the layers.
+            contents: the hashes of what the shards are made from are entered here; all of a
+                shard's by the time it is written.
+        """
         self._checkpoint = checkpoint
+        self._contents = contents
         self.shards = shards
         self._calibrated = None
         if tokens is not None and shards:
-            self._calibrated = CalibratedLayers(checkpoint, plan, tokens, engine, progress)
+            self._calibrated = CalibratedLayers(
+                checkpoint, plan, tokens, engine, progress, contents
+            )
         names = [
             name
             for index in shards
             if index == 0 or self._calibrated is None
             for name in shard_tensors(checkpoint.config, index)
         ]
-        self._rounded = RoundedTensors(checkpoint, plan, names, farm, progress.work)
+        self._rounded = RoundedTensors(checkpoint, plan, names, farm, progress.work, contents)
 
     def skip(self, writer: BundleWriter) -> None:
         """Bring the calibration behind the layers that are already written."""
@@ -58,14 +69,14 @@ class ShardSource:
     def entries(self, index: int) -> list[Entry]:
         """Embedding, head and final norm (0), or layer `index - 1`."""
         if index == 0:
-            final = ArrayEntry(gain_name(FINAL_NORM), self._checkpoint.final_norm())
-            return [*self._round(index), final]
+            final = self._checkpoint.final_norm(self._contents)
+            return [*self._round(index), ArrayEntry(gain_name(FINAL_NORM), final)]
         layer = index - 1
         if self._calibrated is not None:
             return self._calibrated.quantize(layer)
         gains = [
             ArrayEntry(gain_name(layer_tensor(layer, role)), gain)
-            for role, gain in self._checkpoint.gains(layer).items()
+            for role, gain in self._checkpoint.gains(layer, self._contents).items()
         ]
         return [*self._round(index), *gains]
 
@@ -78,6 +89,12 @@ def shard_tensors(config: GemmaConfig, index: int) -> list[str]:
     if index == 0:
         return [EMBEDDING] if config.tied_head else [EMBEDDING, HEAD]
     return [layer_tensor(index - 1, role) for role in config.linear_shapes()]
+
+
+def shard_sources(config: GemmaConfig, index: int) -> list[str]:
+    """Tensors that a shard is made from: those of `shard_tensors`, and the weights of norms."""
+    norms = [] if index == 0 else [layer_tensor(index - 1, role) for role in config.norm_shapes()]
+    return [*shard_tensors(config, index), *(norms or [FINAL_NORM])]
 
 
 def shard_bytes(config: GemmaConfig, plan: Plan) -> list[int]:

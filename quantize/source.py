@@ -1,60 +1,74 @@
-"""Whether the source is still the one that the work was begun with: its content decides."""
+"""Whether the source is still the one that the work was begun with: its content decides.
+
+The hashes are of the bytes that the work read, taken as it read them and recorded with each shard:
+a run that is not broken off reads its source once. One that continues hashes what the finished
+shards were made from, and nothing else: the rest it will read itself.
+"""
 
 from __future__ import annotations
 
-from concurrent.futures import Future
-from threading import Thread
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 
 from uq.errors import CheckpointError
 from uq.formats.checkpoint import Checkpoint
+from uq.formats.checkpoint.content import file_contents, read_contents
+from uq.formats.manifest import SourceFile
 from uq.formats.writer import BundleWriter
+from uq.quantize.shards import shard_sources
 
-Fingerprint = dict[str, dict[str, int | str]]
-SOURCE, UNHASHED = "source", "source before it was hashed"
+FILES = "source files"
 
 
 class SourceWatch:
-    """Hashes the weight files beside the work, and notices when they change under it.
+    """Knows what was read, and notices files that change under the work.
 
-    Until the hashes are known, what the file system says of the files (size, times, inode) stands
-    for them; from then on the content alone decides.
+    Attributes:
+        contents: tensor -> hash of what was read of it; filled in by those who read.
     """
 
     def __init__(self, checkpoint: Checkpoint) -> None:
-        """Begins to hash, in a thread that does not outlive the program."""
+        self.contents: dict[str, str] = {}
+        self._checkpoint = checkpoint
         self._files = checkpoint.files()
         self._seen = self._state()
-        self._fingerprint: Future[Fingerprint] = Future()
-        Thread(target=self._hash, args=(checkpoint,), daemon=True).start()
 
-    def require_same(self, writer: BundleWriter) -> None:
+    def require_same(self, writer: BundleWriter, pool: ThreadPoolExecutor) -> None:
         """Compare with the source of the work that is to be continued, before it is.
 
+        Reads what the finished shards were made from, but for files whose hash is stated.
+
         Raises:
-            UsageError: it is another one.
-            CheckpointError: a file was changed since it was opened.
+            UsageError: it is another one; names the file or tensor.
+            CheckpointError, DeviceError: it cannot be read, or was changed since it was opened.
         """
-        if SOURCE in writer.facts:
-            self.hashed(writer)
-        else:
-            writer.confirm(UNHASHED, self._seen)
+        sizes = {n: file.stated_sha256 or f"{file.size} bytes" for n, file in self._files.items()}
+        writer.confirm(FILES, sizes)
+        begun = {
+            name: info
+            for name, info in self._checkpoint.tensors.items()
+            if name in writer.sources and info.file.stated_sha256 is None
+        }
+        writer.require_sources(read_contents(begun, pool))
+        self.require_unchanged()
 
-    def record(self, writer: BundleWriter) -> None:
-        """Enter the hashes in the journal once they are known. Raises as `require_same`."""
-        if SOURCE not in writer.facts and self._fingerprint.done():
-            self.hashed(writer)
-
-    def hashed(self, writer: BundleWriter) -> Fingerprint:
-        """Size and sha256 of every weight file, when it is clear that nothing else was read.
+    def of_shard(self, index: int) -> Mapping[str, str]:
+        """Hashes of what a shard was made from, when it is clear that nothing else was read.
 
         Raises:
-            UsageError: an earlier run read another source.
             CheckpointError: a file was changed while it was read.
         """
-        fingerprint = self._fingerprint.result()
         self.require_unchanged()
-        writer.confirm(SOURCE, {name: file["sha256"] for name, file in fingerprint.items()})
-        return fingerprint
+        names = shard_sources(self._checkpoint.config, index)
+        return {name: self.contents[name] for name in names}
+
+    def files(self, writer: BundleWriter) -> dict[str, SourceFile]:
+        """Every weight file, once all shards are committed."""
+        contents = file_contents(self._checkpoint.tensors, writer.sources)
+        return {
+            name: SourceFile(file.size, contents[name], file.stated_sha256)
+            for name, file in self._files.items()
+        }
 
     def require_unchanged(self) -> None:
         """Raises CheckpointError: a file was changed since it was opened."""
@@ -68,9 +82,3 @@ class SourceWatch:
 
     def _state(self) -> dict[str, str]:
         return {name: f"{file.size} {file.version}" for name, file in self._files.items()}
-
-    def _hash(self, checkpoint: Checkpoint) -> None:
-        try:
-            self._fingerprint.set_result(checkpoint.fingerprint())
-        except BaseException as error:
-            self._fingerprint.set_exception(error)

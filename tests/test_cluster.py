@@ -168,7 +168,7 @@ def test_refused_alone_means_no_work(
         (replace(HERE, cpu="znver4"), "has a znver4 processor, here is a znver5;"),
         (replace(HERE, files={}), "has a.safetensors of no such file, here of 100 bytes;"),
         (replace(HERE, files={"a.safetensors": (9, "noon")}), "has a.safetensors of 9 bytes"),
-        (replace(HERE, files={"a.safetensors": (100, "one")}), "with SHA-256 beef, here cafe;"),
+        (replace(HERE, files={"a.safetensors": (100, "one")}), "with content beef, here cafe;"),
     ],
 )
 def test_what_would_change_the_bytes_is_named(there: Facts, reason: str | None) -> None:

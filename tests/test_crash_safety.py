@@ -17,12 +17,12 @@ from uq.cli import main
 from uq.errors import BundleError, CheckpointError, DeviceError, UqError, UsageError
 from uq.formats.bundle import open_bundle
 from uq.formats.checkpoint import open_checkpoint
+from uq.formats.checkpoint.weight_file import LocalFile
 from uq.formats.config import layer_tensor
 from uq.formats.journal import JOURNAL, Journal
 from uq.formats.writer import ArrayEntry, BundleWriter
 from uq.progress import SilentProgress
-from uq.quantize.pipeline import QuantizeOptions, quantize
-from uq.quantize.source import SourceWatch
+from uq.quantize.pipeline import QuantizeOptions, quantize, recognised_plan
 
 Tiny = Callable[..., Path]
 RTN = QuantizeOptions(method="rtn")
@@ -49,10 +49,8 @@ def stop() -> None:
 
 
 def broken_off(folder: Path, out: Path) -> None:
-    checkpoint = open_checkpoint(folder)
-    checkpoint.fingerprint()  # known from the first shard on
     with pytest.raises(Stop):
-        quantize(checkpoint, out, RTN, At(stop))
+        quantize(open_checkpoint(folder), out, RTN, At(stop))
     assert len(list(out.with_name(out.name + ".partial").glob("*.safetensors"))) == 2
 
 
@@ -62,11 +60,11 @@ def continued(folder: Path, out: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in out.iterdir()}
 
 
-def change(path: Path) -> None:
-    """One weight, in the middle of the file; size and time of the last change stay."""
-    before = path.stat()
+def change(path: Path, name: str = layer_tensor(0, "mlp.up_proj")) -> None:
+    """One weight, in the middle of a tensor; size and time of the last change stay."""
+    before, tensor = path.stat(), open_checkpoint(path.parent).tensors[name]
     with path.open("r+b") as file:
-        file.seek(before.st_size // 2)
+        file.seek(tensor.offset + tensor.nbytes // 2)
         (byte,) = file.read(1)
         file.seek(-1, os.SEEK_CUR)
         file.write(bytes([byte ^ 1]))
@@ -80,22 +78,48 @@ def test_a_source_that_was_changed_behind_the_clock_is_refused(
     folder = tiny_checkpoint()
     broken_off(folder, tmp_path / "b")
     change(folder / WEIGHTS)
-    with pytest.raises(UsageError, match=r"begun with source\.model\.safetensors .*--restart"):
+    with pytest.raises(UsageError, match=r"begun with source\.model\.layers\.0\.mlp\.up_proj.*--r"):
         quantize(open_checkpoint(folder), tmp_path / "b", RTN)
     change(folder / WEIGHTS)  # back again
     assert continued(folder, tmp_path / "b") == continued(folder, tmp_path / "whole")
 
 
-def test_a_changed_source_is_refused_even_if_it_was_never_hashed(
+def test_a_change_of_what_was_not_yet_read_is_in_the_bundle(
+    tiny_checkpoint: Tiny, tmp_path: Path
+) -> None:
+    """The work goes on, and the bundle is that of the changed source."""
+    folder = tiny_checkpoint()
+    broken_off(folder, tmp_path / "b")
+    change(folder / WEIGHTS, layer_tensor(1, "mlp.down_proj"))
+    assert continued(folder, tmp_path / "b") == continued(folder, tmp_path / "whole")
+
+
+def test_other_weight_files_are_not_continued(tiny_checkpoint: Tiny, tmp_path: Path) -> None:
+    folder = tiny_checkpoint()
+    broken_off(folder, tmp_path / "b")
+    with (folder / WEIGHTS).open("ab") as file:
+        file.write(b"\0")
+    with pytest.raises(UsageError, match=r"begun with source files\.model\.safetensors \d+ bytes"):
+        quantize(open_checkpoint(folder), tmp_path / "b", RTN)
+
+
+def test_an_unbroken_run_reads_its_weights_once(
     tiny_checkpoint: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    folder = tiny_checkpoint()
-    with monkeypatch.context() as patch:
-        patch.setattr(SourceWatch, "record", lambda *_: None)
-        broken_off(folder, tmp_path / "b")
-    change(folder / WEIGHTS)
-    with pytest.raises(UsageError, match="source before it was hashed.model.safetensors"):
-        quantize(open_checkpoint(folder), tmp_path / "b", RTN)
+    """But for a sample of rows by which weights on a grid are recognised."""
+    checkpoint = open_checkpoint(tiny_checkpoint(hidden=256, ffn=1024))
+    asked: list[int] = []
+    read = LocalFile.read
+
+    def counted(file: LocalFile, offset: int, nbytes: int) -> Any:
+        asked.append(nbytes)
+        return read(file, offset, nbytes)
+
+    monkeypatch.setattr(LocalFile, "read", counted)
+    recognised_plan(checkpoint, RTN)
+    samples, asked[:] = sum(asked), []
+    quantize(checkpoint, tmp_path / "b", RTN)
+    assert sum(asked) == samples + sum(info.nbytes for info in checkpoint.tensors.values())
 
 
 def test_the_clock_does_not_decide(tiny_checkpoint: Tiny, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 import subprocess
@@ -116,7 +117,11 @@ def test_quantized_bytes_are_those_of_the_folder(
     assert content(tmp_path / "hub") == content(tmp_path / "local")
     made = open_bundle(tmp_path / "hub").manifest.provenance
     assert (made.kind, made.id, made.revision) == ("hub", REPO, commit.sha)
-    assert made.files == open_bundle(tmp_path / "local").manifest.provenance.files
+    for name, file in made.files.items():
+        stated = hashlib.sha256((folder / name).read_bytes()).hexdigest()
+        assert file.sha256 == (None if "--keep" in options else stated)
+    local = open_bundle(tmp_path / "local").manifest.provenance.files
+    assert {n: f.content for n, f in made.files.items()} == {n: f.content for n, f in local.items()}
 
 
 @pytest.mark.parametrize("options", [[], ["--keep"]], ids=["streamed", "kept"])

@@ -28,6 +28,7 @@ class Slow:
     down: bool = False
     size: int = CONTENT.size
     version: str = ""
+    stated_sha256: str | None = None
 
     def read(self, offset: int, nbytes: int) -> NDArray[np.uint8]:
         if self.down:

@@ -11,7 +11,7 @@ import transformers
 from uq.errors import CheckpointError, DeviceError, UsageError
 from uq.formats.bundle import Bundle, open_bundle
 from uq.formats.checkpoint import Checkpoint, open_checkpoint
-from uq.formats.manifest import FileRecord, Manifest, Provenance
+from uq.formats.manifest import Manifest, Provenance, SourceFile
 from uq.quantize.pipeline import QuantizeOptions, quantize
 from uq.validate.files import load_report, save_report
 from uq.validate.origin import find_reference
@@ -260,8 +260,8 @@ def test_kinds(name: str, kind: str) -> None:
 def made_from(manifest: Manifest, checkpoint: Checkpoint, **changes: Any) -> Manifest:
     """The manifest as the quantizer would write it for `checkpoint`, then changed."""
     files = {
-        name: FileRecord(int(file["size"]), str(file["sha256"]))
-        for name, file in checkpoint.fingerprint().items()
+        name: SourceFile(checkpoint.files()[name].size, content)
+        for name, content in checkpoint.contents().items()
     }
     origin = Provenance("folder", checkpoint.source.id, None, checkpoint.dtype, files)
     return replace(manifest, provenance=replace(origin, **changes))
@@ -281,7 +281,7 @@ def test_a_lost_checkpoint_says_what_to_pass(bundle: Bundle, checkpoint: Checkpo
 def test_changed_weights_are_an_error_unless_given(bundle: Bundle, checkpoint: Checkpoint) -> None:
     manifest = made_from(bundle.manifest, checkpoint)
     (name, record), *_ = manifest.provenance.files.items()
-    changed = {name: replace(record, sha256="0" * 64)}
+    changed = {name: replace(record, content="0" * 64)}
     manifest = replace(manifest, provenance=replace(manifest.provenance, files=changed))
     with pytest.raises(CheckpointError, match="model.safetensors has another content"):
         find_reference(manifest, None)
@@ -311,7 +311,7 @@ def test_files_compared_by_size_alone_are_a_warning(
 ) -> None:
     manifest = made_from(bundle.manifest, checkpoint)
     assert find_reference(manifest, checkpoint)[1] == ()
-    monkeypatch.setattr("uq.validate.origin.HASHED_BYTES", 0)
+    monkeypatch.setattr("uq.validate.origin.READ_BYTES", 0)
     (warning,) = find_reference(manifest, checkpoint)[1]
     assert warning.endswith("compared by name and size alone")
 

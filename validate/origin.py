@@ -9,7 +9,7 @@ from uq.formats.checkpoint import Checkpoint, open_checkpoint
 from uq.formats.config import GemmaConfig
 from uq.formats.manifest import Manifest, Provenance
 
-HASHED_BYTES = 8 << 30  # a larger checkpoint is compared by its file sizes: hashing takes minutes
+READ_BYTES = 8 << 30  # a larger checkpoint is compared by its file sizes: reading takes minutes
 SHAPES = (
     "vocab_size",
     "hidden_size",
@@ -45,15 +45,11 @@ def find_reference(
             f"{checkpoint.source.id}: not what the bundle was made from: {differences[0]}; "
             "pass --reference MODEL to compare with it all the same"
         )
-    if _is_slow_to_hash(checkpoint):
-        differences.append("its weight files are large and were compared by name and size alone")
+    origin = manifest.provenance
+    compared = _stated(origin, checkpoint) | _readable(origin, checkpoint)
+    if not differences and not compared >= origin.files.keys():
+        differences.append("its weight files were compared by name and size alone")
     return checkpoint, tuple(f"reference: {difference}" for difference in differences)
-
-
-def _is_slow_to_hash(checkpoint: Checkpoint) -> bool:
-    """Whether the files are here and large; the Hub keeps the hashes of its own."""
-    nbytes = sum(file.size for file in checkpoint.files().values())
-    return not checkpoint.streamed and nbytes > HASHED_BYTES
 
 
 def _open_origin(origin: Provenance, keep: bool) -> Checkpoint:
@@ -85,13 +81,27 @@ def _config_differences(ours: GemmaConfig, theirs: GemmaConfig) -> list[str]:
 
 
 def _file_differences(origin: Provenance, checkpoint: Checkpoint) -> list[str]:
-    """At most one sentence. Hashes are compared where reading the files takes seconds."""
-    sizes = {name: file.size for name, file in checkpoint.files().items()}
+    """At most one sentence."""
+    files = checkpoint.files()
     expected = {name: record.size for name, record in origin.files.items()}
-    if sizes != expected:
+    if {name: file.size for name, file in files.items()} != expected:
         return ["its weight files differ in name or size from those the bundle was made from"]
-    if _is_slow_to_hash(checkpoint):
-        return []
-    found = checkpoint.fingerprint()
-    changed = [name for name, file in origin.files.items() if found[name]["sha256"] != file.sha256]
+    stated, readable = _stated(origin, checkpoint), _readable(origin, checkpoint)
+    changed = [n for n in stated if files[n].stated_sha256 != origin.files[n].sha256]
+    if not readable <= stated:
+        contents = checkpoint.contents()
+        changed += [n for n in readable - stated if contents[n] != origin.files[n].content]
     return [f"{changed[0]} has another content than when the bundle was made"] if changed else []
+
+
+def _stated(origin: Provenance, checkpoint: Checkpoint) -> set[str]:
+    """Files whose SHA-256 was stated by their source then and is now: nothing is read."""
+    files = checkpoint.files().items()
+    return {name for name, file in files if file.stated_sha256 and origin.files[name].sha256}
+
+
+def _readable(origin: Provenance, checkpoint: Checkpoint) -> set[str]:
+    """Files whose content is known and takes seconds to read: they are here, and not large."""
+    if checkpoint.streamed or sum(f.size for f in checkpoint.files().values()) > READ_BYTES:
+        return set()
+    return {name for name, record in origin.files.items() if record.content}

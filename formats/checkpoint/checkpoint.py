@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import os
+from collections.abc import Callable, Mapping, MutableMapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Literal
@@ -11,13 +13,27 @@ import numpy as np
 from numpy.typing import NDArray
 
 from uq.errors import CheckpointError
-from uq.formats.checkpoint.tensors import TensorInfo, is_readable, read_rows
+from uq.formats.checkpoint.content import (
+    block_digest,
+    file_contents,
+    read_contents,
+    whole_content,
+)
+from uq.formats.checkpoint.tensors import (
+    TensorInfo,
+    as_float32,
+    is_readable,
+    raw_rows,
+    read_rows,
+)
 from uq.formats.checkpoint.weight_file import WeightFile
 from uq.formats.config import EMBEDDING, FINAL_NORM, HEAD, GemmaConfig, layer_tensor
 from uq.formats.decode import printable
 from uq.formats.tokenizer import Tokenizer
 
 TOKENIZER = "tokenizer.json"
+
+Contents = MutableMapping[str, str]  # tensor -> its hash, see `content`; filled in while reading
 
 
 @dataclass(frozen=True)
@@ -75,28 +91,26 @@ class Checkpoint:
         """Whether it has no tokenizer.json, which is then put together from a GGUF file's words."""
         return self.source.kind in ("gguf", "demo")
 
-    def layer(self, index: int) -> dict[str, NDArray[np.float32]]:
+    def layer(self, index: int, contents: Contents | None = None) -> dict[str, NDArray[np.float32]]:
         """Weights of one layer: role -> (out, in) linear, or (size,) norm gain.
 
+        Args:
+            contents: the hashes of its tensors are entered here.
+
         Raises:
             CheckpointError: a value is NaN or infinite.
         """
-        config = self.config
         weights = {
-            role: self._read(layer_tensor(index, role), rows)
-            for role, (rows, _) in config.linear_shapes().items()
+            role: self._read(layer_tensor(index, role), contents)
+            for role in self.config.linear_shapes()
         }
-        return weights | self.gains(index)
+        return weights | self.gains(index, contents)
 
-    def gains(self, index: int) -> dict[str, NDArray[np.float32]]:
-        """Norm gains of one layer by role: (size,).
-
-        Raises:
-            CheckpointError: a value is NaN or infinite.
-        """
+    def gains(self, index: int, contents: Contents | None = None) -> dict[str, NDArray[np.float32]]:
+        """Norm gains of one layer by role: (size,); arguments and errors are those of `layer`."""
         return {
-            role: self._gain(layer_tensor(index, role), size)
-            for role, (size,) in self.config.norm_shapes().items()
+            role: self._gain(layer_tensor(index, role), contents)
+            for role in self.config.norm_shapes()
         }
 
     def rows(self, name: str, start: int, stop: int) -> NDArray[np.float32]:
@@ -106,6 +120,16 @@ class Checkpoint:
             CheckpointError: a value is NaN or infinite.
         """
         return read_rows(self.tensors[name], start, stop)
+
+    def block(self, name: str, start: int, stop: int) -> tuple[NDArray[np.float32], bytes]:
+        """`rows`, and the digest of the block of `content.blocks` that they are.
+
+        Raises:
+            CheckpointError: a value is NaN or infinite.
+        """
+        info = self.tensors[name]
+        raw = raw_rows(info, start, stop)
+        return as_float32(info, raw, start), block_digest(raw)
 
     def embedding(self, start: int, stop: int) -> NDArray[np.float32]:
         """Rows `start:stop` of the embedding, not multiplied by its scale: (stop - start, hidden).
@@ -123,13 +147,9 @@ class Checkpoint:
         """
         return read_rows(self.tensors[EMBEDDING if self.config.tied_head else HEAD], start, stop)
 
-    def final_norm(self) -> NDArray[np.float32]:
-        """Gain of the norm in front of the head: (hidden,).
-
-        Raises:
-            CheckpointError: a value is NaN or infinite.
-        """
-        return self._gain(FINAL_NORM, self.config.hidden_size)
+    def final_norm(self, contents: Contents | None = None) -> NDArray[np.float32]:
+        """Gain of the norm in front of the head: (hidden,); the rest as in `layer`."""
+        return self._gain(FINAL_NORM, contents)
 
     def files(self) -> dict[str, WeightFile]:
         """Weight files by name."""
@@ -137,9 +157,18 @@ class Checkpoint:
         return dict(sorted(files.items()))
 
     def fingerprint(self) -> dict[str, dict[str, int | str]]:
-        """Size and sha256 of every weight file; hashed once per object; the Hub keeps
-        the hashes of its files."""
+        """Size and sha256 of every weight file; read for it once per object, but for files whose
+        source states it."""
         return self._fingerprint
+
+    def contents(self) -> dict[str, str]:
+        """What of each weight file the model needs, as a hash (`content`); reads all of it.
+
+        Raises:
+            CheckpointError, DeviceError, HubError: as reading does.
+        """
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            return file_contents(self.tensors, read_contents(self.tensors, pool))
 
     def assets(self) -> dict[str, bytes]:
         """Files beside the weights that a bundle carries on; `tokenizer.json` is always there.
@@ -167,11 +196,15 @@ class Checkpoint:
     def _assets(self) -> dict[str, bytes]:
         return self._load_assets()
 
-    def _read(self, name: str, rows: int) -> NDArray[np.float32]:
-        return read_rows(self.tensors[name], 0, rows)
+    def _read(self, name: str, contents: Contents | None) -> NDArray[np.float32]:
+        info = self.tensors[name]
+        raw = raw_rows(info, 0, info.shape[0])
+        if contents is not None:
+            contents[name] = whole_content(info, raw)
+        return as_float32(info, raw, 0)
 
-    def _gain(self, name: str, size: int) -> NDArray[np.float32]:
-        return self._read(name, size) + self._norm_offset
+    def _gain(self, name: str, contents: Contents | None) -> NDArray[np.float32]:
+        return self._read(name, contents) + self._norm_offset
 
 
 def expected_shapes(config: GemmaConfig) -> dict[str, tuple[int, ...]]:

@@ -37,6 +37,10 @@ class HubFile:
     def version(self) -> str:
         return self.digest
 
+    @property
+    def stated_sha256(self) -> str:
+        return self.digest
+
     def sha256(self) -> str:
         return self.digest
 

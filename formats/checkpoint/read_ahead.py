@@ -109,6 +109,10 @@ class AheadFile:
     def version(self) -> str:
         return self.file.version
 
+    @property
+    def stated_sha256(self) -> str | None:
+        return self.file.stated_sha256
+
     def sha256(self) -> str:
         return self.file.sha256()
 

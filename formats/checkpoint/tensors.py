@@ -40,26 +40,43 @@ class TensorInfo:
 
 
 def read_rows(info: TensorInfo, start: int, stop: int) -> NDArray[np.float32]:
-    """Rows `start:stop` of a tensor, widened or dequantized to float32.
+    """`raw_rows` and `as_float32` in one: rows `start:stop` of a tensor."""
+    return as_float32(info, raw_rows(info, start, stop), start)
+
+
+def raw_rows(info: TensorInfo, start: int, stop: int) -> NDArray[np.uint8]:
+    """Rows `start:stop` of a tensor as they are stored.
 
     Returns:
-        (stop - start, ...) float32, a new array.
+        (stop - start, bytes of a row) uint8, C-contiguous, read-only.
 
     Raises:
-        CheckpointError: a value is NaN or infinite, or the file was cut after it was opened.
+        CheckpointError: the file was cut after it was opened.
         HubError: the file is on the Hub, and the network failed.
     """
-    row_bytes = info.nbytes // info.shape[0]
     if not 0 <= start <= stop <= info.shape[0]:
         raise IndexError(f"{info.where}: rows {start}:{stop} of {info.shape[0]}")
+    row_bytes = info.nbytes // max(1, info.shape[0])
     if start == stop:
+        return np.empty((0, row_bytes), np.uint8)
+    raw = info.file.read(info.offset + start * row_bytes, (stop - start) * row_bytes)
+    return raw.reshape(stop - start, row_bytes)
+
+
+def as_float32(info: TensorInfo, raw: NDArray[np.uint8], start: int) -> NDArray[np.float32]:
+    """Rows from `start` on, (rows, bytes of a row) uint8, widened or dequantized.
+
+    Returns:
+        (rows, ...) float32, a new array.
+
+    Raises:
+        CheckpointError: a value is NaN or infinite.
+    """
+    if not len(raw):
         return np.empty((0, *info.shape[1:]), np.float32)
-    count = stop - start
-    raw = info.file.read(info.offset + start * row_bytes, count * row_bytes)
-    raw = raw.reshape(count, row_bytes)
     decode = DECODERS.get(info.dtype)
     rows = decode(raw) if decode else _dequantize(raw, info.dtype)
-    rows = rows.reshape(count, *info.shape[1:])
+    rows = rows.reshape(len(raw), *info.shape[1:])
     _refuse_non_finite(rows, info, start)
     return rows
 

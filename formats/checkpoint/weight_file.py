@@ -23,6 +23,7 @@ class WeightFile(Protocol):
 
     Attributes:
         version: changes when the content does.
+        stated_sha256: of the whole file, where its source states it; it need not be read again.
     """
 
     @property
@@ -31,6 +32,8 @@ class WeightFile(Protocol):
     def size(self) -> int: ...
     @property
     def version(self) -> str: ...
+    @property
+    def stated_sha256(self) -> str | None: ...
 
     def read(self, offset: int, nbytes: int) -> NDArray[np.uint8]:
         """Bytes `offset:offset + nbytes`, read-only.
@@ -69,6 +72,10 @@ class LocalFile:
         """Times of the last change, of which no program can set the second, and the inode."""
         found = self.path.stat()
         return f"{found.st_mtime_ns} {found.st_ctime_ns} {found.st_ino}"
+
+    @property
+    def stated_sha256(self) -> None:
+        return None
 
     def read(self, offset: int, nbytes: int) -> NDArray[np.uint8]:
         where = f"{nbytes} bytes at {offset}"

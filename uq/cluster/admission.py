@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 
 from uq.cluster.worker import Facts
 
-Hashes = Callable[[], Mapping[str, str]]  # weight file -> SHA-256, which takes its time
+Hashes = Callable[[], Mapping[str, str]]  # weight file -> of its content, which takes its time
 
 
 def difference(
@@ -33,7 +33,7 @@ def difference(
         ours, theirs = hashes_here(), hashes_there()
         for name, sha256 in ours.items():
             if theirs[name] != sha256:
-                return f"has {name} with SHA-256 {theirs[name][:12]}, here {sha256[:12]}; copy it"
+                return f"has {name} with content {theirs[name][:12]}, here {sha256[:12]}; copy it"
     return None
 
 

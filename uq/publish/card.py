@@ -105,7 +105,8 @@ def render_card(
         tiles=tiles(report),
         plots={name: spoken(svg) for name, svg in plots.items()},
         provenance=provenance(report),
-        files=bundle.manifest.provenance.files,
+        files=(sources := bundle.manifest.provenance.files),
+        stated=all(file.sha256 for file in sources.values()),
         notice=NOTICE,
     )
     return str(ModelCard(text).content)
