@@ -5,98 +5,90 @@ channel, the scale S1 / S2 with S1 = sum(a w L), S2 = sum(a L^2) leaves the weig
 sum(a w^2) - S1^2 / S2: the candidate with the largest S1^2 / S2 wins, and gets that scale. This is
 how llama.cpp's quantization with an importance matrix searches (`make_qx_quants`).
 
-The inner loops run over candidates, so that the sum over a group keeps its order whatever the
-vector width. The kernels release the GIL and treat rows independently: callers may cut a matrix
-into blocks of rows and run them in threads without changing a bit.
+The sum over a group keeps its order whatever the vector width: symmetric grids are searched in 16
+rows at a time (`lanes`), the others with inner loops over candidates. The kernels release the GIL
+and treat rows independently: callers may cut a matrix into blocks of rows and run them in threads
+without changing a bit.
 """
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
-from llvmlite import ir
-from numba import njit, types
-from numba.extending import intrinsic
+from numba import njit
 from numpy.typing import NDArray
 
 from uq.formats.half import from_half, to_half
-from uq.quantize.lanes import LANES, candidate_sums
+from uq.quantize.lanes import (
+    CANDIDATES,
+    LANES,
+    best_scales,
+    largest_lanes,
+    round_lanes,
+    rows_to_lanes,
+)
 
-CANDIDATES = 19  # of a symmetric grid, in the first lanes; the others repeat the last
+STEPS = 24  # that are passed: those of a symmetric grid, the last one repeated, or of a range
 SHIFTS = (0, -1, 1)  # of the zero point beside the one that fits the group's smallest weight
 # A group below this in magnitude has no float16 scale and becomes zero.
 TINY = np.float32(1e-30)
 
 
 def symmetric_steps(qmin: int) -> NDArray[np.float32]:
-    """What the group's largest weight is divided by its scale, in each lane: qmin and 11 % around.
+    """(STEPS,) what the group's largest weight is divided by its scale: qmin and 11 % around.
 
     The largest weight may become `qmin`, which has no positive counterpart: scales have a sign.
     """
-    lanes = np.minimum(np.arange(LANES), CANDIDATES - 1) - CANDIDATES // 2
-    return (qmin * (1 + lanes / 80)).astype(np.float32)
+    places = np.minimum(np.arange(STEPS), CANDIDATES - 1) - CANDIDATES // 2
+    return (qmin * (1 + places / 80)).astype(np.float32)
 
 
 def range_steps(span: int) -> NDArray[np.float32]:
-    """What the group's range is divided by its scale, in each lane: `span`, -13.5 to +21 %."""
-    return (span * (1 + (np.arange(LANES) - 9) * 0.015)).astype(np.float32)
+    """(STEPS,) what the group's range is divided by its scale: `span`, -13.5 to +21 %."""
+    return (span * (1 + (np.arange(STEPS) - 9) * 0.015)).astype(np.float32)
 
 
 @njit(nogil=True, cache=True)
 def search_scales(
-    weight: NDArray[np.float32],
-    bits: NDArray[np.int32],
+    bits: NDArray[np.int32] | NDArray[np.uint16],
     importance: NDArray[np.float32],
     steps: NDArray[np.float32],
     qmin: int,
     qmax: int,
     codes: NDArray[np.int8],
     halves: NDArray[np.uint16],
-) -> None:
+) -> tuple[float, float]:
     """Symmetric grids. Out: codes (rows, cols), bits of the float16 scales (rows, groups).
 
     Args:
-        bits: `weight` seen as integers.
-        steps: `symmetric_steps(qmin)`.
+        bits: (rows, cols) weights as bits, of float32, or of bfloat16 in uint16; C order, rows a
+            multiple of `LANES`.
+        steps: `symmetric_steps(qmin)`; none for INT8, whose largest magnitude becomes code `qmax`.
+
+    Returns:
+        Sums of the squared errors and of the squared weights; not finite if a weight is not.
     """
     rows, groups = halves.shape
-    group = weight.shape[1] // groups
-    sums = np.empty(4 * LANES, np.float32)  # S1, S2, S1^2 / S2, steps
-    sums[3 * LANES :] = steps
-    for row in range(rows):
-        w, raw, out = weight[row], bits[row], codes[row]  # per group, slices would be counted
+    group = bits.shape[1] // groups
+    low, high = np.float32(qmin), np.float32(qmax)
+    w, x = np.empty((group, LANES), np.float32), np.empty((group, LANES), np.float32)
+    largest, scales = np.empty(LANES, np.float32), np.empty(LANES, np.float32)
+    raw, sums = w.view(np.int32), np.zeros((2, LANES))
+    for row in range(0, rows, LANES):
         for g in range(groups):
-            start, stop = g * group, (g + 1) * group
-            largest = _largest(raw, start, stop)
-            scale = np.float32(0)
-            if abs(largest) > TINY:
-                scale = _best_scale(w, importance, start, stop, largest, qmin, qmax, sums)
-            halves[row, g] = to_half(scale)
-            _round(w, start, stop, from_half(halves[row, g]), qmin, qmax, out)
-
-
-@njit(nogil=True, cache=True)
-def _best_scale(
-    w: NDArray[np.float32],
-    a: NDArray[np.float32],
-    start: int,
-    stop: int,
-    largest: np.float32,
-    qmin: int,
-    qmax: int,
-    sums: NDArray[np.float32],
-) -> np.float32:
-    """Scale of the best candidate; overwrites all but the steps."""
-    inverse = np.float32(1) / largest
-    candidate_sums(w, a, start, stop, inverse, np.float32(qmin), np.float32(qmax), sums)
-    best = 0
-    for k in range(1, CANDIDATES):
-        best = k if sums[2 * LANES + k] > sums[2 * LANES + best] else best
-    if not sums[LANES + best] > 0:
-        return np.float32(0)
-    scale: np.float32 = sums[best] / sums[LANES + best] * largest
-    return scale
+            start = g * group
+            rows_to_lanes(bits, row, start, group, raw)
+            largest_lanes(w, group, largest)
+            if len(steps):
+                a = importance[start : start + group]
+                best_scales(w, a, group, steps, low, high, largest, TINY, x, scales)
+            else:
+                for lane in range(LANES):
+                    scales[lane] = abs(largest[lane]) / high
+            for lane in range(LANES):
+                halves[row + lane, g] = to_half(scales[lane])
+                scales[lane] = from_half(halves[row + lane, g])
+            round_lanes(w, group, scales, low, high, codes, row, start, sums)
+    return sums[0].sum(), sums[1].sum()
 
 
 @njit(nogil=True, cache=True)
@@ -118,8 +110,8 @@ def search_zeros(
     """
     rows, groups = halves.shape
     group = weight.shape[1] // groups
-    sums = np.empty(4 * LANES, np.float32)  # S1, S2, steps, lowest levels
-    sums[2 * LANES : 3 * LANES] = steps
+    sums = np.empty(4 * STEPS, np.float32)  # S1, S2, steps, lowest levels
+    sums[2 * STEPS : 3 * STEPS] = steps
     for row in range(rows):
         for g in range(groups):
             here = slice(g * group, (g + 1) * group)
@@ -155,68 +147,24 @@ def _best_grid(
     unit, width = np.float32(zero_step), np.float32(span)
     best, scale, low = np.float32(-1), np.float32(0), np.float32(0)
     for shift in SHIFTS:
-        sums[: 2 * LANES] = 0
-        for k in range(LANES):
-            nibble = np.rint(least * inverse * sums[2 * LANES + k] / unit) + np.float32(shift)
-            sums[3 * LANES + k] = unit * min(max(nibble, np.float32(-15)), np.float32(0))
+        sums[: 2 * STEPS] = 0
+        for k in range(STEPS):
+            nibble = np.rint(least * inverse * sums[2 * STEPS + k] / unit) + np.float32(shift)
+            sums[3 * STEPS + k] = unit * min(max(nibble, np.float32(-15)), np.float32(0))
         for i in range(len(w)):
             x = w[i] * inverse
-            for k in range(LANES):
-                bottom = sums[3 * LANES + k]
-                level = min(max(np.rint(x * sums[2 * LANES + k]), bottom), bottom + width)
+            for k in range(STEPS):
+                bottom = sums[3 * STEPS + k]
+                level = min(max(np.rint(x * sums[2 * STEPS + k]), bottom), bottom + width)
                 weighted = a[i] * level
                 sums[k] += weighted * x
-                sums[LANES + k] += weighted * level
-        for k in range(LANES):
-            fit = sums[k] * sums[k] / sums[LANES + k] if sums[LANES + k] > 0 else np.float32(0)
+                sums[STEPS + k] += weighted * level
+        for k in range(STEPS):
+            fit = sums[k] * sums[k] / sums[STEPS + k] if sums[STEPS + k] > 0 else np.float32(0)
             if fit > best:
-                best, low = fit, sums[3 * LANES + k]
-                scale = sums[k] / sums[LANES + k] * (most - least)
+                best, low = fit, sums[3 * STEPS + k]
+                scale = sums[k] / sums[STEPS + k] * (most - least)
     return scale, low
-
-
-@intrinsic
-def _as_float(_typing: Any, bits: Any) -> Any:
-    """Bits of a float32 as int32 -> that float32."""
-
-    def codegen(_context: Any, builder: Any, _signature: Any, args: Any) -> Any:
-        return builder.bitcast(args[0], ir.FloatType())
-
-    return types.float32(types.int32), codegen
-
-
-@njit(nogil=True, cache=True)
-def _largest(bits: NDArray[np.int32], start: int, stop: int) -> np.float32:
-    """The number of the largest magnitude in `start:stop`, the positive one of two.
-
-    By integers: without their sign they order like the magnitudes, with it positive ones order like
-    the numbers, and an integer maximum vectorizes where a float one may not.
-    """
-    magnitude = positive = np.int32(0)
-    for i in range(start, stop):
-        unsigned = np.int32(bits[i] & np.int32(0x7FFFFFFF))
-        magnitude = unsigned if unsigned > magnitude else magnitude
-        positive = bits[i] if bits[i] > positive else positive
-    largest: np.float32 = _as_float(magnitude)
-    return largest if positive == magnitude else -largest
-
-
-@njit(nogil=True, cache=True)
-def largest_values(
-    weight: NDArray[np.float32],
-    bits: NDArray[np.int32],
-    codes: NDArray[np.int8],
-    halves: NDArray[np.uint16],
-) -> None:
-    """INT8: the largest magnitude of each group becomes code 127. `bits` is as above."""
-    rows, groups = halves.shape
-    group = weight.shape[1] // groups
-    for row in range(rows):
-        w, raw, out = weight[row], bits[row], codes[row]
-        for g in range(groups):
-            start, stop = g * group, (g + 1) * group
-            halves[row, g] = to_half(abs(_largest(raw, start, stop)) / np.float32(127))
-            _round(w, start, stop, from_half(halves[row, g]), -127, 127, out)
 
 
 @njit(nogil=True, cache=True)

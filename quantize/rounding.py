@@ -13,12 +13,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from uq.formats.checkpoint import Checkpoint
-from uq.formats.checkpoint.content import blocks, tensor_content
+from uq.formats.checkpoint.content import block_digest, blocks, tensor_content
+from uq.formats.checkpoint.tensors import as_float32, raw_rows
 from uq.formats.writer import QuantEntry, TiledRows
 from uq.quantize.farm import Farm
 from uq.quantize.plan import Plan, TensorPlan
 from uq.quantize.recover import misfit, recover
-from uq.quantize.scales import checked, error_ratio, quantize_rtn, squared_error
+from uq.quantize.scales import checked, error_ratio, quantize_rtn, round_symmetric, squared_error
 
 PIECES_AHEAD = 48  # blocks of weights, of two megabytes in bfloat16; hides pauses of the disk
 PIECES_SENT = 8  # in one message to another machine: long beside its latency
@@ -109,14 +110,21 @@ class RoundedTensors:
 
 def round_rows(checkpoint: Checkpoint, rows: Rows) -> RoundedRows:
     """Raises CheckpointError: a weight is not finite, or too large."""
-    weight, digest = checkpoint.block(rows.name, rows.start, rows.stop)
-    plan = rows.plan
-    if plan.method == "grid":
-        tensor, fits = recover(weight, plan.spec, checkpoint.tensors[rows.name].dtype)
-        fitting = int(fits.sum())
+    info, plan = checkpoint.tensors[rows.name], rows.plan
+    raw = raw_rows(info, rows.start, rows.stop)
+    fitting = raw.shape[0] * (info.shape[1] // plan.spec.group)
+    groups = fitting
+    if plan.method == "rtn" and not plan.spec.zero_point and info.dtype == "bf16":
+        tensor, sums = round_symmetric(raw.view("<u2"), plan.spec)  # in one go
+        if not np.isfinite(sums).all():
+            as_float32(info, raw, rows.start)  # says which
     else:
-        tensor = quantize_rtn(weight, plan.spec)
-        fitting = tensor.scales.size
-    checked(rows.name, tensor)
-    sums = np.append(squared_error(weight, tensor), [fitting, tensor.scales.size])
-    return RoundedRows(TiledRows.of(tensor, plan.layout), sums, digest)
+        weight = as_float32(info, raw, rows.start)
+        if plan.method == "grid":
+            tensor, fits = recover(weight, plan.spec, info.dtype)
+            fitting = int(fits.sum())
+        else:
+            tensor = quantize_rtn(weight, plan.spec)
+        sums = squared_error(weight, tensor)
+    tiled = TiledRows.of(checked(rows.name, tensor), plan.layout)
+    return RoundedRows(tiled, np.append(sums, [fitting, groups]), block_digest(raw))

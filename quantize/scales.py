@@ -13,13 +13,13 @@ from numpy.typing import NDArray
 from uq.errors import CheckpointError
 from uq.formats.spec import QuantTensor, Spec
 from uq.quantize.grids import (
-    largest_values,
     range_steps,
     search_scales,
     search_zeros,
     squares,
     symmetric_steps,
 )
+from uq.quantize.lanes import LANES
 
 IMPORTANCE_FLOOR = 1e-6
 
@@ -35,23 +35,45 @@ def quantize_rtn(
         importance: (cols,) float32, relative mean square of each input channel; equal when None.
             INT8 does not use it.
     """
-    rows, cols = weight.shape
-    groups = (rows, cols // spec.group)
-    codes, halves = np.empty((rows, cols), np.int8), np.empty(groups, np.uint16)
-    zeros = np.empty(groups, np.int8) if spec.zero_point else None
-    weight, low, high = np.ascontiguousarray(weight), spec.qmin, spec.qmax
-    bits = weight.view(np.int32)
-    if spec.bits == 8:
-        largest_values(weight, bits, codes, halves)
-    elif zeros is None:
-        a = relative_importance(importance, cols)
-        search_scales(
-            weight, weight.view(np.int32), a, symmetric_steps(low), low, high, codes, halves
-        )
-    else:
-        a, step = relative_importance(importance, cols), spec.zero_step
-        search_zeros(weight, a, range_steps(high - low), low, high, step, codes, halves, zeros)
+    weight = np.ascontiguousarray(weight)
+    if not spec.zero_point:
+        return round_symmetric(weight.view(np.int32), spec, importance)[0]
+    codes, halves = _empty(weight.shape, spec)
+    zeros, low, high = np.empty(halves.shape, np.int8), spec.qmin, spec.qmax
+    a, steps = relative_importance(importance, weight.shape[1]), range_steps(high - low)
+    search_zeros(weight, a, steps, low, high, spec.zero_step, codes, halves, zeros)
     return QuantTensor(codes, halves.view(np.float16), spec, zeros)
+
+
+def round_symmetric(
+    bits: NDArray[np.int32] | NDArray[np.uint16],
+    spec: Spec,
+    importance: NDArray[np.float32] | None = None,
+) -> tuple[QuantTensor, NDArray[np.float64]]:
+    """As `quantize_rtn`, of weights as bits: (rows, cols) of float32, or of bfloat16 in uint16.
+
+    Args:
+        spec: without zero points.
+
+    Returns:
+        The tensor and its `squared_error`, with sums over a group in float32: not finite if a
+        weight is not, and then the tensor is void.
+    """
+    rows, cols = bits.shape
+    if rows % LANES:
+        bits = np.concatenate([bits, np.zeros((-rows % LANES, cols), bits.dtype)])
+    codes, halves = _empty(bits.shape, spec)
+    a, low, high = relative_importance(importance, cols), spec.qmin, spec.qmax
+    steps = symmetric_steps(low) if spec.bits < 8 else np.empty(0, np.float32)
+    sums = search_scales(bits, a, steps, low, high, codes, halves)
+    scales = halves.view(np.float16)
+    return QuantTensor(codes[:rows], scales[:rows], spec), np.array(sums)
+
+
+def _empty(shape: tuple[int, ...], spec: Spec) -> tuple[NDArray[np.int8], NDArray[np.uint16]]:
+    """For codes, and for the bits of scales."""
+    rows, cols = shape
+    return np.empty((rows, cols), np.int8), np.empty((rows, cols // spec.group), np.uint16)
 
 
 def squared_error(weight: NDArray[np.float32], quantized: QuantTensor) -> NDArray[np.float64]:

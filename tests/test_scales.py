@@ -9,7 +9,7 @@ import pytest
 from numpy.typing import NDArray
 
 from uq.formats.spec import SPECS, QuantTensor, Spec
-from uq.quantize.scales import quantize_rtn, squared_error
+from uq.quantize.scales import quantize_rtn, round_symmetric, squared_error
 
 Float = NDArray[Any]
 WITH_ZEROS = [spec for spec in SPECS if spec.zero_point]
@@ -214,3 +214,25 @@ def test_squared_error_is_that_of_the_dequantized_weight(spec: Spec) -> None:
     expected = np.linalg.norm(difference) / np.linalg.norm(w.astype(np.float64))
     assert relative_error(w, found) == pytest.approx(expected, rel=1e-5)
     assert not squared_error(np.zeros_like(w), quantize_rtn(np.zeros_like(w), found.spec)).any()
+
+
+@pytest.mark.parametrize("rows", [1, 16, 37])
+@pytest.mark.parametrize("spec", [Spec(4, 32), Spec(6, 128), Spec(8, 64)], ids=str)
+def test_bits_of_bfloat16_give_what_their_float32_gives(spec: Spec, rows: int) -> None:
+    bits = (weights(rows).view(np.uint32) >> 16).astype(np.uint16)
+    wide = (bits.astype(np.uint32) << 16).view(np.float32)
+    expected = quantize_rtn(wide, spec)
+    found, sums = round_symmetric(bits, spec)
+    assert found.shape == (rows, 256)
+    np.testing.assert_array_equal(found.codes, expected.codes)
+    np.testing.assert_array_equal(found.scales, expected.scales)
+    np.testing.assert_allclose(sums, squared_error(wide, expected), rtol=1e-6)
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("bits", [4, 8])
+def test_a_weight_that_is_not_finite_shows_in_the_sums(bits: int, value: float) -> None:
+    w = weights()
+    w[30, 7] = value
+    with np.errstate(invalid="ignore"):
+        assert not np.isfinite(round_symmetric(w.view(np.int32), Spec(bits, 32))[1][1])

@@ -14,7 +14,6 @@ from numpy.typing import NDArray
 
 from uq.errors import CheckpointError
 from uq.formats.checkpoint.content import (
-    block_digest,
     file_contents,
     read_contents,
     whole_content,
@@ -120,16 +119,6 @@ class Checkpoint:
             CheckpointError: a value is NaN or infinite.
         """
         return read_rows(self.tensors[name], start, stop)
-
-    def block(self, name: str, start: int, stop: int) -> tuple[NDArray[np.float32], bytes]:
-        """`rows`, and the digest of the block of `content.blocks` that they are.
-
-        Raises:
-            CheckpointError: a value is NaN or infinite.
-        """
-        info = self.tensors[name]
-        raw = raw_rows(info, start, stop)
-        return as_float32(info, raw, start), block_digest(raw)
 
     def embedding(self, start: int, stop: int) -> NDArray[np.float32]:
         """Rows `start:stop` of the embedding, not multiplied by its scale: (stop - start, hidden).
