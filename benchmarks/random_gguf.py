@@ -37,7 +37,7 @@ def write_random_gguf(config: GemmaConfig, path: Path) -> None:
     _add_matrix(writer, "token_embd", vocabulary, GGMLQuantizationType.Q8_0)
     writer.add_tensor("output_norm.weight", np.ones(config.hidden_size, np.float32))
     for layer in range(config.num_layers):
-        for role, shape in config.linear_shapes().items():
+        for role, shape in config.linear_shapes(0).items():
             _add_matrix(writer, f"blk.{layer}.{NAMES[role]}", shape, GGMLQuantizationType.Q4_0)
         sizes = dict.fromkeys(NORMS, config.hidden_size)
         sizes |= dict.fromkeys(("attn_q_norm", "attn_k_norm"), config.head_dim)

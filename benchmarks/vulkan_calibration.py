@@ -53,13 +53,13 @@ class RandomCheckpoint:
     def __init__(self, config: GemmaConfig) -> None:
         self.config = config
         rng = np.random.default_rng(0)
-        largest = max(rows * cols for rows, cols in config.linear_shapes().values())
+        largest = max(rows * cols for rows, cols in config.linear_shapes(0).values())
         noise = rng.standard_normal(largest, np.float32) * np.float32(SPREAD)
         self._weights: dict[str, Array] = {
             role: noise[: rows * cols].reshape(rows, cols)
-            for role, (rows, cols) in config.linear_shapes().items()
+            for role, (rows, cols) in config.linear_shapes(0).items()
         }
-        for role, (size,) in config.norm_shapes().items():
+        for role, (size,) in config.norm_shapes(0).items():
             self._weights[role] = rng.uniform(0.5, 2.0, size).astype(np.float32)
         self._rows = rng.standard_normal((ROWS, config.hidden_size), np.float32) * SPREAD
 

@@ -51,13 +51,13 @@ class RandomWeights:
 
     def weight(self, name: str) -> Weight:
         config, role = self._config, role_of(name)
-        shape = config.linear_shapes().get(role, (config.vocab_size, config.hidden_size))
-        spec = BODY if role in config.linear_shapes() else TABLE
+        shape = config.linear_shapes(0).get(role, (config.vocab_size, config.hidden_size))
+        spec = BODY if role in config.linear_shapes(0) else TABLE
         return Weight(Kind.of(spec), shape, partial(random_tiles, shape, spec))
 
     def array(self, name: str) -> NDArray[np.float32]:
         role = role_of(name.replace(".gain", ".weight"))
-        shape = self._config.norm_shapes().get(role, (self._config.hidden_size,))
+        shape = self._config.norm_shapes(0).get(role, (self._config.hidden_size,))
         return np.ones(shape, np.float32)
 
 

@@ -131,6 +131,11 @@ class Bundle:
         record = self._record(name)
         return self._shard(record.file).quant(name, record)
 
+    def rows(self, name: str, start: int, stop: int) -> QuantTensor:
+        """Rows `start:stop` of a quantized tensor; no more is read than the blocks they lie in."""
+        record = self._record(name)
+        return self._shard(record.file).rows(name, record, start, stop)
+
     def raw(self, name: str) -> tuple[NDArray[np.uint8], TensorRecord]:
         """A quantized tensor in its layout: (blocks, bytes of a block), mapped read-only."""
         record = self._record(name)
@@ -142,14 +147,19 @@ class Bundle:
         return self._shard(self.manifest.arrays[name].file).array(name)
 
     def layer(self, layer: int) -> dict[str, QuantTensor | NDArray[np.float32]]:
-        """Role within a layer -> linear weight (out, in), or norm gain."""
+        """Role within a layer -> linear weight (out, in), norm gain, or what is kept.
+
+        Experts are left out; `rows` reads some of a stack.
+        """
+        experts, roles = self.config.expert_roles(layer), self.config.linear_shapes(layer)
         weights: dict[str, QuantTensor | NDArray[np.float32]] = {
-            role: self.quant(layer_tensor(layer, role)) for role in self.config.linear_shapes()
+            role: self.quant(layer_tensor(layer, role)) for role in roles if role not in experts
         }
-        return weights | {
-            role: self.array(gain_name(layer_tensor(layer, role)))
-            for role in self.config.norm_shapes()
-        }
+        for role in self.config.norm_shapes(layer):
+            weights[role] = self.array(gain_name(layer_tensor(layer, role)))
+        for role in self.config.kept_shapes(layer):
+            weights[role] = self.array(layer_tensor(layer, role))
+        return weights
 
     def asset(self, name: str) -> bytes:
         """Content of a file of the bundle, hashed as it is read.

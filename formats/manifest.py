@@ -6,7 +6,6 @@ Field by field: `formats/README.md`.
 from __future__ import annotations
 
 import json
-import math
 import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
@@ -14,23 +13,15 @@ from pathlib import PurePosixPath
 
 from uq import __version__
 from uq.errors import BundleError
-from uq.formats.config import (
-    EMBEDDING,
-    FINAL_NORM,
-    FULL,
-    HEAD,
-    MAX_COUNT,
-    MAX_LAYERS,
-    SLIDING,
-    GemmaConfig,
-    layer_tensor,
-)
+from uq.formats.config import GemmaConfig, layer_tensor
 from uq.formats.decode import OPTIONAL, decode, parse_json, printable, shown
 from uq.formats.layout import Layout
 from uq.formats.layouts import LAYOUTS
+from uq.formats.model_check import check_model
 from uq.formats.spec import BITS, GROUPS, ZERO_POINT_BITS, Spec
 
-SCHEMA = 2  # the newest; a bundle has the oldest that can say what it holds
+SCHEMA = 3  # the newest; a bundle has the oldest that can say what it holds
+MODEL_SCHEMA = 3  # the first whose models may have what `GemmaConfig.extensions` names
 FIRST_BITS = (4, 8)  # of schema 1, which has no zero points
 MANIFEST = "manifest.json"
 CHECKSUM = "manifest.sha256"
@@ -143,8 +134,13 @@ class Manifest:
     arrays: Mapping[str, ArrayRecord] = field(default_factory=dict)
     files: Mapping[str, FileRecord] = field(default_factory=dict)
 
+    @property
+    def model_schema(self) -> int:
+        """The oldest schema that can describe the model."""
+        return MODEL_SCHEMA if self.model.extensions() else 1
+
     def to_bytes(self) -> bytes:
-        tree = asdict(self)
+        tree = asdict(self) | {"model": self.model.to_json()}
         for tensor in tree["tensors"].values():
             if not tensor["zero_point"]:
                 del tensor["zero_point"]  # schema 1 does not know it
@@ -185,7 +181,11 @@ def check_manifest(manifest: Manifest) -> None:
         raise BundleError(
             f"{MANIFEST}: required_kernels: {shown(unknown[0])} is not known; update uq"
         )
-    _check_model(manifest.model)
+    check_model(manifest.model, f"{MANIFEST}: model")
+    if manifest.model.extensions() and manifest.schema < MODEL_SCHEMA:
+        raise BundleError(
+            f"{MANIFEST}: schema {manifest.schema} has no {manifest.model.extensions()[0]}"
+        )
     for name, record in manifest.files.items():
         _check_file(name, record)
     weights, gains = expected_tensors(manifest.model)
@@ -203,17 +203,20 @@ def check_manifest(manifest: Manifest) -> None:
 
 def expected_tensors(
     config: GemmaConfig,
-) -> tuple[dict[str, tuple[int, int]], dict[str, tuple[int]]]:
-    """Shapes of the quantized weights and of the norm gains that a model consists of, by name."""
-    table = (config.vocab_size, config.hidden_size)
-    weights = {EMBEDDING: table} if config.tied_head else {EMBEDDING: table, HEAD: table}
-    gains = {gain_name(FINAL_NORM): (config.hidden_size,)}
+) -> tuple[dict[str, tuple[int, int]], dict[str, tuple[int, ...]]]:
+    """Shapes of the quantized weights and of the float32 arrays of a model, by name."""
+    weights = config.table_shapes()
+    arrays: dict[str, tuple[int, ...]] = config.model_kept()
+    for name, gain in config.model_norms().items():
+        arrays[gain_name(name)] = gain
     for layer in range(config.num_layers):
-        for role, shape in config.linear_shapes().items():
+        for role, shape in config.linear_shapes(layer).items():
             weights[layer_tensor(layer, role)] = shape
-        for role, width in config.norm_shapes().items():
-            gains[gain_name(layer_tensor(layer, role))] = width
-    return weights, gains
+        for role, width in config.norm_shapes(layer).items():
+            arrays[gain_name(layer_tensor(layer, role))] = width
+        for role, kept in config.kept_shapes(layer).items():
+            arrays[layer_tensor(layer, role)] = kept
+    return weights, arrays
 
 
 def gain_name(norm: str) -> str:
@@ -252,40 +255,6 @@ def _check_file(name: str, record: FileRecord) -> None:
         raise BundleError(f"{where}.size: {record.size} is negative")
     if not re.fullmatch(r"[0-9a-f]{64}", record.sha256):
         raise BundleError(f"{where}.sha256: expected 64 lower-case hex digits")
-
-
-def _check_model(config: GemmaConfig) -> None:
-    where = f"{MANIFEST}: model"
-    counts = ("vocab_size", "hidden_size", "intermediate_size", "num_layers", "num_heads")
-    for name in (*counts, "num_kv_heads", "head_dim", "q_size", "max_position_embeddings"):
-        if not 1 <= getattr(config, name) <= MAX_COUNT:
-            raise BundleError(f"{where}.{name}: {getattr(config, name)} is not in 1..{MAX_COUNT}")
-    if config.num_layers > MAX_LAYERS:
-        raise BundleError(f"{where}.num_layers: {config.num_layers} is more than {MAX_LAYERS}")
-    positive = ("rms_norm_eps", "query_pre_attn_scalar", "rope_theta", "rope_local_theta")
-    for name in (*positive, "rope_scaling", "attn_softcap", "final_softcap"):
-        value = getattr(config, name)
-        if value is not None and not (math.isfinite(value) and value > 0):
-            raise BundleError(f"{where}.{name}: {value} is not above 0")
-    for name in ("bos_token_id", "pad_token_id"):
-        _check_token(f"{where}.{name}", getattr(config, name), config.vocab_size)
-    for token in config.eos_token_ids:
-        _check_token(f"{where}.eos_token_ids", token, config.vocab_size)
-    if len(config.layer_types) != config.num_layers:
-        raise BundleError(f"{where}.layer_types: {len(config.layer_types)} items, not num_layers")
-    for layer_type in config.layer_types:
-        _one_of(f"{where}.layer_types", layer_type, (SLIDING, FULL))
-    if config.sliding_window < 1 and SLIDING in config.layer_types:
-        raise BundleError(f"{where}.sliding_window: {config.sliding_window} is not above 0")
-    if config.num_heads % config.num_kv_heads:
-        raise BundleError(f"{where}.num_heads: {config.num_heads} is no multiple of num_kv_heads")
-    if config.head_dim % 2:
-        raise BundleError(f"{where}.head_dim: {config.head_dim} is odd")
-
-
-def _check_token(where: str, token: int, vocab_size: int) -> None:
-    if not 0 <= token < vocab_size:
-        raise BundleError(f"{where}: {token} is not in 0..{vocab_size - 1}")
 
 
 def _check_names(

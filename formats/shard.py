@@ -111,6 +111,14 @@ class Shard:
     def quant(self, name: str, record: TensorRecord) -> QuantTensor:
         return record.order.untile(self._bytes(name), record.shape, record.spec)
 
+    def rows(self, name: str, record: TensorRecord, start: int, stop: int) -> QuantTensor:
+        height, (rows, cols) = record.order.row_block(record.spec), record.shape
+        first, last = start // height, -(-stop // height)
+        shape = min(last * height, rows) - first * height, cols
+        blocks = self.raw(name)[first:last].reshape(-1)
+        found = record.order.untile(blocks, shape, record.spec)
+        return found.rows(start - first * height, stop - first * height)
+
     def array(self, name: str) -> NDArray[np.float32]:
         """A copy in memory."""
         shape = self.tensors[name].shape

@@ -231,7 +231,7 @@ class BundleWriter:
         tensors = {name: record for s in shards for name, record in s.tensors.items()}
         manifest = replace(
             manifest,
-            schema=max(record.schema for record in tensors.values()),
+            schema=max(manifest.model_schema, *(record.schema for record in tensors.values())),
             tensors=tensors,
             arrays={name: record for s in shards for name, record in s.arrays.items()},
             files=files,

@@ -20,8 +20,9 @@ def rope_tables(config: GemmaConfig, layer: int, start: int, length: int) -> tup
 
     Angles are float64: in float32 they lose a radian's fourth digit at a few thousand tokens.
     """
-    half = config.head_dim // 2
+    half = config.layer_head_dim(layer) // 2
     frequency = config.theta(layer) ** (-np.arange(half) / half)
+    frequency[config.rotary_pairs(layer) :] = 0  # these stay as they are
     position = np.arange(start, start + length) * config.position_scale(layer)
     angle = np.outer(position, frequency)
     return np.cos(angle).astype(np.float32), np.sin(angle).astype(np.float32)
@@ -54,24 +55,29 @@ def attend(config: GemmaConfig, layer: int, q: Array, k: Array, v: Array) -> Arr
 
 
 class KVCache:
-    """Keys (after RoPE) and values of one sequence, every layer."""
+    """Keys (after RoPE) and values of one sequence, of every layer that has its own."""
 
     def __init__(self, config: GemmaConfig, capacity: int) -> None:
-        self._shape = (config.num_layers, 1, capacity, config.num_kv_heads, config.head_dim)
+        self._shapes = {
+            layer: (1, capacity, config.layer_kv_heads(layer), config.layer_head_dim(layer))
+            for layer in range(config.num_layers)
+            if config.kv_source(layer) == layer
+        }
         self.position = 0
 
     # Made on first use: a session that only scores needs none.
     @cached_property
-    def _keys(self) -> Array:
-        return np.empty(self._shape, np.float32)
+    def _keys(self) -> dict[int, Array]:
+        return {layer: np.empty(shape, np.float32) for layer, shape in self._shapes.items()}
 
     @cached_property
-    def _values(self) -> Array:
-        return np.empty(self._shape, np.float32)
+    def _values(self) -> dict[int, Array]:
+        return {layer: np.empty(shape, np.float32) for layer, shape in self._shapes.items()}
 
     def append(self, layer: int, k: Array, v: Array) -> tuple[Array, Array]:
         """Store k, v (1, length, kv_heads, dim) behind `position`; return those of all tokens."""
         stop = self.position + k.shape[1]
-        self._keys[layer, :, self.position : stop] = k
-        self._values[layer, :, self.position : stop] = v
-        return self._keys[layer, :, :stop], self._values[layer, :, :stop]
+        keys, values = self._keys[layer], self._values[layer]
+        keys[:, self.position : stop] = k
+        values[:, self.position : stop] = v
+        return keys[:, :stop], values[:, :stop]

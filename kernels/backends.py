@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from uq.kernels.session import BatchSession, Session
 
 
-DEVICES = ("auto", "vulkan", "vulkan:N", "vulkan:NAME", "npu", "npu-emulator", "cpu")
+DEVICES = ("auto", "vulkan", "vulkan:N", "vulkan:NAME", "npu", "npu-emulator", "cpu", "reference")
 EMULATED = ("", "npu1", "npu2")
 
 
@@ -75,6 +75,8 @@ def _backend(name: str, wish: str) -> Backend:
         return _vulkan(wish)
     if name == "npu-emulator":
         return _npu_emulator(wish)
+    if name == "reference":
+        return _reference()
     return _npu() if name == "npu" else _cpu()
 
 
@@ -192,7 +194,7 @@ def _opened(device: str, open_it: Callable[[Backend], S | None]) -> S:
 
 
 def _fastest(open_it: Callable[[Backend], S | None]) -> S:
-    for backend in backends():
+    for backend in (*backends(), _reference()):
         if not backend.preferred:
             continue
         try:
@@ -323,6 +325,25 @@ def _open_cpu_batch(bundle: Bundle, slots: int, options: Options) -> BatchSessio
         max_context=options.max_context,
         threads=options.threads,
     )
+
+
+def _reference() -> Backend:
+    """What runs every model, for those that no other device computes yet."""
+
+    def open_it(bundle: Bundle, options: Options) -> Session:
+        from uq.kernels.numerics import FLOAT
+        from uq.kernels.reference import ReferenceSession
+        from uq.kernels.weights import BundleWeights
+
+        if options.speculate:
+            raise UsageError("the reference does not check guessed tokens; use --device vulkan")
+        return ReferenceSession(
+            BundleWeights(bundle),
+            max_context=options.max_context,
+            numerics=options.numerics or FLOAT,
+        )
+
+    return Backend("reference", "float32 on dequantized weights, in NumPy: slow", open_it)
 
 
 def _check_cpu(options: Options) -> None:

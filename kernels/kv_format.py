@@ -93,14 +93,14 @@ def _rounded(x: Array, bits: int, group: int) -> Array:
     return codes.reshape(x.shape)
 
 
-def _balance(config: GemmaConfig, weights: Mapping[str, Array]) -> Array:
+def _balance(config: GemmaConfig, weights: Mapping[str, Array]) -> Array | np.float32:
     """(dim,) sqrt(k gain / q gain): the s that spreads the error of scores evenly; 1 without norms.
 
     The error of a score is sum (q s) (error of k / s), and that of k / s grows with the largest
     |k| / s of its group.
     """
     if not config.qk_norm:
-        return np.ones(config.head_dim, np.float32)
+        return np.float32(1)
     k, q = (_pair_gains(weights[f"self_attn.{name}_norm"]) for name in "kq")
     balance: Array = np.sqrt(k / q)
     return balance

@@ -60,10 +60,14 @@ class Numerics:
     def check(self, config: GemmaConfig) -> None:
         """Raises UsageError: a group does not divide the channels of the model."""
         if self.activations is not None:
-            for name in ("hidden_size", "q_size", "intermediate_size"):
-                _check_group(name, getattr(config, name), self.activations.group)
+            _check_group("hidden_size", config.hidden_size, self.activations.group)
+            for layer in range(config.num_layers):
+                _check_group("q_size", config.layer_q_size(layer), self.activations.group)
+                size = config.layer_intermediate_size(layer)
+                _check_group("intermediate_size", size, self.activations.group)
         if self.kv is not None:
-            _check_group("head_dim", config.head_dim, self.kv.group)
+            for layer in range(config.num_layers):
+                _check_group("head_dim", config.layer_head_dim(layer), self.kv.group)
 
 
 FLOAT = Numerics()

@@ -1,6 +1,6 @@
 """The exact forward pass of Gemma in float32, staged so that a caller can work between stages.
 
-A layer is six functions, one after the other, cut where the inputs of its linears appear.
+A layer is seven functions, one after the other, cut where the inputs of its linears appear.
 `ReferenceSession` runs them over a checkpoint, one layer in memory at a time.
 Shapes: hidden (batch, length, hidden); weights by role, linears (out, in), norms as gains.
 """
@@ -14,11 +14,14 @@ import psutil
 from numpy.typing import NDArray
 
 from uq.errors import UsageError
-from uq.formats.config import GemmaConfig
+from uq.formats.config import PER_LAYER_EMBEDDING, GemmaConfig
 from uq.kernels.attention import KVCache, attend, rope_tables
-from uq.kernels.elementwise import gelu_product, rms_norm_rows, rotate
+from uq.kernels.elementwise import gelu_product, rotate
+from uq.kernels.experts import experts_output
 from uq.kernels.kv_format import KVFormat
 from uq.kernels.numerics import FLOAT, Numerics
+from uq.kernels.per_layer import Beside, add_per_layer
+from uq.kernels.products import flat, linear, rms_norm
 from uq.kernels.sampling import sample
 from uq.kernels.session import Device, Sampling, check_room, check_tokens
 from uq.kernels.weights import CheckpointWeights, Weights, WeightSource
@@ -46,27 +49,51 @@ def attention_context(
     x: Array,
     cache: KVCache | None = None,
     kv: KVFormat | None = None,
+    beside: Beside | None = None,
 ) -> Array:
     """Input of o_proj: softmax(Q K^T) V of every head, (batch, length, q_size).
 
     With a cache (batch 1), its keys and values come first and those of `x` are added to it. `kv` is
     how they are stored; the cache itself keeps them in float32.
     """
-    dim = config.head_dim
+    shared = {} if beside is None else beside.shared
     start = 0 if cache is None else cache.position
-    q, k, v = (linear(x, weights[f"self_attn.{name}_proj"]) for name in "qkv")
-    q, k, v = (y.reshape(*y.shape[:2], -1, dim) for y in (q, k, v))  # (batch, length, heads, dim)
+    q = _heads(config, layer, linear(x, weights["self_attn.q_proj"]))
     if config.qk_norm:
         q = rms_norm(q, weights["self_attn.q_norm"], config.rms_norm_eps)
+    rotate(q, *rope_tables(config, layer, start, x.shape[1]))
+    source = config.kv_source(layer)
+    if source == layer:
+        k, v = _keys_and_values(config, layer, weights, x, start)
+        if cache is not None:
+            k, v = cache.append(layer, k, v)
+        if kv is not None:
+            k, v = kv.keys(config, layer, weights, k), kv.values(v)
+        if layer in config.shared_sources:
+            shared[layer] = k, v
+    return attend(config, layer, q, *(shared[source] if source != layer else (k, v)))
+
+
+def _keys_and_values(
+    config: GemmaConfig, layer: int, weights: Weights, x: Array, start: int
+) -> tuple[Array, Array]:
+    """Of the tokens of `x`, normed and turned as attention reads them: (batch, length, heads, dim)
+    each.
+    """
+    raw = linear(x, weights["self_attn.k_proj"])
+    v = raw if config.key_is_value(layer) else linear(x, weights["self_attn.v_proj"])
+    k, v = _heads(config, layer, raw), _heads(config, layer, v)
+    if config.value_norm:  # in front of the keys' norm and rotation, where they are one array
+        v = rms_norm(v, np.ones(v.shape[-1], np.float32), config.rms_norm_eps)
+    if config.qk_norm:
         k = rms_norm(k, weights["self_attn.k_norm"], config.rms_norm_eps)
-    cos, sin = rope_tables(config, layer, start, x.shape[1])
-    rotate(q, cos, sin)
-    rotate(k, cos, sin)
-    if cache is not None:
-        k, v = cache.append(layer, k, v)
-    if kv is not None:
-        k, v = kv.keys(config, layer, weights, k), kv.values(v)
-    return attend(config, layer, q, k, v)
+    rotate(k, *rope_tables(config, layer, start, x.shape[1]))
+    return k, v
+
+
+def _heads(config: GemmaConfig, layer: int, y: Array) -> Array:
+    """(batch, length, heads * dim) -> (batch, length, heads, dim)."""
+    return y.reshape(*y.shape[:2], -1, config.layer_head_dim(layer))
 
 
 def add_attention(
@@ -102,10 +129,24 @@ def add_mlp(
     """The residual stream behind the MLP; `out` of down_proj is taken over, where it is known."""
     if out is None:
         out = linear(y, weights["mlp.down_proj"])
+    if config.experts:
+        out = rms_norm(out, weights["post_feedforward_layernorm_1"], config.rms_norm_eps)
+        out += experts_output(config, weights, hidden)
     if config.post_norms:
         out = rms_norm(out, weights["post_feedforward_layernorm"], config.rms_norm_eps)
     out += hidden
     return out
+
+
+def leave(
+    config: GemmaConfig, layer: int, weights: Weights, hidden: Array, beside: Beside
+) -> Array:
+    """The residual stream behind what a layer does last."""
+    if config.per_layer:
+        hidden = add_per_layer(config, layer, weights, hidden, beside)
+    if config.layer_scalar:
+        hidden = hidden * weights["layer_scalar"]
+    return hidden
 
 
 def layer_forward(
@@ -115,14 +156,20 @@ def layer_forward(
     hidden: Array,
     cache: KVCache | None = None,
     numerics: Numerics = FLOAT,
+    beside: Beside | None = None,
 ) -> Array:
-    """One decoder layer: the six stages above."""
+    """One decoder layer: the seven stages above.
+
+    Args:
+        beside: of these sequences; the same object for every layer.
+    """
+    beside = Beside() if beside is None else beside
     x = numerics.linear_input(attention_input(config, weights, hidden))
-    context = attention_context(config, layer, weights, x, cache, numerics.kv)
+    context = attention_context(config, layer, weights, x, cache, numerics.kv, beside)
     hidden = add_attention(config, weights, hidden, numerics.linear_input(context))
     x = numerics.linear_input(mlp_input(config, weights, hidden))
     y = numerics.linear_input(mlp_hidden(config, weights, x))
-    return add_mlp(config, weights, hidden, y)
+    return leave(config, layer, weights, add_mlp(config, weights, hidden, y), beside)
 
 
 def soft_cap(config: GemmaConfig, logits: Array) -> Array:
@@ -131,23 +178,6 @@ def soft_cap(config: GemmaConfig, logits: Array) -> Array:
         np.tanh(logits / np.float32(cap), out=logits)
         logits *= np.float32(cap)
     return logits
-
-
-def flat(x: Array) -> Array:
-    """(..., n) -> (rows, n)."""
-    return x.reshape(-1, x.shape[-1])
-
-
-def linear(x: Array, weight: Array) -> Array:
-    """x @ weight.T as one matrix product over all leading axes."""
-    return (flat(x) @ weight.T).reshape(*x.shape[:-1], weight.shape[0])
-
-
-def rms_norm(x: Array, gain: Array, eps: float) -> Array:
-    """x / sqrt(mean(x^2) + eps) * gain over the last axis (Zhang and Sennrich, RMSNorm)."""
-    out = np.empty_like(x)
-    rms_norm_rows(flat(x), gain, np.float32(eps), flat(out))
-    return out
 
 
 class ReferenceSession:
@@ -175,7 +205,7 @@ class ReferenceSession:
         self._numerics = numerics
         if resident is None:
             free = psutil.virtual_memory().available
-            resident = 4 * self.config.num_parameters() <= free // 3
+            resident = 4 * _resident_parameters(self.config) <= free // 3
         features = ("resident" if resident else "streamed",)
         self.device = Device("reference", "float32, numpy", f"numpy {np.__version__}", features)
         self.max_context = max_context
@@ -192,7 +222,7 @@ class ReferenceSession:
         """Float32 bytes of all layers, the norms, the head and one embedding row."""
         config = self.config
         unread = 0 if config.tied_head else config.vocab_size * config.hidden_size
-        return 4 * (config.num_parameters() - unread + config.hidden_size)
+        return 4 * (_active_parameters(config) - unread + config.hidden_size)
 
     @property
     def position(self) -> int:
@@ -202,11 +232,12 @@ class ReferenceSession:
         check_tokens(tokens, self.config.vocab_size)
         hidden = embed(self.config, self._weights.embedding(tokens))
         step = max(1, TOKEN_BLOCK // tokens.shape[1])
+        blocks = [slice(first, first + step) for first in range(0, len(tokens), step)]
+        beside = [self._beside(tokens[block], hidden[block]) for block in blocks]
         for layer in range(self.config.num_layers):
             weights = self._weights.layer(layer)
-            for first in range(0, len(tokens), step):
-                block = hidden[first : first + step]
-                hidden[first : first + step] = self._layer(layer, weights, block, None)
+            for block, more in zip(blocks, beside, strict=True):
+                hidden[block] = self._layer(layer, weights, hidden[block], None, more)
         return rms_norm(hidden, self._weights.final_norm, self.config.rms_norm_eps)
 
     def logits(self, hidden: Array, start: int, stop: int) -> Array:
@@ -222,9 +253,10 @@ class ReferenceSession:
         check_tokens(ids, self.config.vocab_size)
         check_room(ids.size, self.position, self.max_context)
         hidden = embed(self.config, self._weights.embedding(ids))
+        beside = self._beside(ids, hidden)
         for layer in range(self.config.num_layers):
             weights = self._weights.layer(layer)
-            hidden = self._layer(layer, weights, hidden, self._cache)
+            hidden = self._layer(layer, weights, hidden, self._cache, beside)
         self._cache.position += ids.size
         last = rms_norm(hidden[:, -1], self._weights.final_norm, self.config.rms_norm_eps)
         self._logits = self._all_logits(last)
@@ -239,8 +271,14 @@ class ReferenceSession:
             self.prefill([token])
             yield token
 
-    def _layer(self, layer: int, weights: Weights, hidden: Array, cache: KVCache | None) -> Array:
-        return layer_forward(self.config, layer, weights, hidden, cache, self._numerics)
+    def _layer(
+        self, layer: int, weights: Weights, hidden: Array, cache: KVCache | None, beside: Beside
+    ) -> Array:
+        return layer_forward(self.config, layer, weights, hidden, cache, self._numerics, beside)
+
+    def _beside(self, tokens: NDArray[np.int32], embedded: Array) -> Beside:
+        """Of sequences in front of layer 0."""
+        return beside_tokens(self.config, self._weights, tokens, embedded)
 
     def _all_logits(self, hidden: Array) -> Array:
         """(vocab,) of one hidden state (1, hidden)."""
@@ -248,3 +286,31 @@ class ReferenceSession:
         starts = range(0, vocab, VOCAB_BLOCK)
         blocks = [self.logits(hidden, i, min(i + VOCAB_BLOCK, vocab))[0] for i in starts]
         return np.concatenate(blocks)
+
+
+def beside_tokens(
+    config: GemmaConfig, weights: CheckpointWeights, tokens: NDArray[np.int32], embedded: Array
+) -> Beside:
+    """What goes with tokens (batch, length) through the layers; `embedded` is copied."""
+    if config.per_layer is None:
+        return Beside()
+    return Beside(embedded.copy(), weights.per_layer_rows(tokens))
+
+
+def _resident_parameters(config: GemmaConfig) -> int:
+    """All but the per-layer embedding, which is read by row wherever it lies."""
+    rows = config.table_shapes().get(PER_LAYER_EMBEDDING, (0, 0))
+    return config.num_parameters() - rows[0] * rows[1]
+
+
+def _active_parameters(config: GemmaConfig) -> int:
+    """Those that a token reads: of the experts the chosen ones, of the per-layer table a row."""
+    count = _resident_parameters(config) + config.table_shapes().get(PER_LAYER_EMBEDDING, (0, 0))[1]
+    if config.experts is None:
+        return count
+    idle = config.experts.count - config.experts.active
+    for layer in range(config.num_layers):
+        shapes = config.linear_shapes(layer)
+        for role in config.expert_roles(layer):
+            count -= idle * config.expert_rows(layer, role) * shapes[role][1]
+    return count

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
-from uq.errors import UsageError
+from uq.errors import DeviceError, UsageError
 from uq.formats.config import GemmaConfig
 from uq.formats.decode import OPTIONAL
 from uq.kernels.profile import StepTimes
@@ -298,6 +298,20 @@ def check_tokens(tokens: NDArray[np.int32], vocab_size: int) -> None:
             f"token {outside[0]} is not in the vocabulary of {vocab_size}; "
             "use the model's own tokenizer"
         )
+
+
+def require_known(config: GemmaConfig, what: str, remedy: str, known: Collection[str] = ()) -> None:
+    """Refuse a model whose layers have more than a device computes.
+
+    Args:
+        what: the device; `remedy`: what to do instead.
+        known: of the names in `GemmaConfig.extensions`, those that it computes.
+
+    Raises:
+        DeviceError: names the first option that the device does not compute.
+    """
+    if unknown := [option for option in config.extensions() if option not in known]:
+        raise DeviceError(f"{what} does not compute {unknown[0]} ({config.family}); {remedy}")
 
 
 def check_room(count: int, position: int, max_context: int) -> None:

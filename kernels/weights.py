@@ -2,14 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from uq.formats.bundle import Bundle
-from uq.formats.config import EMBEDDING, FINAL_NORM, HEAD, GemmaConfig
+from uq.formats.config import (
+    EMBEDDING,
+    FINAL_NORM,
+    HEAD,
+    PER_LAYER_EMBEDDING,
+    PER_LAYER_NORM,
+    PER_LAYER_PROJECTION,
+    GemmaConfig,
+    layer_tensor,
+)
 from uq.formats.manifest import gain_name
 from uq.formats.spec import QuantTensor
 
@@ -23,8 +32,18 @@ class WeightSource(Protocol):
     config: GemmaConfig
 
     def layer(self, index: int) -> Weights:
-        """Role -> (out, in) linear, or (size,) norm gain."""
+        """Role -> (out, in) linear, (size,) norm gain, or what is kept; without experts."""
         ...
+
+    def expert(self, index: int, role: str, number: int) -> Array:
+        """One expert's (out, in) of a linear that holds all; only of models with experts."""
+        raise LookupError("no experts")
+
+    def per_layer_embedding(self, start: int, stop: int) -> Array:
+        """Rows `start:stop` of the per-layer embedding, (stop - start, layers * size); only of
+        models that have one.
+        """
+        raise LookupError("no per-layer embedding")
 
     def embedding(self, start: int, stop: int) -> Array:
         """Rows `start:stop`, not multiplied by the embedding's scale."""
@@ -39,6 +58,26 @@ class WeightSource(Protocol):
         ...
 
 
+class LayerWeights(dict[str, Array]):
+    """Weights of a layer by role, and of its experts by role and number: `experts.down_proj.17`.
+
+    An expert is read when it is asked for.
+    """
+
+    def __init__(self, source: WeightSource, layer: int, *, resident: bool) -> None:
+        super().__init__(source.layer(layer))
+        self._source, self._layer, self._resident = source, layer, resident
+
+    def __missing__(self, key: str) -> Array:
+        role, _, number = key.rpartition(".")
+        if not number.isdecimal():
+            raise KeyError(key)
+        weight = self._source.expert(self._layer, role, int(number))
+        if self._resident:
+            self[key] = weight
+        return weight
+
+
 class CheckpointWeights:
     """Float32 weights of a checkpoint: read anew at each use, or kept once read."""
 
@@ -51,18 +90,20 @@ class CheckpointWeights:
 
     def layer(self, index: int) -> Weights:
         if not self._resident:
-            return self._checkpoint.layer(index)
+            return LayerWeights(self._checkpoint, index, resident=False)
         if index not in self._layers:
-            self._layers[index] = self._checkpoint.layer(index)
+            self._layers[index] = LayerWeights(self._checkpoint, index, resident=True)
         return self._layers[index]
 
     def embedding(self, tokens: NDArray[np.int32]) -> Array:
         """Rows of the embedding, (*tokens.shape, hidden)."""
         if self._resident:
             return self._table("embedding")[tokens]
-        ids, inverse = np.unique(tokens, return_inverse=True)
-        rows = [self._checkpoint.embedding(int(token), int(token) + 1) for token in ids]
-        return np.concatenate(rows)[inverse.reshape(tokens.shape)]
+        return _rows_of(self._checkpoint.embedding, tokens)
+
+    def per_layer_rows(self, tokens: NDArray[np.int32]) -> Array:
+        """Rows of the per-layer embedding, (*tokens.shape, layers * size); never held whole."""
+        return _rows_of(self._checkpoint.per_layer_embedding, tokens)
 
     def head_rows(self, ids: NDArray[np.intp]) -> Array:
         """Some rows of the output matrix: (ids, hidden)."""
@@ -81,6 +122,13 @@ class CheckpointWeights:
         return self._tables[name]
 
 
+def _rows_of(read: Callable[[int, int], Array], tokens: NDArray[np.int32]) -> Array:
+    """(*tokens.shape, n), each row read once."""
+    ids, inverse = np.unique(tokens, return_inverse=True)
+    rows = [read(int(token), int(token) + 1) for token in ids]
+    return np.concatenate(rows)[inverse.reshape(tokens.shape)]
+
+
 class BundleWeights:
     """The dequantized weights of a bundle, read as a checkpoint is."""
 
@@ -90,10 +138,18 @@ class BundleWeights:
         self._tables: dict[str, QuantTensor] = {}
 
     def layer(self, index: int) -> Weights:
-        return {
+        weights = {
             role: value.dequantize() if isinstance(value, QuantTensor) else value
             for role, value in self._bundle.layer(index).items()
         }
+        return weights | self._model_part(index)
+
+    def expert(self, index: int, role: str, number: int) -> Array:
+        rows, name = self.config.expert_rows(index, role), layer_tensor(index, role)
+        return self._bundle.rows(name, number * rows, (number + 1) * rows).dequantize()
+
+    def per_layer_embedding(self, start: int, stop: int) -> Array:
+        return self._bundle.rows(PER_LAYER_EMBEDDING, start, stop).dequantize()
 
     def embedding(self, start: int, stop: int) -> Array:
         return self._rows(EMBEDDING, start, stop)
@@ -103,6 +159,17 @@ class BundleWeights:
 
     def final_norm(self) -> Array:
         return self._bundle.array(gain_name(FINAL_NORM))
+
+    def _model_part(self, index: int) -> dict[str, Array]:
+        """What makes the layer's per-layer input, out of arrays of the whole model."""
+        if self.config.per_layer is None:
+            return {}
+        size = self.config.per_layer.size
+        projection = self._bundle.array(f"{PER_LAYER_PROJECTION}.weight")
+        return {
+            PER_LAYER_PROJECTION: projection[index * size : (index + 1) * size],
+            PER_LAYER_NORM: self._bundle.array(gain_name(f"{PER_LAYER_NORM}.weight")),
+        }
 
     def _rows(self, name: str, start: int, stop: int) -> Array:
         if name not in self._tables:

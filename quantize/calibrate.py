@@ -20,14 +20,13 @@ from pathlib import Path
 import numpy as np
 
 from uq.formats.config import GemmaConfig
+from uq.kernels.products import flat, linear
 from uq.kernels.reference import (
     add_attention,
     add_mlp,
     attention_context,
     attention_input,
     embed,
-    flat,
-    linear,
     mlp_hidden,
     mlp_input,
 )
@@ -279,5 +278,9 @@ class NumpyEngine:
 
 def token_bytes(config: GemmaConfig) -> int:
     """Float32 bytes of a token on one path, at the stage that has most: stream, input, output."""
-    widest = max(cols for _, cols in config.linear_shapes().values())
+    widest = max(
+        cols
+        for layer in range(config.num_layers)
+        for _, cols in config.linear_shapes(layer).values()
+    )
     return 4 * (2 * config.hidden_size + widest)

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 from uq.errors import DeviceError, UqError
 from uq.formats.config import GemmaConfig
+from uq.kernels.session import require_known
 from uq.progress import Progress
 from uq.text import size
 
@@ -51,6 +52,7 @@ def _on_gpu(
     from uq.kernels.vulkan import pipeline_cache
     from uq.quantize.vulkan_calibration import VulkanEngine, device_bytes
 
+    require_known(config, "calibration on a GPU", "use --device cpu")
     gpu = _chosen(wish)
     needed = device_bytes(config, sequences * length, length)
     if needed > gpu.memory:

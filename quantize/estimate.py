@@ -7,8 +7,9 @@ count of operations over rates that are measured here and now on small samples: 
 from __future__ import annotations
 
 import hashlib
+import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from functools import partial
 
@@ -17,14 +18,14 @@ import psutil
 
 from uq.formats.checkpoint import Checkpoint
 from uq.formats.checkpoint.content import BLOCK
-from uq.formats.config import EMBEDDING, HEAD, GemmaConfig, layer_tensor
+from uq.formats.config import EMBEDDING, HEAD, PER_LAYER_EMBEDDING, GemmaConfig, layer_tensor
 from uq.formats.layouts import LAYOUTS
 from uq.formats.manifest import expected_tensors
 from uq.formats.spec import Spec
 from uq.quantize.calibrate import STAGES
 from uq.quantize.factor import factorize
 from uq.quantize.gptq import Statistics, quantize_gptq
-from uq.quantize.memory import footprint, spills
+from uq.quantize.memory import footprint, layer_kinds, spills
 from uq.quantize.pipeline import QuantizeOptions, recognised_plan, worker_threads
 from uq.quantize.plan import Plan, TensorPlan
 from uq.quantize.probes import (
@@ -41,6 +42,7 @@ from uq.quantize.sensitivity import SAMPLE_ROWS
 from uq.text import duration, size, table
 
 TOKENIZER_SECONDS = 4e-6  # per token, likewise
+TABLES = {EMBEDDING: "embedding", HEAD: "head", PER_LAYER_EMBEDDING: "per-layer embedding"}
 SAMPLE = 512  # side of the sample matrices
 REPEATS = 8
 GPTQ_PRODUCTS = 13  # multiplications per weight and input channel, all parts of GPTQ together
@@ -102,7 +104,7 @@ def estimate(checkpoint: Checkpoint, options: QuantizeOptions) -> Estimate:
     config = checkpoint.config
     plan = recognised_plan(checkpoint, options)
     kinds = tuple(_kinds(config, plan))
-    gains = 4 * sum(width for (width,) in expected_tensors(config)[1].values())
+    gains = 4 * sum(map(math.prod, expected_tensors(config)[1].values()))
     nbytes = gains + sum(kind.nbytes for kind in kinds)
     threads = worker_threads(options)
     tokens, made = options.calibration_tokens, checkpoint.makes_tokenizer
@@ -112,7 +114,7 @@ def estimate(checkpoint: Checkpoint, options: QuantizeOptions) -> Estimate:
     seconds = _rounding_seconds(checkpoint, plan) + _hashing_seconds(source + nbytes)
     seconds = TOKENIZER_SECONDS * config.vocab_size + seconds / threads
     if plan.calibrated:
-        seconds += config.num_layers * _layer_seconds(config, plan, options)
+        seconds += _layers_seconds(config, plan, options)
     if plan.budget is not None:
         seconds += _measuring_seconds(config, plan)
     return Estimate(
@@ -130,15 +132,16 @@ def estimate(checkpoint: Checkpoint, options: QuantizeOptions) -> Estimate:
 def _kinds(config: GemmaConfig, plan: Plan) -> Iterator[Kind]:
     shapes = expected_tensors(config)[0]
     tables = table_names(config)
-    names = {"embedding": [EMBEDDING]} | ({} if config.tied_head else {"head": [HEAD]})
-    for role in config.linear_shapes():
-        names[role] = [layer_tensor(layer, role) for layer in range(config.num_layers)]
+    names = {kind: [name] for name, kind in TABLES.items() if name in shapes}
+    for layer in range(config.num_layers):
+        for role in config.linear_shapes(layer):
+            names.setdefault(role, []).append(layer_tensor(layer, role))
     for kind, members in names.items():
-        rows, cols = shapes[members[0]]
         tensor = plan.tensors[members[0]]
-        weights = len(members) * rows * cols
+        weights = sum(math.prod(shapes[name]) for name in members)
         mixed = plan.budget is not None and (plan.budget.tables or members[0] not in tables)
-        nbytes = len(members) * LAYOUTS[tensor.layout].nbytes(rows, cols, tensor.spec)
+        layout = LAYOUTS[tensor.layout]
+        nbytes = sum(layout.nbytes(*shapes[name], tensor.spec) for name in members)
         yield Kind(
             name=kind,
             tensors=len(members),
@@ -185,14 +188,23 @@ def _hashing_seconds(nbytes: int) -> float:
     return nbytes / len(sample) * _fastest(lambda: hashlib.sha256(sample))
 
 
-def _layer_seconds(config: GemmaConfig, plan: Plan, options: QuantizeOptions) -> float:
-    """One layer: the tokens' way through it, the second moments, GPTQ."""
-    single, double, per_weight = _rates(plan)
+def _layers_seconds(config: GemmaConfig, plan: Plan, options: QuantizeOptions) -> float:
+    """All layers: the tokens' way through them, the second moments, GPTQ."""
+    rates, kinds = _rates(plan), layer_kinds(config)
+    return sum(n * _layer_seconds(dict(kind), plan, options, rates) for kind, n in kinds.items())
+
+
+def _layer_seconds(
+    linears: Mapping[str, tuple[int, int]],
+    plan: Plan,
+    options: QuantizeOptions,
+    rates: tuple[float, float, float],
+) -> float:
+    single, double, per_weight = rates
     tokens, length = options.calibration_tokens, options.calibration_length
     paths = 2 if plan.corrected else 1
-    linears = config.linear_shapes()
     weights = sum(rows * cols for rows, cols in linears.values())
-    attention = 2 * length * config.q_size
+    attention = 2 * length * linears["self_attn.o_proj"][1]
     forward = OVERHEAD * 2 * tokens * paths * (weights + attention)
     inputs = {stage: linears[stage.roles[0]] for stage in STAGES}  # (rows, cols)
     widths = [cols for _, cols in inputs.values()]
@@ -214,12 +226,13 @@ def _layer_seconds(config: GemmaConfig, plan: Plan, options: QuantizeOptions) ->
 def _measuring_seconds(config: GemmaConfig, plan: Plan) -> float:
     """The probes' way through the layers and the head, and the search on every grid."""
     single, _, per_weight = _rates(plan)
-    weights = sum(rows * cols for rows, cols in config.linear_shapes().values())
-    models = len(config.linear_shapes()) * len(probed_layers(config.num_layers))
+    linears = config.linear_shapes(0)
+    weights = sum(rows * cols for rows, cols in linears.values())
+    models = len(linears) * len(probed_layers(config.num_layers))
     walks = PROBE_WINDOWS * PROBE_LENGTH * models * config.num_layers / 2
     positions = PROBE_WINDOWS * len(range(*POSITIONS.indices(PROBE_LENGTH)))
     head = positions * config.hidden_size * (models * LIKELIEST + config.vocab_size)
-    sampled = sum(min(rows, SAMPLE_ROWS) * cols for rows, cols in config.linear_shapes().values())
+    sampled = sum(min(rows, SAMPLE_ROWS) * cols for rows, cols in linears.values())
     searches = len(CANDIDATES) * config.num_layers * sampled * per_weight
     return OVERHEAD * 2 * (walks * weights + head) / single + searches
 

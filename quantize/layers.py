@@ -59,7 +59,7 @@ class CalibratedLayers:
     def quantize(self, layer: int) -> list[Entry]:
         """Bundle entries of a layer; the next call is for the next layer."""
         weights = self._checkpoint.layer(layer, self._contents)
-        gains = {role: weights[role] for role in self._checkpoint.config.norm_shapes()}
+        gains = {role: weights[role] for role in self._checkpoint.config.norm_shapes(layer)}
         linears: list[Entry] = []
 
         def stage(roles: Sequence[str], statistics: StageStatistics) -> QuantizedWeights:
@@ -75,8 +75,8 @@ class CalibratedLayers:
             return QuantizedWeights(found, scale)
 
         self._calibration.quantize_layer(layer, weights, stage)
-        norms = [ArrayEntry(gain_name(layer_tensor(layer, role)), gains[role]) for role in gains]
-        return [*linears, *norms]
+        kept = {role: weights[role] for role in self._checkpoint.config.kept_shapes(layer)}
+        return [*linears, *arrays(layer, gains, kept)]
 
     def _equalize(
         self,
@@ -147,6 +147,16 @@ class CalibratedLayers:
         if method == "gptq":
             return solver.quantize(weight, spec, self._plan.gptq), method, None
         return quantize_rtn(weight * scale, spec, importance), method, None
+
+
+def arrays(
+    layer: int, gains: Mapping[str, NDArray[np.float32]], kept: Mapping[str, NDArray[np.float32]]
+) -> list[Entry]:
+    """What a layer keeps in float32: norms, and what is never quantized."""
+    return [
+        *(ArrayEntry(gain_name(layer_tensor(layer, role)), gains[role]) for role in gains),
+        *(ArrayEntry(layer_tensor(layer, role), kept[role]) for role in kept),
+    ]
 
 
 def _token_rows(

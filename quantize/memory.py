@@ -6,7 +6,8 @@ The arrays that live together at the worst moment of each stage are added up: an
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -29,6 +30,8 @@ TOKENIZER_BYTES = 700  # per token, while a tokenizer.json is put together
 ROW_COPIES = 7  # of a block of rows in work, in the Hessian's type; and in float32:
 ROW_FLOATS = 5
 BATCH_COPIES = 3  # of the inputs of a batch: weighted, and less the other path's
+Shapes = tuple[tuple[str, tuple[int, int]], ...]
+
 SHARE = 0.9  # of the free memory that is used without asking
 
 
@@ -61,7 +64,11 @@ def footprint(
         return Footprint(program + rounding, 0)
     paths = 2 if plan.corrected else 1
     batch = min(tokens, BATCH_TOKENS)
-    moments = [_stage_bytes(config, plan, stage, batch) for stage in STAGES]
+    moments = [
+        _stage_bytes(config, plan, shapes, stage, batch)
+        for shapes in layer_kinds(config)
+        for stage in STAGES
+    ]
     if plan.budget is not None:
         moments.append(_probing_bytes(config, batch))
     return Footprint(program + max(rounding, *moments), paths * tokens * token_bytes(config))
@@ -87,9 +94,15 @@ def spills(found: Footprint, limit: int | None) -> bool:
     return found.resident > limit
 
 
-def _stage_bytes(config: GemmaConfig, plan: Plan, stage: Stage, batch: int) -> int:
+def layer_kinds(config: GemmaConfig) -> dict[Shapes, int]:
+    """Shapes of the linears by role, of each kind of layer, and how many layers are of it."""
+    layers = (tuple(config.linear_shapes(layer).items()) for layer in range(config.num_layers))
+    return Counter(layers)
+
+
+def _stage_bytes(config: GemmaConfig, plan: Plan, linears: Shapes, stage: Stage, batch: int) -> int:
     """Weights that are held, and the larger of taking the stage's moments and using them."""
-    shapes = config.linear_shapes()
+    shapes = dict(linears)
     rows, n = shapes[stage.roles[0]]
     paths = 2 if plan.corrected else 1
     item = 8 if n <= WIDE else 4
@@ -101,20 +114,20 @@ def _stage_bytes(config: GemmaConfig, plan: Plan, stage: Stage, batch: int) -> i
     entering = 4 * batch * (paths * token_bytes(config) // 4 + BATCH_COPIES * n)
     taking = kept + strip + entering
     factorizing = kept + hessian + hessian // 2
-    largest = max(shapes[role][0] for role in stage.roles) * n
+    largest = max(shapes[role][0] for role in stage.roles if role in shapes) * n
     block = min(largest, ROW_NUMBERS) * (ROW_COPIES * item + ROW_FLOATS * 4)
     single = 4 * n * n if item == 8 else 0
     rounding = kept + hessian + single + block + 8 * REFIT_NUMBERS + 5 * largest
-    return sum(_held(config, stage)) + max(taking, factorizing, rounding)
+    return sum(_held(shapes, stage)) + max(taking, factorizing, rounding)
 
 
-def _held(config: GemmaConfig, stage: Stage) -> Iterator[int]:
+def _held(shapes: Mapping[str, tuple[int, int]], stage: Stage) -> Iterator[int]:
     """Bytes of the layer's weights during a stage: exact from here on, rounded here, codes."""
-    sizes = {role: int(np.prod(shape)) for role, shape in config.linear_shapes().items()}
+    sizes = {role: int(np.prod(shape)) for role, shape in shapes.items()}
     later = False
     for other in STAGES:
         later = later or other is stage
-        for role in other.roles:
+        for role in (role for role in other.roles if role in sizes):
             if later:
                 yield 4 * sizes[role]
             if other is stage:
@@ -124,7 +137,7 @@ def _held(config: GemmaConfig, stage: Stage) -> Iterator[int]:
 
 def _probing_bytes(config: GemmaConfig, batch: int) -> int:
     """While costs are measured: the probes, a layer, and its widest Hessian twice."""
-    shapes = config.linear_shapes().values()
+    shapes = config.linear_shapes(0).values()
     models = 4 + len(shapes) * (1 + len(probed_layers(config.num_layers)))
     state = 4 * PROBE_WINDOWS * PROBE_LENGTH * config.hidden_size
     widest = max(cols for _, cols in shapes)

@@ -25,6 +25,7 @@ from uq.formats.config import GemmaConfig
 from uq.formats.disk import require_free
 from uq.formats.manifest import Calibration, Manifest, Provenance, SourceFile
 from uq.formats.writer import BundleWriter, Entry, QuantEntry, work_folder
+from uq.kernels.session import require_known
 from uq.progress import Progress, SilentProgress
 from uq.quantize.calibrate import NumpyEngine
 from uq.quantize.calibration_engine import CalibrationEngine
@@ -160,7 +161,12 @@ def _write_shards(source: ShardSource, writer: BundleWriter, progress: Progress)
 
 
 def plan_of(config: GemmaConfig, options: QuantizeOptions) -> Plan:
-    """Raises UsageError: the options do not fit the model or each other."""
+    """The recipe applied to a model, as the options ask for it.
+
+    Raises:
+        UsageError: the options do not fit the model or each other.
+        DeviceError: the model has layers that calibration cannot follow.
+    """
     plan = make_plan(
         config,
         options.recipe,
@@ -171,6 +177,8 @@ def plan_of(config: GemmaConfig, options: QuantizeOptions) -> Plan:
     )
     if options.calibration_tokens < 2:
         raise UsageError(f"--calibration-tokens {options.calibration_tokens}: use 2 or more")
+    if plan.uses_gptq or options.calibration is not None:
+        require_known(config, "calibration", "use --method rtn without --calibration")
     if options.calibration is None or plan.uses_gptq:
         return plan
     if all(tensor.spec.bits == 8 for tensor in plan.tensors.values()):

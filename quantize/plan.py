@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
 from uq.errors import UsageError
-from uq.formats.config import EMBEDDING, HEAD, GemmaConfig, layer_tensor
+from uq.formats.config import LAYERS, GemmaConfig, layer_tensor
 from uq.formats.layouts import LAYOUTS
+from uq.formats.manifest import expected_tensors
 from uq.formats.spec import BITS, GROUPS, Spec
 
 Method = Literal["rtn", "gptq", "grid"]
@@ -127,7 +129,7 @@ class Plan:
         Nothing is left to choose then, either, but the tables keep the grid that they have.
         """
         tensors = {**self.tensors, **found}
-        linears = (plan for name, plan in tensors.items() if name not in (EMBEDDING, HEAD))
+        linears = (plan for name, plan in tensors.items() if LAYERS in name)
         needed = any(plan.method != "grid" for plan in linears)
         if needed:
             return replace(self, tensors=tensors)
@@ -192,13 +194,11 @@ def make_plan(
     chosen = rules.method if method == "auto" else _checked_method(method)
     layout = _layout(targets)
 
-    tensors = {EMBEDDING: TensorPlan(rules.table, "rtn", layout)}
-    columns = {EMBEDDING: config.hidden_size}
-    if not config.tied_head:
-        tensors[HEAD] = TensorPlan(rules.table, "rtn", layout)
-        columns[HEAD] = config.hidden_size
+    tables = config.table_shapes()
+    tensors = {name: TensorPlan(rules.table, "rtn", layout) for name in tables}
+    columns = {name: cols for name, (_, cols) in tables.items()}
     for layer in range(config.num_layers):
-        for role, (_, cols) in config.linear_shapes().items():
+        for role, (_, cols) in config.linear_shapes(layer).items():
             name = layer_tensor(layer, role)
             tensors[name] = TensorPlan(rules.linear, chosen, layout)
             columns[name] = cols
@@ -217,16 +217,16 @@ def make_plan(
 def _within(config: GemmaConfig, plan: Plan, bpw: float) -> Plan:
     if not plan.uses_gptq:
         raise UsageError("--bpw measures on calibration text; it does not go with --method rtn")
-    norms = config.hidden_size + config.num_layers * sum(
-        size for (size,) in config.norm_shapes().values()
-    )
-    nbytes = int(bpw * config.num_parameters() / 8) - 4 * norms
+    arrays = sum(map(math.prod, expected_tensors(config)[1].values()))
+    nbytes = int(bpw * config.num_parameters() / 8) - 4 * arrays
     return replace(plan, recipe=f"bpw{bpw:g}", budget=Budget(nbytes, tables=True))
 
 
 def _linear_bytes(config: GemmaConfig, spec: Spec, layout: str) -> int:
-    return config.num_layers * sum(
-        LAYOUTS[layout].nbytes(rows, cols, spec) for rows, cols in config.linear_shapes().values()
+    return sum(
+        LAYOUTS[layout].nbytes(rows, cols, spec)
+        for layer in range(config.num_layers)
+        for rows, cols in config.linear_shapes(layer).values()
     )
 
 

@@ -15,7 +15,8 @@ from numpy.typing import NDArray
 
 from uq.formats.config import EMBEDDING, HEAD, GemmaConfig, layer_tensor
 from uq.formats.spec import SPECS, Spec
-from uq.kernels.reference import embed, flat, layer_forward, linear, rms_norm, soft_cap
+from uq.kernels.products import flat, linear, rms_norm
+from uq.kernels.reference import embed, layer_forward, soft_cap
 from uq.kernels.weights import CheckpointWeights, Weights
 from uq.quantize.moments import mean_square
 from uq.quantize.scales import checked, quantize_rtn
@@ -66,7 +67,7 @@ class Probes:
     def walk(self, layer: int, weights: Weights) -> None:
         """Take all models through a layer, and start those of its own linears."""
         started = {}
-        for role in self._config.linear_shapes():
+        for role in self._config.linear_shapes(layer):
             name = layer_tensor(layer, role)
             rounded = {**weights, role: probe(name, weights[role])}
             started[name] = layer_forward(self._config, layer, rounded, self._exact)
@@ -86,7 +87,7 @@ class Probes:
     def divergences(self) -> dict[str, float]:
         """Mean KL divergence from the untouched model of each with one tensor rounded; once."""
         measured = dict(zip(self._models, self._measured(), strict=True))
-        for role in self._config.linear_shapes():
+        for role in self._config.linear_shapes(0):
             probed = [layer_tensor(layer, role) for layer in self._probed]
             effects = [
                 np.log(max(measured[name], LEAST) / max(self._moved[name], LEAST))

@@ -41,7 +41,7 @@ def recognise(checkpoint: Checkpoint, plan: Plan) -> Plan:
     Raises:
         CheckpointError: a value is NaN or infinite.
     """
-    first = [layer_tensor(0, role) for role in checkpoint.config.linear_shapes()]
+    first = [layer_tensor(0, role) for role in checkpoint.config.linear_shapes(0)]
     blocks = any(checkpoint.tensors[name].dtype.startswith("q") for name in plan.tensors)
     if blocks or any(_has_grid(checkpoint, name, plan.tensors[name].spec) for name in first):
         names = list(plan.tensors)

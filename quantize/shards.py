@@ -8,14 +8,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from uq.formats.checkpoint import Checkpoint
-from uq.formats.config import EMBEDDING, FINAL_NORM, HEAD, GemmaConfig, layer_tensor
+from uq.formats.config import GemmaConfig, layer_tensor
 from uq.formats.layouts import LAYOUTS
 from uq.formats.manifest import expected_tensors, gain_name
 from uq.formats.writer import ArrayEntry, BundleWriter, Entry
 from uq.progress import Progress
 from uq.quantize.calibration_engine import CalibrationEngine
 from uq.quantize.farm import Farm
-from uq.quantize.layers import CalibratedLayers
+from uq.quantize.layers import CalibratedLayers, arrays
 from uq.quantize.plan import Plan
 from uq.quantize.rounding import RoundedTensors
 
@@ -67,18 +67,23 @@ class ShardSource:
                 self._calibrated.skip(layer, writer.read_layer(layer))
 
     def entries(self, index: int) -> list[Entry]:
-        """Embedding, head and final norm (0), or layer `index - 1`."""
+        """What belongs to no layer (0), or layer `index - 1`."""
         if index == 0:
-            final = self._checkpoint.final_norm(self._contents)
-            return [*self._round(index), ArrayEntry(gain_name(FINAL_NORM), final)]
+            return [*self._round(index), *self._model_arrays()]
         layer = index - 1
         if self._calibrated is not None:
             return self._calibrated.quantize(layer)
-        gains = [
-            ArrayEntry(gain_name(layer_tensor(layer, role)), gain)
-            for role, gain in self._checkpoint.gains(layer, self._contents).items()
+        gains = self._checkpoint.gains(layer, self._contents)
+        kept = self._checkpoint.kept(layer, self._contents)
+        return [*self._round(index), *arrays(layer, gains, kept)]
+
+    def _model_arrays(self) -> list[Entry]:
+        checkpoint, contents = self._checkpoint, self._contents
+        norms, kept = checkpoint.config.model_norms(), checkpoint.config.model_kept()
+        return [
+            *(ArrayEntry(gain_name(name), checkpoint.gain(name, contents)) for name in norms),
+            *(ArrayEntry(name, checkpoint.whole(name, contents)) for name in kept),
         ]
-        return [*self._round(index), *gains]
 
     def _round(self, index: int) -> list[Entry]:
         return [self._rounded.entry(name) for name in shard_tensors(self._checkpoint.config, index)]
@@ -87,14 +92,18 @@ class ShardSource:
 def shard_tensors(config: GemmaConfig, index: int) -> list[str]:
     """Quantized tensors of a shard: the tables (0), or the linears of layer `index - 1`."""
     if index == 0:
-        return [EMBEDDING] if config.tied_head else [EMBEDDING, HEAD]
-    return [layer_tensor(index - 1, role) for role in config.linear_shapes()]
+        return list(config.table_shapes())
+    return [layer_tensor(index - 1, role) for role in config.linear_shapes(index - 1)]
 
 
 def shard_sources(config: GemmaConfig, index: int) -> list[str]:
-    """Tensors that a shard is made from: those of `shard_tensors`, and the weights of norms."""
-    norms = [] if index == 0 else [layer_tensor(index - 1, role) for role in config.norm_shapes()]
-    return [*shard_tensors(config, index), *(norms or [FINAL_NORM])]
+    """Tensors that a shard is made from: those of `shard_tensors`, norms, and what is kept."""
+    if index == 0:
+        rest = [*config.model_norms(), *config.model_kept()]
+    else:
+        roles = (*config.norm_shapes(index - 1), *config.kept_shapes(index - 1))
+        rest = [layer_tensor(index - 1, role) for role in roles]
+    return [*shard_tensors(config, index), *rest]
 
 
 def shard_bytes(config: GemmaConfig, plan: Plan) -> list[int]:

@@ -17,7 +17,8 @@ import numpy as np
 
 from uq.formats.config import GemmaConfig
 from uq.formats.spec import GROUPS
-from uq.kernels.reference import embed, flat
+from uq.kernels.products import flat
+from uq.kernels.reference import embed
 from uq.kernels.vulkan.dense.cells import Cell, Row
 from uq.kernels.vulkan.dense.grids import SYSTEM_BYTES
 from uq.kernels.vulkan.dense.layer import Chunk, Layer, Tokens, power_below
@@ -74,7 +75,7 @@ def device_bytes(config: GemmaConfig, tokens: int, length: int) -> int:
     n, largest = padded(max(hidden, ffn, q)), padded(hidden) * padded(ffn)
     streams = tokens * (3 * 4 * padded(hidden) + 2 * (padded(q) + padded(ffn)))
     squares = 4 * (3 * n * n + padded(hidden) ** 2)
-    layer = sum(padded(rows) * padded(cols) for rows, cols in config.linear_shapes().values())
+    layer = sum(padded(rows) * padded(cols) for rows, cols in config.linear_shapes(0).values())
     batch = max(BATCH_TOKENS, length)
     work = batch * (8 * padded(ffn) + 6 * config.num_heads * padded(length))
     systems = min(SYSTEM_BYTES, 4 * (n // min(GROUPS)) ** 2 * n)

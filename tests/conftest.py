@@ -32,11 +32,17 @@ from uq.formats.writer import ArrayEntry, BundleWriter, Entry, QuantEntry
 from uq.quantize.pipeline import QuantizeOptions, quantize
 
 SPECIALS = ("<pad>", "<eos>", "<bos>", "<unk>", "<start_of_turn>", "<end_of_turn>")
-MODEL_TYPES = {"gemma": "gemma", "gemma2": "gemma2", "gemma3": "gemma3_text"}
+MODEL_TYPES = {
+    "gemma": "gemma",
+    "gemma2": "gemma2",
+    "gemma3": "gemma3_text",
+    "vaultgemma": "vaultgemma",
+}
 CLASSES = {
     "gemma": "GemmaForCausalLM",
     "gemma2": "Gemma2ForCausalLM",
     "gemma3": "Gemma3ForCausalLM",
+    "vaultgemma": "VaultGemmaForCausalLM",
 }
 DTYPES = {"bf16": "bfloat16", "f16": "float16", "f32": "float32"}
 CHAT_TEMPLATE = (
@@ -112,6 +118,23 @@ def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., P
         write_json(folder / "tokenizer_config.json", tokenizer_config())
         write_weights(folder, dict(weights_of(tiny)), tiny)
         return folder
+
+    return write
+
+
+@pytest.fixture(scope="session")
+def tiny_gemma4(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """Factory of Gemma 4 folders by the name of a variant, with the options of `write_gemma4`.
+
+    `text` changes keys of the variant.
+    """
+    from tests.gemma4 import VARIANTS, write_gemma4  # which imports transformers
+
+    root, numbers = tmp_path_factory.mktemp("gemma4"), count()
+
+    def write(variant: str, *, text: Mapping[str, Any] | None = None, **options: Any) -> Path:
+        keys = {**VARIANTS[variant], **(text or {})}
+        return write_gemma4(root / f"{variant}-{next(numbers)}", keys, **options)
 
     return write
 
@@ -344,9 +367,12 @@ def weights_of(tiny: Tiny) -> Iterator[tuple[str, NDArray[np.float32]]]:
 
     hidden, ffn, dim = tiny.hidden, tiny.ffn, tiny.head_dim
     q_size, kv_size = tiny.heads * dim, tiny.kv_heads * dim
-    norms = ["input_layernorm", "post_attention_layernorm"]
-    if tiny.family != "gemma":
-        norms += ["pre_feedforward_layernorm", "post_feedforward_layernorm"]
+    block = ["input_layernorm", "post_attention_layernorm"]
+    outputs = ["pre_feedforward_layernorm", "post_feedforward_layernorm"]
+    norms = {
+        "gemma": block,
+        "vaultgemma": ["input_layernorm", "pre_feedforward_layernorm"],
+    }.get(tiny.family, block + outputs)
 
     table = tiny.spread * hidden**-0.5
     yield f"{tiny.prefix}embed_tokens.weight", normal(tiny.vocab, hidden, std=table)

@@ -110,8 +110,8 @@ def test_every_family_is_complete(
 def test_a_layer_has_its_linears_and_gains(pristine: Path) -> None:
     opened = open_bundle(pristine)
     layer = opened.layer(1)
-    assert set(layer) == {*opened.config.linear_shapes(), *opened.config.norm_shapes()}
-    for role, shape in opened.config.linear_shapes().items():
+    assert set(layer) == {*opened.config.linear_shapes(0), *opened.config.norm_shapes(0)}
+    for role, shape in opened.config.linear_shapes(0).items():
         weight = layer[role]
         assert isinstance(weight, QuantTensor)
         assert weight.shape == shape
@@ -251,8 +251,8 @@ def test_truncated_files(bundle: Path, name: str) -> None:
 
 
 def test_a_newer_schema(bundle: Path) -> None:
-    edit_manifest(bundle, lambda tree: tree.update(schema=3, uq="9.0", colour="blue"))
-    refuse(bundle, "schema 3 is newer than 2.*update uq .*'9.0'")
+    edit_manifest(bundle, lambda tree: tree.update(schema=4, uq="9.0", colour="blue"))
+    refuse(bundle, "schema 4 is newer than 3.*update uq .*'9.0'")
 
 
 @pytest.mark.parametrize(
@@ -300,7 +300,7 @@ NO_FILE = {"size": 0, "sha256": "0" * 64}
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (at("schema", 0), "schema: expected 1 to 2, found 0"),
+        (at("schema", 0), "schema: expected 1 to 3, found 0"),
         (at("schema", "1"), 'schema: expected an integer, found "1"'),
         (at("schema", True), "schema: expected an integer, found true"),
         (at("two\nlines", "blue"), "is not known"),

@@ -15,7 +15,8 @@ from numpy.typing import NDArray
 from uq.errors import UsageError
 from uq.formats.checkpoint import Checkpoint, open_checkpoint
 from uq.formats.spec import Spec
-from uq.kernels.reference import attention_context, attention_input, embed, flat
+from uq.kernels.products import flat
+from uq.kernels.reference import attention_context, attention_input, embed
 from uq.kernels.weights import CheckpointWeights
 from uq.quantize import calibrate, moments
 from uq.quantize.calibrate import STAGES, Calibration

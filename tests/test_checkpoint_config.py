@@ -7,7 +7,13 @@ import math
 from typing import Any
 
 import pytest
-from transformers import Gemma2Config, Gemma3Config, Gemma3TextConfig, GemmaConfig
+from transformers import (
+    Gemma2Config,
+    Gemma3Config,
+    Gemma3TextConfig,
+    GemmaConfig,
+    VaultGemmaConfig,
+)
 
 from uq.errors import CheckpointError
 from uq.formats.checkpoint.hf_config import parse_config
@@ -38,6 +44,8 @@ SPARSE: list[tuple[str, dict[str, Any]]] = [
     ("gemma2", {"attn_logit_softcapping": None, "final_logit_softcapping": None}),
     ("gemma2", {"rope_parameters": {"rope_type": "default", "rope_theta": 3e4}}),
     ("gemma2", {"sliding_window": 128, "layer_types": ["full_attention"] * 26}),
+    ("vaultgemma", {}),
+    ("vaultgemma", {"sliding_window": 512, "attn_logit_softcapping": None}),
     ("gemma3_text", {}),
     ("gemma3_text", GEMMA3_27B),
     ("gemma3_text", {"rope_theta": 5e5, "rope_local_base_freq": 5e3, "num_hidden_layers": 7}),
@@ -47,7 +55,12 @@ SPARSE: list[tuple[str, dict[str, Any]]] = [
     ("gemma3_text", {"final_logit_softcapping": 30.0, "rms_norm_eps": 1e-5}),
     ("gemma3_text", {"layer_types": ["full_attention"] * 3, "num_hidden_layers": 3}),
 ]
-CLASSES = {"gemma": GemmaConfig, "gemma2": Gemma2Config, "gemma3_text": Gemma3TextConfig}
+CLASSES = {
+    "gemma": GemmaConfig,
+    "gemma2": Gemma2Config,
+    "gemma3_text": Gemma3TextConfig,
+    "vaultgemma": VaultGemmaConfig,
+}
 
 
 def oracle(model_type: str, keys: dict[str, Any]) -> dict[str, Any]:
@@ -128,14 +141,22 @@ def test_end_tokens_beside_the_text_config_are_read() -> None:
     assert parse_config(config).eos_token_ids == (1, 106)
 
 
-@pytest.mark.parametrize("model_type", ["gemma3n", "gemma4", "llama", "paligemma", None])
-def test_other_architectures_are_refused_by_name(model_type: str | None) -> None:
+@pytest.mark.parametrize(
+    ("model_type", "nearest"),
+    [
+        ("gemma5", "; the nearest is gemma"),
+        ("vaultgemma2", "; the nearest is vaultgemma"),
+        ("llama", ""),
+        (None, ""),
+    ],
+)
+def test_other_architectures_are_refused_by_name(model_type: str | None, nearest: str) -> None:
     with pytest.raises(CheckpointError) as caught:
         parse_config({"model_type": model_type})
-    assert str(caught.value) == (
-        f"config.json: model_type {model_type!r} is not supported; supported are: "
-        "gemma, gemma2, gemma3_text, gemma3"
+    assert str(caught.value).startswith(
+        f"config.json: model_type {model_type!r} is not supported{nearest}"
     )
+    assert "; supported are: gemma, gemma2, " in str(caught.value)
 
 
 YARN = {"rope_type": "yarn", "factor": 8.0}

@@ -58,10 +58,10 @@ def test_layer_reads_linears_and_gains(tiny_checkpoint: Tiny, family: str, dtype
     checkpoint = open_checkpoint(folder)
     config, stored = checkpoint.config, oracle(folder)
     layer = checkpoint.layer(1)
-    assert set(layer) == set(config.linear_shapes()) | set(config.norm_shapes())
-    for role in config.linear_shapes():
+    assert set(layer) == set(config.linear_shapes(0)) | set(config.norm_shapes(0))
+    for role in config.linear_shapes(0):
         assert_array_equal(layer[role], stored[f"model.layers.1.{role}.weight"], strict=True)
-    for role in config.norm_shapes():
+    for role in config.norm_shapes(0):
         gain = 1 + stored[f"model.layers.1.{role}.weight"]
         assert_array_equal(layer[role], gain, strict=True)
     assert checkpoint.dtype == dtype

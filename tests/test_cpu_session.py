@@ -58,7 +58,7 @@ class Source:
         for layer in range(config.num_layers):
             for role, weight in checkpoint.layer(layer).items():
                 name = layer_tensor(layer, role)
-                if role in config.linear_shapes():
+                if role in config.linear_shapes(0):
                     self.tensors[name] = rounded(weight, SPECS_OF_ROLES.get(role, Spec(4, 32)))
                 else:
                     self.gains[name] = weight

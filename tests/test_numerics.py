@@ -19,7 +19,8 @@ from uq.kernels.attention import rope_tables
 from uq.kernels.elementwise import rotate
 from uq.kernels.kv_format import KVFormat
 from uq.kernels.numerics import KV, Int8Activations, Numerics
-from uq.kernels.reference import ReferenceSession, linear
+from uq.kernels.products import linear
+from uq.kernels.reference import ReferenceSession
 from uq.kernels.session import Sampling
 from uq.kernels.weights import BundleWeights
 

@@ -70,7 +70,7 @@ def test_group_replaces_that_of_the_linears_alone() -> None:
 
 def test_a_mixed_recipe_takes_the_bytes_of_its_linears_on_one_grid() -> None:
     plan = make_plan(CONFIG, "int4")
-    weights = 2 * sum(rows * cols for rows, cols in CONFIG.linear_shapes().values())
+    weights = 2 * sum(rows * cols for rows, cols in CONFIG.linear_shapes(0).values())
     assert plan.budget == Budget(weights * 9 // 16, tables=False)  # 4.5 bits
     assert make_plan(CONFIG, "int4", method="rtn").budget is None
 

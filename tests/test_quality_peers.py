@@ -189,7 +189,7 @@ def test_sizes_of_a_package_count_the_embedding_both_ways(
     (only,) = foreign.steps(Row("r", "numpy", ("1",), calibrated=True), drawn)
     sizes = foreign.open(run(only, tmp_path, "here")).sizes
     config = open_checkpoint(folder).config
-    linears = config.num_layers * sum(a * b for a, b in config.linear_shapes().values())
+    linears = config.num_layers * sum(a * b for a, b in config.linear_shapes(0).values())
     table = config.vocab_size * config.hidden_size
     norms = config.num_parameters() - linears - table
     total_bits = 4.5 * linears + 8.25 * table + 32 * norms

@@ -28,6 +28,7 @@ MODELS: dict[str, dict[str, Any]] = {
         "config": {"attn_logit_softcapping": 1.5, "final_logit_softcapping": 2.0},
     },
     "gemma2 own attention scale": {"family": "gemma2", "config": {"query_pre_attn_scalar": 7}},
+    "vaultgemma": {"family": "vaultgemma", "window": 300},
     "gemma3": {"layers": 7, "pattern": 6, "window": 512},
     "gemma3 window of one": {"window": 1},
     "gemma3 linear RoPE scaling": {"config": LINEAR_BY_8},
@@ -70,7 +71,7 @@ def test_streamed_weights_give_the_same_hidden_states(
     np.testing.assert_array_equal(all_logits(streamed, hidden), all_logits(resident, hidden))
 
 
-@pytest.mark.parametrize("family", ["gemma", "gemma2", "gemma3"])
+@pytest.mark.parametrize("family", ["gemma", "gemma2", "vaultgemma", "gemma3"])
 def test_greedy_decoding_follows_scoring(tiny_checkpoint: Callable[..., Path], family: str) -> None:
     """Each decoded token is the argmax behind the text so far, past the sliding window."""
     session = ReferenceSession(open_checkpoint(tiny_checkpoint(family=family, window=9)))

@@ -15,7 +15,7 @@ from uq.formats.checkpoint import Checkpoint, open_checkpoint
 from uq.formats.config import EMBEDDING, HEAD, GemmaConfig, layer_tensor
 from uq.formats.spec import Spec
 from uq.kernels.reference import ReferenceSession
-from uq.kernels.weights import CheckpointWeights, Weights
+from uq.kernels.weights import CheckpointWeights, Weights, WeightSource
 from uq.progress import SilentProgress
 from uq.quantize import probes
 from uq.quantize.pipeline import QuantizeOptions, quantize
@@ -36,7 +36,7 @@ TOKENS = np.random.default_rng(0).integers(6, 512, (4, 128)).astype(np.int32)
 SILENT = SilentProgress()
 
 
-class Rounded:
+class Rounded(WeightSource):
     """A checkpoint with one tensor on its probe grid."""
 
     def __init__(self, inner: Checkpoint, name: str, bits: int) -> None:

@@ -18,7 +18,8 @@ from uq.formats.bundle import open_bundle
 from uq.formats.checkpoint import Checkpoint, open_checkpoint
 from uq.formats.config import layer_tensor
 from uq.formats.spec import QuantTensor, Spec
-from uq.kernels.reference import embed, flat, layer_forward
+from uq.kernels.products import flat
+from uq.kernels.reference import embed, layer_forward
 from uq.kernels.vulkan.device import choose
 from uq.kernels.weights import CheckpointWeights
 from uq.progress import SilentProgress
@@ -205,7 +206,7 @@ def test_the_command_calibrates_where_it_is_told(
     gpu, cpu = (open_bundle(tmp_path / name) for name in ("gpu", "cpu"))
     assert gpu.manifest.tools["calibration"] == f"vulkan {choose().name}"
     assert "calibration" not in cpu.manifest.tools
-    names = gpu.config.linear_shapes()
+    names = gpu.config.linear_shapes(0)
     pairs = [[b.quant(layer_tensor(0, role)).codes for b in (gpu, cpu)] for role in names]
     assert min((one == two).mean() for one, two in pairs) > 0.5
 

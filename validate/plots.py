@@ -26,6 +26,9 @@ VARIABLES = {
     "#000008": "--kind-3",
     "#000009": "--kind-4",
     "#00000a": "--kind-5",
+    "#00000b": "--kind-6",
+    "#00000c": "--kind-7",
+    "#00000d": "--kind-8",
 }
 LIGHT = {  # as the page has them
     "--ink": "#1b1d22",
@@ -38,6 +41,9 @@ LIGHT = {  # as the page has them
     "--kind-3": "#d9a22b",
     "--kind-4": "#8a5bc7",
     "--kind-5": "#8b919c",
+    "--kind-6": "#c7533f",
+    "--kind-7": "#5b8a3a",
+    "--kind-8": "#c75b9b",
 }
 INK, MUTED, LINE, ACCENT, SECOND, *KINDS = VARIABLES
 STYLE = {

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from uq.formats.config import EMBEDDING, HEAD, layer_tensor
+from uq.formats.config import EMBEDDING, HEAD, PER_LAYER_EMBEDDING, layer_tensor
 from uq.formats.manifest import gain_name
 from uq.validate.report import KindSize, LayerError
 
@@ -19,18 +19,20 @@ if TYPE_CHECKING:
     from uq.formats.manifest import Manifest, TensorRecord
 
 ROWS = 4096  # rows of the embedding that are compared at a time
-KINDS = ("embedding", "head", "attention", "mlp", "norms")
+TABLES = {EMBEDDING: "embedding", HEAD: "head", PER_LAYER_EMBEDDING: "per-layer embedding"}
+KINDS = (*TABLES.values(), "attention", "mlp", "experts", "other", "norms")
+PARTS = {".self_attn.": "attention", ".mlp.": "mlp", ".experts.": "experts"}
 
 Array = NDArray[np.float32]
 
 
 def kind_of(name: str) -> str:
     """The kind of a canonical tensor name: norms are stored as `.gain`, all else as `.weight`."""
-    if name.endswith(("norm.weight", ".gain")):
+    if "norm" in name.split(".")[-2] and name.endswith((".weight", ".gain")):
         return "norms"
-    if name in (EMBEDDING, HEAD):
-        return "embedding" if name == EMBEDDING else "head"
-    return "attention" if ".self_attn." in name else "mlp"
+    if name in TABLES:
+        return TABLES[name]
+    return next((kind for part, kind in PARTS.items() if part in name), "other")
 
 
 def kind_sizes(manifest: Manifest, checkpoint: Checkpoint) -> tuple[KindSize, ...]:
@@ -63,7 +65,11 @@ def weight_errors(
     errors = list(_table_errors(bundle, checkpoint))
     for index in range(checkpoint.config.num_layers):
         weights = checkpoint.layer(index)
-        for role in checkpoint.config.linear_shapes():
+        errors += [
+            _expert_errors(bundle, checkpoint, index, role)
+            for role in checkpoint.config.expert_roles(index)
+        ]
+        for role in (role for role in checkpoint.config.linear_shapes(index) if role in weights):
             name = layer_tensor(index, role)
             ours = bundle.quant(name).dequantize() / _moved(bundle, index, role, weights)
             error, size = _squares(weights[role], ours)
@@ -86,17 +92,28 @@ def _moved(bundle: Bundle, layer: int, role: str, weights: Mapping[str, Array]) 
 
 
 def _table_errors(bundle: Bundle, checkpoint: Checkpoint) -> Iterator[LayerError]:
-    """The embedding and, where it has weights of its own, the head: in blocks of rows."""
-    tables = {EMBEDDING: checkpoint.embedding}
-    if not checkpoint.config.tied_head:
-        tables[HEAD] = checkpoint.head
-    for name, read in tables.items():
-        tensor, error, size = bundle.quant(name), 0.0, 0.0
-        for start in range(0, tensor.shape[0], ROWS):
-            stop = min(start + ROWS, tensor.shape[0])
-            squares = _squares(read(start, stop), tensor.rows(start, stop).dequantize())
-            error, size = error + squares[0], size + squares[1]
-        yield _entry(name, bundle.manifest.tensors[name], error, size)
+    """What is read by row: in blocks of rows."""
+    for name, (rows, _) in checkpoint.config.table_shapes().items():
+        yield _error_by_rows(bundle, checkpoint, name, rows, ROWS)
+
+
+def _expert_errors(bundle: Bundle, checkpoint: Checkpoint, layer: int, role: str) -> LayerError:
+    """Of all experts together: one of them in memory at a time."""
+    config, name = checkpoint.config, layer_tensor(layer, role)
+    rows = config.linear_shapes(layer)[role][0]
+    return _error_by_rows(bundle, checkpoint, name, rows, config.expert_rows(layer, role))
+
+
+def _error_by_rows(
+    bundle: Bundle, checkpoint: Checkpoint, name: str, rows: int, step: int
+) -> LayerError:
+    """Of a tensor whose columns the quantizer leaves alone, `step` rows at a time."""
+    error, size = 0.0, 0.0
+    for start in range(0, rows, step):
+        block = start, min(start + step, rows)
+        squares = _squares(checkpoint.rows(name, *block), bundle.rows(name, *block).dequantize())
+        error, size = error + squares[0], size + squares[1]
+    return _entry(name, bundle.manifest.tensors[name], error, size)
 
 
 def _squares(weight: Array, approximation: Array) -> tuple[float, float]:

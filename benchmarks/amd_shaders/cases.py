@@ -208,7 +208,7 @@ class NoWeights:
         self._config, self._body, self._table = config, body, table
 
     def weight(self, name: str) -> Weight:
-        shapes, role = self._config.linear_shapes(), role_of(name)
+        shapes, role = self._config.linear_shapes(0), role_of(name)
         shape = shapes.get(role, (self._config.vocab_size, self._config.hidden_size))
         kind = self._body if role in shapes else self._table
         return Weight(kind, shape, partial(np.empty, 0, np.uint8))

@@ -65,7 +65,7 @@ def open_gguf_model(path: Path) -> Model:
     checkpoint = open_checkpoint(path)
     config, tensors = checkpoint.config, checkpoint.tensors
     names = linears(config)
-    body = sum(rows * cols for rows, cols in config.linear_shapes().values()) * config.num_layers
+    body = sum(rows * cols for rows, cols in config.linear_shapes(0).values()) * config.num_layers
     (file,) = checkpoint.fingerprint().values()
     return Model(
         checkpoint,
@@ -85,7 +85,7 @@ def linears(config: GemmaConfig) -> list[str]:
     return [
         layer_tensor(layer, role)
         for layer in range(config.num_layers)
-        for role in config.linear_shapes()
+        for role in config.linear_shapes(0)
     ]
 
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Mapping, MutableMapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
+from math import prod
 from typing import Literal
 
 import numpy as np
@@ -26,8 +27,18 @@ from uq.formats.checkpoint.tensors import (
     read_rows,
 )
 from uq.formats.checkpoint.weight_file import WeightFile
-from uq.formats.config import EMBEDDING, FINAL_NORM, HEAD, GemmaConfig, layer_tensor
+from uq.formats.config import (
+    EMBEDDING,
+    FINAL_NORM,
+    HEAD,
+    PER_LAYER_EMBEDDING,
+    PER_LAYER_NORM,
+    PER_LAYER_PROJECTION,
+    GemmaConfig,
+    layer_tensor,
+)
 from uq.formats.decode import printable
+from uq.formats.families.registry import FAMILIES
 from uq.formats.tokenizer import Tokenizer
 
 TOKENIZER = "tokenizer.json"
@@ -91,7 +102,9 @@ class Checkpoint:
         return self.source.kind in ("gguf", "demo")
 
     def layer(self, index: int, contents: Contents | None = None) -> dict[str, NDArray[np.float32]]:
-        """Weights of one layer: role -> (out, in) linear, or (size,) norm gain.
+        """Weights of one layer: role -> (out, in) linear, (size,) norm gain, or what is kept.
+
+        Experts are left out; `expert` reads them one by one.
 
         Args:
             contents: the hashes of its tensors are entered here.
@@ -99,17 +112,43 @@ class Checkpoint:
         Raises:
             CheckpointError: a value is NaN or infinite.
         """
-        weights = {
-            role: self._read(layer_tensor(index, role), contents)
-            for role in self.config.linear_shapes()
-        }
-        return weights | self.gains(index, contents)
+        linears = self.config.linear_shapes(index)
+        roles = [role for role in linears if role not in self.config.expert_roles(index)]
+        weights = {role: self._read(layer_tensor(index, role), contents) for role in roles}
+        kept = self.kept(index, contents)
+        return weights | self.gains(index, contents) | kept | self.model_part(index)
+
+    def expert(self, index: int, role: str, number: int) -> NDArray[np.float32]:
+        """One expert's part of a linear that holds all: (out, in).
+
+        Raises:
+            CheckpointError: a value is NaN or infinite.
+        """
+        rows = self.config.expert_rows(index, role)
+        return self.rows(layer_tensor(index, role), number * rows, (number + 1) * rows)
 
     def gains(self, index: int, contents: Contents | None = None) -> dict[str, NDArray[np.float32]]:
         """Norm gains of one layer by role: (size,); arguments and errors are those of `layer`."""
+        roles = self.config.norm_shapes(index)
+        return {role: self.gain(layer_tensor(index, role), contents) for role in roles}
+
+    def kept(self, index: int, contents: Contents | None = None) -> dict[str, NDArray[np.float32]]:
+        """What is never quantized of one layer, by role; the rest as in `gains`."""
+        roles = self.config.kept_shapes(index)
+        return {role: self._read(layer_tensor(index, role), contents) for role in roles}
+
+    def model_part(self, index: int) -> dict[str, NDArray[np.float32]]:
+        """What makes the layer's per-layer input, out of tensors of the whole model.
+
+        Raises:
+            CheckpointError: a value is NaN or infinite.
+        """
+        if self.config.per_layer is None:
+            return {}
+        size, projection = self.config.per_layer.size, f"{PER_LAYER_PROJECTION}.weight"
         return {
-            role: self._gain(layer_tensor(index, role), contents)
-            for role in self.config.norm_shapes()
+            PER_LAYER_PROJECTION: self.rows(projection, index * size, (index + 1) * size),
+            PER_LAYER_NORM: self.gain(f"{PER_LAYER_NORM}.weight"),
         }
 
     def rows(self, name: str, start: int, stop: int) -> NDArray[np.float32]:
@@ -136,9 +175,29 @@ class Checkpoint:
         """
         return read_rows(self.tensors[EMBEDDING if self.config.tied_head else HEAD], start, stop)
 
-    def final_norm(self, contents: Contents | None = None) -> NDArray[np.float32]:
-        """Gain of the norm in front of the head: (hidden,); the rest as in `layer`."""
-        return self._gain(FINAL_NORM, contents)
+    def per_layer_embedding(self, start: int, stop: int) -> NDArray[np.float32]:
+        """Rows `start:stop` of the per-layer embedding, unscaled: (stop - start, layers * size).
+
+        Raises:
+            CheckpointError: a value is NaN or infinite.
+        """
+        return read_rows(self.tensors[PER_LAYER_EMBEDDING], start, stop)
+
+    def final_norm(self) -> NDArray[np.float32]:
+        """Gain of the norm in front of the head: (hidden,).
+
+        Raises:
+            CheckpointError: a value is NaN or infinite.
+        """
+        return self.gain(FINAL_NORM)
+
+    def gain(self, name: str, contents: Contents | None = None) -> NDArray[np.float32]:
+        """Gain of a norm by its canonical name; the rest as in `layer`."""
+        return self._read(name, contents) + self._norm_offset
+
+    def whole(self, name: str, contents: Contents | None = None) -> NDArray[np.float32]:
+        """A tensor by its canonical name, as it is stored; the rest as in `layer`."""
+        return self._read(name, contents)
 
     def files(self) -> dict[str, WeightFile]:
         """Weight files by name."""
@@ -192,24 +251,21 @@ class Checkpoint:
             contents[name] = whole_content(info, raw)
         return as_float32(info, raw, 0)
 
-    def _gain(self, name: str, contents: Contents | None) -> NDArray[np.float32]:
-        return self._read(name, contents) + self._norm_offset
-
 
 def expected_shapes(config: GemmaConfig) -> dict[str, tuple[int, ...]]:
-    """Canonical name -> shape of every tensor that the model needs."""
-    table = (config.vocab_size, config.hidden_size)
-    shapes: dict[str, tuple[int, ...]] = {EMBEDDING: table, FINAL_NORM: (config.hidden_size,)}
-    if not config.tied_head:
-        shapes[HEAD] = table
-    roles = config.linear_shapes() | config.norm_shapes()
+    """Canonical name -> shape, as in the files, of every tensor that the model needs."""
+    family = FAMILIES[config.family]
+    shapes = {role.tensor: role.shape for role in family.model_roles(config)}
     for layer in range(config.num_layers):
-        shapes |= {layer_tensor(layer, role): shape for role, shape in roles.items()}
+        for role in family.layer_roles(config, layer):
+            shapes[layer_tensor(layer, role.name)] = role.shape
     return shapes
 
 
 def needed_tensors(config: GemmaConfig, tensors: Mapping[str, TensorInfo]) -> dict[str, TensorInfo]:
     """The tensors that the model needs, checked; others (a stored copy of a tied head) are dropped.
+
+    Stacked experts become one matrix, an expert's rows behind the other's.
 
     Raises:
         CheckpointError: a tensor is missing, or has another shape or an unknown dtype.
@@ -226,5 +282,6 @@ def needed_tensors(config: GemmaConfig, tensors: Mapping[str, TensorInfo]) -> di
                 f"{info.where}: dtype {printable(info.dtype)} is not supported; use a checkpoint "
                 "in bf16, f16 or f32, or a GGUF file"
             )
-        needed[name] = info
+        stacked = len(shape) == 3
+        needed[name] = replace(info, shape=(prod(shape[:2]), shape[2])) if stacked else info
     return needed

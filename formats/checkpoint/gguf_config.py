@@ -12,7 +12,7 @@ import numpy as np
 
 from uq.errors import CheckpointError
 from uq.formats.checkpoint.gguf_file import GgufFile
-from uq.formats.checkpoint.hf_config import MAX_NUMBER, check_heads, pattern_types
+from uq.formats.checkpoint.hf_config import check_heads
 from uq.formats.config import (
     EMBEDDING,
     FINAL_NORM,
@@ -25,11 +25,12 @@ from uq.formats.config import (
     layer_tensor,
 )
 from uq.formats.decode import shown
+from uq.formats.families.family import GgufDefaults
+from uq.formats.families.keys import MAX_NUMBER
+from uq.formats.families.reading import pattern_types
+from uq.formats.families.registry import FAMILIES, known
 
-ARCHITECTURES = ("gemma", "gemma2", "gemma3")
-PATTERN = {"gemma2": 2, "gemma3": 6}
-# The largest gemma2 and gemma3, told by their number of layers, scale scores by hidden / heads.
-LAYERS_27B = {"gemma2": 46, "gemma3": 62}
+ARCHITECTURES = {name: family for name, family in FAMILIES.items() if family.gguf is not None}
 END_OF_TURN = b"<end_of_turn>"
 ROLES = {
     "self_attn.q_proj": "attn_q",
@@ -54,6 +55,7 @@ class Metadata:
 
     file: GgufFile
     arch: str
+    defaults: GgufDefaults
 
     def get(self, key: str, default: Any) -> Any:
         return self.file.metadata.get(f"{self.arch}.{key}", default)
@@ -87,17 +89,15 @@ def gguf_config(file: GgufFile) -> GemmaConfig:
             unsupported value.
     """
     arch = file.metadata.get("general.architecture")
-    if not isinstance(arch, str) or arch not in ARCHITECTURES:
-        raise CheckpointError(
-            f"{file.path.name}: architecture {shown(arch)} is not supported; supported are: "
-            + ", ".join(ARCHITECTURES)
-        )
+    family = known(arch, ARCHITECTURES, f"{file.path.name}: architecture")
+    defaults = family.gguf
+    assert defaults is not None
     if file.metadata.get("split.count", 1) not in (0, 1):
         raise CheckpointError(
             f"{file.path.name}: one part of a split GGUF; join the parts with "
             "llama-gguf-split --merge"
         )
-    meta = Metadata(file, arch)
+    meta = Metadata(file, family.name, defaults)
     layers, heads = (
         meta.integer("block_count", most=MAX_LAYERS),
         meta.integer("attention.head_count"),
@@ -107,7 +107,7 @@ def gguf_config(file: GgufFile) -> GemmaConfig:
     types, window = _windows(meta, layers)
     theta, local_theta, scaling = _rope(meta)
     config = GemmaConfig(
-        family=arch,
+        family=family.name,
         vocab_size=_embedding_rows(file),
         hidden_size=hidden,
         intermediate_size=meta.integer("feed_forward_length"),
@@ -117,17 +117,17 @@ def gguf_config(file: GgufFile) -> GemmaConfig:
         head_dim=head_dim,
         rms_norm_eps=meta.number("attention.layer_norm_rms_epsilon"),
         query_pre_attn_scalar=float(
-            hidden // heads if LAYERS_27B.get(arch) == layers else head_dim
+            hidden // heads if defaults.scaled_layers == layers else head_dim
         ),
         sliding_window=window,
         layer_types=types,
         rope_theta=theta,
         rope_local_theta=local_theta,
         rope_scaling=scaling,
-        attn_softcap=meta.number("attn_logit_softcapping", 50) if arch == "gemma2" else None,
-        final_softcap=_final_softcap(meta),
-        post_norms=arch != "gemma",
-        qk_norm=arch == "gemma3",
+        attn_softcap=_attn_softcap(meta),
+        final_softcap=meta.number("final_logit_softcapping", defaults.final_softcap) or None,
+        post_norms=defaults.post_norms,
+        qk_norm=defaults.qk_norm,
         tied_head="output.weight" not in file.tensors,
         max_position_embeddings=meta.integer("context_length"),
         bos_token_id=_token(file, "bos", 2),
@@ -148,16 +148,16 @@ def gguf_names(config: GemmaConfig) -> dict[str, str]:
     if not config.tied_head:
         names[HEAD] = "output.weight"
     for layer in range(config.num_layers):
-        for role in (*config.linear_shapes(), *config.norm_shapes()):
+        for role in (*config.linear_shapes(layer), *config.norm_shapes(layer)):
             names[layer_tensor(layer, role)] = f"blk.{layer}.{roles[role]}.weight"
     return names
 
 
 def _windows(meta: Metadata, layers: int) -> tuple[tuple[str, ...], int]:
     """Layer types and the sliding window; gemma3 without a window has full layers only."""
-    if meta.arch == "gemma":
+    if meta.defaults.pattern == 1:
         return (FULL,) * layers, 0
-    window = int(meta.number("attention.sliding_window", 4096 if meta.arch == "gemma2" else 0))
+    window = int(meta.number("attention.sliding_window", meta.defaults.window))
     if window == 0:
         return (FULL,) * layers, 0
     pattern = meta.get("attention.sliding_window_pattern", None)
@@ -168,7 +168,7 @@ def _windows(meta: Metadata, layers: int) -> tuple[tuple[str, ...], int]:
                 f"{layers} layers"
             )
         return tuple(SLIDING if sliding else FULL for sliding in pattern[:layers]), window
-    every = meta.integer("attention.sliding_window_pattern", PATTERN[meta.arch])
+    every = meta.integer("attention.sliding_window_pattern", meta.defaults.pattern)
     return pattern_types(every, layers), window
 
 
@@ -178,19 +178,19 @@ def _rope(meta: Metadata) -> tuple[float, float, float]:
     factor = meta.number("rope.scaling.factor", meta.number("rope.scale_linear", 0)) or 1.0
     if kind == "none":
         factor = 1.0
-    elif kind != "linear" or (factor != 1 and meta.arch == "gemma2"):
+    elif kind != "linear" or (factor != 1 and not meta.defaults.linear_rope):
         raise CheckpointError(
             f"{meta.file.path.name}: RoPE scaling {kind!r} by {factor:g} is not supported for "
             f"{meta.arch}; supported is: linear, for gemma and gemma3"
         )
     theta = meta.number("rope.freq_base", 10000)
-    local = 10000.0 if meta.arch == "gemma3" else theta
+    local = meta.defaults.local_theta or theta
     return theta, meta.number("rope.freq_base_swa", local), factor
 
 
-def _final_softcap(meta: Metadata) -> float | None:
-    default = {"gemma": 0.0, "gemma2": 30.0, "gemma3": 0.0}[meta.arch]
-    return meta.number("final_logit_softcapping", default) or None
+def _attn_softcap(meta: Metadata) -> float | None:
+    default = meta.defaults.attn_softcap
+    return None if default is None else meta.number("attn_logit_softcapping", default)
 
 
 def _embedding_rows(file: GgufFile) -> int:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
 from uq import __version__
@@ -27,12 +27,12 @@ from uq.formats.checkpoint.read_ahead import BLOCK, WORKERS, read_ahead
 from uq.formats.checkpoint.safetensors_file import folder_tensors, stored_tensors, weight_names
 from uq.formats.checkpoint.small_file import read_small
 from uq.formats.checkpoint.tensors import TensorInfo
-from uq.formats.config import EMBEDDING, HEAD
+from uq.formats.config import EMBEDDING, HEAD, LAYERS
+from uq.formats.families.registry import FAMILIES
 from uq.formats.hub_name import cached_repository, is_hub_id
 
 PREFIXES = ("language_model.model.", "model.language_model.", "model.")
 HEADS = ("lm_head.weight", "language_model.lm_head.weight")
-LAYERS = "model.layers."
 VISION = ("vision_tower.", "multi_modal_projector.")
 ASSETS = (
     TOKENIZER,
@@ -121,13 +121,14 @@ def _open_folder(
         read_json(config_file), generation=read_json(generation) if generation.is_file() else {}
     )
     stored = folder_tensors(folder) if stored is None else stored
-    tensors = canonical_names(stored)
+    family = FAMILIES[config.family]
+    tensors = canonical_names(stored, family.stored_names)
     return Checkpoint(
         source,
         config,
         tensors,
         dtype=_describe_dtype(tensors.values()),
-        norm_offset=1.0,
+        norm_offset=family.norm_offset,
         left_out=_left_out(stored.values()),
         load_assets=lambda: _folder_assets(folder),
     )
@@ -155,16 +156,29 @@ def _open_demo() -> Checkpoint:
     return _open_gguf(demo_gguf(), Source("demo", DEMO), demo_licences)
 
 
-def canonical_names(stored: dict[str, TensorInfo]) -> dict[str, TensorInfo]:
-    """Tensors of the text model under their canonical names, whatever prefix the files use."""
+def canonical_names(
+    stored: dict[str, TensorInfo], stored_roles: Mapping[str, str]
+) -> dict[str, TensorInfo]:
+    """Tensors of the text model under their canonical names, whatever prefix the files use.
+
+    Args:
+        stored_roles: role within a layer -> role as the files have it, where it is another one.
+    """
     prefix = next((p for p in PREFIXES if p + EMBEDDING.removeprefix("model.") in stored), "model.")
+    roles = {found: role for role, found in stored_roles.items()}
     named = {
-        "model." + name.removeprefix(prefix): info
+        _canonical(name.removeprefix(prefix), roles): info
         for name, info in stored.items()
         if name.startswith(prefix)
     }
     head = next((stored[name] for name in HEADS if name in stored), None)
     return named | ({HEAD: head} if head else {})
+
+
+def _canonical(name: str, roles: Mapping[str, str]) -> str:
+    """`layers.3.router.scale` -> `model.layers.3.router.scale.weight`."""
+    *place, role = name.removesuffix(".weight").split(".")
+    return ".".join(["model", *place, roles.get(role, role), "weight"])
 
 
 def _left_out(stored: Iterable[TensorInfo]) -> tuple[str, ...]:

@@ -37,7 +37,7 @@ from uq.kernels.cpu.layout import Linear, WeightSource
 from uq.kernels.cpu.llvm import features
 from uq.kernels.cpu.model import Array, Layer, Work, load, workspace
 from uq.kernels.sampling import sample
-from uq.kernels.session import Device, Sampling, check_room, check_tokens
+from uq.kernels.session import Device, Sampling, check_room, check_tokens, require_known
 
 BLOCK = 512  # tokens that run through the layers together
 
@@ -62,7 +62,9 @@ class CpuSession:
         """
         Raises:
             UsageError: `threads` or `max_context` is out of range.
+            DeviceError: a layer has parts that the kernels do not compute.
         """
+        require_known(config, "the CPU backend", "use --device reference")
         self.config = config
         self.max_context = _checked_context(max_context)
         self._threads = _checked_threads(threads)

@@ -49,7 +49,7 @@ def logits(config: GemmaConfig, weights: Weights, hidden: Array) -> Array:
 
 
 def _roles(config: GemmaConfig) -> list[str]:
-    return [*config.linear_shapes(), *config.norm_shapes()]
+    return [*config.linear_shapes(0), *config.norm_shapes(0)]
 
 
 def _norm(config: GemmaConfig, x: Array, gain: Array) -> Array:

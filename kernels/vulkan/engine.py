@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from uq.errors import DeviceError, UsageError
 from uq.formats.config import EMBEDDING, GemmaConfig
 from uq.kernels.numerics import ACTIVATIONS, FLOAT, KV, Numerics
+from uq.kernels.session import require_known
 from uq.kernels.vulkan.autotune import tune
 from uq.kernels.vulkan.cache import Cache, CacheSize, check_memory
 from uq.kernels.vulkan.commands import Recorder, Submission
@@ -195,8 +196,10 @@ def check_sizes(config: GemmaConfig) -> None:
     """Refuse sizes that the kernels cannot cut up.
 
     Raises:
-        DeviceError: a size is no multiple of what a lane holds.
+        DeviceError: a size is no multiple of what a lane holds, or a layer has parts that the
+            kernels do not compute.
     """
+    require_known(config, "the Vulkan engine", "use --device reference")
     if config.num_heads > MOST_BLOCKS:
         raise DeviceError(
             f"the Vulkan kernels take up to {MOST_BLOCKS} heads, not {config.num_heads}; "

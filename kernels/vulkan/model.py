@@ -68,7 +68,7 @@ def weight_names(config: GemmaConfig) -> list[str]:
     """Every weight of a model."""
     tables = [EMBEDDING] if config.tied_head else [EMBEDDING, HEAD]
     layers = range(config.num_layers)
-    return tables + [layer_tensor(i, role) for i in layers for role in config.linear_shapes()]
+    return tables + [layer_tensor(i, role) for i in layers for role in config.linear_shapes(i)]
 
 
 def load_model(config: GemmaConfig, loader: Loader) -> Model:

@@ -100,10 +100,10 @@ class CheckpointSource:
         self._shapes = dict.fromkeys((EMBEDDING, HEAD), table)
         self._places: dict[str, tuple[int, str]] = {}
         for layer in range(config.num_layers):
-            for role, shape in config.linear_shapes().items():
+            for role, shape in config.linear_shapes(layer).items():
                 self._shapes[layer_tensor(layer, role)] = shape
                 self._places[layer_tensor(layer, role)] = layer, role
-            for role in config.norm_shapes():
+            for role in config.norm_shapes(layer):
                 self._places[gain_name(layer_tensor(layer, role))] = layer, role
         self._latest: tuple[int, Mapping[str, Array]] = (-1, {})
 

@@ -28,6 +28,7 @@ from benchmarks.quality.steps import OUT, Step
 from uq.formats.checkpoint import Checkpoint
 from uq.formats.config import GemmaConfig, layer_tensor
 from uq.formats.spec import QuantTensor, Spec
+from uq.kernels.weights import WeightSource
 from uq.quantize.scales import quantize_rtn
 
 Array = NDArray[np.float32]
@@ -78,7 +79,7 @@ class Foreign:
         return model
 
 
-class WithLinears:
+class WithLinears(WeightSource):
     """A checkpoint with other linears, and its embedding and head rounded to INT8."""
 
     def __init__(self, checkpoint: Checkpoint, file: Path) -> None:
@@ -90,7 +91,7 @@ class WithLinears:
         with safe_open(self._file, "np") as tensors:
             linears = {
                 role: tensors.get_tensor(layer_tensor(index, role))
-                for role in self.config.linear_shapes()
+                for role in self.config.linear_shapes(0)
             }
         return linears | self._checkpoint.gains(index)
 
@@ -146,7 +147,7 @@ def require_near(model: Model, reference: Checkpoint) -> None:
 
 def bits_of_all(config: GemmaConfig, body: float, table_bits: float, table: int) -> float:
     """Bits per weight of all tensors: linears, tables, norms in float32."""
-    linears = config.num_layers * sum(a * b for a, b in config.linear_shapes().values())
+    linears = config.num_layers * sum(a * b for a, b in config.linear_shapes(0).values())
     norms = config.num_parameters() - linears - table
     return (linears * body + table * table_bits + 32 * norms) / config.num_parameters()
 

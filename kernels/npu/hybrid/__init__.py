@@ -13,7 +13,7 @@ from uq.kernels.npu.runtime.emulated import emulated_npu
 from uq.kernels.npu.runtime.npu import NAMES, Npu, load_pyxrt
 from uq.kernels.npu.toolchain.carried import DEVICE_OF
 from uq.kernels.numerics import Numerics
-from uq.kernels.session import Device
+from uq.kernels.session import Device, require_known
 
 EMULATED_BY_DEFAULT = "npu2"  # where neither the user nor the bundle's layout says which NPU
 
@@ -69,6 +69,7 @@ def _session(
 ) -> NpuSession:
     config, bits = bundle.config, _bits(numerics)
     assert npu.generation is not None
+    require_known(config, "the NPU session", "use --device reference")
     sizes = npu.generation, bits, max_context
     obstacles = [obstacle(config, layer, *sizes) for layer in range(config.num_layers)]
     if all(obstacles):

@@ -1,0 +1,58 @@
+"""Per-layer embeddings, in float32: what each layer is told of a token beside its hidden state."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+
+import numpy as np
+from numpy.typing import NDArray
+
+from uq.formats.config import PER_LAYER_NORM, PER_LAYER_PROJECTION, GemmaConfig
+from uq.kernels.elementwise import gelu_product
+from uq.kernels.products import flat, linear, rms_norm
+from uq.kernels.weights import Weights
+
+Array = NDArray[np.float32]
+
+
+@dataclass
+class Beside:
+    """What goes with some sequences through the layers, beside their hidden states.
+
+    Attributes:
+        embedded: (batch, length, hidden) in front of layer 0, in models with per-layer embeddings.
+        rows: (batch, length, layers * size) of the per-layer embedding, unscaled.
+        shared: layer -> its keys and values, where later layers read them.
+    """
+
+    embedded: Array | None = None
+    rows: Array | None = None
+    shared: dict[int, tuple[Array, Array]] = field(default_factory=dict)
+
+
+def per_layer_input(config: GemmaConfig, layer: int, weights: Weights, beside: Beside) -> Array:
+    """(batch, length, size): half from the token's row, half from its embedding.
+
+    (norm(P x / sqrt(hidden)) + row * sqrt(size)) / sqrt(2), of the layer's channels.
+    """
+    assert config.per_layer is not None and beside.embedded is not None and beside.rows is not None
+    size = config.per_layer.size
+    projected = linear(beside.embedded, weights[PER_LAYER_PROJECTION])
+    projected *= np.float32(config.hidden_size**-0.5)
+    out = rms_norm(projected, weights[PER_LAYER_NORM], config.rms_norm_eps)
+    out += beside.rows[..., layer * size : (layer + 1) * size] * np.float32(math.sqrt(size))
+    out *= np.float32(math.sqrt(0.5))
+    return out
+
+
+def add_per_layer(
+    config: GemmaConfig, layer: int, weights: Weights, hidden: Array, beside: Beside
+) -> Array:
+    """The residual stream behind a layer's part of the per-layer embedding."""
+    gate = linear(hidden, weights["per_layer_input_gate"])
+    gelu_product(flat(gate), flat(per_layer_input(config, layer, weights, beside)))
+    out = linear(gate, weights["per_layer_projection"])
+    out = rms_norm(out, weights["post_per_layer_input_norm"], config.rms_norm_eps)
+    out += hidden
+    return out

@@ -1,0 +1,116 @@
+"""Bundles of Gemma 4: made, opened, validated, and run with all that their layers have."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from tests.gemma4 import VARIANTS
+from tests.test_reference import all_logits, random_tokens
+from uq.errors import DeviceError
+from uq.formats.bundle import Bundle, open_bundle
+from uq.formats.checkpoint import open_checkpoint
+from uq.formats.config import PER_LAYER_EMBEDDING, layer_tensor
+from uq.kernels.backends import open_session
+from uq.kernels.reference import ReferenceSession
+from uq.kernels.weights import BundleWeights
+from uq.quantize.pipeline import QuantizeOptions, quantize
+from uq.validate.validate import ValidateOptions, validate
+
+TEXT = "the year of the city and the time of his year " * 12
+
+
+@pytest.fixture(scope="module")
+def bundles(
+    tiny_gemma4: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, Bundle]:
+    """Every variant, rounded to the nearest INT8 codes."""
+    root = tmp_path_factory.mktemp("gemma4-bundles")
+    options = QuantizeOptions(recipe="int8", method="rtn")
+    return {
+        variant: open_bundle(
+            quantize(open_checkpoint(tiny_gemma4(variant)), root / variant, options)
+        )
+        for variant in VARIANTS
+    }
+
+
+def test_every_tensor_of_the_family_is_there(bundles: dict[str, Bundle]) -> None:
+    bundle = bundles["all"]
+    tensors, arrays = bundle.manifest.tensors, bundle.manifest.arrays
+    assert tensors[PER_LAYER_EMBEDDING].shape == (512, 6 * 32)
+    assert tensors[layer_tensor(1, "experts.gate_up_proj")].shape == (8 * 64, 64)
+    assert layer_tensor(5, "self_attn.k_proj") not in tensors
+    assert arrays[layer_tensor(0, "router.proj")].shape == (8, 64)
+    assert arrays[layer_tensor(0, "layer_scalar")].shape == (1,)
+    assert bundle.manifest.schema == 3
+
+
+def test_some_rows_are_those_of_the_whole(bundles: dict[str, Bundle]) -> None:
+    name = layer_tensor(1, "experts.down_proj")
+    whole = bundles["experts"].quant(name).dequantize()
+    for start, stop in ((0, 1), (5, 70), (448, 512)):
+        rows = bundles["experts"].rows(name, start, stop).dequantize()
+        np.testing.assert_array_equal(rows, whole[start:stop])
+
+
+@pytest.mark.parametrize("variant", ["small", "large"])
+def test_reference_device_runs_it(
+    bundles: dict[str, Bundle], tiny_gemma4: Callable[..., Path], variant: str
+) -> None:
+    """INT8 moves the logits by less than a tenth of their range."""
+    session = open_session(bundles[variant], "reference", max_context=64)
+    truth = ReferenceSession(open_checkpoint(tiny_gemma4(variant)))
+    tokens = random_tokens(truth, 1, 40)
+    ours, theirs = session.score(tokens), truth.score(tokens)
+    assert isinstance(session, ReferenceSession)
+    error = np.abs(all_logits(session, ours) - all_logits(truth, theirs)).max()
+    assert error < 0.1 * np.abs(all_logits(truth, theirs)).max()
+
+
+def test_weights_of_a_bundle_are_near_those_of_the_checkpoint(
+    bundles: dict[str, Bundle], tiny_gemma4: Callable[..., Path]
+) -> None:
+    checkpoint, weights = open_checkpoint(tiny_gemma4("all")), BundleWeights(bundles["all"])
+    exact = checkpoint.layer(5)
+    found = weights.layer(5)
+    assert set(found) == set(exact)
+    for role, weight in exact.items():
+        np.testing.assert_allclose(found[role], weight, atol=0.02)
+    for role in ("experts.gate_up_proj", "experts.down_proj"):
+        expert = checkpoint.expert(5, role, 7)
+        np.testing.assert_allclose(weights.expert(5, role, 7), expert, atol=0.02)
+    rows = checkpoint.per_layer_embedding(3, 9)
+    np.testing.assert_allclose(weights.per_layer_embedding(3, 9), rows, atol=0.02)
+
+
+def test_report_names_every_kind(bundles: dict[str, Bundle], tmp_path: Path) -> None:
+    text = tmp_path / "text.txt"
+    text.write_text(TEXT)
+    options = ValidateOptions(
+        device="reference", reference_device="cpu", text=text, context=64, speed=False
+    )
+    report = validate(bundles["all"], None, options)
+    kinds = {size.kind for size in report.sizes}
+    assert kinds == {
+        "embedding", "per-layer embedding", "attention", "mlp", "experts", "other", "norms"
+    }  # fmt: skip
+    errors = {error.name: error.relative_error for error in report.layers}
+    assert set(errors) == set(bundles["all"].manifest.tensors)
+    assert 0.001 < errors[layer_tensor(0, "experts.gate_up_proj")] < 0.01
+
+
+@pytest.mark.parametrize("device", ["cpu", "npu-emulator"])
+def test_a_device_says_what_it_cannot_compute(bundles: dict[str, Bundle], device: str) -> None:
+    with pytest.raises(DeviceError, match="does not compute .*; use --device reference"):
+        open_session(bundles["experts"], device, max_context=64)
+
+
+def test_calibration_says_what_it_cannot_follow(
+    tiny_gemma4: Callable[..., Path], tmp_path: Path
+) -> None:
+    with pytest.raises(DeviceError, match="calibration does not compute .*; use --method rtn"):
+        quantize(open_checkpoint(tiny_gemma4("small")), tmp_path / "out", QuantizeOptions())
