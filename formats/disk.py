@@ -7,13 +7,14 @@ import hashlib
 import os
 import shutil
 from collections.abc import Iterable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from io import FileIO
 from pathlib import Path
 
 from uq.errors import DeviceError
 
+SYNC_STEP = 32 << 20  # bytes written between two early syncs
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
@@ -32,7 +33,7 @@ def require_free(path: Path, nbytes: int) -> None:
 
 
 def write_file(path: Path, chunks: Iterable[bytes | memoryview], nbytes: int) -> str:
-    """Write and sync a file in one pass.
+    """Write and sync a file in one pass; hashing and the disk work beside the writing.
 
     Args:
         chunks: C-contiguous buffers.
@@ -48,18 +49,46 @@ def write_file(path: Path, chunks: Iterable[bytes | memoryview], nbytes: int) ->
     try:
         with disk_errors(path, nbytes):
             file = path.open("wb", buffering=0)  # a buffer would fail again when closed
-        with file, ThreadPoolExecutor(1) as hasher:
+        with file, ThreadPoolExecutor(2) as pool:
+            early = _EarlySync(file.fileno(), pool)
             for chunk in chunks:
-                hashed = hasher.submit(digest.update, chunk)  # beside the write, without the lock
+                hashed = pool.submit(digest.update, chunk)  # without the interpreter's lock
                 with disk_errors(path, nbytes):
                     _write_all(file, chunk)
+                    early.wrote(memoryview(chunk).nbytes)
                 hashed.result()
             with disk_errors(path, nbytes):
+                early.settle()
                 os.fsync(file.fileno())
     except BaseException:
         path.unlink(missing_ok=True)
         raise
     return digest.hexdigest()
+
+
+class _EarlySync:
+    """Keeps the disk at work while a file is written, so that the sync at its end has little left.
+
+    One sync at a time; what it meets is raised by the calls that follow.
+    """
+
+    def __init__(self, descriptor: int, pool: ThreadPoolExecutor) -> None:
+        self._descriptor = descriptor
+        self._pool = pool
+        self._fresh = 0
+        self._running: Future[None] | None = None
+
+    def wrote(self, nbytes: int) -> None:
+        self._fresh += nbytes
+        if self._fresh >= SYNC_STEP and (self._running is None or self._running.done()):
+            self.settle()
+            self._running = self._pool.submit(os.fdatasync, self._descriptor)
+            self._fresh = 0
+
+    def settle(self) -> None:
+        """Raises OSError: the disk is full or broken."""
+        if self._running is not None:
+            self._running.result()
 
 
 def _write_all(file: FileIO, chunk: bytes | memoryview) -> None:

@@ -36,7 +36,6 @@ from uq.quantize.gptq import Statistics, row_blocks
 from uq.quantize.moments import Inputs, mean_square, statistics, token_weights, undo_norm
 from uq.quantize.plan import GptqOptions
 
-BATCH_TOKENS = 4096
 PLAIN = GptqOptions(clip=1.0)
 
 
@@ -203,7 +202,8 @@ class Calibration:
         """Of the stage's input; `weights` are the checkpoint's."""
         if stage.norm is None:
             return statistics(
-                Inputs(flat(q.x), None if e is None else flat(e.x)) for q, e in self._pairs()
+                (Inputs(flat(q.x), None if e is None else flat(e.x)) for q, e in self._pairs()),
+                self._options.work,
             )
         weight = weights[stage.roles[0]]
         sizes = list(self._output_sizes(weight))
@@ -211,7 +211,7 @@ class Calibration:
         if self._config.post_norms:
             counts = token_weights(sizes, self._options.clip)
         gain = weights[stage.norm] if self._config.post_norms else None
-        found = statistics(
+        inputs = (
             Inputs(
                 flat(quantized.x),
                 weight=count,
@@ -219,9 +219,10 @@ class Calibration:
             )
             for (quantized, exact), size, count in zip(self._pairs(), sizes, counts, strict=True)
         )
+        found = statistics(inputs, self._options.work)
         if found.wanted is not None:
             # sum (W x_float - W x) x^T = sum (W x_float) x^T - W H
-            for rows in row_blocks(weight.shape):
+            for rows in row_blocks(weight.shape, self._options.work.row_numbers):
                 part = weight[rows].astype(found.hessian.dtype)
                 found.wanted[rows] -= self._options.correction * (part @ found.hessian)
         return found

@@ -25,9 +25,14 @@ from uq.formats.spec import Spec
 from uq.quantize.calibrate import STAGES
 from uq.quantize.factor import factorize
 from uq.quantize.gptq import Statistics, quantize_gptq
-from uq.quantize.memory import footprint, layer_kinds, spills
-from uq.quantize.pipeline import QuantizeOptions, recognised_plan, worker_threads
-from uq.quantize.plan import Plan, TensorPlan
+from uq.quantize.memory import layer_kinds
+from uq.quantize.pipeline import (
+    QuantizeOptions,
+    fitted_plan,
+    recognised_plan,
+    worker_threads,
+)
+from uq.quantize.plan import Plan, TensorPlan, WorkSizes
 from uq.quantize.probes import (
     CANDIDATES,
     LIKELIEST,
@@ -65,7 +70,7 @@ class Kind:
 @dataclass(frozen=True)
 class Estimate:
     """`nbytes` on the disk without the tokenizer, and `spilled` while the run lasts; memory in
-    bytes; `seconds` on this machine.
+    bytes; `seconds` on this machine; `sizes` of the work where they are not the usual ones.
     """
 
     recipe: str
@@ -76,6 +81,7 @@ class Estimate:
     peak_memory: int
     free_memory: int
     seconds: float
+    sizes: str
 
     def to_json(self) -> dict[str, object]:
         return asdict(self)
@@ -89,7 +95,7 @@ class Estimate:
             [
                 table(rows, head=head),
                 f"disk: {size(self.nbytes)}, {self.bits_per_weight:.2f} bits per weight{spilled}",
-                f"memory: {memory} (estimate)",
+                f"memory: {memory} (estimate){self.sizes and f'; {self.sizes}'}",
                 f"time: about {duration(self.seconds)} on this machine (estimate)",
             ]
         )
@@ -102,14 +108,12 @@ def estimate(checkpoint: Checkpoint, options: QuantizeOptions) -> Estimate:
         UsageError: the options do not fit the model or each other.
     """
     config = checkpoint.config
-    plan = recognised_plan(checkpoint, options)
+    fitted = fitted_plan(checkpoint, recognised_plan(checkpoint, options), options)
+    plan = fitted.plan
     kinds = tuple(_kinds(config, plan))
     gains = 4 * sum(map(math.prod, expected_tensors(config)[1].values()))
     nbytes = gains + sum(kind.nbytes for kind in kinds)
     threads = worker_threads(options)
-    tokens, made = options.calibration_tokens, checkpoint.makes_tokenizer
-    memory = footprint(config, plan, tokens, threads, makes_tokenizer=made)
-    spilled = spills(memory, options.max_memory)
     source = sum(file.size for file in checkpoint.files().values())
     seconds = _rounding_seconds(checkpoint, plan) + _hashing_seconds(source + nbytes)
     seconds = TOKENIZER_SECONDS * config.vocab_size + seconds / threads
@@ -122,8 +126,9 @@ def estimate(checkpoint: Checkpoint, options: QuantizeOptions) -> Estimate:
         kinds=kinds,
         nbytes=nbytes,
         bits_per_weight=8 * nbytes / config.num_parameters(),
-        peak_memory=checkpoint.buffered + (memory.base if spilled else memory.resident),
-        spilled=memory.activations if spilled else 0,
+        peak_memory=checkpoint.buffered + fitted.resident,
+        spilled=fitted.spilled,
+        sizes="" if plan.gptq.work == WorkSizes() else str(plan.gptq.work),
         free_memory=psutil.virtual_memory().available,
         seconds=seconds,
     )

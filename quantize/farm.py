@@ -34,8 +34,8 @@ class Farm(Protocol):
 
         Args:
             tasks: their `str` tells the user what is in work.
-            ahead: tasks that are begun in front of the first that is not consumed, at most; a farm
-                of several machines has its own bound.
+            ahead: results that wait to be consumed, at most; a farm of several machines has its own
+                bound.
             together: tasks that one message to another machine holds.
         """
         ...
@@ -44,9 +44,11 @@ class Farm(Protocol):
 class Threads:
     """The threads of this process."""
 
-    def __init__(self, checkpoint: Checkpoint, pool: ThreadPoolExecutor) -> None:
+    def __init__(self, checkpoint: Checkpoint, pool: ThreadPoolExecutor, threads: int) -> None:
+        """`threads` of the pool."""
         self._checkpoint = checkpoint
         self._pool = pool
+        self._threads = threads
 
     def map(
         self,
@@ -56,7 +58,7 @@ class Threads:
         ahead: int,
         together: int,
     ) -> Iterator[Result]:
-        return map_ahead(self._pool, partial(work, self._checkpoint), tasks, ahead)
+        return map_ahead(self._pool, partial(work, self._checkpoint), tasks, ahead + self._threads)
 
 
 def map_ahead(

@@ -22,12 +22,11 @@ from numpy.typing import NDArray
 from uq.formats.spec import QuantTensor, Spec
 from uq.quantize.descent import damped, descend
 from uq.quantize.factor import Factor, Matrix, factorize, unusable
-from uq.quantize.plan import GptqOptions
+from uq.quantize.plan import GptqOptions, WorkSizes
 from uq.quantize.refit import refit_scales
 from uq.quantize.scales import quantize_rtn
 
 BLOCK = 128  # columns rounded before the columns behind them are updated in one product
-ROW_NUMBERS = 1 << 24  # weights whose rows are quantized at once
 
 
 @dataclass(frozen=True)
@@ -42,12 +41,14 @@ class Statistics:
         wanted: (rows, n), that of r x^T, with r what the outputs should change by, for a linear of
             its own.
         scale: (n,) what the inputs were divided by.
+        row_numbers: weights whose errors are summed at once.
     """
 
     hessian: Matrix
     cross: Matrix | None
     wanted: Matrix | None = None
     scale: NDArray[np.float32] | None = None
+    row_numbers: int = WorkSizes.row_numbers
 
     @property
     def importance(self) -> NDArray[np.float32]:
@@ -90,7 +91,8 @@ class FactorizedStatistics:
         return quantize_gptq(weight, spec, self.statistics, self.factor, options)
 
     def output_error(self, weight: NDArray[np.float32], quantized: QuantTensor) -> float:
-        return output_error(self._behind(weight), quantized, self.statistics.hessian)
+        hessian, numbers = self.statistics.hessian, self.statistics.row_numbers
+        return output_error(self._behind(weight), quantized, hessian, numbers)
 
     def _behind(self, weight: NDArray[np.float32]) -> NDArray[np.float32]:
         """The weight that the rescaled inputs meet."""
@@ -105,7 +107,7 @@ def quantize_gptq(
     factor: Factor,
     options: GptqOptions,
 ) -> QuantTensor:
-    """Quantize one linear, `ROW_NUMBERS` weights at a time: rows are independent.
+    """Quantize one linear, `row_numbers` weights at a time: rows are independent.
 
     Args:
         weight: (rows, n) float32, finite.
@@ -114,7 +116,7 @@ def quantize_gptq(
     hessian = statistics.hessian.astype(np.float32, copy=False)
     parts = [
         _quantize_rows(weight[rows], spec, statistics.of_rows(rows), hessian, factor, options)
-        for rows in row_blocks(weight.shape)
+        for rows in row_blocks(weight.shape, options.work.row_numbers)
     ]
     return parts[0] if len(parts) == 1 else _stacked(parts)
 
@@ -144,9 +146,9 @@ def _quantize_rows(
     return found
 
 
-def row_blocks(shape: tuple[int, ...]) -> Iterator[slice]:
-    """The rows of a matrix, about `ROW_NUMBERS` numbers at a time."""
-    step = max(1, ROW_NUMBERS // shape[1])
+def row_blocks(shape: tuple[int, ...], numbers: int) -> Iterator[slice]:
+    """The rows of a matrix, about so many numbers at a time."""
+    step = max(1, numbers // shape[1])
     return (slice(start, start + step) for start in range(0, shape[0], step))
 
 
@@ -184,11 +186,16 @@ def _refitted(
     return replace(tensor, scales=refit_scales(target, tensor.levels(), tensor.scales, hessian))
 
 
-def output_error(weight: NDArray[np.float32], quantized: QuantTensor, hessian: Matrix) -> float:
+def output_error(
+    weight: NDArray[np.float32],
+    quantized: QuantTensor,
+    hessian: Matrix,
+    row_numbers: int = WorkSizes.row_numbers,
+) -> float:
     """Root mean square error of the outputs over their root mean square, on the inputs behind H."""
     moments = hessian.astype(np.float32, copy=False)
     energy = lost = 0.0
-    for rows in row_blocks(weight.shape):
+    for rows in row_blocks(weight.shape, row_numbers):
         part = weight[rows]
         error = part - quantized.rows(rows.start, rows.stop).dequantize()
         energy += float(np.vdot(part @ moments, part))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, MutableMapping, Sequence
+from dataclasses import replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,7 +15,7 @@ from uq.formats.spec import QuantTensor
 from uq.formats.writer import ArrayEntry, Entry, QuantEntry
 from uq.kernels.weights import CheckpointWeights
 from uq.progress import Progress
-from uq.quantize.calibrate import BATCH_TOKENS, PLAIN
+from uq.quantize.calibrate import PLAIN
 from uq.quantize.calibration_engine import (
     CalibrationEngine,
     GptqSolver,
@@ -51,7 +52,8 @@ class CalibratedLayers:
         self._plan = plan
         self._progress = progress
         self._contents = contents
-        options = plan.gptq if plan.uses_gptq else PLAIN  # rtn weighs all tokens alike
+        plain = replace(PLAIN, work=plan.gptq.work)
+        options = plan.gptq if plan.uses_gptq else plain  # rtn weighs all tokens alike
         rows = _token_rows(checkpoint, plan, tokens)
         self._calibration = engine.begin(checkpoint.config, rows, options)
 
@@ -162,9 +164,9 @@ def arrays(
 def _token_rows(
     checkpoint: Checkpoint, plan: Plan, tokens: NDArray[np.int32]
 ) -> Iterator[TokenRows]:
-    """Embedding rows of the sequences, `BATCH_TOKENS` tokens at a time."""
+    """Embedding rows of the sequences, `batch_tokens` tokens at a time."""
     weights = CheckpointWeights(checkpoint, resident=False)
-    step = max(1, BATCH_TOKENS // tokens.shape[1])
+    step = max(1, plan.gptq.work.batch_tokens // tokens.shape[1])
     for start in range(0, len(tokens), step):
         rows = weights.embedding(tokens[start : start + step])
         flat = rows.reshape(-1, rows.shape[-1])

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import psutil
@@ -16,10 +16,9 @@ import psutil
 from uq.errors import UsageError
 from uq.formats.checkpoint.content import BLOCK
 from uq.formats.config import GemmaConfig
-from uq.quantize.calibrate import BATCH_TOKENS, STAGES, Stage, token_bytes
-from uq.quantize.gptq import ROW_NUMBERS
+from uq.quantize.calibrate import STAGES, Stage, token_bytes
 from uq.quantize.moments import WIDE
-from uq.quantize.plan import Plan
+from uq.quantize.plan import Plan, WorkSizes
 from uq.quantize.probes import PROBE_LENGTH, PROBE_WINDOWS, probed_layers
 from uq.quantize.refit import REFIT_NUMBERS
 from uq.quantize.rounding import PIECES_AHEAD
@@ -33,6 +32,13 @@ BATCH_COPIES = 3  # of the inputs of a batch: weighted, and less the other path'
 Shapes = tuple[tuple[str, tuple[int, int]], ...]
 
 SHARE = 0.9  # of the free memory that is used without asking
+# The usual sizes, then what costs least in time and precision first.
+LADDER = (
+    WorkSizes(),
+    WorkSizes(row_numbers=1 << 22),
+    WorkSizes(batch_tokens=1024, row_numbers=1 << 22),
+    WorkSizes(batch_tokens=1024, row_numbers=1 << 20, double_width=0),
+)
 
 
 @dataclass(frozen=True)
@@ -48,50 +54,104 @@ class Footprint:
         return self.base + self.activations
 
 
-def footprint(
-    config: GemmaConfig, plan: Plan, tokens: int, threads: int, *, makes_tokenizer: bool = False
-) -> Footprint:
-    """Of a run on `tokens` calibration tokens.
+@dataclass(frozen=True)
+class Load:
+    """What a run takes in hand beside the model.
 
-    Args:
+    Attributes:
+        tokens, length: of the calibration, and of one of its sequences.
         makes_tokenizer: the checkpoint has no tokenizer.json, as in a GGUF file.
     """
-    program = int(psutil.Process().memory_info().rss) + COMPILED
-    if makes_tokenizer:
-        program += TOKENIZER_BYTES * config.vocab_size
-    rounding = BLOCK * (PIECES_AHEAD + 12 * threads)
+
+    tokens: int
+    length: int
+    threads: int
+    makes_tokenizer: bool = False
+
+
+@dataclass(frozen=True)
+class Fitted:
+    """A plan with the sizes that fit, what it takes, and whether activations wait on the disk."""
+
+    plan: Plan
+    memory: Footprint
+    spills: bool
+
+    @property
+    def resident(self) -> int:
+        """Bytes of memory."""
+        return self.memory.base if self.spills else self.memory.resident
+
+    @property
+    def spilled(self) -> int:
+        """Bytes on the disk."""
+        return self.memory.activations if self.spills else 0
+
+
+def fit(config: GemmaConfig, plan: Plan, load: Load, limit: int | None) -> Fitted:
+    """The plan with the first of `LADDER` that fits.
+
+    What is free only decides where activations wait, which changes no byte; the sizes follow from
+    the limit alone, so that the same command gives the same bytes on every machine.
+
+    Args:
+        limit: `--max-memory` in bytes; None for what is free.
+
+    Raises:
+        UsageError: the run does not fit into the limit in any way.
+    """
+    found = footprint(config, plan, load)
+    if limit is None:
+        free = int(SHARE * psutil.virtual_memory().available)
+        return Fitted(plan, found, plan.calibrated and found.resident > free)
+    for work in LADDER if plan.calibrated else LADDER[:1]:
+        plan = replace(plan, gptq=replace(plan.gptq, work=work))
+        found = footprint(config, plan, load)
+        if found.base <= limit:
+            return Fitted(plan, found, found.resident > limit)
+    raise UsageError(f"--max-memory {size(limit)}: {_what_would_fit(config, plan, load)}")
+
+
+def _what_would_fit(config: GemmaConfig, plan: Plan, load: Load) -> str:
+    """For a plan with the smallest sizes."""
+    needed = size(footprint(config, plan, load).base)
+    program = _program_bytes(config, load)
+    if plan.calibrated:
+        rounding = size(program + _rounding_bytes(load.threads))
+        return (
+            f"this run takes about {needed}, its calibration on the disk and in the smallest "
+            f"parts; allow as much, or use --method rtn, which takes about {rounding}"
+        )
+    single = size(program + _rounding_bytes(1))
+    return f"this run takes about {needed}; allow as much (--threads 1 takes about {single})"
+
+
+def footprint(config: GemmaConfig, plan: Plan, load: Load) -> Footprint:
+    """Of a run with the plan's sizes."""
+    program, rounding = _program_bytes(config, load), _rounding_bytes(load.threads)
     if not plan.calibrated:
         return Footprint(program + rounding, 0)
     paths = 2 if plan.corrected else 1
-    batch = min(tokens, BATCH_TOKENS)
+    batch = min(load.tokens, max(plan.gptq.work.batch_tokens, load.length))
     moments = [
         _stage_bytes(config, plan, shapes, stage, batch)
         for shapes in layer_kinds(config)
         for stage in STAGES
     ]
     if plan.budget is not None:
-        moments.append(_probing_bytes(config, batch))
-    return Footprint(program + max(rounding, *moments), paths * tokens * token_bytes(config))
+        moments.append(_probing_bytes(config, plan.gptq.work, batch))
+    activations = paths * load.tokens * token_bytes(config)
+    return Footprint(program + max(rounding, *moments), activations)
 
 
-def spills(found: Footprint, limit: int | None) -> bool:
-    """Whether the activations wait on the disk; the bytes of the bundle are the same.
+def _program_bytes(config: GemmaConfig, load: Load) -> int:
+    made = TOKENIZER_BYTES * config.vocab_size if load.makes_tokenizer else 0
+    return int(psutil.Process().memory_info().rss) + COMPILED + made
 
-    Args:
-        limit: `--max-memory` in bytes; None for what is free.
 
-    Raises:
-        UsageError: the run does not fit into the limit either way.
-    """
-    if limit is None:
-        free = int(SHARE * psutil.virtual_memory().available)
-        return found.resident > free
-    if found.base > limit:
-        raise UsageError(
-            f"--max-memory {size(limit)}: this run takes about {size(found.base)}, its calibration "
-            "on the disk; allow as much, or use --method rtn, which takes under 1 GiB"
-        )
-    return found.resident > limit
+def _rounding_bytes(threads: int) -> int:
+    """Blocks of weights in work, and waiting for the disk."""
+    return BLOCK * (PIECES_AHEAD + 12 * threads)
 
 
 def layer_kinds(config: GemmaConfig) -> dict[Shapes, int]:
@@ -105,7 +165,7 @@ def _stage_bytes(config: GemmaConfig, plan: Plan, linears: Shapes, stage: Stage,
     shapes = dict(linears)
     rows, n = shapes[stage.roles[0]]
     paths = 2 if plan.corrected else 1
-    item = 8 if n <= WIDE else 4
+    item = 8 if n <= plan.gptq.work.double_width else 4
     hessian = item * n * n
     kept = hessian
     if plan.corrected:
@@ -115,7 +175,7 @@ def _stage_bytes(config: GemmaConfig, plan: Plan, linears: Shapes, stage: Stage,
     taking = kept + strip + entering
     factorizing = kept + hessian + hessian // 2
     largest = max(shapes[role][0] for role in stage.roles if role in shapes) * n
-    block = min(largest, ROW_NUMBERS) * (ROW_COPIES * item + ROW_FLOATS * 4)
+    block = min(largest, plan.gptq.work.row_numbers) * (ROW_COPIES * item + ROW_FLOATS * 4)
     single = 4 * n * n if item == 8 else 0
     rounding = kept + hessian + single + block + 8 * REFIT_NUMBERS + 5 * largest
     return sum(_held(shapes, stage)) + max(taking, factorizing, rounding)
@@ -135,13 +195,13 @@ def _held(shapes: Mapping[str, tuple[int, int]], stage: Stage) -> Iterator[int]:
             yield sizes[role]
 
 
-def _probing_bytes(config: GemmaConfig, batch: int) -> int:
+def _probing_bytes(config: GemmaConfig, work: WorkSizes, batch: int) -> int:
     """While costs are measured: the probes, a layer, and its widest Hessian twice."""
     shapes = config.linear_shapes(0).values()
     models = 4 + len(shapes) * (1 + len(probed_layers(config.num_layers)))
     state = 4 * PROBE_WINDOWS * PROBE_LENGTH * config.hidden_size
     widest = max(cols for _, cols in shapes)
-    hessian = (8 if widest <= WIDE else 4) * widest**2
+    hessian = (8 if widest <= work.double_width else 4) * widest**2
     layer = 4 * sum(rows * cols for rows, cols in shapes)
     tokens = batch * (token_bytes(config) + 4 * BATCH_COPIES * widest)
     head = 4 * 3 * PROBE_WINDOWS * PROBE_LENGTH * config.vocab_size

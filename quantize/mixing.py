@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import astuple, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -79,7 +79,7 @@ def _kept_costs(
         "source": {name: [file.size, file.version] for name, file in checkpoint.files().items()},
         "revision": checkpoint.source.revision,
         "tokens": hashlib.sha256(tokens.tobytes()).hexdigest(),
-        "gptq": [plan.gptq.damping, plan.gptq.equalize],
+        "gptq": [plan.gptq.damping, plan.gptq.equalize, astuple(plan.gptq.work)],
         "tables": budget.tables,
     }
     digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()

@@ -10,12 +10,14 @@ from numpy.typing import NDArray
 
 from uq.quantize.factor import Matrix
 from uq.quantize.gptq import Statistics
+from uq.quantize.plan import WorkSizes
 
 Array = NDArray[np.float32]
 # Of a norm's mean squared gain, where gains are divided by: a channel that the norm all but removes
 # from the residual stream cannot correct it.
 GAIN_RIDGE = 0.1
 WIDE = 8192  # channels
+DEFAULT = WorkSizes()
 
 
 @dataclass(frozen=True)
@@ -35,9 +37,9 @@ class Inputs:
     wanted: Array | None = None
 
 
-def statistics(batches: Iterable[Inputs]) -> Statistics:
+def statistics(batches: Iterable[Inputs], work: WorkSizes = DEFAULT) -> Statistics:
     """Weighted means over the tokens: products in float32, their sums as `Mean` takes them."""
-    hessian, cross, wanted = Mean(), Mean(), Mean()
+    hessian, cross, wanted = (Mean(work.double_width) for _ in range(3))
     for batch in batches:
         count = float(len(batch.x)) if batch.weight is None else _sum(batch.weight)
         root = None if batch.weight is None else np.sqrt(batch.weight)
@@ -49,18 +51,19 @@ def statistics(batches: Iterable[Inputs]) -> Statistics:
             wanted.add(_weighted(batch.wanted, root), x, count)
     total = hessian.finish()
     assert total is not None
-    return Statistics(total, cross.finish(), wanted.finish())
+    return Statistics(total, cross.finish(), wanted.finish(), row_numbers=work.row_numbers)
 
 
 class Mean:
     """Running mean of left^T right: the sum over the total weight.
 
-    For inputs of up to `WIDE` channels in float64. Beyond, where matrices take gigabytes, in
-    float32 and by strips: the rounding of the sum is then a few 1e-7 of the largest entry, that of
-    the damping 1e-2 of the mean diagonal.
+    For inputs of up to `double_width` channels in float64. Beyond, where matrices take gigabytes,
+    in float32, and by strips beyond `WIDE`: the rounding of the sum is then a few 1e-7 of the
+    largest entry, that of the damping 1e-2 of the mean diagonal.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, double_width: int) -> None:
+        self._double_width = double_width
         self._sum: Matrix | None = None
         self._count = 0.0
         self._symmetric = False
@@ -70,7 +73,8 @@ class Mean:
         rows, n = left.shape[1], right.shape[1]
         self._symmetric = left is right
         if self._sum is None:
-            self._sum = np.zeros((rows, n), np.float64 if n <= WIDE else np.float32)
+            kind = np.float64 if n <= self._double_width else np.float32
+            self._sum = np.zeros((rows, n), kind)
         for strip in _strips(rows, n):
             first = strip.start if self._symmetric else 0
             self._sum[strip, first:] += left[:, strip].T @ right[:, first:]

@@ -30,9 +30,9 @@ from uq.progress import Progress, SilentProgress
 from uq.quantize.calibrate import NumpyEngine
 from uq.quantize.calibration_engine import CalibrationEngine
 from uq.quantize.farm import Farm, Threads
-from uq.quantize.memory import footprint, spills
+from uq.quantize.memory import Fitted, Load, fit
 from uq.quantize.mixing import mixed_plan
-from uq.quantize.plan import Plan, make_plan
+from uq.quantize.plan import Plan, WorkSizes, make_plan
 from uq.quantize.recover import recognise
 from uq.quantize.shards import ShardSource, shard_bytes
 from uq.quantize.source import SourceWatch
@@ -52,7 +52,8 @@ class QuantizeOptions:
             and searches its scales for the text's activations with one.
         calibration_tokens: about so many, in sequences of `calibration_length`.
         calibration_seed: as in `token_sequences`; None spreads the sequences evenly over the text.
-        max_memory: bytes that the run may take; None for what is free. Changes no byte.
+        max_memory: bytes that the run may take; None for what is free. A calibration that must
+            take smaller steps to fit (`WorkSizes`) gives other codes, as good ones.
         threads: of everything but the matrix products; one per core when None.
         resume: `auto`, `restart` or `require`, as in `BundleWriter`.
         render: the model's chat template, for a model that was trained on chats.
@@ -113,17 +114,21 @@ def quantize(
     watch = SourceWatch(checkpoint)
     plan = recognised_plan(checkpoint, options)
     _tell_kept(plan, progress)
-    spill = _spill_bytes(checkpoint, plan, options) if engine is None else 0
+    spill = 0
+    if engine is None:
+        fitted = fitted_plan(checkpoint, plan, options)
+        plan, spill = fitted.plan, fitted.spilled
+    _tell_sizes(plan, progress)
     text = _calibration_text(plan, options)
     tools = _tools(None if text is None else engine)
-    identity = _identity(checkpoint, text, options, tools)
-    shards = 1 + config.num_layers
+    identity = _identity(checkpoint, text, plan, options, tools)
+    shards, threads = 1 + config.num_layers, worker_threads(options)
     with (
         BundleWriter(
             out, shards, identity, resume=options.resume, sources=watch.of_shard
         ) as writer,
         _explained_interrupt(out, writer, progress),
-        ThreadPoolExecutor(worker_threads(options)) as pool,
+        ThreadPoolExecutor(threads) as pool,
     ):
         watch.require_same(writer, pool)
         first = writer.committed
@@ -136,7 +141,7 @@ def quantize(
             require_free(out, spill + sum(shard_bytes(config, plan)[first:]))
         writer.confirm("plan", {name: str(tensor) for name, tensor in plan.tensors.items()})
         progress.start(shards, "quantize", done=first)
-        farm = farm or Threads(checkpoint, pool)
+        farm = farm or Threads(checkpoint, pool, threads)
         todo = range(first, shards)
         source = ShardSource(checkpoint, plan, tokens, todo, engine, farm, progress, watch.contents)
         source.skip(writer)
@@ -205,17 +210,20 @@ def _tell_kept(plan: Plan, progress: Progress) -> None:
         progress.note(f"{kept} of {len(plan.tensors)} tensors lie on their grid: codes kept")
 
 
-def _spill_bytes(checkpoint: Checkpoint, plan: Plan, options: QuantizeOptions) -> int:
-    """What the activations take on the disk; 0 where they fit into memory.
-
-    Raises:
-        UsageError: the run does not fit into `max_memory`.
-    """
-    tokens, made = options.calibration_tokens, checkpoint.makes_tokenizer
-    found = footprint(
-        checkpoint.config, plan, tokens, worker_threads(options), makes_tokenizer=made
+def fitted_plan(checkpoint: Checkpoint, plan: Plan, options: QuantizeOptions) -> Fitted:
+    """Raises UsageError: the run does not fit into `max_memory`."""
+    load = Load(
+        options.calibration_tokens,
+        min(options.calibration_length, options.calibration_tokens),
+        worker_threads(options),
+        checkpoint.makes_tokenizer,
     )
-    return found.activations if spills(found, options.max_memory) else 0
+    return fit(checkpoint.config, plan, load, options.max_memory)
+
+
+def _tell_sizes(plan: Plan, progress: Progress) -> None:
+    if plan.gptq.work != WorkSizes():
+        progress.note(f"--max-memory: {plan.gptq.work}")
 
 
 def _calibration_text(plan: Plan, options: QuantizeOptions) -> Text | None:
@@ -250,7 +258,11 @@ def worker_threads(options: QuantizeOptions) -> int:
 
 
 def _identity(
-    checkpoint: Checkpoint, text: Text | None, options: QuantizeOptions, tools: dict[str, str]
+    checkpoint: Checkpoint,
+    text: Text | None,
+    plan: Plan,
+    options: QuantizeOptions,
+    tools: dict[str, str],
 ) -> dict[str, object]:
     """What fixes the bytes of the bundle; what is known later is a fact of the journal."""
     revision = checkpoint.source.revision
@@ -259,6 +271,7 @@ def _identity(
         "revision": revision,
         "model": checkpoint.config.to_json(),
         "options": _recorded(options),
+        "sizes": asdict(plan.gptq.work),
         "calibration": None if text is None else text.sha256,
         "tools": tools,
     }

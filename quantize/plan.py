@@ -26,6 +26,31 @@ LAYOUT_OF_TARGET = {
 
 
 @dataclass(frozen=True)
+class WorkSizes:
+    """How much of a calibrated layer is in work at once.
+
+    Sums are taken in another order with other sizes, so their last bits differ, hence the codes,
+    which are as good: the sizes are recorded with what else fixes the bytes.
+
+    Attributes:
+        batch_tokens: calibration tokens that go through a stage together, in whole sequences.
+        row_numbers: weights whose rows GPTQ quantizes at once.
+        double_width: inputs of so many channels or fewer have float64 moments, wider ones float32.
+    """
+
+    batch_tokens: int = 4096
+    row_numbers: int = 1 << 24
+    double_width: int = 8192
+
+    def __str__(self) -> str:
+        moments = f"float64 up to {self.double_width} channels" if self.double_width else "float32"
+        return (
+            f"{self.batch_tokens} tokens at a time, {self.row_numbers >> 20} Mi weights at a time, "
+            f"moments in {moments}"
+        )
+
+
+@dataclass(frozen=True)
 class GptqOptions:
     """How GPTQ runs.
 
@@ -40,6 +65,7 @@ class GptqOptions:
             the weights behind it; 0 moves nothing.
         descents: rounds of coordinate descent on the codes.
         refit: the scales are fitted once more whenever the codes have changed.
+        work: how much of it is done at once.
     """
 
     damping: float = 0.05
@@ -49,6 +75,7 @@ class GptqOptions:
     equalize: float = 0.25
     descents: int = 2
     refit: bool = True
+    work: WorkSizes = WorkSizes()
 
     @property
     def follows_exact(self) -> bool:

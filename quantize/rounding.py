@@ -21,7 +21,7 @@ from uq.quantize.plan import Plan, TensorPlan
 from uq.quantize.recover import misfit, recover
 from uq.quantize.scales import checked, error_ratio, quantize_rtn, round_symmetric, squared_error
 
-PIECES_AHEAD = 48  # blocks of weights, of two megabytes in bfloat16; hides pauses of the disk
+PIECES_AHEAD = 12  # that are done and wait for the disk, of a megabyte each
 PIECES_SENT = 8  # in one message to another machine: long beside its latency
 
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,7 +21,7 @@ from uq.formats.config import GemmaConfig, layer_tensor
 from uq.formats.spec import Spec
 from uq.kernels.weights import CheckpointWeights, Weights
 from uq.progress import Progress
-from uq.quantize.calibrate import Calibration
+from uq.quantize.calibrate import PLAIN, Calibration
 from uq.quantize.calibration_engine import TokenRows
 from uq.quantize.equalize import channel_scale
 from uq.quantize.factor import left_variances
@@ -66,7 +67,8 @@ def measure_costs(
     config = checkpoint.config
     source = CheckpointWeights(checkpoint, resident=False)
     sampled = _spread(tokens, MOMENT_WINDOWS)[:, :MOMENT_LENGTH]
-    moments = Calibration(config, [TokenRows(source.embedding(sampled))])
+    rows = [TokenRows(source.embedding(sampled))]
+    moments = Calibration(config, rows, replace(PLAIN, work=options.work))
     windows = _spread(tokens, PROBE_WINDOWS)[:, :PROBE_LENGTH]
     probes = Probes(config, source, windows, tables=tables)
     errors: dict[str, dict[Spec, float]] = {}

@@ -26,7 +26,6 @@ from uq.kernels.vulkan.dense.matrix import Matrix, padded
 from uq.kernels.vulkan.dense.workshop import Workshop
 from uq.kernels.vulkan.device import PhysicalGpu
 from uq.kernels.vulkan.memory import Span
-from uq.quantize.calibrate import BATCH_TOKENS
 from uq.quantize.calibration_engine import (
     Array,
     QuantizedWeights,
@@ -35,7 +34,7 @@ from uq.quantize.calibration_engine import (
     Weights,
 )
 from uq.quantize.moments import GAIN_RIDGE, token_weights
-from uq.quantize.plan import GptqOptions
+from uq.quantize.plan import GptqOptions, WorkSizes
 from uq.quantize.vulkan_gptq import DeviceStatistics
 
 ATTENTION = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
@@ -76,7 +75,7 @@ def device_bytes(config: GemmaConfig, tokens: int, length: int) -> int:
     streams = tokens * (3 * 4 * padded(hidden) + 2 * (padded(q) + padded(ffn)))
     squares = 4 * (3 * n * n + padded(hidden) ** 2)
     layer = sum(padded(rows) * padded(cols) for rows, cols in config.linear_shapes(0).values())
-    batch = max(BATCH_TOKENS, length)
+    batch = max(WorkSizes().batch_tokens, length)
     work = batch * (8 * padded(ffn) + 6 * config.num_heads * padded(length))
     systems = min(SYSTEM_BYTES, 4 * (n // min(GROUPS)) ** 2 * n)
     return 5 * (streams + squares + 10 * layer + 36 * largest + systems + work) // 4

@@ -18,12 +18,12 @@ from uq.formats.spec import Spec
 from uq.kernels.products import flat
 from uq.kernels.reference import attention_context, attention_input, embed
 from uq.kernels.weights import CheckpointWeights
-from uq.quantize import calibrate, moments
+from uq.quantize import moments
 from uq.quantize.calibrate import STAGES, Calibration
 from uq.quantize.calibration_engine import TokenRows
 from uq.quantize.gptq import Statistics
 from uq.quantize.moments import GAIN_RIDGE
-from uq.quantize.plan import GptqOptions
+from uq.quantize.plan import GptqOptions, WorkSizes
 from uq.quantize.scales import quantize_rtn
 from uq.quantize.text import Text, read_text, token_sequences
 
@@ -63,21 +63,18 @@ def rounded(weight: Array) -> Array:
     return quantize_rtn(weight, Spec(4, 32)).dequantize()
 
 
-def start(checkpoint: Checkpoint, *, exact: bool = False) -> Calibration:
+def start(checkpoint: Checkpoint, *, exact: bool = False, batch_tokens: int = 4096) -> Calibration:
     rows = CheckpointWeights(checkpoint, resident=False).embedding(TOKENS)
-    step = max(1, calibrate.BATCH_TOKENS // TOKENS.shape[1])
+    step = max(1, batch_tokens // TOKENS.shape[1])
     parts = [rows[start : start + step] for start in range(0, len(rows), step)]
     return Calibration(
         checkpoint.config, [TokenRows(part, part if exact else None) for part in parts]
     )
 
 
-def test_statistics_equal_those_of_transformers(
-    folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(calibrate, "BATCH_TOKENS", 80)  # two batches, the second one smaller
+def test_statistics_equal_those_of_transformers(folder: Path) -> None:
     checkpoint = open_checkpoint(folder)
-    calibration = start(checkpoint)
+    calibration = start(checkpoint, batch_tokens=80)  # two batches, the second one smaller
     expected = moments_of_transformers(folder, TOKENS)
     seen = set()
 
@@ -224,7 +221,7 @@ def test_wide_moments_are_summed_by_strips(monkeypatch: pytest.MonkeyPatch) -> N
     x, r = (rng.standard_normal((3, 50, n)).astype(np.float32) for n in (70, 40))
     monkeypatch.setattr(moments, "WIDE", 48)  # strips of 32 rows
     batches = [moments.Inputs(part, wanted=w) for part, w in zip(x, r, strict=True)]
-    found = moments.statistics(batches)
+    found = moments.statistics(batches, WorkSizes(double_width=48))
     assert found.hessian.dtype == np.float32 and found.wanted is not None
     flat_x, flat_r = (a.reshape(150, -1).astype(np.float64) for a in (x, r))
     np.testing.assert_allclose(found.hessian, flat_x.T @ flat_x / 150, atol=1e-6)

@@ -9,7 +9,6 @@ import pytest
 from numpy.typing import NDArray
 
 from uq.formats.spec import SPECS, QuantTensor, Spec
-from uq.quantize import gptq
 from uq.quantize.factor import (
     Factor,
     factorize,
@@ -18,7 +17,7 @@ from uq.quantize.factor import (
     unusable,
 )
 from uq.quantize.gptq import Statistics, output_error, quantize_gptq, scale_importance
-from uq.quantize.plan import GptqOptions
+from uq.quantize.plan import GptqOptions, WorkSizes
 from uq.quantize.refit import refit_scales
 from uq.quantize.scales import quantize_rtn
 
@@ -194,14 +193,14 @@ def test_inverse_cholesky_is_that_of_lapack(n: int) -> None:
     np.testing.assert_allclose(matrix, expected, atol=1e-12)
 
 
-def test_blocks_of_rows_are_quantized_alike(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_blocks_of_rows_are_quantized_alike() -> None:
     x = inputs()
     moments = statistics(x, x * 1.01)
     factor, w = factor_of(moments.hessian), weights()
     whole = quantize_gptq(w, Spec(4, 64, True), moments, factor, GptqOptions())
     error = output_error(w, whole, moments.hessian)
-    monkeypatch.setattr(gptq, "ROW_NUMBERS", 7 * 256)
-    parts = quantize_gptq(w, Spec(4, 64, True), moments, factor, GptqOptions())
+    few = GptqOptions(work=WorkSizes(row_numbers=7 * 256))
+    parts = quantize_gptq(w, Spec(4, 64, True), moments, factor, few)
     assert np.mean(parts.codes != whole.codes) < 1e-3  # products of other shapes round otherwise
     assert parts.zeros is not None and parts.zeros.shape == parts.scales.shape
     assert output_error(w, parts, moments.hessian) == pytest.approx(error, rel=1e-3)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
@@ -11,24 +12,37 @@ import pytest
 from benchmarks.shapes import shape_config
 from uq.commands.arguments import nbytes
 from uq.errors import DeviceError, UsageError
-from uq.formats.bundle import open_bundle
+from uq.formats.bundle import Bundle, open_bundle
 from uq.formats.checkpoint import open_checkpoint
+from uq.formats.config import GemmaConfig
 from uq.quantize.estimate import estimate
-from uq.quantize.memory import Footprint, footprint, spills
+from uq.quantize.memory import LADDER, Fitted, Load, fit, footprint
 from uq.quantize.pipeline import QuantizeOptions, plan_of, quantize
+from uq.quantize.plan import Plan, WorkSizes
 
 Tiny = Callable[..., Path]
 OPTIONS = QuantizeOptions(method="gptq", group=32, calibration_tokens=65536)
 
 
-def limit(found: Footprint) -> int:
-    """Room for all but a part of the activations."""
-    return found.base + found.activations // 2
+LOAD = Load(tokens=65536, length=1024, threads=2)
+
+
+def fitted(limit: int, options: QuantizeOptions = OPTIONS, shape: str = "27b") -> Fitted:
+    config = shape_config(shape)
+    return fit(config, plan_of(config, options), LOAD, limit)
+
+
+def always_spilled(config: GemmaConfig, plan: Plan, load: Load, limit: int | None) -> Fitted:
+    return Fitted(plan, footprint(config, plan, load), spills=True)
 
 
 @pytest.fixture
 def no_memory(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("uq.quantize.pipeline.spills", lambda *_: True)
+    monkeypatch.setattr("uq.quantize.pipeline.fit", always_spilled)
+
+
+def made(source: Path, out: Path, options: QuantizeOptions) -> Bundle:
+    return open_bundle(quantize(open_checkpoint(source), out, options))
 
 
 def test_spilling_changes_no_byte_and_leaves_no_file(
@@ -36,9 +50,9 @@ def test_spilling_changes_no_byte_and_leaves_no_file(
 ) -> None:
     source = tiny_checkpoint()
     options = QuantizeOptions(method="gptq", group=32, calibration_tokens=600)
-    plain = open_bundle(quantize(open_checkpoint(source), tmp_path / "plain", options))
-    monkeypatch.setattr("uq.quantize.pipeline.spills", lambda *_: True)
-    spilled = open_bundle(quantize(open_checkpoint(source), tmp_path / "spilled", options))
+    plain = made(source, tmp_path / "plain", options)
+    monkeypatch.setattr("uq.quantize.pipeline.fit", always_spilled)
+    spilled = made(source, tmp_path / "spilled", options)
     assert spilled.sha256 == plain.sha256
     names = [sorted(p.name for p in (tmp_path / n).iterdir()) for n in ("plain", "spilled")]
     assert names[0] == names[1]
@@ -63,19 +77,58 @@ def test_a_disk_that_fills_up_while_spilling_is_one_line(
         quantize(open_checkpoint(tiny_checkpoint()), tmp_path / "b", options)
 
 
-def test_a_limit_decides_where_activations_wait() -> None:
+def test_a_limit_chooses_more_and_more_savings() -> None:
+    """First what changes no byte, then ever smaller sizes; each choice fits its limit."""
+    whole = fitted(1 << 40, shape="4b")
+    assert not whole.spills and whole.plan.gptq.work == WorkSizes()
+    limit, found = whole.memory.resident, [whole]
+    while limit > 0:
+        limit = found[-1].resident - 1
+        try:
+            found.append(fitted(limit, shape="4b"))
+        except UsageError:
+            break
+        assert found[-1].spills and found[-1].resident <= limit
+    assert [each.plan.gptq.work for each in found] == [LADDER[0], *LADDER]
+    assert found[-1].resident < 0.7 * found[1].resident
+
+
+def test_what_is_free_does_not_choose_sizes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """They would change bytes from machine to machine."""
     config = shape_config("27b")
-    found = footprint(config, plan_of(config, OPTIONS), OPTIONS.calibration_tokens, 2)
-    assert not spills(found, found.resident)
-    assert spills(found, limit(found))
+    monkeypatch.setattr("uq.quantize.memory.SHARE", 0.0)
+    found = fit(config, plan_of(config, OPTIONS), LOAD, None)
+    assert found.spills and found.plan.gptq.work == WorkSizes()
+
+
+def test_a_limit_that_is_too_small_says_what_would_fit() -> None:
     with pytest.raises(UsageError, match="--max-memory 1.0 GiB: this run takes about .* GiB"):
-        spills(found, 1 << 30)
+        fitted(1 << 30)
+    with pytest.raises(UsageError, match="allow as much .--threads 1 takes about .* MiB"):
+        fitted(1 << 20, QuantizeOptions(method="rtn"))
+
+
+def test_chosen_sizes_are_used_and_recorded(tiny_checkpoint: Tiny, tmp_path: Path) -> None:
+    """Other batches, blocks of rows and types: other codes, but as good ones."""
+    source = tiny_checkpoint(layers=1)
+    options = QuantizeOptions(method="gptq", group=32, calibration_tokens=1024)
+    usual = made(source, tmp_path / "usual", options)
+    with pytest.MonkeyPatch.context() as patch:
+        small = WorkSizes(batch_tokens=512, row_numbers=1 << 12, double_width=0)
+        patch.setattr("uq.quantize.memory.LADDER", (small,))
+        other = made(source, tmp_path / "other", replace(options, max_memory=1 << 40))
+    recorded = other.manifest.options["gptq"]
+    assert isinstance(recorded, dict) and recorded["work"] == asdict(small)
+    assert other.sha256 != usual.sha256
+    for name, record in usual.manifest.tensors.items():
+        error = other.manifest.tensors[name].relative_error
+        assert error == pytest.approx(record.relative_error, rel=0.02)
 
 
 def test_memory_does_not_depend_on_the_number_of_layers() -> None:
     two, all_layers = (shape_config("27b", layers) for layers in (2, 62))
     for options in (OPTIONS, QuantizeOptions(method="rtn")):
-        bases = [footprint(c, plan_of(c, options), 65536, 2).base for c in (two, all_layers)]
+        bases = [footprint(c, plan_of(c, options), LOAD).base for c in (two, all_layers)]
         assert bases[1] == pytest.approx(bases[0], rel=0.01)
 
 
@@ -92,7 +145,7 @@ def test_a_limit_that_nothing_fits_is_refused_before_any_work(
 def test_an_estimate_shows_what_waits_on_the_disk(
     tiny_checkpoint: Tiny, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("uq.quantize.estimate.spills", lambda *_: True)
+    monkeypatch.setattr("uq.quantize.pipeline.fit", always_spilled)
     found = estimate(open_checkpoint(tiny_checkpoint()), QuantizeOptions(method="gptq", group=32))
     assert found.spilled > 0 and "during calibration" in str(found)
 

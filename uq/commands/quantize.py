@@ -99,7 +99,8 @@ def configure(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     add(
         "--max-memory", type=nbytes, metavar="N",
-        help="such as 10G; calibration waits on the disk where it must; default: what is free",
+        help="such as 10G; calibration waits on the disk and takes smaller steps where it must; "
+        "default: what is free",
     )  # fmt: skip
     add(
         "--device", type=calibration_device, default="auto", metavar="D",
