@@ -35,6 +35,8 @@ from uq.formats.shard import Shard
 from uq.formats.spec import QuantTensor
 from uq.formats.tokenizer import Tokenizer
 
+PIECE = 1 << 22  # weights that are unpacked at a time where a tensor is read in pieces
+
 
 def open_bundle(path: str | Path, *, verify: Literal["full", "lazy"] = "full") -> Bundle:
     """Open a bundle.
@@ -140,6 +142,16 @@ class Bundle:
         """A quantized tensor in its layout: (blocks, bytes of a block), mapped read-only."""
         record = self._record(name)
         return self._shard(record.file).raw(name), record
+
+    def pieces(self, name: str) -> Iterator[QuantTensor]:
+        """Consecutive rows of a quantized tensor, in pieces of about `PIECE` weights."""
+        blocks, record = self.raw(name)
+        rows, cols = record.shape
+        height = record.order.row_block(record.spec)
+        step = max(1, PIECE // (height * cols))
+        for start in range(0, len(blocks), step):
+            count = min(step * height, rows - start * height)
+            yield record.order.untile(blocks[start : start + step], (count, cols), record.spec)
 
     def array(self, name: str) -> NDArray[np.float32]:
         if name not in self.manifest.arrays:

@@ -25,6 +25,7 @@ MAX_DIMS, MAX_SIZE = 8, 1 << 48  # of a shape
 DATA_ALIGNMENT = 64
 ARRAY_ALIGNMENT = 4
 ITEM_BYTES = {"U8": 1, "F32": 4}
+OTHER_BYTES = {"BF16": 2, "F16": 2, "I32": 4, "I64": 8}  # of files that are no shards of a bundle
 
 
 @dataclass(frozen=True)
@@ -41,16 +42,20 @@ def shard_file(index: int, count: int) -> str:
     return f"model-{index + 1:05d}-of-{count:05d}.safetensors"
 
 
-def make_header(tensors: Mapping[str, tuple[str, tuple[int, ...]]]) -> bytes:
+def make_header(
+    tensors: Mapping[str, tuple[str, tuple[int, ...]]], metadata: Mapping[str, str] | None = None
+) -> bytes:
     """The bytes in front of the data.
 
     Args:
-        tensors: name -> (`U8` or `F32`, shape), in the order of the data.
+        tensors: name -> (dtype as safetensors calls it, shape), in the order of the data.
+        metadata: about the file; a shard of a bundle has none.
     """
-    entries = {}
+    item_bytes = ITEM_BYTES | OTHER_BYTES
+    entries: dict[str, object] = {"__metadata__": metadata} if metadata else {}
     start = 0
     for name, (dtype, shape) in tensors.items():
-        stop = start + math.prod(shape) * ITEM_BYTES[dtype]
+        stop = start + math.prod(shape) * item_bytes[dtype]
         entries[name] = {"dtype": dtype, "shape": shape, "data_offsets": (start, stop)}
         start = stop
     text = json.dumps(entries, separators=(",", ":")).encode()

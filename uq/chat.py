@@ -62,7 +62,7 @@ class ChatTemplate:
         """
         config = _tokenizer_config(assets)
         tokens = {name: _piece(config.get(name)) for name in ("bos_token", "eos_token")}
-        return cls(_find_template(assets, config) if source is None else source, tokens)
+        return cls(find_template(assets) if source is None else source, tokens)
 
     @classmethod
     def of(cls, bundle: Bundle, source: str | None = None) -> ChatTemplate:
@@ -145,10 +145,16 @@ def _tokenizer_config(assets: Mapping[str, bytes]) -> dict[str, Any]:
     return data
 
 
-def _find_template(assets: Mapping[str, bytes], config: Mapping[str, Any]) -> str:
+def find_template(assets: Mapping[str, bytes]) -> str:
+    """The source of the template among the files of a model.
+
+    Raises:
+        UsageError: there is none.
+        BundleError: `tokenizer_config.json` is broken.
+    """
     if TEMPLATE in assets:
         return assets[TEMPLATE].decode("utf-8", errors="replace")
-    template = config.get("chat_template")
+    template = _tokenizer_config(assets).get("chat_template")
     if isinstance(template, list):  # several named templates; the plain one is "default"
         named = [entry for entry in template if isinstance(entry, dict)]
         template = next((e.get("template") for e in named if e.get("name") == "default"), None)

@@ -20,7 +20,7 @@ def without_unused_merges(data: bytes) -> bytes:
         document = json.loads(data)
         model = document["model"]
         vocab: dict[str, int] = model["vocab"]
-        merges = [_pair(merge) for merge in model["merges"]]
+        merges = [pair(merge) for merge in model["merges"]]
         if not merges or not _is_plain(model, vocab):
             return data
         triples = [(vocab[a], vocab[b], vocab[a + b]) for a, b in merges]
@@ -37,7 +37,7 @@ def without_unused_merges(data: bytes) -> bytes:
     return text.encode("utf-8", "surrogatepass")  # which no tokenizer will read
 
 
-def _pair(merge: str | list[str]) -> tuple[str, str]:
+def pair(merge: str | list[str]) -> tuple[str, str]:
     """Old files write a merge as one string with a space between its parts."""
     left, right = merge.split(" ") if isinstance(merge, str) else merge
     return left, right

@@ -22,6 +22,11 @@ EXAMPLES: Mapping[str, tuple[tuple[str, str], ...]] = {
         ("uq validate BUNDLE --text mine.txt --chunks all", "over all of your own text"),
         ("uq validate BUNDLE --max-kld 0.1 --json", "exit code 1 if it lost more"),
     ),
+    "export": (
+        ("uq export gemma-3-1b-it-int4 --format gguf", "for llama.cpp, with the same codes"),
+        ("uq export BUNDLE --format compressed-tensors", "for transformers and vLLM, packed"),
+        ("uq export BUNDLE --format hf --dtype bfloat16", "plain weights for transformers"),
+    ),
     "publish": (
         ("uq publish BUNDLE you/name --dry-run", "shows the model card and the files"),
         ("uq publish BUNDLE you/name --private", "uploads them"),

@@ -1,0 +1,133 @@
+"""A bundle as a compressed-tensors folder: linears keep their codes, W4A16 or W8A16."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+
+from uq.errors import UsageError
+from uq.export.folder import FloatTensors, Shards, shards
+from uq.export.packed import Scheme, common_scheme, packed_codes, packed_zeros, repeated_scales
+from uq.export.stored import SAFETENSORS, Losses, StoredTensor, rounded
+from uq.formats.bundle import Bundle
+from uq.formats.config import layer_tensor
+
+FUSED = (  # linears that vLLM runs as one
+    ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+    ("self_attn.o_proj",),
+    ("mlp.gate_proj", "mlp.up_proj"),
+    ("mlp.down_proj",),
+)
+Schemes = dict[str, Scheme]
+
+
+def schemes(bundle: Bundle, *, zero_points: bool) -> Schemes:
+    """Canonical name of each linear's weight -> how it is stored."""
+    found: Schemes = {}
+    for layer in range(bundle.config.num_layers):
+        for roles in FUSED:
+            names = [layer_tensor(layer, role) for role in roles]
+            specs = [bundle.manifest.tensors[name].spec for name in names]
+            scheme = common_scheme(specs, zero_points=zero_points)
+            found |= dict.fromkeys(names, scheme)
+    return found
+
+
+def compressed_shards(bundle: Bundle, chosen: Schemes, dtype: str, losses: Losses) -> Shards:
+    """The tensors of every file; tables and norms are stored in `dtype`."""
+
+    def linear(name: str) -> list[StoredTensor]:
+        return list(_linear(bundle, name, chosen[name], dtype, losses))
+
+    return shards(bundle, FloatTensors(bundle, dtype, losses), linear)
+
+
+def quantization_config(chosen: Schemes, ignored: Sequence[str] = ()) -> dict[str, Any]:
+    """The key of config.json that transformers and vLLM read.
+
+    Args:
+        ignored: patterns of further linears that stay as they are.
+    """
+    members: dict[Scheme, list[str]] = {}
+    for name, scheme in chosen.items():
+        members.setdefault(scheme, []).append(name)
+    groups = {
+        f"group_{index}": {
+            "targets": ["Linear"] if len(members) == 1 else [_pattern(name) for name in names],
+            "weights": scheme.to_json(),
+            "input_activations": None,
+            "output_activations": None,
+            "format": "pack-quantized",
+        }
+        for index, (scheme, names) in enumerate(members.items())
+    }
+    return {
+        "quant_method": "compressed-tensors",
+        "format": "pack-quantized",
+        "quantization_status": "compressed",
+        "config_groups": groups,
+        "ignore": ["lm_head", *ignored],
+        "kv_cache_scheme": None,
+    }
+
+
+def require_scales(bundle: Bundle, chosen: Schemes, dtype: str) -> None:
+    """Refuse scales that `dtype` would round; float16 and float32 hold all.
+
+    Raises:
+        UsageError: names the tensors and what would be lost.
+    """
+    if dtype != "bfloat16":
+        return
+    lost, losses = [], Losses()
+    for name in chosen:
+        scales = bundle.quant(name).scales.astype(np.float32)
+        rounded(name, scales, dtype, losses)
+        lost = list(losses.tensors)
+    if lost:
+        more = f" and {len(lost) - 1} more" if len(lost) > 1 else ""
+        raise UsageError(
+            f"{lost[0]}{more}: bfloat16 cannot hold the scales; rounding them would change the "
+            f"weights by {losses.relative_error:.2%} (root mean square); use --dtype float16 or "
+            "float32, or --allow-rounding"
+        )
+
+
+def _linear(
+    bundle: Bundle, name: str, scheme: Scheme, dtype: str, losses: Losses
+) -> Iterator[StoredTensor]:
+    rows, cols = bundle.manifest.tensors[name].shape
+    groups = cols // scheme.group
+    kind = "float16" if dtype == "float32" else dtype  # the scales are float16 already
+
+    def scales() -> Iterator[Any]:
+        tensor = bundle.quant(name)
+        values = repeated_scales(tensor, scheme)
+        yield (
+            values if kind == "float16" else rounded(name, values.astype(np.float32), kind, losses)
+        )
+
+    def stored(part: str, kind: str, shape: tuple[int, ...], chunks: Any) -> StoredTensor:
+        item = {"I32": 4, "I64": 8}.get(kind, 2)
+        nbytes = item * int(np.prod(shape))
+        return StoredTensor(f"{name}_{part}", kind, shape, nbytes, chunks)
+
+    words = (rows, cols * scheme.bits // 32)
+    yield stored("shape", "I64", (2,), lambda: iter([np.array([rows, cols], "<i8")]))
+    yield stored("packed", "I32", words, lambda: iter([packed_codes(bundle.quant(name), scheme)]))
+    if not scheme.symmetric:
+        yield stored(
+            "zero_point",
+            "I32",
+            (-(-rows // 8), groups),
+            lambda: iter([packed_zeros(bundle.quant(name), scheme)]),
+        )
+    yield stored("scale", SAFETENSORS[kind], (rows, groups), scales)
+
+
+def _pattern(name: str) -> str:
+    """Matches the linear in a text model and in the text part of a multimodal one."""
+    module = name.removeprefix("model.").removesuffix(".weight").replace(".", r"\.")
+    return rf"re:^(model|model\.language_model|language_model\.model)\.{module}$"

@@ -1,0 +1,161 @@
+"""A bundle, written back for other programs, with no second rounding that was not asked for."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from uq.errors import UsageError
+from uq.export.compressed import (
+    compressed_shards,
+    quantization_config,
+    require_scales,
+    schemes,
+)
+from uq.export.folder import FloatTensors, Shards, shards, write_folder
+from uq.export.gguf_file import gguf_tensors, require_known, write_gguf
+from uq.export.huggingface import folder_assets
+from uq.export.stored import Losses, StoredTensor
+from uq.formats.bundle import Bundle
+from uq.formats.disk import disk_errors, require_free, sync_folder
+from uq.progress import Progress, SilentProgress
+
+
+@dataclass(frozen=True)
+class ExportOptions:
+    """What the user may choose.
+
+    Attributes:
+        format: one of `FORMATS`.
+        dtype: `float32`, `float16` or `bfloat16`, of what a folder holds unquantized.
+        allow_rounding: round scales and minima that the format cannot hold exactly.
+        zero_points: compressed-tensors may have packed zero points, which vLLM reads and
+            transformers does not.
+    """
+
+    format: str = "hf"
+    dtype: str = "float32"
+    allow_rounding: bool = False
+    zero_points: bool = False
+
+
+@dataclass(frozen=True)
+class Exported:
+    """What was written.
+
+    Attributes:
+        nbytes: of all files.
+        stored_as: how many tensors are stored in each way.
+        rounded: tensors whose values differ from the bundle's.
+        relative_error: of these, root mean square over root mean square; 0 without any.
+    """
+
+    path: Path
+    nbytes: int
+    stored_as: dict[str, int]
+    rounded: tuple[str, ...]
+    relative_error: float
+
+
+SILENT = SilentProgress()
+
+
+@dataclass(frozen=True)
+class Draft:
+    """What will be written, checked.
+
+    Attributes:
+        write: writes it into an empty folder; returns the file or the folder to be renamed.
+    """
+
+    tensors: Sequence[StoredTensor]
+    write: Callable[[Path, Progress], Path]
+
+
+def export(
+    bundle: Bundle, out: Path, options: ExportOptions, progress: Progress = SILENT
+) -> Exported:
+    """Write `bundle` to `out`: a folder, or a GGUF file.
+
+    Raises:
+        UsageError: `out` exists, or the format cannot hold the bundle exactly and
+            `allow_rounding` is not given; names the tensors and what would be lost.
+        BundleError: a file of the bundle is damaged, or no other program has such a model.
+        DeviceError: the disk is full or broken.
+    """
+    losses = Losses()
+    with work_folder(out) as work:
+        draft = DRAFTS[options.format](bundle, options, losses)
+        require_free(out, sum(tensor.nbytes for tensor in draft.tensors))
+        made = draft.write(work, progress)
+        nbytes = sum(file.stat().st_size for file in _files(made))
+        with disk_errors(out, 0):
+            made.rename(out)
+            sync_folder(out.absolute().parent)
+    kinds = Counter(tensor.kind for tensor in draft.tensors)
+    rounded = tuple(losses.tensors)
+    return Exported(out, nbytes, dict(kinds.most_common()), rounded, losses.relative_error)
+
+
+def draft_hf(bundle: Bundle, options: ExportOptions, losses: Losses) -> Draft:
+    """Floating-point weights."""
+    floats = FloatTensors(bundle, options.dtype, losses)
+    files = shards(bundle, floats, floats.matrix)
+    return _folder_draft(files, folder_assets(bundle, options.dtype, {}))
+
+
+def draft_compressed(bundle: Bundle, options: ExportOptions, losses: Losses) -> Draft:
+    """Packed codes of the linears; tables and norms in floating point."""
+    chosen = schemes(bundle, zero_points=options.zero_points)
+    if not options.allow_rounding:
+        require_scales(bundle, chosen, options.dtype)
+    files = compressed_shards(bundle, chosen, options.dtype, losses)
+    config = {"quantization_config": quantization_config(chosen)}
+    return _folder_draft(files, folder_assets(bundle, options.dtype, config))
+
+
+def draft_gguf(bundle: Bundle, options: ExportOptions, losses: Losses) -> Draft:
+    """GGML blocks."""
+    require_known(bundle.config)
+    tensors = gguf_tensors(bundle, losses, allow_rounding=options.allow_rounding)
+    return Draft(tensors, lambda work, progress: write_gguf(work, bundle, tensors, progress))
+
+
+DRAFTS = {"hf": draft_hf, "compressed-tensors": draft_compressed, "gguf": draft_gguf}
+FORMATS = tuple(DRAFTS)
+
+
+def _folder_draft(files: Shards, assets: dict[str, bytes]) -> Draft:
+    tensors = [tensor for file in files for tensor in file]
+    return Draft(tensors, lambda work, progress: write_folder(work, files, assets, progress))
+
+
+def _files(path: Path) -> list[Path]:
+    return [path] if path.is_file() else list(path.iterdir())
+
+
+@contextmanager
+def work_folder(out: Path) -> Iterator[Path]:
+    """An empty folder beside `out`, which is gone afterwards, whatever happens in between.
+
+    Raises:
+        UsageError: `out` or the folder exists.
+        DeviceError: the disk is full or broken.
+    """
+    if os.path.lexists(out):
+        raise UsageError(f"{out}: exists; remove it or choose another -o")
+    work = out.with_name(out.name + ".partial")
+    if os.path.lexists(work):
+        raise UsageError(f"{work}: exists: an export writes it, or one was killed; remove it")
+    with disk_errors(work, 0):
+        work.mkdir(parents=True)
+    try:
+        yield work
+    finally:
+        if work.exists():
+            shutil.rmtree(work)

@@ -1,0 +1,112 @@
+"""A Hugging Face folder: a safetensors file for the tables, one for each layer, and an index."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from uq.export.stored import SAFETENSORS, Losses, StoredTensor, rounded
+from uq.formats.bundle import Bundle
+from uq.formats.config import EMBEDDING, FINAL_NORM, HEAD, layer_tensor
+from uq.formats.disk import write_file
+from uq.formats.manifest import gain_name
+from uq.formats.shard import make_header, shard_file
+from uq.progress import Progress
+
+INDEX = "model.safetensors.index.json"
+METADATA = {"format": "pt"}  # transformers refuses a file without it
+Shards = Sequence[Sequence[StoredTensor]]
+
+
+class FloatTensors:
+    """Weights of a bundle in a floating-point type; what that loses is counted in `losses`."""
+
+    def __init__(self, bundle: Bundle, dtype: str, losses: Losses) -> None:
+        self._bundle, self._dtype, self._losses = bundle, dtype, losses
+
+    def matrix(self, name: str) -> list[StoredTensor]:
+        """A quantized tensor, dequantized."""
+
+        def chunks() -> Iterator[Any]:
+            for piece in self._bundle.pieces(name):
+                yield rounded(name, piece.dequantize(), self._dtype, self._losses)
+
+        return [self._tensor(name, self._bundle.manifest.tensors[name].shape, chunks)]
+
+    def norm(self, name: str) -> StoredTensor:
+        """A norm's weight as transformers has it: the gain less one."""
+        gain = self._bundle.manifest.arrays[gain_name(name)]
+
+        def chunks() -> Iterator[Any]:
+            weight = self._bundle.array(gain_name(name)) - np.float32(1)
+            yield rounded(name, weight, self._dtype, self._losses)
+
+        return self._tensor(name, gain.shape, chunks)
+
+    def _tensor(
+        self, name: str, shape: tuple[int, ...], chunks: Callable[[], Iterator[Any]]
+    ) -> StoredTensor:
+        nbytes = int(np.prod(shape)) * (4 if self._dtype == "float32" else 2)
+        return StoredTensor(name, SAFETENSORS[self._dtype], shape, nbytes, chunks)
+
+
+def shards(
+    bundle: Bundle, floats: FloatTensors, linear: Callable[[str], list[StoredTensor]]
+) -> Shards:
+    """The tensors of every file: the tables, then layer by layer.
+
+    Args:
+        linear: how a linear's weight is stored, by its canonical name.
+    """
+    config = bundle.config
+    tables = [EMBEDDING] if config.tied_head else [EMBEDDING, HEAD]
+    found = [[*(t for name in tables for t in floats.matrix(name)), floats.norm(FINAL_NORM)]]
+    for layer in range(config.num_layers):
+        linears = [layer_tensor(layer, role) for role in config.linear_shapes()]
+        norms = [layer_tensor(layer, role) for role in config.norm_shapes()]
+        stored = [tensor for name in linears for tensor in linear(name)]
+        found.append([*stored, *map(floats.norm, norms)])
+    return found
+
+
+def write_folder(
+    work: Path, files: Shards, assets: Mapping[str, bytes], progress: Progress
+) -> Path:
+    """Write everything into `work`, which is returned.
+
+    Raises:
+        DeviceError: the disk is full or broken.
+    """
+    progress.start(len(files), "export")
+    where: dict[str, str] = {}
+    for index, tensors in enumerate(files):
+        name = shard_file(index, len(files))
+        _write_shard(work / name, tensors)
+        where |= {tensor.name: name for tensor in tensors}
+        progress.advance("tables" if index == 0 else f"layer {index - 1}")
+    progress.close()
+    total = sum(tensor.nbytes for file in files for tensor in file)
+    listing = {"metadata": {"total_size": total}, "weight_map": where}
+    for name, data in {**assets, INDEX: to_json(listing)}.items():
+        write_file(work / name, [data], len(data))
+    return work
+
+
+def to_json(value: Mapping[str, Any]) -> bytes:
+    return json.dumps(value, indent=2, ensure_ascii=False).encode() + b"\n"
+
+
+def _write_shard(path: Path, tensors: Sequence[StoredTensor]) -> None:
+    header = make_header({t.name: (t.kind, t.shape) for t in tensors}, METADATA)
+    write_file(path, _contents(header, tensors), len(header) + sum(t.nbytes for t in tensors))
+
+
+def _contents(header: bytes, tensors: Iterable[StoredTensor]) -> Iterator[bytes | memoryview]:
+    yield header
+    for tensor in tensors:
+        for chunk in tensor.chunks():
+            yield np.ascontiguousarray(chunk).data

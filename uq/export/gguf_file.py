@@ -1,0 +1,244 @@
+"""A bundle as a GGUF file, with its own codes and scales."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
+from math import isclose
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from gguf import (
+    GGML_QUANT_VERSION,
+    GGMLQuantizationType,
+    GGUFType,
+    GGUFWriter,
+    LlamaFileType,
+    RopeScalingType,
+)
+
+from uq.chat import CHAT_FILES, find_template
+from uq.errors import BundleError, UsageError
+from uq.export.gguf_blocks import (
+    BLOCK,
+    BLOCK_BYTES,
+    block_type,
+    half,
+    has_float16_minima,
+    minima,
+    stored_values,
+    to_blocks,
+)
+from uq.export.gguf_vocabulary import vocabulary
+from uq.export.stored import Losses, StoredTensor
+from uq.formats.bundle import Bundle
+from uq.formats.checkpoint.checkpoint import TOKENIZER
+from uq.formats.checkpoint.gguf_config import ARCHITECTURES, PATTERN, gguf_config, gguf_names
+from uq.formats.checkpoint.gguf_file import read_gguf
+from uq.formats.checkpoint.hf_config import pattern_types
+from uq.formats.config import FULL, SLIDING, GemmaConfig
+from uq.formats.disk import write_file
+from uq.formats.manifest import gain_name
+from uq.formats.spec import QuantTensor
+from uq.progress import Progress
+
+ALIGNMENT = 32
+FREE = {"eos_token_ids"}  # llama.cpp stops at further tokens, too, by their names
+
+
+def gguf_tensors(bundle: Bundle, losses: Losses, *, allow_rounding: bool) -> list[StoredTensor]:
+    """All tensors of the file, in its order.
+
+    Args:
+        allow_rounding: minima may be rounded to float16, which takes 5 bits where 8 are exact.
+    """
+    manifest = bundle.manifest
+    found = []
+    for name, stored_name in gguf_names(bundle.config).items():
+        if name in manifest.tensors:
+            spec = manifest.tensors[name].spec
+            fits = spec.zero_point and (allow_rounding or has_float16_minima(bundle.pieces(name)))
+            kind = block_type(spec, minima=fits)
+            found.append(_matrix(bundle, name, stored_name, kind, losses))
+        else:
+            found.append(_gain(bundle, gain_name(name), stored_name))
+    return found
+
+
+def write_gguf(
+    work: Path, bundle: Bundle, tensors: Sequence[StoredTensor], progress: Progress
+) -> Path:
+    """Write the file into the folder `work`.
+
+    Raises:
+        BundleError: llama.cpp would run another model than this.
+        DeviceError: the disk is full or broken.
+    """
+    header = _header(work / "header", bundle, tensors)
+    total = len(header) + sum(map(_padded, (tensor.nbytes for tensor in tensors)))
+    _require_same_model(work / "header", total, bundle.config)
+    progress.start(len(tensors), "export")
+    path = work / "model.gguf"
+    write_file(path, _contents(header, tensors, progress), total)
+    progress.close()
+    return path
+
+
+def require_known(config: GemmaConfig) -> None:
+    """Refuse a model that llama.cpp has no architecture for.
+
+    Raises:
+        UsageError: says what it has none for.
+    """
+    if config.family not in ARCHITECTURES:
+        raise UsageError(
+            f"export of {config.family} to GGUF is not offered; it is of {', '.join(ARCHITECTURES)}"
+        )
+    if not config.tied_head and config.family != "gemma3":
+        raise UsageError(
+            f"llama.cpp has no {config.family} with a head of its own; use another format"
+        )
+
+
+def _matrix(bundle: Bundle, name: str, stored_name: str, kind: str, losses: Losses) -> StoredTensor:
+    rows, cols = bundle.manifest.tensors[name].shape
+
+    def chunks() -> Iterator[Any]:
+        for piece in bundle.pieces(name):
+            if kind.endswith("_1"):
+                _require_finite(name, piece)
+                losses.add(name, piece.dequantize(), stored_values(piece, kind))
+            yield to_blocks(piece, kind)
+
+    nbytes = rows * (cols // BLOCK) * BLOCK_BYTES[kind]
+    return StoredTensor(stored_name, kind, (rows, cols), nbytes, chunks)
+
+
+def _gain(bundle: Bundle, name: str, stored_name: str) -> StoredTensor:
+    shape = bundle.manifest.arrays[name].shape
+    nbytes = 4 * int(np.prod(shape))
+    return StoredTensor(stored_name, "F32", shape, nbytes, lambda: iter([bundle.array(name)]))
+
+
+def _require_finite(name: str, piece: QuantTensor) -> None:
+    if not np.isfinite(half(minima(piece))).all():
+        raise BundleError(f"{name}: minima are too large for float16; leave --allow-rounding away")
+
+
+def _header(path: Path, bundle: Bundle, tensors: Sequence[StoredTensor]) -> bytes:
+    """Everything in front of the data."""
+    writer = GGUFWriter(path, bundle.config.family)
+    writer.add_type(GGUFType.MODEL)
+    writer.add_name(bundle.name)
+    writer.add_quantization_version(GGML_QUANT_VERSION)
+    writer.add_file_type(_file_type(tensors))
+    _add_model(writer, bundle.config)
+    _add_vocabulary(writer, bundle)
+    for tensor in tensors:
+        kind = GGMLQuantizationType[tensor.kind]
+        writer.add_tensor_info(tensor.name, tensor.shape, np.dtype(np.float32), tensor.nbytes, kind)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_ti_data_to_file()
+    writer.close()
+    header = path.read_bytes()
+    return header + bytes(_padded(len(header)) - len(header))
+
+
+def _file_type(tensors: Sequence[StoredTensor]) -> LlamaFileType:
+    """The type of most linears; a word for people, readers go by each tensor's own."""
+    kinds = Counter(t.kind for t in tensors if t.name.startswith("blk.") and len(t.shape) == 2)
+    return LlamaFileType[f"MOSTLY_{kinds.most_common(1)[0][0]}"]
+
+
+def _add_model(writer: GGUFWriter, config: GemmaConfig) -> None:
+    writer.add_context_length(config.max_position_embeddings)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_block_count(config.num_layers)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_head_count(config.num_heads)
+    writer.add_head_count_kv(config.num_kv_heads)
+    writer.add_key_length(config.head_dim)
+    writer.add_value_length(config.head_dim)
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    writer.add_rope_freq_base(config.rope_theta)
+    if config.rope_scaling != 1:
+        writer.add_rope_scaling_type(RopeScalingType.LINEAR)
+        writer.add_rope_scaling_factor(config.rope_scaling)
+    if SLIDING in config.layer_types:
+        _add_windows(writer, config)
+    if config.attn_softcap is not None:
+        writer.add_attn_logit_softcapping(config.attn_softcap)
+    if config.final_softcap is not None:
+        writer.add_final_logit_softcapping(config.final_softcap)
+
+
+def _add_windows(writer: GGUFWriter, config: GemmaConfig) -> None:
+    writer.add_sliding_window(config.sliding_window)
+    writer.add_rope_freq_base_swa(config.rope_local_theta)
+    if config.layer_types != pattern_types(PATTERN[config.family], config.num_layers):
+        writer.add_sliding_window_pattern([kind != FULL for kind in config.layer_types])
+
+
+def _add_vocabulary(writer: GGUFWriter, bundle: Bundle) -> None:
+    config = bundle.config
+    words = vocabulary(bundle.asset(TOKENIZER), config.vocab_size)
+    writer.add_tokenizer_model("llama")
+    writer.add_tokenizer_pre("default")
+    writer.add_token_list(words.tokens)
+    writer.add_token_scores(words.scores)
+    writer.add_token_types(words.types)
+    writer.add_bos_token_id(config.bos_token_id)
+    writer.add_eos_token_id(config.eos_token_ids[0])
+    if len(config.eos_token_ids) > 1:
+        writer.add_eot_token_id(config.eos_token_ids[-1])
+    writer.add_unk_token_id(words.unknown)
+    writer.add_pad_token_id(config.pad_token_id)
+    writer.add_add_bos_token(True)
+    writer.add_add_eos_token(False)
+    writer.add_add_space_prefix(False)
+    with suppress(UsageError):  # a base model has none
+        writer.add_chat_template(
+            find_template({n: bundle.asset(n) for n in CHAT_FILES if n in bundle.manifest.files})
+        )
+
+
+def _require_same_model(header: Path, total: int, config: GemmaConfig) -> None:
+    """Read the file that will be, as llama.cpp does, before its weights are written."""
+    with header.open("r+b") as file:
+        file.truncate(total)  # takes no room: there is nothing in it
+    found = gguf_config(read_gguf(header)).to_json()
+    header.unlink()
+    without_windows = (
+        set() if SLIDING in config.layer_types else {"sliding_window", "rope_local_theta"}
+    )
+    for key, value in config.to_json().items():
+        if key not in FREE | without_windows and not _same(found[key], value):
+            raise BundleError(
+                f"GGUF cannot say that {key} is {value}: llama.cpp would take {found[key]}; use "
+                "another format"
+            )
+
+
+def _same(found: Any, wanted: Any) -> bool:
+    """Numbers are float32 in the file."""
+    if isinstance(wanted, float) and isinstance(found, float):
+        return isclose(found, wanted, rel_tol=1e-6)
+    return bool(found == wanted)
+
+
+def _contents(
+    header: bytes, tensors: Sequence[StoredTensor], progress: Progress
+) -> Iterator[bytes | memoryview]:
+    yield header
+    for tensor in tensors:
+        for chunk in tensor.chunks():
+            yield np.ascontiguousarray(chunk).data
+        yield bytes(_padded(tensor.nbytes) - tensor.nbytes)
+        progress.advance(tensor.name)
+
+
+def _padded(nbytes: int) -> int:
+    return -(-nbytes // ALIGNMENT) * ALIGNMENT
