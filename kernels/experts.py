@@ -31,8 +31,12 @@ def experts_output(config: GemmaConfig, weights: Weights, hidden: Array) -> Arra
     for expert, tokens, shares in chosen(config, weights, hidden):
         y = expert_hidden(weights[f"{GATE_UP}.{expert}"], x[tokens])
         out[tokens] += linear(y, weights[f"{DOWN}.{expert}"]) * shares[:, None]
-    out = rms_norm(out, weights["post_feedforward_layernorm_2"], config.rms_norm_eps)
-    return out.reshape(hidden.shape)
+    return leave_experts(config, weights, out).reshape(hidden.shape)
+
+
+def leave_experts(config: GemmaConfig, weights: Weights, out: Array) -> Array:
+    """What the sum of the chosen experts' outputs is when it joins the MLP's."""
+    return rms_norm(out, weights["post_feedforward_layernorm_2"], config.rms_norm_eps)
 
 
 def experts_input(config: GemmaConfig, weights: Weights, hidden: Array) -> Array:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -22,13 +23,15 @@ class Beside:
 
     Attributes:
         embedded: (batch, length, hidden) in front of layer 0, in models with per-layer embeddings.
-        rows: (batch, length, layers * size) of the per-layer embedding, unscaled.
+        rows: layer -> (batch, length, size), its part of the per-layer embedding, unscaled.
         shared: layer -> its keys and values, where later layers read them.
+        experts: (batch, length, hidden), `experts_output` of the layer in work where it is known.
     """
 
     embedded: Array | None = None
-    rows: Array | None = None
+    rows: Callable[[int], Array] | None = None
     shared: dict[int, tuple[Array, Array]] = field(default_factory=dict)
+    experts: Array | None = None
 
 
 def per_layer_input(config: GemmaConfig, layer: int, weights: Weights, beside: Beside) -> Array:
@@ -41,7 +44,7 @@ def per_layer_input(config: GemmaConfig, layer: int, weights: Weights, beside: B
     projected = linear(beside.embedded, weights[PER_LAYER_PROJECTION])
     projected *= np.float32(config.hidden_size**-0.5)
     out = rms_norm(projected, weights[PER_LAYER_NORM], config.rms_norm_eps)
-    out += beside.rows[..., layer * size : (layer + 1) * size] * np.float32(math.sqrt(size))
+    out += beside.rows(layer) * np.float32(math.sqrt(size))
     out *= np.float32(math.sqrt(0.5))
     return out
 

@@ -124,14 +124,22 @@ def mlp_hidden(config: GemmaConfig, weights: Weights, x: Array) -> Array:
 
 
 def add_mlp(
-    config: GemmaConfig, weights: Weights, hidden: Array, y: Array, out: Array | None = None
+    config: GemmaConfig,
+    weights: Weights,
+    hidden: Array,
+    y: Array,
+    out: Array | None = None,
+    experts: Array | None = None,
 ) -> Array:
-    """The residual stream behind the MLP; `out` of down_proj is taken over, where it is known."""
+    """The residual stream behind the MLP and its experts.
+
+    `out` of down_proj and `experts_output` are taken over, where they are known.
+    """
     if out is None:
         out = linear(y, weights["mlp.down_proj"])
     if config.experts:
         out = rms_norm(out, weights["post_feedforward_layernorm_1"], config.rms_norm_eps)
-        out += experts_output(config, weights, hidden)
+        out += experts_output(config, weights, hidden) if experts is None else experts
     if config.post_norms:
         out = rms_norm(out, weights["post_feedforward_layernorm"], config.rms_norm_eps)
     out += hidden
@@ -294,7 +302,8 @@ def beside_tokens(
     """What goes with tokens (batch, length) through the layers; `embedded` is copied."""
     if config.per_layer is None:
         return Beside()
-    return Beside(embedded.copy(), weights.per_layer_rows(tokens))
+    size, rows = config.per_layer.size, weights.per_layer_rows(tokens)
+    return Beside(embedded.copy(), lambda layer: rows[..., layer * size : (layer + 1) * size])
 
 
 def _resident_parameters(config: GemmaConfig) -> int:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import tempfile
 import weakref
 from collections.abc import Iterator
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
 
@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from uq.formats.disk import disk_errors
+from uq.kernels.per_layer import Beside
 
 Array = NDArray[np.float32]
 
@@ -25,11 +26,20 @@ class Batch:
         hidden: (sequences, length, hidden) residual stream.
         x: (sequences, length, n) input of the current stage's linears.
         out: (sequences, length, hidden) output of the stage's linear, where it is already known.
+        beside: what else goes with the sequences; always in memory.
     """
 
     hidden: Array
     x: Array
     out: Array | None = None
+    beside: Beside = field(default_factory=Beside)
+
+    def at(self, x: Array, hidden: Array | None = None) -> Batch:
+        """The same sequences at another stage, whose input is `x`."""
+        return Batch(self.hidden if hidden is None else hidden, x, None, self.beside)
+
+
+ARRAYS = ("hidden", "x", "out")
 
 
 class Activations(Protocol):
@@ -57,6 +67,7 @@ class SpilledActivations:
         self._folder = folder
         self._room = batch_bytes
         self._shapes: list[dict[str, tuple[int, ...]]] = []
+        self._beside: list[Beside] = []
         with disk_errors(folder, 0):
             self._file = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115
         weakref.finalize(self, self._file.close)
@@ -69,11 +80,12 @@ class SpilledActivations:
 
     def append(self, batch: Batch) -> None:
         self._shapes.append({})
+        self._beside.append(batch.beside)
         self[len(self) - 1] = batch
 
     def __setitem__(self, index: int, batch: Batch) -> None:
         """Raises DeviceError: the disk is full or broken."""
-        arrays = {field.name: getattr(batch, field.name) for field in fields(Batch)}
+        arrays = {name: getattr(batch, name) for name in ARRAYS}
         if batch.x is batch.hidden:
             del arrays["x"]
         present = {name: array for name, array in arrays.items() if array is not None}
@@ -93,4 +105,5 @@ class SpilledActivations:
             self._file.seek(index * self._room)
             for array in found.values():
                 self._file.readinto(array.data.cast("B"))
-        return Batch(found["hidden"], found.get("x", found["hidden"]), found.get("out"))
+        x, out = found.get("x", found["hidden"]), found.get("out")
+        return Batch(found["hidden"], x, out, self._beside[index])

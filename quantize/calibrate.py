@@ -20,6 +20,7 @@ from pathlib import Path
 import numpy as np
 
 from uq.formats.config import GemmaConfig
+from uq.kernels.per_layer import Beside
 from uq.kernels.products import flat, linear
 from uq.kernels.reference import (
     add_attention,
@@ -27,11 +28,13 @@ from uq.kernels.reference import (
     attention_context,
     attention_input,
     embed,
+    leave,
     mlp_hidden,
     mlp_input,
 )
 from uq.quantize.activations import Activations, Batch, SpilledActivations
-from uq.quantize.calibration_engine import Array, TokenRows, Weights
+from uq.quantize.calibration_engine import Array, ExpertWork, LayerRows, TokenRows, Weights
+from uq.quantize.expert_calibration import calibrate_experts
 from uq.quantize.gptq import Statistics, row_blocks
 from uq.quantize.moments import Inputs, mean_square, statistics, token_weights, undo_norm
 from uq.quantize.plan import GptqOptions
@@ -54,25 +57,29 @@ class Stage:
 
 
 def _enter_attention(config: GemmaConfig, layer: int, weights: Weights, batch: Batch) -> Batch:
-    return Batch(batch.hidden, attention_input(config, weights, batch.hidden))
+    return batch.at(attention_input(config, weights, batch.hidden))
 
 
 def _enter_context(config: GemmaConfig, layer: int, weights: Weights, batch: Batch) -> Batch:
-    return Batch(batch.hidden, attention_context(config, layer, weights, batch.x))
+    context = attention_context(config, layer, weights, batch.x, beside=batch.beside)
+    return batch.at(context)
 
 
 def _enter_mlp(config: GemmaConfig, layer: int, weights: Weights, batch: Batch) -> Batch:
     hidden = add_attention(config, weights, batch.hidden, batch.x, batch.out)
-    return Batch(hidden, mlp_input(config, weights, hidden))
+    return batch.at(mlp_input(config, weights, hidden), hidden)
 
 
 def _enter_mlp_hidden(config: GemmaConfig, layer: int, weights: Weights, batch: Batch) -> Batch:
-    return Batch(batch.hidden, mlp_hidden(config, weights, batch.x))
+    return batch.at(mlp_hidden(config, weights, batch.x))
 
 
 def _leave(config: GemmaConfig, layer: int, weights: Weights, batch: Batch) -> Batch:
-    hidden = add_mlp(config, weights, batch.hidden, batch.x, batch.out)
-    return Batch(hidden, hidden)
+    experts = batch.beside.experts
+    hidden = add_mlp(config, weights, batch.hidden, batch.x, batch.out, experts)
+    batch.beside.experts = None
+    hidden = leave(config, layer, weights, hidden, batch.beside)
+    return batch.at(hidden, hidden)
 
 
 STAGES = (
@@ -80,6 +87,20 @@ STAGES = (
     Stage(("self_attn.o_proj",), _enter_context, "post_attention_layernorm"),
     Stage(("mlp.gate_proj", "mlp.up_proj"), _enter_mlp),
     Stage(("mlp.down_proj",), _enter_mlp_hidden, "post_feedforward_layernorm"),
+)
+# Where experts' outputs join it, an output has a norm of its own in front of the stage's.
+BESIDE_EXPERTS = {"post_feedforward_layernorm": "post_feedforward_layernorm_1"}
+# What `GemmaConfig.extensions` names and the stages follow.
+FOLLOWED = frozenset(
+    {
+        "full layers with heads of their own",
+        "values with a norm",
+        "shared keys and values",
+        "MLPs of several widths",
+        "per-layer embeddings",
+        "layer scalars",
+        "mixture of experts",
+    }
 )
 EXIT = Stage((), _leave)
 # Roles of the stage that is entered -> the linears that led there.
@@ -100,10 +121,11 @@ class TokenPath:
         self._config = config
         self.batches = batches
 
-    def add(self, rows: Array) -> None:
+    def add(self, rows: Array, per_layer: LayerRows | None) -> None:
         """(sequences, length, hidden): the embedding's rows of the next batch."""
         hidden = embed(self._config, rows)
-        self.batches.append(Batch(hidden, hidden))
+        beside = Beside() if per_layer is None else Beside(hidden, per_layer)
+        self.batches.append(Batch(hidden, hidden, beside=beside))
 
     def go(self, stage: Stage, layer: int, weights: Weights) -> None:
         """Move every batch to the input of a stage."""
@@ -136,11 +158,11 @@ class Calibration:
         self._quantized: TokenPath | None = None
         self._exact: TokenPath | None = None
         for batch in rows:
-            self._quantized = self._added(self._quantized, batch.quantized)
+            self._quantized = self._added(self._quantized, batch.quantized, batch.quantized_rows)
             if batch.exact is not None:
-                self._exact = self._added(self._exact, batch.exact)
+                self._exact = self._added(self._exact, batch.exact, batch.exact_rows)
 
-    def _added(self, path: TokenPath | None, rows: Array) -> TokenPath:
+    def _added(self, path: TokenPath | None, rows: Array, per_layer: LayerRows | None) -> TokenPath:
         """The path with one batch more; the first one is the largest."""
         if path is None:
             tokens, folder = rows.shape[0] * rows.shape[1], self._spill
@@ -149,32 +171,43 @@ class Calibration:
             path = TokenPath(
                 self._config, kept if folder is None else SpilledActivations(folder, size)
             )
-        path.add(rows)
+        path.add(rows, per_layer)
         return path
 
     def quantize_layer(
-        self, layer: int, weights: MutableMapping[str, Array], quantize: QuantizeStage
+        self,
+        layer: int,
+        weights: MutableMapping[str, Array],
+        quantize: QuantizeStage,
+        experts: ExpertWork | None = None,
     ) -> None:
         """Quantize a layer stage by stage, and move the tokens behind it.
 
         Args:
             weights: role -> float32 weight or gain. What no later stage needs is taken out.
             quantize: called once per stage.
+            experts: of models that have some.
         """
         mixed = dict(weights)
         for stage in STAGES:
             self._go(stage, layer, mixed, weights)
-            mixed |= quantize(stage.roles, self._statistics(stage, weights))
+            roles = [role for role in stage.roles if role in weights]
+            mixed |= quantize(roles, self._statistics(stage, weights))
+        if experts is not None:
+            exact = () if self._exact is None else self._exact.batches
+            sizes = self._options.work
+            calibrate_experts(self._config, weights, self._path.batches, exact, experts, sizes)
         self._go(EXIT, layer, mixed, weights)
 
-    def pass_layer(self, layer: int, exact: Weights, quantized: Weights) -> None:
-        """Move the tokens behind a layer that was quantized earlier.
+    def pass_layer(
+        self, layer: int, exact: MutableMapping[str, Array], quantized: MutableMapping[str, Array]
+    ) -> None:
+        """Move the tokens behind a layer that was quantized earlier. The weights are used up.
 
         Args:
             exact: of the checkpoint; empty when the floating-point path is left out.
-            quantized: role -> dequantized weight, or gain.
+            quantized: role -> dequantized weight, or gain; of an expert under role and number.
         """
-        exact, quantized = dict(exact), dict(quantized)
         for stage in (*STAGES, EXIT):
             self._go(stage, layer, quantized, exact)
 
@@ -210,7 +243,8 @@ class Calibration:
         counts: Sequence[Array | None] = [None] * len(sizes)
         if self._config.post_norms:
             counts = token_weights(sizes, self._options.clip)
-        gain = weights[stage.norm] if self._config.post_norms else None
+        norm = BESIDE_EXPERTS.get(stage.norm, stage.norm) if self._config.experts else stage.norm
+        gain = weights[norm] if self._config.post_norms else None
         inputs = (
             Inputs(
                 flat(quantized.x),

@@ -21,6 +21,7 @@ from uq.formats.spec import QuantTensor, Spec
 from uq.quantize.plan import GptqOptions
 
 Array = NDArray[np.float32]
+LayerRows = Callable[[int], Array]
 Weights = Mapping[str, Array]  # role -> (out, in) linear, or (size,) gain
 
 
@@ -31,10 +32,14 @@ class TokenRows:
     Attributes:
         quantized: (sequences, length, hidden) float32 of the quantized embedding.
         exact: the same of the checkpoint's; None leaves the floating-point path out.
+        quantized_rows, exact_rows: layer -> (sequences, length, size), its part of the per-layer
+            embedding on both paths, of models that have one.
     """
 
     quantized: Array
     exact: Array | None = None
+    quantized_rows: LayerRows | None = None
+    exact_rows: LayerRows | None = None
 
 
 class QuantizedWeights(Mapping[str, Array]):
@@ -92,6 +97,20 @@ class StageStatistics(Protocol):
         ...
 
 
+@dataclass(frozen=True)
+class ExpertWork:
+    """What is done with the experts of a layer.
+
+    Attributes:
+        read: (role, number) -> the checkpoint's weight.
+        quantize: (role, number, tokens that chose it, statistics of their inputs, None without
+            tokens) -> the weight that the tokens go on with.
+    """
+
+    read: Callable[[str, int], Array]
+    quantize: Callable[[str, int, int, StageStatistics | None], Array]
+
+
 # Roles of a stage and the statistics of their input -> role -> weight that the tokens go on with.
 QuantizeStage = Callable[[Sequence[str], StageStatistics], Weights]
 
@@ -100,22 +119,29 @@ class CalibrationRun(Protocol):
     """The calibration tokens in front of some layer."""
 
     def quantize_layer(
-        self, layer: int, weights: MutableMapping[str, Array], quantize: QuantizeStage
+        self,
+        layer: int,
+        weights: MutableMapping[str, Array],
+        quantize: QuantizeStage,
+        experts: ExpertWork | None = None,
     ) -> None:
         """Quantize a layer stage by stage, and move the tokens behind it.
 
         Args:
             weights: role -> float32 weight or gain. The engine may take out what it needs no more.
             quantize: called once per stage.
+            experts: of models that have some.
         """
         ...
 
-    def pass_layer(self, layer: int, exact: Weights, quantized: Weights) -> None:
-        """Move the tokens behind a layer that was quantized earlier.
+    def pass_layer(
+        self, layer: int, exact: MutableMapping[str, Array], quantized: MutableMapping[str, Array]
+    ) -> None:
+        """Move the tokens behind a layer that was quantized earlier. The weights may be used up.
 
         Args:
             exact: of the checkpoint; empty when the floating-point path is left out.
-            quantized: role -> dequantized weight, or gain.
+            quantized: role -> dequantized weight, or gain; of an expert under role and number.
         """
         ...
 

@@ -48,6 +48,7 @@ from uq.text import duration, size, table
 
 TOKENIZER_SECONDS = 4e-6  # per token, likewise
 TABLES = {EMBEDDING: "embedding", HEAD: "head", PER_LAYER_EMBEDDING: "per-layer embedding"}
+STAGED = {role for stage in STAGES for role in stage.roles}
 SAMPLE = 512  # side of the sample matrices
 REPEATS = 8
 GPTQ_PRODUCTS = 13  # multiplications per weight and input channel, all parts of GPTQ together
@@ -196,21 +197,28 @@ def _hashing_seconds(nbytes: int) -> float:
 def _layers_seconds(config: GemmaConfig, plan: Plan, options: QuantizeOptions) -> float:
     """All layers: the tokens' way through them, the second moments, GPTQ."""
     rates, kinds = _rates(plan), layer_kinds(config)
-    return sum(n * _layer_seconds(dict(kind), plan, options, rates) for kind, n in kinds.items())
+    share = config.experts.active / config.experts.count if config.experts else 1.0
+    return sum(
+        n * _layer_seconds(dict(kind), share, plan, options, rates) for kind, n in kinds.items()
+    )
 
 
 def _layer_seconds(
     linears: Mapping[str, tuple[int, int]],
+    share: float,
     plan: Plan,
     options: QuantizeOptions,
     rates: tuple[float, float, float],
 ) -> float:
+    """`share`: of its experts that a token passes through."""
     single, double, per_weight = rates
     tokens, length = options.calibration_tokens, options.calibration_length
     paths = 2 if plan.corrected else 1
     weights = sum(rows * cols for rows, cols in linears.values())
+    experts = sum(rows * cols for role, (rows, cols) in linears.items() if role not in STAGED)
+    passed = weights - (1 - share) * experts
     attention = 2 * length * linears["self_attn.o_proj"][1]
-    forward = OVERHEAD * 2 * tokens * paths * (weights + attention)
+    forward = OVERHEAD * 2 * tokens * paths * (passed + attention)
     inputs = {stage: linears[stage.roles[0]] for stage in STAGES}  # (rows, cols)
     widths = [cols for _, cols in inputs.values()]
     moments = tokens * sum(width**2 for width in widths)

@@ -2,31 +2,39 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, MutableMapping, Sequence
+from collections.abc import Mapping, MutableMapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 from numpy.typing import NDArray
 
 from uq.formats.checkpoint import Checkpoint
-from uq.formats.config import EMBEDDING, layer_tensor
+from uq.formats.checkpoint.content import read_contents
+from uq.formats.config import layer_tensor
 from uq.formats.manifest import gain_name
 from uq.formats.spec import QuantTensor
 from uq.formats.writer import ArrayEntry, Entry, QuantEntry
-from uq.kernels.weights import CheckpointWeights
+from uq.kernels.weights import LayerWeights
 from uq.progress import Progress
 from uq.quantize.calibrate import PLAIN
 from uq.quantize.calibration_engine import (
     CalibrationEngine,
+    ExpertWork,
     GptqSolver,
     QuantizedWeights,
     StageStatistics,
-    TokenRows,
 )
+from uq.quantize.committed import CommittedLayer
 from uq.quantize.equalize import channel_scale
+from uq.quantize.expert_rounding import ExpertStack
 from uq.quantize.plan import Plan
 from uq.quantize.recover import misfit, recover
 from uq.quantize.scales import checked, quantize_rtn, weight_error
+from uq.quantize.token_rows import token_rows
+
+Array = NDArray[np.float32]
 
 
 class CalibratedLayers:
@@ -54,7 +62,7 @@ class CalibratedLayers:
         self._contents = contents
         plain = replace(PLAIN, work=plan.gptq.work)
         options = plan.gptq if plan.uses_gptq else plain  # rtn weighs all tokens alike
-        rows = _token_rows(checkpoint, plan, tokens)
+        rows = token_rows(checkpoint, plan, tokens)
         self._calibration = engine.begin(checkpoint.config, rows, options)
 
     @np.errstate(over="ignore", invalid="ignore")
@@ -76,9 +84,31 @@ class CalibratedLayers:
                 linears.append(entry)
             return QuantizedWeights(found, scale)
 
-        self._calibration.quantize_layer(layer, weights, stage)
+        stacks = {
+            role: ExpertStack(self._checkpoint, self._plan, layer, role)
+            for role in self._checkpoint.config.expert_roles(layer)
+        }
+        experts = self._expert_work(layer, stacks) if stacks else None
+        self._calibration.quantize_layer(layer, weights, stage, experts)
         kept = {role: weights[role] for role in self._checkpoint.config.kept_shapes(layer)}
-        return [*linears, *arrays(layer, gains, kept)]
+        return [*linears, *map(self._stacked, stacks.values()), *arrays(layer, gains, kept)]
+
+    def _expert_work(self, layer: int, stacks: Mapping[str, ExpertStack]) -> ExpertWork:
+        def quantize(role: str, number: int, tokens: int, found: StageStatistics | None) -> Array:
+            if number == 0:
+                self._progress.work(stacks[role].name)
+            return stacks[role].quantize(number, tokens, found)
+
+        return ExpertWork(partial(self._checkpoint.expert, layer), quantize)
+
+    def _stacked(self, stack: ExpertStack) -> QuantEntry:
+        """The entry of all experts; their source is hashed, and what fell back is told."""
+        entry, info = stack.entry(), self._checkpoint.tensors[stack.name]
+        if entry.fallback is not None:
+            self._progress.note(f"{stack.name}: {entry.fallback}")
+        with ThreadPoolExecutor(1) as pool:
+            self._contents.update(read_contents({stack.name: info}, pool))
+        return entry
 
     def _equalize(
         self,
@@ -102,11 +132,11 @@ class CalibratedLayers:
     def skip(self, layer: int, committed: Mapping[str, QuantTensor | NDArray[np.float32]]) -> None:
         """Go on behind a layer that an earlier run has quantized: role -> weight or gain."""
         self._progress.work(f"layer {layer}, quantized before")
-        weights = {
-            role: value.dequantize() if isinstance(value, QuantTensor) else value
-            for role, value in committed.items()
-        }
-        exact = self._checkpoint.layer(layer) if self._plan.corrected else {}
+        source = CommittedLayer(self._checkpoint, layer, committed)
+        weights = LayerWeights(source, layer, resident=False)
+        exact: dict[str, Array] = {}
+        if self._plan.corrected:
+            exact = LayerWeights(self._checkpoint, layer, resident=False)
         self._calibration.pass_layer(layer, exact, weights)
 
     def _linear(
@@ -159,16 +189,3 @@ def arrays(
         *(ArrayEntry(gain_name(layer_tensor(layer, role)), gains[role]) for role in gains),
         *(ArrayEntry(layer_tensor(layer, role), kept[role]) for role in kept),
     ]
-
-
-def _token_rows(
-    checkpoint: Checkpoint, plan: Plan, tokens: NDArray[np.int32]
-) -> Iterator[TokenRows]:
-    """Embedding rows of the sequences, `batch_tokens` tokens at a time."""
-    weights = CheckpointWeights(checkpoint, resident=False)
-    step = max(1, plan.gptq.work.batch_tokens // tokens.shape[1])
-    for start in range(0, len(tokens), step):
-        rows = weights.embedding(tokens[start : start + step])
-        flat = rows.reshape(-1, rows.shape[-1])
-        rounded = quantize_rtn(flat, plan.tensors[EMBEDDING].spec).dequantize()
-        yield TokenRows(rounded.reshape(rows.shape), rows if plan.corrected else None)

@@ -15,7 +15,7 @@ import psutil
 
 from uq.errors import UsageError
 from uq.formats.checkpoint.content import BLOCK
-from uq.formats.config import GemmaConfig
+from uq.formats.config import GemmaConfig, layer_tensor
 from uq.quantize.calibrate import STAGES, Stage, token_bytes
 from uq.quantize.moments import WIDE
 from uq.quantize.plan import Plan, WorkSizes
@@ -140,8 +140,9 @@ def footprint(config: GemmaConfig, plan: Plan, load: Load) -> Footprint:
     ]
     if plan.budget is not None:
         moments.append(_probing_bytes(config, plan.gptq.work, batch))
+    kept = paths * load.tokens * _beside_bytes(config) + _stack_bytes(config, plan)
     activations = paths * load.tokens * token_bytes(config)
-    return Footprint(program + max(rounding, *moments), activations)
+    return Footprint(program + kept + max(rounding, *moments), activations)
 
 
 def _program_bytes(config: GemmaConfig, load: Load) -> int:
@@ -152,6 +153,24 @@ def _program_bytes(config: GemmaConfig, load: Load) -> int:
 def _rounding_bytes(threads: int) -> int:
     """Blocks of weights in work, and waiting for the disk."""
     return BLOCK * (PIECES_AHEAD + 12 * threads)
+
+
+def _beside_bytes(config: GemmaConfig) -> int:
+    """Float32 bytes that go with a token beside its activations, always in memory."""
+    shared = sum(2 * config.layer_kv_size(layer) for layer in config.shared_sources)
+    embedded = config.hidden_size if config.per_layer else 0
+    experts = 2 * config.hidden_size if config.experts else 0
+    return 4 * (shared + embedded + experts)
+
+
+def _stack_bytes(config: GemmaConfig, plan: Plan) -> int:
+    """Bytes of a layer's experts on their grids, which are written when all are done."""
+    names = (layer_tensor(0, role) for role in config.expert_roles(0))
+    shapes = config.linear_shapes(0)
+    return sum(
+        plan.tensors[name].spec.nbytes(*shapes[role])
+        for name, role in zip(names, config.expert_roles(0), strict=True)
+    )
 
 
 def layer_kinds(config: GemmaConfig) -> dict[Shapes, int]:

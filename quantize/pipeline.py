@@ -27,7 +27,7 @@ from uq.formats.manifest import Calibration, Manifest, Provenance, SourceFile
 from uq.formats.writer import BundleWriter, Entry, QuantEntry, work_folder
 from uq.kernels.session import require_known
 from uq.progress import Progress, SilentProgress
-from uq.quantize.calibrate import NumpyEngine
+from uq.quantize.calibrate import FOLLOWED, NumpyEngine
 from uq.quantize.calibration_engine import CalibrationEngine
 from uq.quantize.farm import Farm, Threads
 from uq.quantize.memory import Fitted, Load, fit
@@ -183,7 +183,7 @@ def plan_of(config: GemmaConfig, options: QuantizeOptions) -> Plan:
     if options.calibration_tokens < 2:
         raise UsageError(f"--calibration-tokens {options.calibration_tokens}: use 2 or more")
     if plan.uses_gptq or options.calibration is not None:
-        require_known(config, "calibration", "use --method rtn without --calibration")
+        require_known(config, "calibration", "use --method rtn without --calibration", FOLLOWED)
     if options.calibration is None or plan.uses_gptq:
         return plan
     if all(tensor.spec.bits == 8 for tensor in plan.tensors.values()):

@@ -233,8 +233,10 @@ def make_plan(
         _check_group(name, columns[name], tensor.spec.group)
     plan = Plan(recipe, tensors, rules.gptq)
     if bpw is not None:
+        if options := config.extensions():
+            raise UsageError(f"--bpw does not measure models with {options[0]} yet; leave it out")
         return _within(config, plan, bpw)
-    if rules.mixed and group is None and chosen == "gptq":
+    if rules.mixed and group is None and chosen == "gptq" and not config.extensions():
         return replace(
             plan, budget=Budget(_linear_bytes(config, rules.linear, layout), tables=False)
         )

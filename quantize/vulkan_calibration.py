@@ -28,6 +28,7 @@ from uq.kernels.vulkan.device import PhysicalGpu
 from uq.kernels.vulkan.memory import Span
 from uq.quantize.calibration_engine import (
     Array,
+    ExpertWork,
     QuantizedWeights,
     QuantizeStage,
     TokenRows,
@@ -134,8 +135,15 @@ class VulkanCalibration:
         hidden = self._store.put(name, flat(embed(self._config, rows)))
         return Chunk(hidden, rows.shape[0], rows.shape[1])
 
-    def quantize_layer(self, layer: int, weights: Weights, quantize: QuantizeStage) -> None:
+    def quantize_layer(
+        self,
+        layer: int,
+        weights: Weights,
+        quantize: QuantizeStage,
+        experts: ExpertWork | None = None,
+    ) -> None:
         """As `CalibrationRun` asks for it."""
+        assert experts is None  # `open_engine` refuses such models
         exact, quantized = (self._layer(layer, name) for name in ("exact", "quantized"))
         with self._phase("upload"):
             placed = exact.set_linears(weights)

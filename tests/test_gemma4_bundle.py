@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -10,16 +12,22 @@ import pytest
 
 from tests.gemma4 import VARIANTS
 from tests.test_reference import all_logits, random_tokens
-from uq.errors import DeviceError
+from uq.errors import DeviceError, UsageError
 from uq.formats.bundle import Bundle, open_bundle
-from uq.formats.checkpoint import open_checkpoint
-from uq.formats.config import PER_LAYER_EMBEDDING, layer_tensor
+from uq.formats.checkpoint import Checkpoint, open_checkpoint
+from uq.formats.config import FULL, PER_LAYER_EMBEDDING, SLIDING, layer_tensor
 from uq.kernels.backends import open_session
 from uq.kernels.reference import ReferenceSession
 from uq.kernels.weights import BundleWeights
+from uq.progress import SilentProgress
 from uq.quantize.pipeline import QuantizeOptions, quantize
+from uq.quantize.text import read_text, token_sequences
 from uq.validate.validate import ValidateOptions, validate
 
+CALIBRATED = QuantizeOptions(
+    recipe="int4", method="gptq", calibration_tokens=1024, calibration_length=128
+)
+FOUR_TYPES = [SLIDING, FULL] * 2
 TEXT = "the year of the city and the time of his year " * 12
 
 
@@ -109,8 +117,63 @@ def test_a_device_says_what_it_cannot_compute(bundles: dict[str, Bundle], device
         open_session(bundles["experts"], device, max_context=64)
 
 
-def test_calibration_says_what_it_cannot_follow(
+@pytest.mark.parametrize("variant", ["small", "large", "experts"])
+def test_gptq_loses_less_than_rounding(
+    tiny_gemma4: Callable[..., Path], tmp_path: Path, variant: str
+) -> None:
+    checkpoint = open_checkpoint(tiny_gemma4(variant))
+    lost = {}
+    for method in ("rtn", "gptq"):
+        options = replace(CALIBRATED, method=method)
+        bundle = open_bundle(quantize(checkpoint, tmp_path / method, options))
+        lost[method] = divergence(bundle, checkpoint)
+        assert all(tensor.fallback is None for tensor in bundle.manifest.tensors.values())
+    assert lost["gptq"] < 0.75 * lost["rtn"]
+
+
+def test_experts_that_saw_too_few_tokens_are_named(
     tiny_gemma4: Callable[..., Path], tmp_path: Path
 ) -> None:
-    with pytest.raises(DeviceError, match="calibration does not compute .*; use --method rtn"):
-        quantize(open_checkpoint(tiny_gemma4("small")), tmp_path / "out", QuantizeOptions())
+    few = replace(CALIBRATED, calibration_tokens=12, calibration_length=12)
+    bundle = open_bundle(quantize(open_checkpoint(tiny_gemma4("experts")), tmp_path / "out", few))
+    fallback = bundle.manifest.tensors[layer_tensor(0, "experts.gate_up_proj")].fallback
+    assert fallback is not None
+    assert re.fullmatch(
+        r"experts \d(, \d)* saw too few calibration tokens; rounded to nearest", fallback
+    )
+
+
+def test_a_broken_run_goes_on_to_the_same_bytes(
+    tiny_gemma4: Callable[..., Path], tmp_path: Path
+) -> None:
+    class Breaks(SilentProgress):
+        def advance(self, step: str, **figures: float) -> None:
+            if step == "layer 2":
+                raise KeyboardInterrupt
+
+    four = {"num_hidden_layers": 4, "num_kv_shared_layers": 2, "layer_types": FOUR_TYPES}
+    checkpoint = open_checkpoint(tiny_gemma4("all", text=four))
+    options = replace(CALIBRATED, calibration_tokens=128)
+    whole = open_bundle(quantize(checkpoint, tmp_path / "whole", options))
+    with pytest.raises(KeyboardInterrupt):
+        quantize(checkpoint, tmp_path / "broken", options, Breaks())
+    again = open_bundle(quantize(checkpoint, tmp_path / "broken", options))
+    assert again.sha256 == whole.sha256
+
+
+def test_bits_per_weight_are_not_measured_for_all_models(
+    tiny_gemma4: Callable[..., Path], tmp_path: Path
+) -> None:
+    options = QuantizeOptions(bpw=5.0)
+    with pytest.raises(UsageError, match="--bpw does not measure models with full layers with"):
+        quantize(open_checkpoint(tiny_gemma4("small")), tmp_path / "out", options)
+
+
+def divergence(bundle: Bundle, checkpoint: Checkpoint) -> float:
+    """Mean KL divergence on the calibration text, of windows that did not calibrate."""
+    text = read_text(None)
+    tokens = token_sequences(checkpoint.tokenizer(), text, sequences=8, length=100, seed=5)
+    sessions = ReferenceSession(checkpoint), ReferenceSession(BundleWeights(bundle))
+    logits = [all_logits(session, session.score(tokens)) for session in sessions]
+    truth, ours = (x - np.log(np.exp(x).sum(axis=-1, keepdims=True)) for x in logits)
+    return float((np.exp(truth) * (truth - ours)).sum(axis=-1).mean())

@@ -1,0 +1,63 @@
+"""What the calibration tokens are in front of layer 0: rows of the embeddings, on both paths."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+from numpy.typing import NDArray
+
+from uq.formats.checkpoint import Checkpoint
+from uq.formats.config import EMBEDDING, PER_LAYER_EMBEDDING
+from uq.formats.spec import Spec
+from uq.kernels.weights import CheckpointWeights
+from uq.quantize.calibration_engine import TokenRows
+from uq.quantize.plan import Plan
+from uq.quantize.scales import quantize_rtn
+
+Array = NDArray[np.float32]
+
+
+def token_rows(
+    checkpoint: Checkpoint, plan: Plan, tokens: NDArray[np.int32]
+) -> Iterator[TokenRows]:
+    """Embedding rows of the sequences, `batch_tokens` tokens at a time."""
+    weights = CheckpointWeights(checkpoint, resident=False)
+    step = max(1, plan.gptq.work.batch_tokens // tokens.shape[1])
+    for start in range(0, len(tokens), step):
+        rows = weights.embedding(tokens[start : start + step])
+        flat = rows.reshape(-1, rows.shape[-1])
+        rounded = quantize_rtn(flat, plan.tensors[EMBEDDING].spec).dequantize()
+        quantized = rounded.reshape(rows.shape)
+        here = tokens[start : start + step]
+        if checkpoint.config.per_layer is None:
+            yield TokenRows(quantized, rows if plan.corrected else None)
+        else:
+            table = plan.tensors[PER_LAYER_EMBEDDING].spec
+            ours, theirs = (PerLayerRows(checkpoint, here, spec) for spec in (table, None))
+            yield TokenRows(quantized, rows if plan.corrected else None, ours, theirs)
+
+
+class PerLayerRows:
+    """A layer's part of the per-layer embedding for some tokens, read when it is asked for."""
+
+    def __init__(
+        self, checkpoint: Checkpoint, tokens: NDArray[np.int32], spec: Spec | None
+    ) -> None:
+        """`spec`: of the quantized table; None for the checkpoint's own."""
+        self._checkpoint, self._spec, self._shape = checkpoint, spec, tokens.shape
+        self._ids, self._inverse = np.unique(tokens, return_inverse=True)
+
+    def __call__(self, layer: int) -> Array:
+        """(sequences, length, size), unscaled."""
+        assert self._checkpoint.config.per_layer is not None
+        size = self._checkpoint.config.per_layer.size
+        part = slice(layer * size, (layer + 1) * size)
+        rows = np.concatenate([self._row(int(token), part) for token in self._ids])
+        return rows[self._inverse.reshape(self._shape)]
+
+    def _row(self, token: int, part: slice) -> Array:
+        row = self._checkpoint.per_layer_embedding(token, token + 1)
+        if self._spec is not None:
+            row = quantize_rtn(row, self._spec).dequantize()
+        return row[:, part]
