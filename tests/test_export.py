@@ -286,9 +286,8 @@ def refusal(bundle: Bundle, out: Path, **options: Any) -> str:
 def values(bundle: Bundle) -> dict[str, NDArray[np.float32]]:
     """Every tensor by the name that transformers has for it."""
     config = bundle.config
-    norms = {
-        layer_tensor(i, role) for i in range(config.num_layers) for role in config.norm_shapes()
-    }
+    layers = range(config.num_layers)
+    norms = {layer_tensor(i, role) for i in layers for role in config.norm_shapes(i)}
     found = {name: bundle.quant(name).dequantize() for name in bundle.manifest.tensors}
     for name in norms | {"model.norm.weight"}:
         found[name] = bundle.array(name.removesuffix("weight") + "gain") - 1

@@ -19,7 +19,7 @@ from uq.export.compressed import (
 )
 from uq.export.folder import FloatTensors, Shards, shards, write_folder
 from uq.export.gguf_file import gguf_tensors, require_known, write_gguf
-from uq.export.huggingface import folder_assets
+from uq.export.huggingface import folder_assets, text_config
 from uq.export.stored import Losses, StoredTensor
 from uq.formats.bundle import Bundle
 from uq.formats.disk import disk_errors, require_free, sync_folder
@@ -104,13 +104,15 @@ def export(
 
 def draft_hf(bundle: Bundle, options: ExportOptions, losses: Losses) -> Draft:
     """Floating-point weights."""
+    assets = folder_assets(bundle, options.dtype, {})
     floats = FloatTensors(bundle, options.dtype, losses)
     files = shards(bundle, floats, floats.matrix)
-    return _folder_draft(files, folder_assets(bundle, options.dtype, {}))
+    return _folder_draft(files, assets)
 
 
 def draft_compressed(bundle: Bundle, options: ExportOptions, losses: Losses) -> Draft:
     """Packed codes of the linears; tables and norms in floating point."""
+    text_config(bundle.config)  # refuses a family that is not known
     chosen = schemes(bundle, zero_points=options.zero_points)
     if not options.allow_rounding:
         require_scales(bundle, chosen, options.dtype)

@@ -11,7 +11,7 @@ import numpy as np
 
 from uq.export.stored import SAFETENSORS, Losses, StoredTensor, rounded
 from uq.formats.bundle import Bundle
-from uq.formats.config import EMBEDDING, FINAL_NORM, HEAD, layer_tensor
+from uq.formats.config import FINAL_NORM, layer_tensor
 from uq.formats.disk import write_file
 from uq.formats.manifest import gain_name
 from uq.formats.shard import make_header, shard_file
@@ -63,11 +63,11 @@ def shards(
         linear: how a linear's weight is stored, by its canonical name.
     """
     config = bundle.config
-    tables = [EMBEDDING] if config.tied_head else [EMBEDDING, HEAD]
-    found = [[*(t for name in tables for t in floats.matrix(name)), floats.norm(FINAL_NORM)]]
+    tables = [tensor for name in config.table_shapes() for tensor in floats.matrix(name)]
+    found = [[*tables, floats.norm(FINAL_NORM)]]
     for layer in range(config.num_layers):
-        linears = [layer_tensor(layer, role) for role in config.linear_shapes()]
-        norms = [layer_tensor(layer, role) for role in config.norm_shapes()]
+        linears = [layer_tensor(layer, role) for role in config.linear_shapes(layer)]
+        norms = [layer_tensor(layer, role) for role in config.norm_shapes(layer)]
         stored = [tensor for name in linears for tensor in linear(name)]
         found.append([*stored, *map(floats.norm, norms)])
     return found

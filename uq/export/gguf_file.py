@@ -35,11 +35,11 @@ from uq.export.gguf_vocabulary import vocabulary
 from uq.export.stored import Losses, StoredTensor
 from uq.formats.bundle import Bundle
 from uq.formats.checkpoint.checkpoint import TOKENIZER
-from uq.formats.checkpoint.gguf_config import ARCHITECTURES, PATTERN, gguf_config, gguf_names
+from uq.formats.checkpoint.gguf_config import ARCHITECTURES, gguf_config, gguf_names
 from uq.formats.checkpoint.gguf_file import read_gguf
-from uq.formats.checkpoint.hf_config import pattern_types
 from uq.formats.config import FULL, SLIDING, GemmaConfig
 from uq.formats.disk import write_file
+from uq.formats.families.reading import pattern_types
 from uq.formats.manifest import gain_name
 from uq.formats.spec import QuantTensor
 from uq.progress import Progress
@@ -178,7 +178,9 @@ def _add_model(writer: GGUFWriter, config: GemmaConfig) -> None:
 def _add_windows(writer: GGUFWriter, config: GemmaConfig) -> None:
     writer.add_sliding_window(config.sliding_window)
     writer.add_rope_freq_base_swa(config.rope_local_theta)
-    if config.layer_types != pattern_types(PATTERN[config.family], config.num_layers):
+    defaults = ARCHITECTURES[config.family].gguf
+    usual = pattern_types(defaults.pattern, config.num_layers) if defaults else ()
+    if config.layer_types != usual:
         writer.add_sliding_window_pattern([kind != FULL for kind in config.layer_types])
 
 
@@ -215,10 +217,10 @@ def _require_same_model(header: Path, total: int, config: GemmaConfig) -> None:
         set() if SLIDING in config.layer_types else {"sliding_window", "rope_local_theta"}
     )
     for key, value in config.to_json().items():
-        if key not in FREE | without_windows and not _same(found[key], value):
+        if key not in FREE | without_windows and not _same(found.get(key), value):
             raise BundleError(
-                f"GGUF cannot say that {key} is {value}: llama.cpp would take {found[key]}; use "
-                "another format"
+                f"GGUF cannot say that {key} is {value}: llama.cpp would take {found.get(key)}; "
+                "use another format"
             )
 
 
