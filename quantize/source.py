@@ -44,10 +44,11 @@ class SourceWatch:
         """
         sizes = {n: file.stated_sha256 or f"{file.size} bytes" for n, file in self._files.items()}
         writer.confirm(FILES, sizes)
+        sources = writer.sources
         begun = {
             name: info
             for name, info in self._checkpoint.tensors.items()
-            if name in writer.sources and info.file.stated_sha256 is None
+            if name in sources and info.file.stated_sha256 is None
         }
         writer.require_sources(read_contents(begun, pool))
         self.require_unchanged()

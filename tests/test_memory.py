@@ -24,6 +24,7 @@ Tiny = Callable[..., Path]
 OPTIONS = QuantizeOptions(method="gptq", group=32, calibration_tokens=65536)
 
 
+FEW = QuantizeOptions(method="gptq", group=32, calibration_tokens=600, calibration_length=128)
 LOAD = Load(tokens=65536, length=1024, threads=2)
 
 
@@ -45,17 +46,39 @@ def made(source: Path, out: Path, options: QuantizeOptions) -> Bundle:
     return open_bundle(quantize(open_checkpoint(source), out, options))
 
 
+@pytest.fixture(scope="module")
+def source(tiny_checkpoint: Tiny) -> Path:
+    return tiny_checkpoint(layers=1)
+
+
+@pytest.fixture(scope="module")
+def usual(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+    return made(source, tmp_path_factory.mktemp("usual") / "b", FEW)
+
+
 def test_spilling_changes_no_byte_and_leaves_no_file(
-    tiny_checkpoint: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    source: Path, usual: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    source = tiny_checkpoint()
-    options = QuantizeOptions(method="gptq", group=32, calibration_tokens=600)
-    plain = made(source, tmp_path / "plain", options)
     monkeypatch.setattr("uq.quantize.pipeline.fit", always_spilled)
-    spilled = made(source, tmp_path / "spilled", options)
-    assert spilled.sha256 == plain.sha256
-    names = [sorted(p.name for p in (tmp_path / n).iterdir()) for n in ("plain", "spilled")]
-    assert names[0] == names[1]
+    spilled = made(source, tmp_path / "b", FEW)
+    assert spilled.sha256 == usual.sha256
+    listed = {*spilled.manifest.files, "manifest.json", "manifest.sha256"}
+    assert {path.name for path in (tmp_path / "b").iterdir()} == listed
+
+
+def test_chosen_sizes_are_used_and_recorded(
+    source: Path, usual: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Other batches, blocks of rows and types: other codes, but as good ones."""
+    small = WorkSizes(batch_tokens=256, row_numbers=1 << 12, double_width=0)
+    monkeypatch.setattr("uq.quantize.memory.LADDER", (small,))
+    other = made(source, tmp_path / "b", replace(FEW, max_memory=1 << 40))
+    recorded = other.manifest.options["gptq"]
+    assert isinstance(recorded, dict) and recorded["work"] == asdict(small)
+    assert other.sha256 != usual.sha256
+    for name, record in usual.manifest.tensors.items():
+        error = other.manifest.tensors[name].relative_error
+        assert error == pytest.approx(record.relative_error, rel=0.02)
 
 
 def test_a_disk_without_room_for_the_activations_is_refused(
@@ -106,23 +129,6 @@ def test_a_limit_that_is_too_small_says_what_would_fit() -> None:
         fitted(1 << 30)
     with pytest.raises(UsageError, match="allow as much .--threads 1 takes about .* MiB"):
         fitted(1 << 20, QuantizeOptions(method="rtn"))
-
-
-def test_chosen_sizes_are_used_and_recorded(tiny_checkpoint: Tiny, tmp_path: Path) -> None:
-    """Other batches, blocks of rows and types: other codes, but as good ones."""
-    source = tiny_checkpoint(layers=1)
-    options = QuantizeOptions(method="gptq", group=32, calibration_tokens=1024)
-    usual = made(source, tmp_path / "usual", options)
-    with pytest.MonkeyPatch.context() as patch:
-        small = WorkSizes(batch_tokens=512, row_numbers=1 << 12, double_width=0)
-        patch.setattr("uq.quantize.memory.LADDER", (small,))
-        other = made(source, tmp_path / "other", replace(options, max_memory=1 << 40))
-    recorded = other.manifest.options["gptq"]
-    assert isinstance(recorded, dict) and recorded["work"] == asdict(small)
-    assert other.sha256 != usual.sha256
-    for name, record in usual.manifest.tensors.items():
-        error = other.manifest.tensors[name].relative_error
-        assert error == pytest.approx(record.relative_error, rel=0.02)
 
 
 def test_memory_does_not_depend_on_the_number_of_layers() -> None:

@@ -29,7 +29,7 @@ from uq.formats.bundle import open_bundle
 
 KILLS, FAILURES = ("seconds", "change"), ("room", "sync", "read")
 SAYS = {"room": "No space left on device", "sync": "Input/output error", "read": "cannot read"}
-WHOLE = "is whole"  # what a run says that was killed behind its last step
+DONE = ("is whole", "exists; remove it")  # says a run behind one that was killed at its last step
 Files = dict[str, bytes]
 
 
@@ -127,7 +127,7 @@ class Soak:
         if not broken.killed and SAYS[kind] not in str(broken.error):
             raise Lost(f"{fault}: said {broken.error!r}")
         resumed = self.server.run(self.job(unbroken.text))
-        if resumed.error is not None and WHOLE not in resumed.error:
+        if resumed.error is not None and not any(said in resumed.error for said in DONE):
             raise Lost(f"{fault}: cannot be continued: {resumed.error}")
         if self.take() != unbroken.files:
             raise Lost(f"{fault}: the files differ from those of an unbroken run")

@@ -11,7 +11,6 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from hashlib import sha256
-from itertools import islice
 
 import numpy as np
 from numpy.typing import NDArray
@@ -51,12 +50,14 @@ def read_contents(tensors: Mapping[str, TensorInfo], pool: ThreadPoolExecutor) -
     Raises:
         CheckpointError, DeviceError, HubError: as reading does.
     """
-    places = ((info, *rows) for info in tensors.values() for rows in blocks(info))
-    digests = pool.map(lambda place: block_digest(raw_rows(*place)), places)
-    return {
-        name: tensor_content(info, islice(digests, sum(1 for _ in blocks(info))))
-        for name, info in tensors.items()
-    }
+
+    def content(info: TensorInfo) -> str:
+        def digest(rows: tuple[int, int]) -> bytes:
+            return block_digest(raw_rows(info, *rows))
+
+        return tensor_content(info, pool.map(digest, blocks(info)))
+
+    return {name: content(info) for name, info in tensors.items()}
 
 
 def file_contents(tensors: Mapping[str, TensorInfo], contents: Mapping[str, str]) -> dict[str, str]:
