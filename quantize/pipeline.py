@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import os
-import platform
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import replace
 from hashlib import sha256
 from pathlib import Path
 from statistics import fmean
@@ -19,11 +18,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from uq.errors import DeviceError, HubError, UsageError
-from uq.formats.chat import Render
 from uq.formats.checkpoint import Checkpoint
 from uq.formats.config import GemmaConfig
 from uq.formats.disk import require_free
-from uq.formats.manifest import Calibration, Manifest, Provenance, SourceFile
+from uq.formats.manifest import Calibration
 from uq.formats.writer import BundleWriter, Entry, QuantEntry, work_folder
 from uq.kernels.session import require_known
 from uq.progress import Progress, SilentProgress
@@ -32,54 +30,19 @@ from uq.quantize.calibration_engine import CalibrationEngine
 from uq.quantize.farm import Farm, Threads
 from uq.quantize.memory import Fitted, Load, fit
 from uq.quantize.mixing import mixed_plan
+from uq.quantize.options import DEFAULTS, QuantizeOptions
 from uq.quantize.plan import Plan, WorkSizes, make_plan
+from uq.quantize.record import identity_of, manifest_of, tools_of
 from uq.quantize.recover import recognise
 from uq.quantize.shards import ShardSource, shard_bytes
 from uq.quantize.source import SourceWatch
 from uq.quantize.text import Text, read_text, text_notes, token_sequences
 
+__all__ = ["DEFAULTS", "QuantizeOptions", "quantize"]
+
 Result = TypeVar("Result")
 
 
-@dataclass(frozen=True)
-class QuantizeOptions:
-    """What the user may choose.
-
-    Attributes:
-        recipe: name in `RECIPES`.
-        group, bpw, method, targets: as in `make_plan`.
-        calibration: as in `read_text`; None for the default text. `rtn` is data-free without one
-            and searches its scales for the text's activations with one.
-        calibration_tokens: about so many, in sequences of `calibration_length`.
-        calibration_seed: as in `token_sequences`; None spreads the sequences evenly over the text.
-        max_memory: bytes that the run may take; None for what is free. A calibration that must
-            take smaller steps to fit (`WorkSizes`) gives other codes, as good ones.
-        threads: of everything but the matrix products; one per core when None.
-        resume: `auto`, `restart` or `require`, as in `BundleWriter`.
-        render: the model's chat template, for a model that was trained on chats.
-    """
-
-    recipe: str = "int4"
-    group: int | None = None
-    bpw: float | None = None
-    method: str = "auto"
-    targets: tuple[str, ...] = ("igpu",)
-    calibration: str | None = None
-    calibration_tokens: int = 28672
-    calibration_length: int = 512
-    calibration_seed: int | None = None
-    max_memory: int | None = None
-    threads: int | None = None
-    resume: str = "auto"
-    render: Render | None = None
-
-    @property
-    def calibration_format(self) -> str:
-        """How the text is put to the model: `chat` by its template, or `plain`."""
-        return "plain" if self.render is None else "chat"
-
-
-DEFAULTS = QuantizeOptions()
 SILENT = SilentProgress()
 
 
@@ -120,8 +83,8 @@ def quantize(
         plan, spill = fitted.plan, fitted.spilled
     _tell_sizes(plan, progress)
     text = _calibration_text(plan, options)
-    tools = _tools(None if text is None else engine)
-    identity = _identity(checkpoint, text, plan, options, tools)
+    tools = tools_of(None if text is None else engine)
+    identity = identity_of(checkpoint, text, plan, options, tools)
     shards, threads = 1 + config.num_layers, worker_threads(options)
     with (
         BundleWriter(
@@ -152,7 +115,7 @@ def quantize(
         if text is not None and tokens is not None:
             calibration = Calibration(text.name, text.sha256, tokens.size)
         files = watch.files(writer)
-        manifest = _manifest(checkpoint, plan, options, calibration, files, tools)
+        manifest = manifest_of(checkpoint, plan, options, calibration, files, tools)
         return writer.finish(manifest, assets())
 
 
@@ -255,72 +218,6 @@ def worker_threads(options: QuantizeOptions) -> int:
     threads = options.threads or len(os.sched_getaffinity(0))
     numba.set_num_threads(min(threads, numba.config.NUMBA_NUM_THREADS))
     return threads
-
-
-def _identity(
-    checkpoint: Checkpoint,
-    text: Text | None,
-    plan: Plan,
-    options: QuantizeOptions,
-    tools: dict[str, str],
-) -> dict[str, object]:
-    """What fixes the bytes of the bundle; what is known later is a fact of the journal."""
-    revision = checkpoint.source.revision
-    return {
-        "repository": checkpoint.source.id if revision else None,
-        "revision": revision,
-        "model": checkpoint.config.to_json(),
-        "options": _recorded(options),
-        "sizes": asdict(plan.gptq.work),
-        "calibration": None if text is None else text.sha256,
-        "tools": tools,
-    }
-
-
-def _tools(engine: CalibrationEngine | None) -> dict[str, str]:
-    device = {"calibration": engine.name} if engine and engine.name else {}
-    return device | {
-        "python": platform.python_version(),
-        "numpy": np.__version__,
-        "numba": numba.__version__,
-    }
-
-
-def _recorded(options: QuantizeOptions) -> dict[str, object]:
-    """The options that the bytes depend on, but for the text, which has its own record."""
-    names = (
-        "recipe",
-        "group",
-        "bpw",
-        "method",
-        "targets",
-        "calibration_tokens",
-        "calibration_length",
-        "calibration_seed",
-        "calibration_format",
-    )
-    return {name: getattr(options, name) for name in names}
-
-
-def _manifest(
-    checkpoint: Checkpoint,
-    plan: Plan,
-    options: QuantizeOptions,
-    calibration: Calibration | None,
-    files: Mapping[str, SourceFile],
-    tools: dict[str, str],
-) -> Manifest:
-    source = checkpoint.source
-    gptq = asdict(plan.gptq) if plan.uses_gptq else None
-    return Manifest(
-        model=checkpoint.config,
-        recipe=plan.recipe,
-        options=_recorded(options) | {"gptq": gptq},
-        provenance=Provenance(source.kind, source.id, source.revision, checkpoint.dtype, files),
-        calibration=calibration,
-        left_out=checkpoint.left_out,
-        tools=tools,
-    )
 
 
 def _step(index: int) -> str:

@@ -1,0 +1,48 @@
+"""What the user of the quantizer may choose."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from uq.formats.chat import Render
+
+
+@dataclass(frozen=True)
+class QuantizeOptions:
+    """What the user may choose.
+
+    Attributes:
+        recipe: name in `RECIPES`.
+        group, bpw, method, targets: as in `make_plan`.
+        calibration: as in `read_text`; None for the default text. `rtn` is data-free without one
+            and searches its scales for the text's activations with one.
+        calibration_tokens: about so many, in sequences of `calibration_length`.
+        calibration_seed: as in `token_sequences`; None spreads the sequences evenly over the text.
+        max_memory: bytes that the run may take; None for what is free. A calibration that must
+            take smaller steps to fit (`WorkSizes`) gives other codes, as good ones.
+        threads: of everything but the matrix products; one per core when None.
+        resume: `auto`, `restart` or `require`, as in `BundleWriter`.
+        render: the model's chat template, for a model that was trained on chats.
+    """
+
+    recipe: str = "int4"
+    group: int | None = None
+    bpw: float | None = None
+    method: str = "auto"
+    targets: tuple[str, ...] = ("igpu",)
+    calibration: str | None = None
+    calibration_tokens: int = 28672
+    calibration_length: int = 512
+    calibration_seed: int | None = None
+    max_memory: int | None = None
+    threads: int | None = None
+    resume: str = "auto"
+    render: Render | None = None
+
+    @property
+    def calibration_format(self) -> str:
+        """How the text is put to the model: `chat` by its template, or `plain`."""
+        return "plain" if self.render is None else "chat"
+
+
+DEFAULTS = QuantizeOptions()
