@@ -22,7 +22,7 @@ from uq.formats.spec import SPECS, QuantTensor, Spec
 from uq.kernels.cpu.elementwise import Activations, quantize_rows
 from uq.kernels.cpu.gemm import gemm, gemm_scratch
 from uq.kernels.cpu.gemv import gemv
-from uq.kernels.cpu.layout import Arena, pack
+from uq.kernels.cpu.layout import Arena, WeightSource, pack
 from uq.validate.bandwidth import measure_bandwidth
 
 TOKENS = 512
@@ -47,7 +47,7 @@ class Record:
 
 
 @dataclass(frozen=True)
-class Repeated:
+class Repeated(WeightSource):
     """One random weight under any name."""
 
     tiled: NDArray[np.uint8]

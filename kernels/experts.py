@@ -57,7 +57,13 @@ def chosen(
 ) -> Iterator[tuple[int, NDArray[np.intp], Array]]:
     """Each expert that some token chose, those tokens, and the share it has in each."""
     assert config.experts is not None
-    indices, shares = route(config, config.experts, weights, hidden)
+    return by_expert(*route(config, config.experts, weights, hidden))
+
+
+def by_expert(
+    indices: NDArray[np.intp], shares: Array
+) -> Iterator[tuple[int, NDArray[np.intp], Array]]:
+    """`chosen` from what `route` gives."""
     for expert in np.unique(indices):
         tokens, places = np.nonzero(indices == expert)
         yield int(expert), tokens, shares[tokens, places]
@@ -73,9 +79,14 @@ def route(
     """
     gain = weights["router.scale"] * np.float32(config.hidden_size**-0.5)
     x = rms_norm(flat(hidden), gain, config.rms_norm_eps)
-    scores = linear(x, weights["router.proj"])  # (tokens, experts)
+    scores = linear(x, weights["router.proj"])
+    return choose(experts, scores, weights["router.per_expert_scale"])
+
+
+def choose(experts: Experts, scores: Array, scale: Array) -> tuple[NDArray[np.intp], Array]:
+    """`route` from the router's scores (tokens, experts); scale: (experts,)."""
     indices = np.argsort(-scores, axis=1, kind="stable")[:, : experts.active]
     top = np.take_along_axis(scores, indices, axis=1)
     shares = np.exp(top - top[:, :1])
     shares /= shares.sum(axis=1, keepdims=True)
-    return indices, shares * weights["router.per_expert_scale"][indices]
+    return indices, shares * scale[indices]

@@ -20,7 +20,7 @@ from uq.kernels.cpu.embedding import embed
 from uq.kernels.cpu.gemm import gemm, gemm_scratch
 from uq.kernels.cpu.gemv import gemv
 from uq.kernels.cpu.intrinsics import PAIR_ORDER
-from uq.kernels.cpu.layout import GROUP_BYTES, SCALES, Arena, Linear, pack
+from uq.kernels.cpu.layout import GROUP_BYTES, SCALES, Arena, Linear, WeightSource, pack
 
 Floats = NDArray[np.float32]
 TOKENS = 30  # two wide tiles, one narrow, two single rows
@@ -34,7 +34,7 @@ class Record:
 
 
 @dataclass(frozen=True)
-class Weights:
+class Weights(WeightSource):
     """A source of weights in memory, named by their index."""
 
     tensors: Sequence[QuantTensor]

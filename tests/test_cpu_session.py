@@ -16,6 +16,7 @@ from uq.formats.config import EMBEDDING, FINAL_NORM, HEAD, GemmaConfig, layer_te
 from uq.formats.layouts import LAYOUTS
 from uq.formats.manifest import TensorRecord, gain_name
 from uq.formats.spec import QuantTensor, Spec
+from uq.kernels.cpu.layout import WeightSource
 from uq.kernels.cpu.session import BLOCK, CpuSession
 from uq.kernels.cpu.twin import dequantized, hidden_states, logits
 from uq.kernels.session import Sampling
@@ -46,7 +47,7 @@ MODELS: dict[str, dict[str, Any]] = {
 models = pytest.mark.parametrize("options", MODELS.values(), ids=MODELS)
 
 
-class Source:
+class Source(WeightSource):
     """A checkpoint rounded to the nearest codes, as a bundle would offer it."""
 
     def __init__(self, checkpoint: Checkpoint) -> None:

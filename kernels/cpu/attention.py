@@ -26,7 +26,8 @@ _wide, _narrow, _single = float_tile(TILE_ROWS), float_tile(4), float_tile(1)
 def attention_scratch(config: GemmaConfig, context: int) -> int:
     """Float32 numbers of scratch that each thread needs."""
     rows = max(TILE_ROWS, config.num_heads)
-    return rows * (context + 2 * TILE_LANES + config.head_dim + TILE_LANES)
+    dim = max(config.layer_head_dim(layer) for layer in range(config.num_layers))
+    return rows * (context + 2 * TILE_LANES + dim + TILE_LANES)
 
 
 @kernel()

@@ -132,13 +132,16 @@ class CpuBatch(CpuSession):
         """Whether all that a token at `length` sees is still there, `position` tokens on."""
         for layer, values in enumerate(self._values):
             window, ring = self.config.window(layer), values.shape[3]
+            if self.config.kv_source(layer) != layer:
+                continue
             if window is not None and position > ring and length < position - ring + window - 1:
                 return False
         return length <= position
 
     def _step(self, pieces: Sequence[Piece]) -> Step:
-        group = self.config.num_heads // self.config.num_kv_heads
-        width = max(1, TILE_ROWS // group)
+        layers = range(self.config.num_layers)
+        fewest = min(self.config.layer_kv_heads(layer) for layer in layers)
+        width = max(1, TILE_ROWS // (self.config.num_heads // fewest))
         places: list[tuple[int, int]] = []
         runs: list[tuple[int, int, int, int]] = []
         for slot, tokens in pieces:
@@ -152,13 +155,11 @@ class CpuBatch(CpuSession):
     def _attend_step(self, step: Step, layer: Layer, index: int, work: Work) -> None:
         """work.context = attention of work.qkv, each token over its own sequence."""
         config = self.config
-        keys, values = self._keys[index], self._values[index]
-        queries = work.queries.reshape(config.num_kv_heads, -1, config.head_dim)
+        keys, values = self._keys[layer.source], self._values[layer.source]
+        queries = work.queries.reshape(layer.kv_heads, -1, layer.head_dim)
         turns = layer.rope.rows(0, int(step.places[:, 1].max()) + 1)
-        gains, eps = (layer.q_gain, layer.k_gain), np.float32(config.rms_norm_eps)
-        enter_places(
-            work.qkv, layer.qkv.columns, gains, eps, turns, step.places, queries, keys, values
-        )
+        gains, eps = layer.head_gains, np.float32(config.rms_norm_eps)
+        enter_places(work.qkv, layer.columns, gains, eps, turns, step.places, queries, keys, values)
         scale, cap = np.float32(config.attention_scale), np.float32(config.attn_softcap or 0.0)
         seen = (step.runs, layer.window)
         attend_runs(queries, keys, values, *seen, scale, cap, self._scratch, work.context)
@@ -168,7 +169,7 @@ class CpuBatch(CpuSession):
 def enter_places(
     qkv: NDArray[np.float32],
     columns: tuple[int, int, int],
-    gains: tuple[NDArray[np.float32], NDArray[np.float32]],
+    gains: tuple[NDArray[np.float32], NDArray[np.float32], NDArray[np.float32]],
     eps: np.float32,
     turns: tuple[NDArray[np.float32], NDArray[np.float32]],
     places: NDArray[np.int64],

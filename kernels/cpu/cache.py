@@ -18,6 +18,7 @@ class KVCache:
     """Keys (after norm and RoPE) and values of one sequence in float32, as `attention` reads them.
 
     A layer with a window has a ring of slots: as many as its window and one block of new tokens.
+    One that reads those of another layer has none.
 
     Attributes:
         keys, values: of each layer, in the shapes of `layer_shapes`.
@@ -45,10 +46,12 @@ def layer_shapes(config: GemmaConfig, capacity: int, block: int) -> tuple[list[S
     """Shapes of each layer's keys and of its values."""
     keys: list[Shape] = []
     values: list[Shape] = []
-    heads, dim = config.num_kv_heads, config.head_dim
     for layer in range(config.num_layers):
+        heads, dim = config.layer_kv_heads(layer), config.layer_head_dim(layer)
         window = config.window(layer)
         needed = capacity if window is None else min(capacity, window - 1 + block)
+        if config.kv_source(layer) != layer:
+            needed = 0
         blocks = -(-needed // TILE_LANES)
         keys.append((heads, blocks, dim, TILE_LANES))
         values.append((heads, -(-dim // TILE_LANES), blocks * TILE_LANES, TILE_LANES))
@@ -61,9 +64,11 @@ class RopeTable:
     Angles are float64: float32 loses the fourth digit of a radian at a few thousand tokens.
     """
 
-    def __init__(self, theta: float, position_scale: float, dim: int) -> None:
+    def __init__(self, theta: float, position_scale: float, dim: int, pairs: int) -> None:
+        """`pairs`: of components that turn, the first ones; the others stay as they are."""
         half = dim // 2
         self._frequency = theta ** (-np.arange(half) / half) * position_scale
+        self._frequency[pairs:] = 0
         self._cos: Array = np.empty((0, half), np.float32)
         self._sin: Array = self._cos
 

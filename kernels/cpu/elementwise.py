@@ -10,7 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import wraps
 from types import FunctionType
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from numba import prange
@@ -46,6 +46,14 @@ def per_token(function: Callable[..., None]) -> Callable[..., None]:
     return run
 
 
+Scalar = TypeVar("Scalar", bound=np.generic)
+
+
+def _narrow(array: NDArray[Scalar], rows: int, cols: int) -> NDArray[Scalar]:
+    """The beginning of an array's memory in another shape."""
+    return array.reshape(-1)[: rows * cols].reshape(rows, cols)
+
+
 @dataclass(frozen=True)
 class Activations:
     """The input of a linear as 16-bit fixed point: value = code * scale of its chunk.
@@ -71,6 +79,15 @@ class Activations:
         """The activations of tokens `start:stop`."""
         span = slice(start, stop)
         return Activations(self.codes[span], self.scales[span], self.offsets[span])
+
+    def narrow(self, tokens: int, cols: int) -> Activations:
+        """The same memory as activations of at most as many tokens and columns."""
+        chunks = cols // CHUNK
+        return Activations(
+            _narrow(self.codes, tokens, cols),
+            _narrow(self.scales, tokens, chunks),
+            _narrow(self.offsets, tokens, chunks),
+        )
 
     @property
     def arrays(self) -> tuple[NDArray[np.int16], NDArray[np.float32], NDArray[np.int32]]:
@@ -221,7 +238,7 @@ def enter_token(
     token: int,
     qkv: NDArray[np.float32],
     columns: tuple[int, int, int],
-    gains: tuple[NDArray[np.float32], NDArray[np.float32]],
+    gains: tuple[NDArray[np.float32], NDArray[np.float32], NDArray[np.float32]],
     eps: np.float32,
     turn: tuple[NDArray[np.float32], NDArray[np.float32]],
     position: int,
@@ -238,21 +255,25 @@ def enter_token(
             at = columns[0] + (head * group + member) * dim
             out = queries[head, token * group + member]
             _head_row(qkv[token, at : at + dim], gains[0], eps, turn[0], turn[1], out)
+        if columns[1] < 0:
+            continue
+        at = columns[2] + head * dim  # in front of the keys' norm, where both are one projection
+        v = qkv[token, at : at + dim]
+        factor = _norm_factor(v, eps) if gains[2].size else _ONE
+        for i in range(dim):
+            value = v[i] * factor * gains[2][i] if gains[2].size else v[i]
+            values[head, i // TILE_LANES, slot, i % TILE_LANES] = value
         k = qkv[token, columns[1] + head * dim : columns[1] + (head + 1) * dim]
         _head_row(k, gains[1], eps, turn[0], turn[1], k)
         for i in range(dim):
             keys[head, slot // TILE_LANES, i, slot % TILE_LANES] = k[i]
-        at = columns[2] + head * dim
-        for i in range(dim):
-            values[head, i // TILE_LANES, slot, i % TILE_LANES] = qkv[token, at + i]
 
 
 @per_token
 def enter_attention(
     qkv: NDArray[np.float32],
     columns: tuple[int, int, int],
-    q_gain: NDArray[np.float32],
-    k_gain: NDArray[np.float32],
+    gains: tuple[NDArray[np.float32], NDArray[np.float32], NDArray[np.float32]],
     eps: np.float32,
     cos: NDArray[np.float32],
     sin: NDArray[np.float32],
@@ -264,16 +285,16 @@ def enter_attention(
     """From the projections of new tokens to queries and KV cache.
 
     Args:
-        qkv: (tokens, width); q, k, v begin at `columns`. Overwritten where there is a norm.
-        q_gain, k_gain: (dim,), or empty.
+        qkv: (tokens, width); q, k, v begin at `columns`, k and v at -1 where there are none.
+            Overwritten where there is a norm.
+        gains: of queries, keys and values, (dim,) each, or empty.
         cos, sin: (tokens, dim / 2) of the new tokens.
         position: of the first new token.
         queries: (kv_heads, tokens * group, dim) out: queries that share a key head together.
         keys: (kv_heads, slots / 32, dim, 32) and values (kv_heads, dim / 32, slots, 32): a layer of
             the cache; position p lies in slot p % slots.
     """
-    tokens, gains = qkv.shape[0], (q_gain, k_gain)
-    for token in prange(tokens):
+    for token in prange(qkv.shape[0]):
         turn = (cos[token], sin[token])
         enter_token(token, qkv, columns, gains, eps, turn, position + token, queries, keys, values)
 

@@ -28,7 +28,7 @@ from numba import prange
 from numpy.typing import NDArray
 
 from uq.formats.layouts import LAYOUTS
-from uq.formats.spec import Spec
+from uq.formats.spec import QuantTensor, Spec
 from uq.kernels.cpu.llvm import CHUNK, LANES
 from uq.kernels.elementwise import kernel
 
@@ -71,8 +71,12 @@ class WeightSource(Protocol):
         ...
 
     def array(self, name: str) -> NDArray[np.float32]:
-        """A norm's gain."""
+        """A norm's gain, or what is kept in float32."""
         ...
+
+    def rows(self, name: str, start: int, stop: int) -> QuantTensor:
+        """Rows of a weight that stays where it is; only of models with a per-layer embedding."""
+        raise LookupError("no weight to read by row")
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -12,6 +12,7 @@ from uq.formats.config import EMBEDDING, FINAL_NORM, HEAD, GemmaConfig, layer_te
 from uq.formats.manifest import gain_name
 from uq.kernels.cpu.cache import RopeTable
 from uq.kernels.cpu.elementwise import Activations
+from uq.kernels.cpu.extras import Extras, PerLayerTable, has_extras
 from uq.kernels.cpu.layout import Linear, WeightSource, pack
 
 Array = NDArray[np.float32]
@@ -32,6 +33,10 @@ class Layer:
 
     Attributes:
         next_gain: of the norm behind this layer: the next layer's first, or the final one.
+        source: the layer whose keys and values it reads.
+        columns: of q, k and v in its projections; of keys and values -1 where it has none.
+        v_gain: all ones where values are normed.
+        extras: what it does besides; None in most models.
     """
 
     qkv: Linear
@@ -46,10 +51,20 @@ class Layer:
     next_gain: Array
     window: int
     rope: RopeTable
+    source: int
+    kv_heads: int
+    head_dim: int
+    columns: tuple[int, int, int]
+    v_gain: Array
+    extras: Extras | None
 
     @property
     def linears(self) -> tuple[Linear, ...]:
         return self.qkv, self.out, self.gate_up, self.down
+
+    @property
+    def head_gains(self) -> tuple[Array, Array, Array]:
+        return self.q_gain, self.k_gain, self.v_gain
 
 
 @dataclass(frozen=True)
@@ -67,12 +82,15 @@ class Model:
     head: Linear
     first_gain: Array
     layers: tuple[Layer, ...]
+    per_layer: PerLayerTable | None
 
     @property
     def product_bytes(self) -> int:
-        """Bytes of every linear and of the head."""
+        """Bytes of every linear that a token meets, and of the head."""
         linears = [linear for layer in self.layers for linear in layer.linears]
-        return sum(linear.nbytes for linear in linears) + self.head.nbytes
+        beside = sum(layer.extras.active_bytes for layer in self.layers if layer.extras)
+        beside += self.per_layer.active_bytes if self.per_layer else 0
+        return sum(linear.nbytes for linear in linears) + self.head.nbytes + beside
 
 
 @dataclass(frozen=True)
@@ -97,20 +115,6 @@ class Work:
     gate_up: Array
     gate_x: Activations
 
-    def first(self, tokens: int) -> Work:
-        return Work(
-            hidden=self.hidden[:tokens],
-            normed=self.normed[:tokens],
-            x=self.x.rows(0, tokens),
-            qkv=self.qkv[:tokens],
-            queries=self.queries[:tokens],
-            context=self.context[:tokens],
-            context_x=self.context_x.rows(0, tokens),
-            branch=self.branch[:tokens],
-            gate_up=self.gate_up[:tokens],
-            gate_x=self.gate_x.rows(0, tokens),
-        )
-
 
 def load(config: GemmaConfig, source: WeightSource) -> Model:
     """Read and pack a model."""
@@ -122,6 +126,7 @@ def load(config: GemmaConfig, source: WeightSource) -> Model:
         head=table if config.tied_head else arena.linears[HEAD],
         first_gain=_gain(source, layer_tensor(0, "input_layernorm")),
         layers=_layers(config, source, arena.linears),
+        per_layer=PerLayerTable(config, source) if config.per_layer else None,
     )
 
 
@@ -129,8 +134,12 @@ def _joined(config: GemmaConfig) -> dict[str, list[str]]:
     """Name of a `Linear` -> canonical names of its weights."""
     joined = {EMBEDDING: [EMBEDDING]} | ({} if config.tied_head else {HEAD: [HEAD]})
     for layer in range(config.num_layers):
+        present = config.linear_shapes(layer)
         for key, roles in JOINED.items():
-            joined[f"{layer}.{key}"] = [layer_tensor(layer, role) for role in roles]
+            names = [layer_tensor(layer, role) for role in roles if role in present]
+            joined[f"{layer}.{key}"] = names
+        for role in config.expert_roles(layer):
+            joined[f"{layer}.{role}"] = [layer_tensor(layer, role)]
     return joined
 
 
@@ -143,7 +152,8 @@ def _layers(
         sliding = config.is_sliding(index)
         if sliding not in ropes:
             theta, scale = config.theta(index), config.position_scale(index)
-            ropes[sliding] = RopeTable(theta, scale, config.head_dim)
+            head_dim, pairs = config.layer_head_dim(index), config.rotary_pairs(index)
+            ropes[sliding] = RopeTable(theta, scale, head_dim, pairs)
         layers.append(_layer(config, source, linears, index, ropes[sliding]))
     return tuple(layers)
 
@@ -162,38 +172,83 @@ def _layer(
     behind = FINAL_NORM if last else layer_tensor(index + 1, "input_layernorm")
     # gemma calls the norm in front of the MLP by what it stands behind.
     mlp = "pre_feedforward_layernorm" if config.post_norms else "post_attention_layernorm"
+    owns_keys, dim = config.kv_source(index) == index, config.layer_head_dim(index)
     return Layer(
         **{key: linears[f"{index}.{key}"] for key in JOINED},
         q_gain=gain("self_attn.q_norm", config.qk_norm),
-        k_gain=gain("self_attn.k_norm", config.qk_norm),
+        k_gain=gain("self_attn.k_norm", config.qk_norm and owns_keys),
         attention_gain=gain("post_attention_layernorm", config.post_norms),
         mlp_gain=gain(mlp),
         branch_gain=gain("post_feedforward_layernorm", config.post_norms),
         next_gain=_gain(source, behind),
         window=config.window(index) or EVERYTHING,
         rope=rope,
+        source=config.kv_source(index),
+        kv_heads=config.layer_kv_heads(index),
+        head_dim=dim,
+        columns=_columns(linears[f"{index}.qkv"]),
+        v_gain=np.ones(dim if config.value_norm else 0, np.float32),
+        extras=Extras(config, source, linears, index) if has_extras(config) else None,
     )
+
+
+def _columns(qkv: Linear) -> tuple[int, int, int]:
+    """Where q, k and v begin; one projection may serve keys and values, or there is none."""
+    if len(qkv.columns) == 1:
+        return 0, -1, -1
+    return qkv.columns[0], qkv.columns[1], qkv.columns[-1]
 
 
 def _gain(source: WeightSource, norm: str) -> Array:
     return np.ascontiguousarray(source.array(gain_name(norm)), np.float32)
 
 
-def workspace(config: GemmaConfig, layer: Layer, tokens: int) -> Work:
-    hidden, q_size = config.hidden_size, config.q_size
+class Workspace:
+    """Room for the activations of up to `tokens` tokens, for the widest layer.
 
-    def floats(width: int) -> Array:
-        return np.empty((tokens, width), np.float32)
+    Layers of the same widths have the same views of it.
+    """
 
-    return Work(
-        hidden=floats(hidden),
-        normed=floats(hidden),
-        x=Activations.empty(tokens, hidden),
-        qkv=floats(layer.qkv.width),
-        queries=floats(q_size),
-        context=floats(q_size),
-        context_x=Activations.empty(tokens, q_size),
-        branch=floats(hidden),
-        gate_up=floats(layer.gate_up.width),
-        gate_x=Activations.empty(tokens, config.intermediate_size),
-    )
+    def __init__(self, config: GemmaConfig, layers: Sequence[Layer], tokens: int) -> None:
+        self._widths = [widths(layer) for layer in layers]
+        kinds = dict.fromkeys(self._widths)
+        hidden = config.hidden_size
+        self._shared = (*(np.empty((tokens, hidden), np.float32) for _ in range(3)),)
+        self._x = Activations.empty(tokens, hidden)
+        qkv, q, gate_up, mlp = (max(sizes) for sizes in zip(*kinds, strict=True))
+        self._flat = [np.empty(tokens * width, np.float32) for width in (qkv, q, q, gate_up)]
+        self._context_x = Activations.empty(tokens, q)
+        self._gate_x = Activations.empty(tokens, mlp)
+        self._one = self._views(1)
+
+    def views(self, tokens: int) -> list[Work]:
+        """Of so many tokens, for each layer."""
+        return self._one if tokens == 1 else self._views(tokens)
+
+    def _views(self, tokens: int) -> list[Work]:
+        kinds = {kind: self._view(tokens, *kind) for kind in dict.fromkeys(self._widths)}
+        return [kinds[kind] for kind in self._widths]
+
+    def _view(self, tokens: int, qkv: int, q: int, gate_up: int, mlp: int) -> Work:
+        hidden, normed, branch = (array[:tokens] for array in self._shared)
+        projected, queries, context, gated = (
+            flat[: tokens * width].reshape(tokens, width)
+            for flat, width in zip(self._flat, (qkv, q, q, gate_up), strict=True)
+        )
+        return Work(
+            hidden=hidden,
+            normed=normed,
+            x=self._x.rows(0, tokens),
+            qkv=projected,
+            queries=queries,
+            context=context,
+            context_x=self._context_x.narrow(tokens, q),
+            branch=branch,
+            gate_up=gated,
+            gate_x=self._gate_x.narrow(tokens, mlp),
+        )
+
+
+def widths(layer: Layer) -> tuple[int, int, int, int]:
+    """Columns of a layer's projections, its queries, its gate and up, and its MLP."""
+    return layer.qkv.width, layer.out.cols, layer.gate_up.width, layer.down.cols

@@ -31,11 +31,12 @@ from uq.kernels.cpu.elementwise import (
     softcap,
 )
 from uq.kernels.cpu.embedding import embed
+from uq.kernels.cpu.extras import COMPUTED, Extras
 from uq.kernels.cpu.gemm import gemm, gemm_scratch
 from uq.kernels.cpu.gemv import gemv
 from uq.kernels.cpu.layout import Linear, WeightSource
 from uq.kernels.cpu.llvm import features
-from uq.kernels.cpu.model import Array, Layer, Work, load, workspace
+from uq.kernels.cpu.model import Array, Layer, Work, Workspace, load
 from uq.kernels.sampling import sample
 from uq.kernels.session import Device, Sampling, check_room, check_tokens, require_known
 
@@ -64,15 +65,14 @@ class CpuSession:
             UsageError: `threads` or `max_context` is out of range.
             DeviceError: a layer has parts that the kernels do not compute.
         """
-        require_known(config, "the CPU backend", "use --device reference")
+        require_known(config, "the CPU backend", "use --device reference", COMPUTED)
         self.config = config
         self.max_context = _checked_context(max_context)
         self._threads = _checked_threads(threads)
         numba.set_num_threads(self._threads)
         self._model = load(config, source)
         self._block = min(BLOCK, max_context)
-        self._work = workspace(config, self._model.layers[0], self._block)
-        self._one = self._work.first(1)
+        self._work = Workspace(config, self._model.layers, self._block)
         self._scratch = self._scratch_for(max_context)
         self.cache = self._empty_cache(max_context)
         self.device = _device(self._threads)
@@ -122,7 +122,7 @@ class CpuSession:
         out = np.empty((len(hidden), head.width), np.float32)
         for row in range(0, len(hidden), self._block):
             block = np.ascontiguousarray(hidden[row : row + self._block])
-            x = self._work.x.rows(0, len(block))
+            x = self._work.views(len(block))[0].x
             quantize_rows(block, *x.arrays)
             self._linear(head, x, out[row : row + self._block])
         self._cap(out)
@@ -161,17 +161,32 @@ class CpuSession:
 
     def _forward(self, tokens: NDArray[np.int32], attend: Attend) -> Work:
         """Run tokens (n,) through all layers and the final norm."""
-        work = self._one if tokens.size == 1 else self._work.first(tokens.size)
+        works = self._work.views(tokens.size)
+        work = works[0]  # the stream is the same for every layer
         model, eps = self._model, np.float32(self.config.rms_norm_eps)
         factor = np.float32(self.config.embed_scale)
         embed(tokens, model.data, model.table.parts, factor, work.hidden)
+        inputs = model.per_layer.inputs(tokens, work.hidden) if model.per_layer else None
         norm(work.hidden, model.first_gain, eps, work.normed, *work.x.arrays)
-        for index, layer in enumerate(model.layers):
-            self._attention(layer, index, attend, work)
-            self._add_branch(layer.attention_gain, layer.mlp_gain, work)
-            self._mlp(layer, work)
-            self._add_branch(layer.branch_gain, layer.next_gain, work)
+        for index, (layer, here) in enumerate(zip(model.layers, works, strict=True)):
+            self._attention(layer, index, attend, here)
+            self._add_branch(layer.attention_gain, layer.mlp_gain, here)
+            self._mlp(layer, here)
+            if layer.extras:
+                layer.extras.join_experts(here, self._linear)
+            self._add_branch(layer.branch_gain, layer.next_gain, here)
+            if layer.extras:
+                self._leave(layer, layer.extras, here, None if inputs is None else inputs[index])
         return work
+
+    def _leave(self, layer: Layer, extras: Extras, work: Work, inputs: Array | None) -> None:
+        """What a layer does last; work.x = norm of the residual stream behind it."""
+        if inputs is not None:
+            extras.per_layer_branch(work, inputs)
+            self._add_branch(extras.per_layer_gain, layer.next_gain, work)
+        np.multiply(work.hidden, extras.scalar, out=work.hidden)
+        eps = np.float32(self.config.rms_norm_eps)
+        norm(work.hidden, layer.next_gain, eps, work.normed, *work.x.arrays)
 
     def _attention(self, layer: Layer, index: int, attend: Attend, work: Work) -> None:
         """work.branch = attention of work.x."""
@@ -187,7 +202,7 @@ class CpuSession:
         attend = attend_one if len(work.hidden) == 1 else attend_many
         scale, cap = np.float32(config.attention_scale), np.float32(config.attn_softcap or 0.0)
         seen = (cache.position, layer.window, scale, cap)
-        keys, values = cache.keys[index], cache.values[index]
+        keys, values = cache.keys[layer.source], cache.values[layer.source]
         attend(queries, keys, values, *seen, self._scratch, work.context)
 
     def _enter(self, cache: KVCache, layer: Layer, index: int, work: Work) -> Array:
@@ -197,11 +212,11 @@ class CpuSession:
             (kv_heads, tokens * group, dim): the queries that share a key head lie together.
         """
         config, position = self.config, cache.position
-        queries = work.queries.reshape(config.num_kv_heads, -1, config.head_dim)
+        queries = work.queries.reshape(layer.kv_heads, -1, layer.head_dim)
         turn = layer.rope.rows(position, position + len(work.hidden))
-        eps, gains = np.float32(config.rms_norm_eps), (layer.q_gain, layer.k_gain)
-        kept = cache.keys[index], cache.values[index]
-        enter_attention(work.qkv, layer.qkv.columns, *gains, eps, *turn, position, queries, *kept)
+        eps, gains = np.float32(config.rms_norm_eps), layer.head_gains
+        kept = cache.keys[layer.source], cache.values[layer.source]
+        enter_attention(work.qkv, layer.columns, gains, eps, *turn, position, queries, *kept)
         return queries
 
     def _empty_cache(self, capacity: int) -> KVCache:

@@ -199,7 +199,7 @@ def check_sizes(config: GemmaConfig) -> None:
         DeviceError: a size is no multiple of what a lane holds, or a layer has parts that the
             kernels do not compute.
     """
-    require_known(config, "the Vulkan engine", "use --device reference")
+    require_known(config, "the Vulkan engine", "use --device cpu")
     if config.num_heads > MOST_BLOCKS:
         raise DeviceError(
             f"the Vulkan kernels take up to {MOST_BLOCKS} heads, not {config.num_heads}; "

@@ -69,7 +69,7 @@ def _session(
 ) -> NpuSession:
     config, bits = bundle.config, _bits(numerics)
     assert npu.generation is not None
-    require_known(config, "the NPU session", "use --device reference")
+    require_known(config, "the NPU session", "use --device cpu")
     sizes = npu.generation, bits, max_context
     obstacles = [obstacle(config, layer, *sizes) for layer in range(config.num_layers)]
     if all(obstacles):
