@@ -103,4 +103,5 @@ def test_a_token_reads_only_the_experts_that_it_chooses(bundle: Callable[[str], 
 
 
 def alone(model: Bundle, text: NDArray[np.intp]) -> NDArray[np.float32]:
-    return open_cpu(model, max_context=64).score(text.astype(np.int32)[None])[0]
+    hidden = open_cpu(model, max_context=64).score(text.astype(np.int32)[None])  # (1, n, hidden)
+    return hidden.reshape(hidden.shape[1:])
