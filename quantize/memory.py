@@ -19,7 +19,14 @@ from uq.formats.config import GemmaConfig, layer_tensor
 from uq.quantize.calibrate import STAGES, Stage, token_bytes
 from uq.quantize.moments import WIDE
 from uq.quantize.plan import Plan, WorkSizes
-from uq.quantize.probes import PROBE_LENGTH, PROBE_WINDOWS, probed_layers
+from uq.quantize.probes import (
+    POSITIONS,
+    PROBE_LENGTH,
+    PROBE_WINDOWS,
+    TOKEN_BLOCK,
+    VOCAB_BLOCK,
+    probed_layers,
+)
 from uq.quantize.refit import REFIT_NUMBERS
 from uq.quantize.rounding import PIECES_AHEAD
 from uq.text import size
@@ -223,6 +230,8 @@ def _probing_bytes(config: GemmaConfig, work: WorkSizes, batch: int) -> int:
     hessian = (8 if widest <= work.double_width else 4) * widest**2
     layer = 4 * sum(rows * cols for rows, cols in shapes)
     tokens = batch * (token_bytes(config) + 4 * BATCH_COPIES * widest)
-    head = 4 * 3 * PROBE_WINDOWS * PROBE_LENGTH * config.vocab_size
+    positions = PROBE_WINDOWS * len(range(*POSITIONS.indices(PROBE_LENGTH)))
+    head = models * positions * VOCAB_BLOCK  # logits
+    head = 4 * max(head, TOKEN_BLOCK * (config.hidden_size + 4 * positions))
     strip = 4 * min(widest**2, WIDE**2)
     return models * state + max(layer + 2 * hessian + strip + tokens, models * state + head)

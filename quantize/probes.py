@@ -120,16 +120,25 @@ class Probes:
         return flat(rms_norm(counted, self._source.final_norm, self._config.rms_norm_eps))
 
     def _likeliest(self, states: Array) -> NDArray[np.intp]:
-        """Ids, rising, of the tokens with the largest sum of probabilities; states (n, hidden)."""
+        """Ids, rising, of the tokens with the largest sum of probabilities; states (n, hidden).
+
+        Twice over the vocabulary, a block at a time: what normalizes, then the probabilities.
+        """
+        most = np.full((len(states), 1), -np.inf, np.float32)
+        mass = np.zeros((len(states), 1))
+        for logits in self._logits(states):
+            peak = np.maximum(most, logits.max(axis=1, keepdims=True))
+            mass = mass * np.exp(most - peak) + np.exp(logits - peak).sum(axis=1, keepdims=True)
+            most = peak
+        blocks = [(np.exp(logits - most) / mass).sum(axis=0) for logits in self._logits(states)]
+        return np.sort(np.argsort(-np.concatenate(blocks), kind="stable")[:LIKELIEST])
+
+    def _logits(self, states: Array) -> Iterator[Array]:
+        """(n, TOKEN_BLOCK or fewer) for one block of the vocabulary after the other."""
         vocab = self._config.vocab_size
-        starts = range(0, vocab, TOKEN_BLOCK)
-        heads = (self._source.head(start, min(start + TOKEN_BLOCK, vocab)) for start in starts)
-        blocks = [soft_cap(self._config, linear(states, head)) for head in heads]
-        logits = np.concatenate(blocks, axis=1)  # (n, vocab)
-        logits -= logits.max(axis=1, keepdims=True)
-        masses = np.exp(logits, out=logits)
-        total = (masses / masses.sum(axis=1, keepdims=True)).sum(axis=0)
-        return np.sort(np.argsort(-total, kind="stable")[:LIKELIEST])
+        for start in range(0, vocab, TOKEN_BLOCK):
+            head = self._source.head(start, min(start + TOKEN_BLOCK, vocab))
+            yield soft_cap(self._config, linear(states, head))
 
     def _table_logits(self, name: str, head: Array, states: Array, logits: Array) -> Array:
         """`logits`, or those of the rounded head where that is the probed tensor."""
