@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import cached_property
 from typing import Protocol
 
 import numpy as np
@@ -160,14 +161,18 @@ class BundleWeights:
     def final_norm(self) -> Array:
         return self._bundle.array(gain_name(FINAL_NORM))
 
+    @cached_property
+    def _projection(self) -> Array:
+        """(layers * size, hidden), which every layer has a part of."""
+        return self._bundle.array(f"{PER_LAYER_PROJECTION}.weight")
+
     def _model_part(self, index: int) -> dict[str, Array]:
         """What makes the layer's per-layer input, out of arrays of the whole model."""
         if self.config.per_layer is None:
             return {}
         size = self.config.per_layer.size
-        projection = self._bundle.array(f"{PER_LAYER_PROJECTION}.weight")
         return {
-            PER_LAYER_PROJECTION: projection[index * size : (index + 1) * size],
+            PER_LAYER_PROJECTION: self._projection[index * size : (index + 1) * size],
             PER_LAYER_NORM: self._bundle.array(gain_name(f"{PER_LAYER_NORM}.weight")),
         }
 

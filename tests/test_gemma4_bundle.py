@@ -12,11 +12,13 @@ import pytest
 
 from tests.gemma4 import VARIANTS
 from tests.test_reference import all_logits, random_tokens
+from uq.cli import main
 from uq.errors import DeviceError, UsageError
 from uq.formats.bundle import Bundle, open_bundle
 from uq.formats.checkpoint import Checkpoint, open_checkpoint
 from uq.formats.config import FULL, PER_LAYER_EMBEDDING, SLIDING, layer_tensor
 from uq.kernels.backends import open_session
+from uq.kernels.npu.toolchain.carried import designs_for
 from uq.kernels.reference import ReferenceSession
 from uq.kernels.weights import BundleWeights
 from uq.progress import SilentProgress
@@ -109,6 +111,22 @@ def test_report_names_every_kind(bundles: dict[str, Bundle], tmp_path: Path) -> 
     errors = {error.name: error.relative_error for error in report.layers}
     assert set(errors) == set(bundles["all"].manifest.tensors)
     assert 0.001 < errors[layer_tensor(0, "experts.gate_up_proj")] < 0.01
+
+
+def test_inspect_shows_what_the_layers_have(
+    bundles: dict[str, Bundle], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["inspect", str(bundles["all"].path)]) == 0
+    text = capsys.readouterr().out
+    assert "4 heads of 32, 1 KV, in full layers of 64, 1 KV" in text
+    assert "the last 3 layers read keys and values of others" in text
+    assert "3 of 8, MLP 32" in text
+    assert "layernorm_2" not in text  # all norms are one kind
+
+
+def test_no_npu_design_is_made_for_it(bundles: dict[str, Bundle]) -> None:
+    with pytest.raises(DeviceError, match="NPU session does not compute .*; use --device cpu"):
+        list(designs_for(bundles["large"].config, "npu2"))
 
 
 def test_a_device_says_what_it_cannot_compute(bundles: dict[str, Bundle]) -> None:

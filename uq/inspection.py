@@ -40,7 +40,7 @@ class Tensor:
         if self.name in (EMBEDDING, HEAD):
             return "embedding" if self.name == EMBEDDING else "head"
         role = re.sub(r"^model\.(layers\.\d+\.)?|\.(weight|gain)$", "", self.name)
-        return "norms" if role.endswith("norm") else role
+        return "norms" if "norm" in role.rpartition(".")[2] else role
 
 
 @dataclass(frozen=True)

@@ -93,13 +93,27 @@ def _model(config: dict[str, Any]) -> Iterator[tuple[str, str]]:
     sliding = config["num_layers"] - full
     window = f", {sliding} with a window of {config['sliding_window']}" if sliding else ""
     heads = f"{config['num_heads']} heads of {config['head_dim']}, {config['num_kv_heads']} KV"
+    if own := config.get("full"):
+        heads += f", in full layers of {own['head_dim']}, {own['num_kv_heads']} KV"
     sizes = f"hidden {config['hidden_size']}, MLP {config['intermediate_size']}"
     tied = "tied head" if config["tied_head"] else "head of its own"
     yield "family", config["family"]
     yield "layers", f"{config['num_layers']}: {full} with full attention{window}"
     yield "sizes", f"{sizes}, {heads}"
+    yield from _additions(config)
     yield "vocabulary", f"{config['vocab_size']} tokens, {tied}"
     yield "context", f"{config['max_position_embeddings']} tokens"
+
+
+def _additions(config: dict[str, Any]) -> Iterator[tuple[str, str]]:
+    """What the layers of some models have besides."""
+    if shared := config.get("kv_shared_layers"):
+        yield "shared", f"the last {shared} layers read keys and values of others"
+    if table := config.get("per_layer"):
+        yield "per layer", f"an embedding of {table['vocab_size']} tokens, {table['size']} channels"
+    if experts := config.get("experts"):
+        size = experts["intermediate_size"]
+        yield "experts", f"{experts['active']} of {experts['count']}, MLP {size}"
 
 
 def _flat(data: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:

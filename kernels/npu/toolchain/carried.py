@@ -24,6 +24,7 @@ from uq.kernels.npu.source import parse_design, print_design
 from uq.kernels.npu.toolchain.find import Toolchain
 from uq.kernels.npu.toolchain.job import HEADERS, Job, Object, prepare
 from uq.kernels.npu.toolchain.run import MADE, build
+from uq.kernels.session import require_known
 
 FOLDER, INDEX, SCHEMA = "npu", "npu.json", 1
 DESIGN = "design.mlir"
@@ -37,7 +38,9 @@ def designs_for(config: GemmaConfig, device: str) -> Iterator[Job]:
 
     Raises:
         UsageError: there is no attention kernel for the model's head size, or no such device.
+        DeviceError: the layers have parts that no design computes.
     """
+    require_known(config, "the NPU session", "use --device cpu")
     yield _job(print_design(passthrough(device, 4096)), "passthrough", ())
     for name, made in attention_plans(config, device):
         yield attention_job(made, name)
