@@ -23,17 +23,19 @@ from uq.formats.hub_name import cached_repository, is_hub_id, split_revision
 from uq.formats.manifest import (
     CHECKSUM,
     MANIFEST,
-    SHARD_SUFFIX,
+    TOWERS,
     FileRecord,
     Manifest,
     TensorRecord,
     checksum_line,
     gain_name,
+    is_shard,
     parse_manifest,
 )
 from uq.formats.shard import Shard
 from uq.formats.spec import QuantTensor
 from uq.formats.tokenizer import Tokenizer
+from uq.formats.towers import TowerTensor, open_towers
 
 PIECE = 1 << 22  # weights that are unpacked at a time where a tensor is read in pieces
 
@@ -58,9 +60,7 @@ def open_bundle(path: str | Path, *, verify: Literal["full", "lazy"] = "full") -
         manifest, sha256 = _read_manifest(root)
         for name, record in manifest.files.items():
             _check_file(root, name, record)
-        shards = {
-            name: Shard(root / name) for name in manifest.files if name.endswith(SHARD_SUFFIX)
-        }
+        shards = {name: Shard(root / name) for name in manifest.files if is_shard(name)}
     for name, shard in shards.items():
         shard.check(
             {key: record for key, record in manifest.tensors.items() if record.file == name},
@@ -172,6 +172,14 @@ class Bundle:
         for role in self.config.kept_shapes(layer):
             weights[role] = self.array(layer_tensor(layer, role))
         return weights
+
+    def towers(self) -> dict[str, TowerTensor]:
+        """Vision and audio towers by the source's names; empty if the bundle holds none."""
+        if TOWERS not in self.manifest.files:
+            return {}
+        self._verify([TOWERS])
+        with _readable(self.path / TOWERS):
+            return open_towers(self.path / TOWERS)
 
     def asset(self, name: str) -> bytes:
         """Content of a file of the bundle, hashed as it is read.

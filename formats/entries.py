@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from math import prod
 
 import numpy as np
 from numpy.typing import NDArray
 
 from uq.formats.layouts import LAYOUTS
 from uq.formats.manifest import ArrayRecord, TensorRecord
-from uq.formats.shard import ARRAY_ALIGNMENT
+from uq.formats.shard import ARRAY_ALIGNMENT, STORED_BYTES
 from uq.formats.spec import QuantTensor, Spec
 
 
@@ -120,4 +121,31 @@ class ArrayEntry:
         return ArrayRecord(self.array.shape, "float32", file)
 
 
-Entry = QuantEntry | ArrayEntry
+@dataclass(frozen=True)
+class StoredEntry:
+    """A tensor that is stored as it comes.
+
+    Attributes:
+        dtype: as safetensors calls it.
+        pieces: its C-contiguous bytes, to be taken once.
+    """
+
+    name: str
+    dtype: str
+    stored_shape: tuple[int, ...]
+    pieces: Iterable[NDArray[np.uint8]]
+
+    @property
+    def alignment(self) -> int:
+        return STORED_BYTES[self.dtype]
+
+    @property
+    def nbytes(self) -> int:
+        return prod(self.stored_shape) * STORED_BYTES[self.dtype]
+
+    def chunks(self) -> Iterator[memoryview]:
+        for piece in self.pieces:
+            yield np.ascontiguousarray(piece).data
+
+
+Entry = QuantEntry | ArrayEntry | StoredEntry

@@ -29,6 +29,8 @@ REPORT_FILES = ("report.json", "report.html", "README.md")
 UNLISTED = frozenset({MANIFEST, CHECKSUM, *REPORT_FILES})
 KERNELS: frozenset[str] = frozenset()  # names of required_kernels that this version knows
 SHARD_SUFFIX = ".safetensors"
+TOWERS = "towers.safetensors"  # no shard: tensors of the source beside the text model
+TOWERS_SCHEMA = 3  # the first that has it
 
 
 @dataclass(frozen=True)
@@ -186,6 +188,8 @@ def check_manifest(manifest: Manifest) -> None:
         raise BundleError(
             f"{MANIFEST}: schema {manifest.schema} has no {manifest.model.extensions()[0]}"
         )
+    if TOWERS in manifest.files and manifest.schema < TOWERS_SCHEMA:
+        raise BundleError(f"{MANIFEST}: schema {manifest.schema} has no {TOWERS}")
     for name, record in manifest.files.items():
         _check_file(name, record)
     weights, gains = expected_tensors(manifest.model)
@@ -217,6 +221,11 @@ def expected_tensors(
         for role, kept in config.kept_shapes(layer).items():
             arrays[layer_tensor(layer, role)] = kept
     return weights, arrays
+
+
+def is_shard(file: str) -> bool:
+    """Whether a listed file holds tensors of the text model."""
+    return file.endswith(SHARD_SUFFIX) and file != TOWERS
 
 
 def gain_name(norm: str) -> str:
@@ -282,7 +291,7 @@ def _check_tensor(where: str, record: TensorRecord, shape: tuple[int, int], sche
 
 
 def _check_shard(where: str, file: str, files: Mapping[str, FileRecord]) -> None:
-    if file not in files or not file.endswith(SHARD_SUFFIX):
+    if file not in files or not is_shard(file):
         raise BundleError(f"{where}.file: {shown(file)} is no shard of this bundle")
 
 

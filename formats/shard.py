@@ -25,7 +25,10 @@ MAX_DIMS, MAX_SIZE = 8, 1 << 48  # of a shape
 DATA_ALIGNMENT = 64
 ARRAY_ALIGNMENT = 4
 ITEM_BYTES = {"U8": 1, "F32": 4}
-OTHER_BYTES = {"BF16": 2, "F16": 2, "I32": 4, "I64": 8}  # of files that are no shards of a bundle
+STORED_BYTES = ITEM_BYTES | {  # of files that are no shards of a bundle
+    "BOOL": 1, "I8": 1, "F8_E4M3": 1, "F8_E5M2": 1, "I16": 2, "U16": 2, "BF16": 2, "F16": 2,
+    "I32": 4, "U32": 4, "I64": 8, "U64": 8, "F64": 8,
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -51,11 +54,10 @@ def make_header(
         tensors: name -> (dtype as safetensors calls it, shape), in the order of the data.
         metadata: about the file; a shard of a bundle has none.
     """
-    item_bytes = ITEM_BYTES | OTHER_BYTES
     entries: dict[str, object] = {"__metadata__": metadata} if metadata else {}
     start = 0
     for name, (dtype, shape) in tensors.items():
-        stop = start + math.prod(shape) * item_bytes[dtype]
+        stop = start + math.prod(shape) * STORED_BYTES[dtype]
         entries[name] = {"dtype": dtype, "shape": shape, "data_offsets": (start, stop)}
         start = stop
     text = json.dumps(entries, separators=(",", ":")).encode()

@@ -32,6 +32,8 @@ from uq.formats.manifest import (
     CHECKSUM,
     MANIFEST,
     SHARD_SUFFIX,
+    TOWERS,
+    TOWERS_SCHEMA,
     UNLISTED,
     FileRecord,
     Manifest,
@@ -60,6 +62,7 @@ class BundleWriter:
         shard_count: int,
         identity: Mapping[str, object],
         *,
+        towers: bool = False,
         resume: str = "auto",
         sources: Callable[[int], Mapping[str, str]] = lambda _: {},
     ) -> None:
@@ -67,6 +70,7 @@ class BundleWriter:
 
         Args:
             identity: JSON that fixes the bytes of the bundle: source, plan, calibration, ...
+            towers: a file with towers follows the last shard.
             resume: `auto` continues where the same work was broken off, `restart` begins anew,
                 `require` refuses to begin anew.
             sources: is called with a shard before it is committed, for the hashes of the tensors
@@ -79,7 +83,8 @@ class BundleWriter:
         """
         _require_new(out)
         self._out = out
-        self._count = shard_count
+        self._files = [shard_file(index, shard_count) for index in range(shard_count)]
+        self._files += [TOWERS] * towers
         self._sources = sources
         self._work = work_folder(out)
         self._finished = False
@@ -88,7 +93,7 @@ class BundleWriter:
             self._lock = _lock(self._work)
         try:
             _require_new(out)  # another run may have finished it before this one got the lock
-            self._journal = self._open_journal(Journal.begin(identity, shard_count), resume)
+            self._journal = self._open_journal(Journal.begin(identity, len(self._files)), resume)
         except BaseException:
             if not (self._work / JOURNAL).exists():
                 shutil.rmtree(self._work)
@@ -158,7 +163,9 @@ class BundleWriter:
         if kind is None:
             self._settle()
 
-    def write_shard(self, index: int, entries: Sequence[Entry]) -> None:
+    def write_shard(
+        self, index: int, entries: Sequence[Entry], metadata: Mapping[str, str] | None = None
+    ) -> None:
         """Write and sync the next shard, `index`; it is committed while the one behind is made.
 
         The entries are consumed one after the other, by falling alignment.
@@ -170,9 +177,9 @@ class BundleWriter:
         """
         if index != self._written:
             raise ValueError(f"shard {index} is not the next one, {self._written}")
-        file = shard_file(index, self._count)
+        file = self._files[index]
         entries = sorted(entries, key=lambda entry: -entry.alignment)
-        header = make_header({e.name: (e.dtype, e.stored_shape) for e in entries})
+        header = make_header({e.name: (e.dtype, e.stored_shape) for e in entries}, metadata)
         size = len(header) + sum(entry.nbytes for entry in entries)
         sha256 = write_file(self._work / file, _contents(header, entries), size)
         try:
@@ -221,17 +228,18 @@ class BundleWriter:
             BundleError: the manifest contradicts the shards, or an asset's name is not allowed.
             DeviceError: the disk is full or broken; the shards are kept.
         """
-        if self.committed != self._count:
-            raise ValueError(f"{self.committed} of {self._count} shards are written")
+        if self.committed != len(self._files):
+            raise ValueError(f"{self.committed} of {len(self._files)} shards are written")
         shards = self._journal.shards
         files = {shard.file: shard.record for shard in shards}
         for name in assets:
             _check_asset(name)
         files |= {name: self._write(name, data) for name, data in sorted(assets.items())}
         tensors = {name: record for s in shards for name, record in s.tensors.items()}
+        oldest = TOWERS_SCHEMA if TOWERS in files else manifest.model_schema
         manifest = replace(
             manifest,
-            schema=max(manifest.model_schema, *(record.schema for record in tensors.values())),
+            schema=max(oldest, *(record.schema for record in tensors.values())),
             tensors=tensors,
             arrays={name: record for s in shards for name, record in s.arrays.items()},
             files=files,

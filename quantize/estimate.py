@@ -22,6 +22,7 @@ from uq.formats.config import EMBEDDING, HEAD, PER_LAYER_EMBEDDING, GemmaConfig,
 from uq.formats.layouts import LAYOUTS
 from uq.formats.manifest import expected_tensors
 from uq.formats.spec import Spec
+from uq.formats.towers import stored_bytes
 from uq.quantize.calibrate import STAGES
 from uq.quantize.factor import factorize
 from uq.quantize.gptq import Statistics, quantize_gptq
@@ -70,13 +71,15 @@ class Kind:
 
 @dataclass(frozen=True)
 class Estimate:
-    """`nbytes` on the disk without the tokenizer, and `spilled` while the run lasts; memory in
-    bytes; `seconds` on this machine; `sizes` of the work where they are not the usual ones.
+    """`nbytes` on the disk without the tokenizer, `towers` more for those, and `spilled` while the
+    run lasts; memory in bytes; `seconds` on this machine; `sizes` of the work where they are not
+    the usual ones.
     """
 
     recipe: str
     kinds: tuple[Kind, ...]
     nbytes: int
+    towers: int
     bits_per_weight: float
     spilled: int
     peak_memory: int
@@ -91,6 +94,7 @@ class Estimate:
         head = ("tensors", "count", "weights", "format", "method", "layout", "size")
         rows = [(*list(asdict(kind).values())[:-1], size(kind.nbytes)) for kind in self.kinds]
         spilled = f"; {size(self.spilled)} during calibration" if self.spilled else ""
+        spilled += f"; {size(self.towers)} for vision and audio towers" if self.towers else ""
         memory = f"about {size(self.peak_memory)} of {size(self.free_memory)} free"
         return "\n".join(
             [
@@ -128,6 +132,7 @@ def estimate(checkpoint: Checkpoint, options: QuantizeOptions) -> Estimate:
         nbytes=nbytes,
         bits_per_weight=8 * nbytes / config.num_parameters(),
         peak_memory=checkpoint.buffered + fitted.resident,
+        towers=stored_bytes(checkpoint.towers, options.towers),
         spilled=fitted.spilled,
         sizes="" if plan.gptq.work == WorkSizes() else str(plan.gptq.work),
         free_memory=psutil.virtual_memory().available,

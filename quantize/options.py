@@ -22,6 +22,7 @@ class QuantizeOptions:
             take smaller steps to fit (`WorkSizes`) gives other codes, as good ones.
         threads: of everything but the matrix products; one per core when None.
         resume: `auto`, `restart` or `require`, as in `BundleWriter`.
+        towers: what becomes of vision and audio towers: `keep`, `int8` or `drop`.
         render: the model's chat template, for a model that was trained on chats.
     """
 
@@ -37,6 +38,7 @@ class QuantizeOptions:
     max_memory: int | None = None
     threads: int | None = None
     resume: str = "auto"
+    towers: str = "keep"
     render: Render | None = None
 
     @property

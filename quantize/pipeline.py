@@ -22,6 +22,7 @@ from uq.formats.checkpoint import Checkpoint
 from uq.formats.config import GemmaConfig
 from uq.formats.disk import require_free
 from uq.formats.manifest import Calibration
+from uq.formats.towers import stored_bytes
 from uq.formats.writer import BundleWriter, Entry, QuantEntry, work_folder
 from uq.kernels.session import require_known
 from uq.progress import Progress, SilentProgress
@@ -37,6 +38,14 @@ from uq.quantize.recover import recognise
 from uq.quantize.shards import ShardSource, shard_bytes
 from uq.quantize.source import SourceWatch
 from uq.quantize.text import Text, read_text, text_notes, token_sequences
+from uq.quantize.towers import (
+    carried,
+    describe,
+    int8_types,
+    missing_processor,
+    require_towers,
+    tower_entries,
+)
 
 __all__ = ["DEFAULTS", "QuantizeOptions", "quantize"]
 
@@ -74,7 +83,9 @@ def quantize(
         DeviceError: the disk is full or broken.
     """
     config = checkpoint.config
-    watch = SourceWatch(checkpoint)
+    require_towers(checkpoint, options.towers)
+    towers = options.towers != "drop" and bool(checkpoint.towers)
+    watch = SourceWatch(checkpoint, towers=towers)
     plan = recognised_plan(checkpoint, options)
     _tell_kept(plan, progress)
     spill = 0
@@ -88,20 +99,26 @@ def quantize(
     shards, threads = 1 + config.num_layers, worker_threads(options)
     with (
         BundleWriter(
-            out, shards, identity, resume=options.resume, sources=watch.of_shard
+            out,
+            shards,
+            identity,
+            towers=towers,
+            resume=options.resume,
+            sources=watch.of_shard,
         ) as writer,
         _explained_interrupt(out, writer, progress),
         ThreadPoolExecutor(threads) as pool,
     ):
         watch.require_same(writer, pool)
-        first = writer.committed
-        require_free(out, spill + sum(shard_bytes(config, plan)[first:]))
+        first = min(writer.committed, shards)
+        beside = spill + stored_bytes(checkpoint.towers, options.towers)
+        require_free(out, beside + sum(shard_bytes(config, plan)[first:]))
         engine = engine or NumpyEngine(work_folder(out) if spill else None)
-        assets = _in_background(checkpoint.assets)
+        assets = _in_background(lambda: carried(checkpoint.assets(), towers=towers))
         tokens = None if text is None else _tokens(checkpoint, text, options, progress)
         if plan.budget is not None and tokens is not None:
             plan = mixed_plan(checkpoint, plan, plan.budget, tokens, progress)
-            require_free(out, spill + sum(shard_bytes(config, plan)[first:]))
+            require_free(out, beside + sum(shard_bytes(config, plan)[first:]))
         writer.confirm("plan", {name: str(tensor) for name, tensor in plan.tensors.items()})
         progress.start(shards, "quantize", done=first)
         farm = farm or Threads(checkpoint, pool, threads)
@@ -110,7 +127,11 @@ def quantize(
         source.skip(writer)
         # A model without tokenizer is refused before a shard is written.
         writer.confirm("asset", {n: sha256(data).hexdigest() for n, data in assets().items()})
+        if towers and (note := missing_processor(assets())):
+            progress.note(note)
         _write_shards(source, writer, progress)
+        if towers and writer.committed == shards:
+            _write_towers(checkpoint, options.towers, writer, watch, progress)
         calibration = None
         if text is not None and tokens is not None:
             calibration = Calibration(text.name, text.sha256, tokens.size)
@@ -125,6 +146,22 @@ def _write_shards(source: ShardSource, writer: BundleWriter, progress: Progress)
         entries = source.entries(index)
         writer.write_shard(index, entries)
         progress.advance(_step(index), error=_mean_error(entries))
+    progress.close()
+
+
+def _write_towers(
+    checkpoint: Checkpoint,
+    mode: str,
+    writer: BundleWriter,
+    watch: SourceWatch,
+    progress: Progress,
+) -> None:
+    """The last file, in the journal like the shards."""
+    progress.start(1, "towers")
+    entries = tower_entries(checkpoint, mode, watch.contents)
+    metadata = {"format": "pt"} | int8_types(checkpoint.towers, mode)
+    writer.write_shard(1 + checkpoint.config.num_layers, entries, metadata)
+    progress.advance(describe(checkpoint.towers, mode))
     progress.close()
 
 

@@ -30,7 +30,7 @@ def identity_of(
         "repository": checkpoint.source.id if revision else None,
         "revision": revision,
         "model": checkpoint.config.to_json(),
-        "options": recorded(options),
+        "options": recorded(options, checkpoint),
         "sizes": asdict(plan.gptq.work),
         "calibration": None if text is None else text.sha256,
         "tools": tools,
@@ -46,7 +46,7 @@ def tools_of(engine: CalibrationEngine | None) -> dict[str, str]:
     }
 
 
-def recorded(options: QuantizeOptions) -> dict[str, object]:
+def recorded(options: QuantizeOptions, checkpoint: Checkpoint) -> dict[str, object]:
     """The options that the bytes depend on, but for the text, which has its own record."""
     names = (
         "recipe",
@@ -59,7 +59,8 @@ def recorded(options: QuantizeOptions) -> dict[str, object]:
         "calibration_seed",
         "calibration_format",
     )
-    return {name: getattr(options, name) for name in names}
+    found = {name: getattr(options, name) for name in names}
+    return found | ({"towers": options.towers} if checkpoint.towers else {})
 
 
 def manifest_of(
@@ -75,9 +76,9 @@ def manifest_of(
     return Manifest(
         model=checkpoint.config,
         recipe=plan.recipe,
-        options=recorded(options) | {"gptq": gptq},
+        options=recorded(options, checkpoint) | {"gptq": gptq},
         provenance=Provenance(source.kind, source.id, source.revision, checkpoint.dtype, files),
         calibration=calibration,
-        left_out=checkpoint.left_out,
+        left_out=checkpoint.left_out if options.towers == "drop" else (),
         tools=tools,
     )

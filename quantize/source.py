@@ -14,6 +14,7 @@ from uq.errors import CheckpointError
 from uq.formats.checkpoint import Checkpoint
 from uq.formats.checkpoint.content import file_contents, read_contents
 from uq.formats.manifest import SourceFile
+from uq.formats.towers import with_rows
 from uq.formats.writer import BundleWriter
 from uq.quantize.shards import shard_sources
 
@@ -27,10 +28,14 @@ class SourceWatch:
         contents: tensor -> hash of what was read of it; filled in by those who read.
     """
 
-    def __init__(self, checkpoint: Checkpoint) -> None:
+    def __init__(self, checkpoint: Checkpoint, *, towers: bool = False) -> None:
+        """`towers`: they are read, too."""
         self.contents: dict[str, str] = {}
         self._checkpoint = checkpoint
-        self._files = checkpoint.files()
+        carried = checkpoint.towers if towers else {}
+        self._towers = {name: with_rows(info) for name, info in carried.items()}
+        self._tensors = {**checkpoint.tensors, **self._towers}
+        self._files = {info.file.name: info.file for info in self._tensors.values()}
         self._seen = self._state()
 
     def require_same(self, writer: BundleWriter, pool: ThreadPoolExecutor) -> None:
@@ -47,7 +52,7 @@ class SourceWatch:
         sources = writer.sources
         begun = {
             name: info
-            for name, info in self._checkpoint.tensors.items()
+            for name, info in self._tensors.items()
             if name in sources and info.file.stated_sha256 is None
         }
         writer.require_sources(read_contents(begun, pool))
@@ -60,15 +65,17 @@ class SourceWatch:
             CheckpointError: a file was changed while it was read.
         """
         self.require_unchanged()
-        names = shard_sources(self._checkpoint.config, index)
+        config = self._checkpoint.config
+        text = index <= config.num_layers
+        names = shard_sources(config, index) if text else list(self._towers)
         return {name: self.contents[name] for name in names}
 
     def files(self, writer: BundleWriter) -> dict[str, SourceFile]:
-        """Every weight file, once all shards are committed."""
+        """Every weight file of the text model, once all shards are committed."""
         contents = file_contents(self._checkpoint.tensors, writer.sources)
         return {
             name: SourceFile(file.size, contents[name], file.stated_sha256)
-            for name, file in self._files.items()
+            for name, file in self._checkpoint.files().items()
         }
 
     def require_unchanged(self) -> None:

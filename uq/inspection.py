@@ -14,7 +14,8 @@ from uq.formats.bundle import Bundle, open_bundle
 from uq.formats.checkpoint import Checkpoint, open_checkpoint
 from uq.formats.config import EMBEDDING, HEAD
 from uq.formats.hub_bundle import is_hub_bundle
-from uq.formats.manifest import MANIFEST, Manifest
+from uq.formats.manifest import MANIFEST, TOWERS, Manifest
+from uq.formats.towers import open_towers
 
 
 @dataclass(frozen=True)
@@ -62,6 +63,15 @@ class Kind:
 
 
 @dataclass(frozen=True)
+class Towers:
+    """Vision and audio towers beside the text model; `int8` of them are stored as INT8."""
+
+    tensors: int
+    int8: int
+    nbytes: int
+
+
+@dataclass(frozen=True)
 class Contents:
     """A model that was looked into.
 
@@ -83,6 +93,7 @@ class Contents:
     kinds: tuple[Kind, ...]
     tensors: tuple[Tensor, ...]
     left_out: tuple[str, ...]
+    towers: Towers | None = None
 
 
 def inspect(source: str, *, revision: str | None = None) -> Contents:
@@ -126,7 +137,16 @@ def _bundle_contents(bundle: Bundle) -> Contents:
         plan={"recipe": manifest.recipe} | dict(manifest.options),
         provenance=provenance | {"sha256": bundle.sha256},
         left_out=manifest.left_out,
+        towers=_bundle_towers(bundle),
     )
+
+
+def _bundle_towers(bundle: Bundle) -> Towers | None:
+    if TOWERS not in bundle.manifest.files:
+        return None
+    towers = open_towers(bundle.path / TOWERS).values()
+    stored = sum(tensor.info.nbytes for tensor in towers)
+    return Towers(len(towers), sum(tensor.is_int8 for tensor in towers), stored)
 
 
 def _bundle_tensors(manifest: Manifest) -> Iterable[Tensor]:

@@ -68,6 +68,7 @@ class Checkpoint:
         dtype: of the linears and embeddings, for people: `bf16`, `q4_k_m`, `bf16 mixed`.
         left_out: one sentence for each part of the source that is not read.
         tensors: canonical name -> where it lies in the source.
+        towers: what belongs to no text model, by its name in the source.
     """
 
     def __init__(
@@ -79,12 +80,14 @@ class Checkpoint:
         dtype: str,
         norm_offset: float,
         left_out: tuple[str, ...],
+        towers: Mapping[str, TensorInfo] | None = None,
         load_assets: Callable[[], dict[str, bytes]],
     ) -> None:
         """`norm_offset` is added to stored norm weights to get gains: 1 for safetensors."""
         self.source = source
         self.config = config
         self.tensors = needed_tensors(config, tensors)
+        self.towers = towers or {}
         self.buffered = 0
         self.dtype = dtype
         self.left_out = left_out

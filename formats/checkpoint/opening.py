@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from pathlib import Path
 
 from uq import __version__
@@ -33,6 +33,11 @@ from uq.formats.hub_name import cached_repository, is_hub_id
 
 PREFIXES = ("language_model.model.", "model.language_model.", "model.")
 HEADS = ("lm_head.weight", "language_model.lm_head.weight")
+PROCESSOR = (  # what prepares images and sound for the towers
+    "preprocessor_config.json",
+    "processor_config.json",
+    "video_preprocessor_config.json",
+)
 VISION = ("vision_tower.", "multi_modal_projector.")
 ASSETS = (
     TOKENIZER,
@@ -42,6 +47,7 @@ ASSETS = (
     "chat_template.jinja",
     "chat_template.json",
     "config.json",
+    *PROCESSOR,
 )
 MAX_ASSET = 64 << 20  # bytes; Gemma 3's tokenizer.json has 33 MB
 LICENCES = ("LICENSE*", "LICENCE*", "NOTICE*", "GEMMA_TERMS*", "USE_POLICY*")
@@ -104,6 +110,7 @@ def _streamed(checkpoint: Checkpoint) -> Checkpoint:
     ahead = max(*sizes, WORKERS * BLOCK)
     checkpoint.buffered = 2 * ahead
     checkpoint.tensors = read_ahead(checkpoint.tensors, [*tables, *layers], ahead)
+    checkpoint.towers = read_ahead(checkpoint.towers, [[n] for n in checkpoint.towers], ahead)
     return checkpoint
 
 
@@ -130,6 +137,7 @@ def _open_folder(
         dtype=_describe_dtype(tensors.values()),
         norm_offset=family.norm_offset,
         left_out=_left_out(stored.values()),
+        towers=tower_tensors(stored),
         load_assets=lambda: _folder_assets(folder),
     )
 
@@ -164,7 +172,7 @@ def canonical_names(
     Args:
         stored_roles: role within a layer -> role as the files have it, where it is another one.
     """
-    prefix = next((p for p in PREFIXES if p + EMBEDDING.removeprefix("model.") in stored), "model.")
+    prefix = text_prefix(stored)
     roles = {found: role for role, found in stored_roles.items()}
     named = {
         _canonical(name.removeprefix(prefix), roles): info
@@ -173,6 +181,20 @@ def canonical_names(
     }
     head = next((stored[name] for name in HEADS if name in stored), None)
     return named | ({HEAD: head} if head else {})
+
+
+def text_prefix(stored: Collection[str]) -> str:
+    """What the names of the text model's tensors begin with in the files."""
+    return next((p for p in PREFIXES if p + EMBEDDING.removeprefix("model.") in stored), "model.")
+
+
+def tower_tensors(stored: Mapping[str, TensorInfo]) -> dict[str, TensorInfo]:
+    """Of a multimodal model, what is not its text model."""
+    prefix = text_prefix(stored)
+    if prefix == "model.":
+        return {}
+    text = (prefix, *HEADS)
+    return {name: info for name, info in stored.items() if not name.startswith(text)}
 
 
 def _canonical(name: str, roles: Mapping[str, str]) -> str:

@@ -90,6 +90,18 @@ def file_tensors(file: WeightFile) -> dict[str, TensorInfo]:
     return tensors
 
 
+def file_metadata(file: WeightFile) -> dict[str, str]:
+    """The `__metadata__` of a file.
+
+    Raises:
+        CheckpointError: the header is broken.
+    """
+    found = _header(file)[0].get("__metadata__", {})
+    if not isinstance(found, dict) or not all(isinstance(v, str) for v in found.values()):
+        raise CheckpointError(f"{file.name}: header: __metadata__ is no object of strings")
+    return found
+
+
 def _check_places(file: WeightFile, tensors: Sequence[TensorInfo], size: int) -> None:
     """In the order of the file, no two tensors share a byte and the last ends within it."""
     for before, tensor in pairwise(tensors):

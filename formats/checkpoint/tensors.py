@@ -87,6 +87,13 @@ def bf16_to_float32(raw: NDArray[np.uint8]) -> NDArray[np.float32]:
     return wide.view(np.float32)
 
 
+def to_bfloat16(values: NDArray[np.float32]) -> NDArray[np.uint16]:
+    """Bits of the nearest bfloat16, ties to even, of finite values."""
+    bits = np.ascontiguousarray(values).view(np.uint32)
+    half, one = np.uint32(16), np.uint32(1)
+    return ((bits + np.uint32(0x7FFF) + (bits >> half & one)) >> half).astype(np.uint16)
+
+
 def _f16_to_float32(raw: NDArray[np.uint8]) -> NDArray[np.float32]:
     from uq.formats.half import widen  # compiled, so not loaded for a look at the header
 

@@ -91,6 +91,11 @@ def configure(parser: argparse.ArgumentParser) -> None:
         "instruction-tuned model",
     )  # fmt: skip
     add("--target", type=names(TARGETS), default=("igpu",), metavar="T,T", help="default: igpu")
+    add(
+        "--towers", choices=("keep", "int8", "drop"), default="keep",
+        help="vision and audio towers of a multimodal model: keep (default) carries them on as "
+        "they are, int8 rounds their matrices row by row",
+    )  # fmt: skip
     add("--revision", metavar="R", help="branch, tag or commit of a Hub id")
     add(
         "--keep", action="store_true",
@@ -183,6 +188,7 @@ def read_options(args: argparse.Namespace) -> QuantizeOptions:
         calibration_length=args.calibration_length,
         max_memory=args.max_memory,
         threads=args.threads,
+        towers=args.towers,
         resume="require" if args.resume else "restart" if args.restart else "auto",
     )
 

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from uq.errors import BundleError
-from uq.formats.checkpoint.tensors import bf16_to_float32
+from uq.formats.checkpoint.tensors import bf16_to_float32, to_bfloat16
 
 Array = NDArray[np.float32]
 SAFETENSORS: Mapping[str, str] = MappingProxyType(
@@ -84,13 +84,6 @@ def widened(stored: NDArray[Any]) -> Array:
     if stored.dtype == np.uint16:
         return bf16_to_float32(stored)
     return stored.astype(np.float32)
-
-
-def to_bfloat16(values: Array) -> NDArray[np.uint16]:
-    """Bits of the nearest bfloat16, ties to even, of finite values."""
-    bits = np.ascontiguousarray(values).view(np.uint32)
-    half, one = np.uint32(16), np.uint32(1)
-    return ((bits + np.uint32(0x7FFF) + (bits >> half & one)) >> half).astype(np.uint16)
 
 
 def _to_float16(name: str, values: Array) -> NDArray[np.float16]:

@@ -1,0 +1,170 @@
+"""Vision and audio towers travel in a bundle, as they are or in INT8, and out of it again."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from numpy.testing import assert_array_equal
+from safetensors import safe_open
+
+from uq.cli import main
+from uq.errors import BundleError, UqError
+from uq.formats.bundle import Bundle, open_bundle
+from uq.formats.checkpoint import open_checkpoint
+from uq.formats.checkpoint.safetensors_file import folder_tensors
+from uq.formats.checkpoint.tensors import read_rows
+from uq.formats.manifest import TOWERS
+from uq.formats.towers import from_int8, to_int8
+from uq.progress import SilentProgress
+from uq.quantize.pipeline import QuantizeOptions, quantize
+
+PREFIX = "model.language_model."
+Tiny = Callable[..., Path]
+
+
+@pytest.fixture(scope="module")
+def source(tiny_checkpoint: Tiny) -> Path:
+    """A text model with a few tensors of a tower, one of them a single number."""
+    folder = tiny_checkpoint(
+        prefix=PREFIX, extra={"model.audio_tower.limit": np.array([3.5], np.float32)}
+    )
+    (folder / "preprocessor_config.json").write_text('{"size": 8}')
+    return folder
+
+
+def made(source: Path, out: Path, towers: str = "keep", progress: Any = None) -> Bundle:
+    options = QuantizeOptions(method="rtn", towers=towers)
+    progress = progress or SilentProgress()
+    return open_bundle(quantize(open_checkpoint(source), out, options, progress))
+
+
+def test_towers_keep_their_bytes_names_and_types(source: Path, tmp_path: Path) -> None:
+    bundle = made(source, tmp_path / "b")
+    stored = folder_tensors(source)
+    towers = bundle.towers()
+    assert set(towers) == {n for n in stored if not n.startswith(PREFIX)} and len(towers) == 4
+    for name, tower in towers.items():
+        info = stored[name]
+        assert (tower.dtype, tower.shape) == (info.dtype, info.shape)
+        found = np.concatenate([piece.reshape(-1) for piece in tower.pieces()])
+        assert_array_equal(found, info.file.read(info.offset, info.nbytes))
+    assert bundle.manifest.schema == 3
+    assert bundle.manifest.left_out == ()
+
+
+def test_safetensors_reads_the_file_of_the_towers(source: Path, tmp_path: Path) -> None:
+    bundle = made(source, tmp_path / "b")
+    with (
+        safe_open(bundle.path / TOWERS, "pt") as ours,
+        safe_open(source / "model.safetensors", "pt") as theirs,
+    ):
+        for name in ours.keys():  # noqa: SIM118
+            assert (ours.get_tensor(name) == theirs.get_tensor(name)).all()
+
+
+def test_int8_rounds_matrices_within_half_a_step(source: Path, tmp_path: Path) -> None:
+    towers = made(source, tmp_path / "b", "int8").towers()
+    assert {name for name, tower in towers.items() if tower.is_int8} == {
+        "model.vision_tower.vision_model.embeddings.weight",
+        "model.multi_modal_projector.mm_input_projection_weight",
+    }
+    for name, info in folder_tensors(source).items():
+        if name in towers and towers[name].is_int8:
+            values = read_rows(info, 0, info.shape[0])
+            found = np.concatenate([from_int8(raw) for raw in raw_rows_of(towers[name].info)])
+            assert (np.abs(found - values) <= np.abs(values).max(axis=1, keepdims=True) / 253).all()
+
+
+def raw_rows_of(info: Any) -> list[Any]:
+    from uq.formats.towers import raw_pieces
+
+    return list(raw_pieces(info))
+
+
+def test_int8_keeps_what_lies_on_its_grid() -> None:
+    codes = np.random.default_rng(0).integers(-127, 128, (5, 9))
+    codes[:, 0], codes[4] = 127, 0
+    values = codes.astype(np.float32) * np.array([[0.5], [2], [1 / 64], [8], [1]], np.float32)
+    assert_array_equal(from_int8(to_int8(values)), values)
+
+
+def test_dropped_towers_are_named(source: Path, tmp_path: Path) -> None:
+    bundle = made(source, tmp_path / "b", "drop")
+    assert bundle.towers() == {}
+    assert bundle.manifest.left_out == open_checkpoint(source).left_out != ()
+    assert "preprocessor_config.json" not in bundle.manifest.files
+    assert bundle.manifest.schema < 3
+
+
+def test_the_processor_goes_with_the_towers(source: Path, tmp_path: Path) -> None:
+    assert made(source, tmp_path / "b").asset("preprocessor_config.json") == b'{"size": 8}'
+
+
+class Notes(SilentProgress):
+    def __init__(self) -> None:
+        self.lines: list[str] = []
+
+    def note(self, text: str) -> None:
+        self.lines.append(text)
+
+
+def test_a_missing_processor_is_told_in_one_line(source: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(source, tmp_path / "source")
+    (folder / "preprocessor_config.json").unlink()
+    notes = Notes()
+    made(folder, tmp_path / "b", progress=notes)
+    (line,) = [line for line in notes.lines if line.startswith("towers:")]
+    assert "has no preprocessor_config.json" in line and "\n" not in line
+
+
+def test_a_run_killed_before_the_towers_goes_on(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = made(source, tmp_path / "whole")
+    with monkeypatch.context() as patch:
+        patch.setattr("uq.quantize.pipeline.tower_entries", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            made(source, tmp_path / "b")
+    assert (tmp_path / "b.partial" / "model-00003-of-00003.safetensors").exists()
+    assert made(source, tmp_path / "b").sha256 == whole.sha256
+
+
+def interrupted(*_: object) -> None:
+    raise KeyboardInterrupt
+
+
+def test_a_run_goes_on_with_the_same_towers_only(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr("uq.quantize.pipeline.tower_entries", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            made(source, tmp_path / "b")
+    with pytest.raises(UqError, match="towers"):
+        made(source, tmp_path / "b", "int8")
+
+
+def test_a_changed_tower_is_refused(source: Path, tmp_path: Path) -> None:
+    path = made(source, tmp_path / "b").path / TOWERS
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(BundleError, match=r"towers\.safetensors: its hash differs"):
+        open_bundle(tmp_path / "b")
+
+
+def test_dry_run_and_inspect_count_the_towers(
+    source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["quantize", str(source), "--method", "rtn", "--dry-run", "--json"]) == 0
+    nbytes = sum(info.nbytes for n, info in folder_tensors(source).items() if PREFIX not in n)
+    assert json.loads(capsys.readouterr().out)["towers"] == nbytes
+    made(source, tmp_path / "b")
+    assert main(["inspect", str(tmp_path / "b")]) == 0
+    assert f"towers: 4 tensors, {nbytes} B, as in the source" in capsys.readouterr().out
