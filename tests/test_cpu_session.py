@@ -37,6 +37,7 @@ MODELS: dict[str, dict[str, Any]] = {
         "family": "gemma2",
         "config": {"attn_logit_softcapping": 1.0, "final_logit_softcapping": 3.0},
     },
+    "vaultgemma": {"family": "vaultgemma", "config": {"attn_logit_softcapping": 1.0}},
     "gemma3": {"family": "gemma3", "layers": 3, "head_dim": 64},
     "gemma3 many heads": {"family": "gemma3", "heads": 16, "kv_heads": 1, "window": 50},
     "gemma3 scaled positions": {
