@@ -26,6 +26,15 @@ PER_LAYER_EMBEDDING = "model.embed_tokens_per_layer.weight"
 PER_LAYER_PROJECTION = "model.per_layer_model_projection"  # and .weight: of all layers
 PER_LAYER_NORM = "model.per_layer_projection_norm"
 
+# What layers may have beyond attention of one head size and a gated MLP, as messages name it.
+FULL_HEADS = "full layers with heads of their own"
+VALUE_NORM = "values with a norm"
+SHARED_KEYS = "shared keys and values"
+MLP_WIDTHS = "MLPs of several widths"
+PER_LAYER = "per-layer embeddings"
+LAYER_SCALAR = "layer scalars"
+EXPERTS = "mixture of experts"
+
 
 @dataclass(frozen=True)
 class FullLayers:
@@ -245,13 +254,13 @@ class GemmaConfig:
     def extensions(self) -> tuple[str, ...]:
         """What the layers have beyond attention of one head size and a gated MLP, in words."""
         found = {
-            "full layers with heads of their own": self.full,
-            "values with a norm": self.value_norm,
-            "shared keys and values": self.kv_shared_layers,
-            "MLPs of several widths": self.intermediate_sizes,
-            "per-layer embeddings": self.per_layer,
-            "layer scalars": self.layer_scalar,
-            "mixture of experts": self.experts,
+            FULL_HEADS: self.full,
+            VALUE_NORM: self.value_norm,
+            SHARED_KEYS: self.kv_shared_layers,
+            MLP_WIDTHS: self.intermediate_sizes,
+            PER_LAYER: self.per_layer,
+            LAYER_SCALAR: self.layer_scalar,
+            EXPERTS: self.experts,
         }
         return tuple(name for name, present in found.items() if present)
 

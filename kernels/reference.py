@@ -8,13 +8,14 @@ Shapes: hidden (batch, length, hidden); weights by role, linears (out, in), norm
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from functools import partial
 
 import numpy as np
 import psutil
 from numpy.typing import NDArray
 
 from uq.errors import UsageError
-from uq.formats.config import PER_LAYER_EMBEDDING, GemmaConfig
+from uq.formats.config import GemmaConfig
 from uq.kernels.attention import KVCache, attend, rope_tables
 from uq.kernels.elementwise import gelu_product, rotate
 from uq.kernels.experts import experts_output
@@ -24,7 +25,13 @@ from uq.kernels.per_layer import Beside, add_per_layer
 from uq.kernels.products import flat, linear, rms_norm
 from uq.kernels.sampling import sample
 from uq.kernels.session import Device, Sampling, check_room, check_tokens
-from uq.kernels.weights import CheckpointWeights, Weights, WeightSource
+from uq.kernels.weights import (
+    CheckpointWeights,
+    Weights,
+    WeightSource,
+    active_parameters,
+    resident_parameters,
+)
 
 Array = NDArray[np.float32]
 
@@ -213,7 +220,7 @@ class ReferenceSession:
         self._numerics = numerics
         if resident is None:
             free = psutil.virtual_memory().available
-            resident = 4 * _resident_parameters(self.config) <= free // 3
+            resident = 4 * resident_parameters(self.config) <= free // 3
         features = ("resident" if resident else "streamed",)
         self.device = Device("reference", "float32, numpy", f"numpy {np.__version__}", features)
         self.max_context = max_context
@@ -230,7 +237,7 @@ class ReferenceSession:
         """Float32 bytes of all layers, the norms, the head and one embedding row."""
         config = self.config
         unread = 0 if config.tied_head else config.vocab_size * config.hidden_size
-        return 4 * (_active_parameters(config) - unread + config.hidden_size)
+        return 4 * (active_parameters(config) - unread + config.hidden_size)
 
     @property
     def position(self) -> int:
@@ -286,7 +293,11 @@ class ReferenceSession:
 
     def _beside(self, tokens: NDArray[np.int32], embedded: Array) -> Beside:
         """Of sequences in front of layer 0."""
-        return beside_tokens(self.config, self._weights, tokens, embedded)
+        if self.config.per_layer is None:
+            return Beside()
+        size, rows = self.config.per_layer.size, self._weights.per_layer_rows(tokens)
+        part = partial(_columns, rows, size)
+        return Beside(embedded.copy(), part)
 
     def _all_logits(self, hidden: Array) -> Array:
         """(vocab,) of one hidden state (1, hidden)."""
@@ -296,30 +307,6 @@ class ReferenceSession:
         return np.concatenate(blocks)
 
 
-def beside_tokens(
-    config: GemmaConfig, weights: CheckpointWeights, tokens: NDArray[np.int32], embedded: Array
-) -> Beside:
-    """What goes with tokens (batch, length) through the layers; `embedded` is copied."""
-    if config.per_layer is None:
-        return Beside()
-    size, rows = config.per_layer.size, weights.per_layer_rows(tokens)
-    return Beside(embedded.copy(), lambda layer: rows[..., layer * size : (layer + 1) * size])
-
-
-def _resident_parameters(config: GemmaConfig) -> int:
-    """All but the per-layer embedding, which is read by row wherever it lies."""
-    rows = config.table_shapes().get(PER_LAYER_EMBEDDING, (0, 0))
-    return config.num_parameters() - rows[0] * rows[1]
-
-
-def _active_parameters(config: GemmaConfig) -> int:
-    """Those that a token reads: of the experts the chosen ones, of the per-layer table a row."""
-    count = _resident_parameters(config) + config.table_shapes().get(PER_LAYER_EMBEDDING, (0, 0))[1]
-    if config.experts is None:
-        return count
-    idle = config.experts.count - config.experts.active
-    for layer in range(config.num_layers):
-        shapes = config.linear_shapes(layer)
-        for role in config.expert_roles(layer):
-            count -= idle * config.expert_rows(layer, role) * shapes[role][1]
-    return count
+def _columns(rows: Array, size: int, layer: int) -> Array:
+    """A layer's part of rows (..., layers * size)."""
+    return rows[..., layer * size : (layer + 1) * size]

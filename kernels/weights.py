@@ -180,3 +180,22 @@ class BundleWeights:
         if name not in self._tables:
             self._tables[name] = self._bundle.quant(name)
         return self._tables[name].rows(start, stop).dequantize()
+
+
+def resident_parameters(config: GemmaConfig) -> int:
+    """All but the per-layer embedding, which is read by row wherever it lies."""
+    rows = config.table_shapes().get(PER_LAYER_EMBEDDING, (0, 0))
+    return config.num_parameters() - rows[0] * rows[1]
+
+
+def active_parameters(config: GemmaConfig) -> int:
+    """Those that a token reads: of the experts the chosen ones, of the per-layer table a row."""
+    count = resident_parameters(config) + config.table_shapes().get(PER_LAYER_EMBEDDING, (0, 0))[1]
+    if config.experts is None:
+        return count
+    idle = config.experts.count - config.experts.active
+    for layer in range(config.num_layers):
+        shapes = config.linear_shapes(layer)
+        for role in config.expert_roles(layer):
+            count -= idle * config.expert_rows(layer, role) * shapes[role][1]
+    return count

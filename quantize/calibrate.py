@@ -19,7 +19,16 @@ from pathlib import Path
 
 import numpy as np
 
-from uq.formats.config import GemmaConfig
+from uq.formats.config import (
+    EXPERTS,
+    FULL_HEADS,
+    LAYER_SCALAR,
+    MLP_WIDTHS,
+    PER_LAYER,
+    SHARED_KEYS,
+    VALUE_NORM,
+    GemmaConfig,
+)
 from uq.kernels.per_layer import Beside
 from uq.kernels.products import flat, linear
 from uq.kernels.reference import (
@@ -92,15 +101,7 @@ STAGES = (
 BESIDE_EXPERTS = {"post_feedforward_layernorm": "post_feedforward_layernorm_1"}
 # What `GemmaConfig.extensions` names and the stages follow.
 FOLLOWED = frozenset(
-    {
-        "full layers with heads of their own",
-        "values with a norm",
-        "shared keys and values",
-        "MLPs of several widths",
-        "per-layer embeddings",
-        "layer scalars",
-        "mixture of experts",
-    }
+    {FULL_HEADS, VALUE_NORM, SHARED_KEYS, MLP_WIDTHS, PER_LAYER, LAYER_SCALAR, EXPERTS}
 )
 EXIT = Stage((), _leave)
 # Roles of the stage that is entered -> the linears that led there.

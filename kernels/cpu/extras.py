@@ -15,9 +15,16 @@ from numpy.typing import NDArray
 
 from uq.errors import DeviceError
 from uq.formats.config import (
+    EXPERTS,
+    FULL_HEADS,
+    LAYER_SCALAR,
+    MLP_WIDTHS,
+    PER_LAYER,
     PER_LAYER_EMBEDDING,
     PER_LAYER_NORM,
     PER_LAYER_PROJECTION,
+    SHARED_KEYS,
+    VALUE_NORM,
     GemmaConfig,
     layer_tensor,
 )
@@ -38,15 +45,7 @@ Multiply = Callable[[Linear, Activations, Array], None]
 
 # What `GemmaConfig.extensions` names and this backend computes.
 COMPUTED = frozenset(
-    {
-        "full layers with heads of their own",
-        "values with a norm",
-        "shared keys and values",
-        "MLPs of several widths",
-        "per-layer embeddings",
-        "layer scalars",
-        "mixture of experts",
-    }
+    {FULL_HEADS, VALUE_NORM, SHARED_KEYS, MLP_WIDTHS, PER_LAYER, LAYER_SCALAR, EXPERTS}
 )
 
 
