@@ -122,9 +122,8 @@ class TokenPath:
         self._config = config
         self.batches = batches
 
-    def add(self, rows: Array, per_layer: LayerRows | None) -> None:
-        """(sequences, length, hidden): the embedding's rows of the next batch."""
-        hidden = embed(self._config, rows)
+    def add(self, hidden: Array, per_layer: LayerRows | None) -> None:
+        """(sequences, length, hidden): the residual stream of the next batch."""
         beside = Beside() if per_layer is None else Beside(hidden, per_layer)
         self.batches.append(Batch(hidden, hidden, beside=beside))
 
@@ -159,20 +158,34 @@ class Calibration:
         self._quantized: TokenPath | None = None
         self._exact: TokenPath | None = None
         for batch in rows:
-            self._quantized = self._added(self._quantized, batch.quantized, batch.quantized_rows)
+            hidden = embed(config, batch.quantized)
+            self._quantized = self._added(self._quantized, hidden, batch.quantized_rows)
             if batch.exact is not None:
-                self._exact = self._added(self._exact, batch.exact, batch.exact_rows)
+                hidden = embed(config, batch.exact)
+                self._exact = self._added(self._exact, hidden, batch.exact_rows)
 
-    def _added(self, path: TokenPath | None, rows: Array, per_layer: LayerRows | None) -> TokenPath:
+    def add(self, hidden: Array, *, both: bool) -> None:
+        """(sequences, length, hidden): one batch more, in front of the layer that comes first.
+
+        Args:
+            both: follow the floating-point path, too, from the same place.
+        """
+        self._quantized = self._added(self._quantized, hidden, None)
+        if both:
+            self._exact = self._added(self._exact, hidden, None)
+
+    def _added(
+        self, path: TokenPath | None, hidden: Array, per_layer: LayerRows | None
+    ) -> TokenPath:
         """The path with one batch more; the first one is the largest."""
         if path is None:
-            tokens, folder = rows.shape[0] * rows.shape[1], self._spill
+            tokens, folder = hidden.shape[0] * hidden.shape[1], self._spill
             size = tokens * token_bytes(self._config)
             kept: list[Batch] = []
             path = TokenPath(
                 self._config, kept if folder is None else SpilledActivations(folder, size)
             )
-        path.add(rows, per_layer)
+        path.add(hidden, per_layer)
         return path
 
     def quantize_layer(

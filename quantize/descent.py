@@ -50,7 +50,7 @@ def descend(
     return codes
 
 
-@njit(parallel=True, cache=True)
+@njit(nogil=True, parallel=True, cache=True)
 def _sweep(
     slope: NDArray[Floats],
     hessian: NDArray[Floats],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from uq.errors import DeviceError, UqError
@@ -18,11 +19,20 @@ REAL = ("discrete", "integrated")  # kinds of GPU that `auto` takes
 
 
 def open_engine(
-    device: str, config: GemmaConfig, sequences: int, length: int, progress: Progress
+    device: str,
+    config: GemmaConfig,
+    sequences: int,
+    length: int,
+    progress: Progress,
+    *,
+    spill: Path,
+    limit: int | None = None,
 ) -> VulkanEngine | None:
     """The GPU that calibrates so many tokens, or None for main memory; one line says which.
 
     Args:
+        spill: folder whose disk keeps the activations where the memory of the GPU is too small.
+        limit: of that memory, in bytes; None for all of it.
         device: `cpu`, `vulkan`, `vulkan:` and a number or a name, or `auto`, which takes a GPU with
             enough memory, else the CPU.
 
@@ -33,35 +43,47 @@ def open_engine(
     if device == "cpu":
         return None
     if device != "auto":
-        return _on_gpu(device.partition(":")[2], config, sequences, length, progress)
+        wish = device.partition(":")[2]
+        return _on_gpu(wish, config, sequences * length, length, progress, spill, limit)
     try:
         if _chosen("").kind not in REAL:
             return None
     except UqError:  # no GPU: nothing to say
         return None
     try:
-        return _on_gpu("", config, sequences, length, progress)
+        return _on_gpu("", config, sequences * length, length, progress, spill, limit)
     except DeviceError as error:
         progress.note(f"calibration: on the CPU, because {error}")
         return None
 
 
 def _on_gpu(
-    wish: str, config: GemmaConfig, sequences: int, length: int, progress: Progress
+    wish: str,
+    config: GemmaConfig,
+    tokens: int,
+    length: int,
+    progress: Progress,
+    spill: Path,
+    limit: int | None,
 ) -> VulkanEngine:
     from uq.kernels.vulkan import pipeline_cache
     from uq.quantize.vulkan_calibration import VulkanEngine, device_bytes
 
     require_known(config, "calibration on a GPU", "use --device cpu")
     gpu = _chosen(wish)
-    needed = device_bytes(config, sequences * length, length)
-    if needed > gpu.memory:
+    room = gpu.memory if limit is None else min(limit, gpu.memory)
+    needed = device_bytes(config, tokens, length)
+    on_disk = needed > room
+    if on_disk:
+        needed = device_bytes(config, tokens, length, on_disk=True)
+    if needed > room:
         raise DeviceError(
-            f"{gpu.name} has {size(gpu.memory)} of memory, and {size(needed)} are needed; use "
-            "fewer --calibration-tokens or --device cpu"
+            f"{gpu.name}: {size(room)} of its {size(gpu.memory)} of memory may be used, and "
+            f"{size(needed)} are needed, with the activations on the disk; use --device cpu"
         )
-    progress.note(f"calibration: on {gpu.name}, with about {size(needed)} of its memory")
-    return VulkanEngine(gpu, pipeline_cache())
+    where = "; activations wait on the disk" if on_disk else ""
+    progress.note(f"calibration: on {gpu.name}, with about {size(needed)} of its memory{where}")
+    return VulkanEngine(gpu, pipeline_cache(), spill=spill if on_disk else None)
 
 
 def _chosen(wish: str) -> PhysicalGpu:

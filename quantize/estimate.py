@@ -223,7 +223,8 @@ def _layer_seconds(
     experts = sum(rows * cols for role, (rows, cols) in linears.items() if role not in STAGED)
     passed = weights - (1 - share) * experts
     attention = 2 * length * linears["self_attn.o_proj"][1]
-    forward = OVERHEAD * 2 * tokens * paths * (passed + attention)
+    passes = paths + options.independent
+    forward = OVERHEAD * 2 * tokens * passes * (passed + attention)
     inputs = {stage: linears[stage.roles[0]] for stage in STAGES}  # (rows, cols)
     widths = [cols for _, cols in inputs.values()]
     moments = tokens * sum(width**2 for width in widths)

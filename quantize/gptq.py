@@ -221,7 +221,7 @@ def _round_columns(target: Matrix, grid: QuantTensor, factor: Factor) -> NDArray
     return codes
 
 
-@njit(parallel=True, cache=True)
+@njit(nogil=True, parallel=True, cache=True)
 def _round_block(
     block: Matrix,
     upper: Matrix,

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, MutableMapping, Sequence
+from collections.abc import Callable, Mapping, MutableMapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
+from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,6 +22,7 @@ from uq.progress import Progress
 from uq.quantize.calibrate import PLAIN
 from uq.quantize.calibration_engine import (
     CalibrationEngine,
+    CalibrationRun,
     ExpertWork,
     GptqSolver,
     QuantizedWeights,
@@ -29,12 +31,27 @@ from uq.quantize.calibration_engine import (
 from uq.quantize.committed import CommittedLayer
 from uq.quantize.equalize import channel_scale
 from uq.quantize.expert_rounding import ExpertStack
-from uq.quantize.plan import Plan
+from uq.quantize.plan import GptqOptions, Plan
 from uq.quantize.recover import misfit, recover
 from uq.quantize.scales import checked, quantize_rtn, weight_error
 from uq.quantize.token_rows import token_rows
 
 Array = NDArray[np.float32]
+
+
+Written = Mapping[str, QuantTensor | NDArray[np.float32]]  # role -> weight or gain
+
+
+class LayerSource(Protocol):
+    """Calibrated layers, asked for in their order; each is quantized, or skipped at the start."""
+
+    def quantize(self, layer: int) -> list[Entry]:
+        """Bundle entries of a layer."""
+        ...
+
+    def skip(self, layer: int, read: Callable[[int], Written]) -> None:
+        """Go on behind a layer that an earlier run has quantized; `read` gives it back."""
+        ...
 
 
 class CalibratedLayers:
@@ -59,15 +76,44 @@ class CalibratedLayers:
         self._checkpoint = checkpoint
         self._plan = plan
         self._progress = progress
-        self._contents = contents
-        plain = replace(PLAIN, work=plan.gptq.work)
-        options = plan.gptq if plan.uses_gptq else plain  # rtn weighs all tokens alike
+        self._quantizer = LayerQuantizer(checkpoint, plan, progress, contents)
         rows = token_rows(checkpoint, plan, tokens)
-        self._calibration = engine.begin(checkpoint.config, rows, options)
+        self._calibration = engine.begin(checkpoint.config, rows, options_of(plan))
 
-    @np.errstate(over="ignore", invalid="ignore")
     def quantize(self, layer: int) -> list[Entry]:
         """Bundle entries of a layer; the next call is for the next layer."""
+        return self._quantizer.quantize(layer, self._calibration)
+
+    def skip(self, layer: int, read: Callable[[int], Written]) -> None:
+        """Go on behind a layer that an earlier run has quantized."""
+        self._progress.work(f"layer {layer}, quantized before")
+        source = CommittedLayer(self._checkpoint, layer, read(layer))
+        weights = LayerWeights(source, layer, resident=False)
+        exact: dict[str, Array] = {}
+        if self._plan.corrected:
+            exact = LayerWeights(self._checkpoint, layer, resident=False)
+        self._calibration.pass_layer(layer, exact, weights)
+
+
+class LayerQuantizer:
+    """Quantizes a layer on what its linears see of the calibration."""
+
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        plan: Plan,
+        progress: Progress,
+        contents: MutableMapping[str, str],
+    ) -> None:
+        """`contents`: the hashes of the layers that are quantized are entered here."""
+        self._checkpoint = checkpoint
+        self._plan = plan
+        self._progress = progress
+        self._contents = contents
+
+    @np.errstate(over="ignore", invalid="ignore")
+    def quantize(self, layer: int, calibration: CalibrationRun) -> list[Entry]:
+        """Bundle entries of the layer that the tokens are in front of; takes them behind it."""
         weights = self._checkpoint.layer(layer, self._contents)
         gains = {role: weights[role] for role in self._checkpoint.config.norm_shapes(layer)}
         linears: list[Entry] = []
@@ -89,7 +135,7 @@ class CalibratedLayers:
             for role in self._checkpoint.config.expert_roles(layer)
         }
         experts = self._expert_work(layer, stacks) if stacks else None
-        self._calibration.quantize_layer(layer, weights, stage, experts)
+        calibration.quantize_layer(layer, weights, stage, experts)
         kept = {role: weights[role] for role in self._checkpoint.config.kept_shapes(layer)}
         return [*linears, *map(self._stacked, stacks.values()), *arrays(layer, gains, kept)]
 
@@ -128,16 +174,6 @@ class CalibratedLayers:
         scale = channel_scale(importance, self._plan.gptq.equalize)
         gains[norm] = gains[norm] / scale
         return scale
-
-    def skip(self, layer: int, committed: Mapping[str, QuantTensor | NDArray[np.float32]]) -> None:
-        """Go on behind a layer that an earlier run has quantized: role -> weight or gain."""
-        self._progress.work(f"layer {layer}, quantized before")
-        source = CommittedLayer(self._checkpoint, layer, committed)
-        weights = LayerWeights(source, layer, resident=False)
-        exact: dict[str, Array] = {}
-        if self._plan.corrected:
-            exact = LayerWeights(self._checkpoint, layer, resident=False)
-        self._calibration.pass_layer(layer, exact, weights)
 
     def _linear(
         self,
@@ -179,6 +215,12 @@ class CalibratedLayers:
         if method == "gptq":
             return solver.quantize(weight, spec, self._plan.gptq), method, None
         return quantize_rtn(weight * scale, spec, importance), method, None
+
+
+def options_of(plan: Plan) -> GptqOptions:
+    """How tokens are weighed and outputs corrected."""
+    plain = replace(PLAIN, work=plan.gptq.work)
+    return plan.gptq if plan.uses_gptq else plain  # rtn weighs all tokens alike
 
 
 def arrays(

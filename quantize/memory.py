@@ -68,12 +68,14 @@ class Load:
     Attributes:
         tokens, length: of the calibration, and of one of its sequences.
         makes_tokenizer: the checkpoint has no tokenizer.json, as in a GGUF file.
+        independent: what the floating-point layers make of the text waits, too.
     """
 
     tokens: int
     length: int
     threads: int
     makes_tokenizer: bool = False
+    independent: bool = False
 
 
 @dataclass(frozen=True)
@@ -148,7 +150,8 @@ def footprint(config: GemmaConfig, plan: Plan, load: Load) -> Footprint:
     if plan.budget is not None:
         moments.append(_probing_bytes(config, plan.gptq.work, batch))
     kept = paths * load.tokens * _beside_bytes(config) + _stack_bytes(config, plan)
-    activations = paths * load.tokens * token_bytes(config)
+    waiting = 4 * config.hidden_size if load.independent else 0
+    activations = load.tokens * (paths * token_bytes(config) + waiting)
     return Footprint(program + kept + max(rounding, *moments), activations)
 
 

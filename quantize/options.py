@@ -6,6 +6,8 @@ from dataclasses import dataclass
 
 from uq.formats.chat import Render
 
+IN_ORDER, INDEPENDENTLY = CALIBRATE_LAYERS = ("in-order", "independently")
+
 
 @dataclass(frozen=True)
 class QuantizeOptions:
@@ -18,6 +20,8 @@ class QuantizeOptions:
             and searches its scales for the text's activations with one.
         calibration_tokens: about so many, in sequences of `calibration_length`.
         calibration_seed: as in `token_sequences`; None spreads the sequences evenly over the text.
+        calibrate_layers: `in-order`, each on what the quantized layers before it make of the text,
+            or `independently`, each on what the floating-point layers make of it.
         max_memory: bytes that the run may take; None for what is free. A calibration that must
             take smaller steps to fit (`WorkSizes`) gives other codes, as good ones.
         threads: of everything but the matrix products; one per core when None.
@@ -35,11 +39,16 @@ class QuantizeOptions:
     calibration_tokens: int = 28672
     calibration_length: int = 512
     calibration_seed: int | None = None
+    calibrate_layers: str = IN_ORDER
     max_memory: int | None = None
     threads: int | None = None
     resume: str = "auto"
     towers: str = "keep"
     render: Render | None = None
+
+    @property
+    def independent(self) -> bool:
+        return self.calibrate_layers == INDEPENDENTLY
 
     @property
     def calibration_format(self) -> str:

@@ -29,9 +29,11 @@ from uq.progress import Progress, SilentProgress
 from uq.quantize.calibrate import FOLLOWED, NumpyEngine
 from uq.quantize.calibration_engine import CalibrationEngine
 from uq.quantize.farm import Farm, Threads
+from uq.quantize.independent import IndependentLayers
+from uq.quantize.layers import CalibratedLayers, LayerSource
 from uq.quantize.memory import Fitted, Load, fit
 from uq.quantize.mixing import mixed_plan
-from uq.quantize.options import DEFAULTS, QuantizeOptions
+from uq.quantize.options import CALIBRATE_LAYERS, DEFAULTS, QuantizeOptions
 from uq.quantize.plan import Plan, WorkSizes, make_plan
 from uq.quantize.record import identity_of, manifest_of, tools_of
 from uq.quantize.recover import recognise
@@ -51,7 +53,6 @@ __all__ = ["DEFAULTS", "QuantizeOptions", "quantize"]
 
 Result = TypeVar("Result")
 
-
 SILENT = SilentProgress()
 
 
@@ -69,7 +70,8 @@ def quantize(
     several, on one machine or several.
 
     Args:
-        engine: where calibration runs; None for main memory, and the disk where that is too small.
+        engine: where calibration in order runs; None for main memory, and the disk where that is
+            too small.
         farm: does the work that is independent; None for threads of this process.
 
     Returns:
@@ -88,10 +90,14 @@ def quantize(
     watch = SourceWatch(checkpoint, towers=towers)
     plan = recognised_plan(checkpoint, options)
     _tell_kept(plan, progress)
+    if engine is not None and options.independent:
+        raise UsageError("--calibrate-layers independently runs on CPUs only; add --device cpu")
     spill = 0
     if engine is None:
         fitted = fitted_plan(checkpoint, plan, options)
         plan, spill = fitted.plan, fitted.spilled
+    if farm is not None and options.independent:  # workers decide by the memory that they have
+        spill = 0
     _tell_sizes(plan, progress)
     text = _calibration_text(plan, options)
     tools = tools_of(None if text is None else engine)
@@ -113,7 +119,7 @@ def quantize(
         first = min(writer.committed, shards)
         beside = spill + stored_bytes(checkpoint.towers, options.towers)
         require_free(out, beside + sum(shard_bytes(config, plan)[first:]))
-        engine = engine or NumpyEngine(work_folder(out) if spill else None)
+        waiting = work_folder(out) if spill else None  # where activations do
         assets = _in_background(lambda: carried(checkpoint.assets(), towers=towers))
         tokens = None if text is None else _tokens(checkpoint, text, options, progress)
         if plan.budget is not None and tokens is not None:
@@ -121,9 +127,17 @@ def quantize(
             require_free(out, beside + sum(shard_bytes(config, plan)[first:]))
         writer.confirm("plan", {name: str(tensor) for name, tensor in plan.tensors.items()})
         progress.start(shards, "quantize", done=first)
-        farm = farm or Threads(checkpoint, pool, threads)
-        todo = range(first, shards)
-        source = ShardSource(checkpoint, plan, tokens, todo, engine, farm, progress, watch.contents)
+        todo, contents = range(first, shards), watch.contents
+        here = NumpyEngine(waiting) if farm is None else None
+        farm = farm or Threads(checkpoint, pool, threads, progress, waiting)
+        calibrated: LayerSource | None = None
+        if tokens is not None and todo and options.independent:
+            layers = range(max(first - 1, 0), config.num_layers)
+            calibrated = IndependentLayers(farm, plan, tokens, layers, here, progress, contents)
+        elif tokens is not None and todo:
+            engine = engine or NumpyEngine(waiting)
+            calibrated = CalibratedLayers(checkpoint, plan, tokens, engine, progress, contents)
+        source = ShardSource(checkpoint, plan, calibrated, todo, farm, progress, contents)
         source.skip(writer)
         # A model without tokenizer is refused before a shard is written.
         writer.confirm("asset", {n: sha256(data).hexdigest() for n, data in assets().items()})
@@ -184,6 +198,7 @@ def plan_of(config: GemmaConfig, options: QuantizeOptions) -> Plan:
         raise UsageError(f"--calibration-tokens {options.calibration_tokens}: use 2 or more")
     if plan.uses_gptq or options.calibration is not None:
         require_known(config, "calibration", "use --method rtn without --calibration", FOLLOWED)
+    _check_layers(config, plan, options)
     if options.calibration is None or plan.uses_gptq:
         return plan
     if all(tensor.spec.bits == 8 for tensor in plan.tensors.values()):
@@ -191,6 +206,20 @@ def plan_of(config: GemmaConfig, options: QuantizeOptions) -> Plan:
             "--calibration: INT8 rounding uses no text; use --method gptq or fewer bits"
         )
     return replace(plan, weighted=True)
+
+
+def _check_layers(config: GemmaConfig, plan: Plan, options: QuantizeOptions) -> None:
+    if options.calibrate_layers not in CALIBRATE_LAYERS:
+        known = " or ".join(CALIBRATE_LAYERS)
+        raise UsageError(f"calibrate_layers {options.calibrate_layers!r} is not known; use {known}")
+    if not options.independent:
+        return
+    require_known(config, "--calibrate-layers independently", "calibrate in order")
+    if options.calibration is None and not plan.uses_gptq:
+        raise UsageError(
+            "--calibrate-layers independently: nothing is calibrated; use --method gptq or give a "
+            "--calibration text"
+        )
 
 
 def recognised_plan(checkpoint: Checkpoint, options: QuantizeOptions) -> Plan:
@@ -217,6 +246,7 @@ def fitted_plan(checkpoint: Checkpoint, plan: Plan, options: QuantizeOptions) ->
         min(options.calibration_length, options.calibration_tokens),
         worker_threads(options),
         checkpoint.makes_tokenizer,
+        options.independent,
     )
     return fit(checkpoint.config, plan, load, options.max_memory)
 

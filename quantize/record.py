@@ -58,6 +58,7 @@ def recorded(options: QuantizeOptions, checkpoint: Checkpoint) -> dict[str, obje
         "calibration_length",
         "calibration_seed",
         "calibration_format",
+        "calibrate_layers",
     )
     found = {name: getattr(options, name) for name in names}
     return found | ({"towers": options.towers} if checkpoint.towers else {})

@@ -16,6 +16,7 @@ from uq.formats.checkpoint import Checkpoint
 from uq.formats.checkpoint.content import block_digest, blocks, tensor_content
 from uq.formats.checkpoint.tensors import as_float32, raw_rows
 from uq.formats.writer import QuantEntry, TiledRows
+from uq.progress import Progress
 from uq.quantize.farm import Farm
 from uq.quantize.plan import Plan, TensorPlan
 from uq.quantize.recover import misfit, recover
@@ -108,7 +109,7 @@ class RoundedTensors:
             yield Rows(name, start, stop, plan)
 
 
-def round_rows(checkpoint: Checkpoint, rows: Rows) -> RoundedRows:
+def round_rows(checkpoint: Checkpoint, rows: Rows, progress: Progress) -> RoundedRows:
     """Raises CheckpointError: a weight is not finite, or too large."""
     info, plan = checkpoint.tensors[rows.name], rows.plan
     raw = raw_rows(info, rows.start, rows.stop)

@@ -4,18 +4,14 @@ from __future__ import annotations
 
 from collections.abc import MutableMapping
 
-import numpy as np
-from numpy.typing import NDArray
-
 from uq.formats.checkpoint import Checkpoint
 from uq.formats.config import GemmaConfig, layer_tensor
 from uq.formats.layouts import LAYOUTS
 from uq.formats.manifest import expected_tensors, gain_name
 from uq.formats.writer import ArrayEntry, BundleWriter, Entry
 from uq.progress import Progress
-from uq.quantize.calibration_engine import CalibrationEngine
 from uq.quantize.farm import Farm
-from uq.quantize.layers import CalibratedLayers, arrays
+from uq.quantize.layers import LayerSource, arrays
 from uq.quantize.plan import Plan
 from uq.quantize.rounding import RoundedTensors
 
@@ -31,31 +27,26 @@ class ShardSource:
         self,
         checkpoint: Checkpoint,
         plan: Plan,
-        tokens: NDArray[np.int32] | None,
+        calibrated: LayerSource | None,
         shards: range,
-        engine: CalibrationEngine,
         farm: Farm,
         progress: Progress,
         contents: MutableMapping[str, str],
     ) -> None:
         """
         Args:
-            tokens: calibrate the layers.
+            calibrated: quantizes the layers; without it they are rounded to nearest.
             contents: the hashes of what the shards are made from are entered here; all of a
                 shard's by the time it is written.
         """
         self._checkpoint = checkpoint
         self._contents = contents
         self.shards = shards
-        self._calibrated = None
-        if tokens is not None and shards:
-            self._calibrated = CalibratedLayers(
-                checkpoint, plan, tokens, engine, progress, contents
-            )
+        self._calibrated = calibrated
         names = [
             name
             for index in shards
-            if index == 0 or self._calibrated is None
+            if index == 0 or calibrated is None
             for name in shard_tensors(checkpoint.config, index)
         ]
         self._rounded = RoundedTensors(checkpoint, plan, names, farm, progress.work, contents)
@@ -64,7 +55,7 @@ class ShardSource:
         """Bring the calibration behind the layers that are already written."""
         if self._calibrated is not None:
             for layer in range(self.shards.start - 1):
-                self._calibrated.skip(layer, writer.read_layer(layer))
+                self._calibrated.skip(layer, writer.read_layer)
 
     def entries(self, index: int) -> list[Entry]:
         """What belongs to no layer (0), or layer `index - 1`."""

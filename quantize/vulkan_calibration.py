@@ -9,12 +9,14 @@ says how many.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
+from uq.errors import DeviceError
 from uq.formats.config import GemmaConfig
 from uq.formats.spec import GROUPS
 from uq.kernels.products import flat
@@ -37,18 +39,36 @@ from uq.quantize.calibration_engine import (
 from uq.quantize.moments import GAIN_RIDGE, token_weights
 from uq.quantize.plan import GptqOptions, WorkSizes
 from uq.quantize.vulkan_gptq import DeviceStatistics
+from uq.quantize.vulkan_waiting import OnDevice, OnDisk, Waiting
 
 ATTENTION = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
 MLP = ("mlp.gate_proj", "mlp.up_proj")
+# What waits of each batch.
+HIDDEN, EXACT_HIDDEN, EXACT_OUT = "hidden", "exact hidden", "exact out"
+CONTEXT, MLP_HIDDEN = "context", "mlp hidden"
+INPUT_OF = {"self_attn.o_proj": CONTEXT, "mlp.down_proj": MLP_HIDDEN}
 HEADROOM = 4.0  # root mean square of weighed outputs as float16, which end at 65504
 
 
 class VulkanEngine:
     """Calibrates on one GPU, which is opened when a calibration begins."""
 
-    def __init__(self, physical: PhysicalGpu, pipeline_cache: Path, *, timed: bool = False) -> None:
-        """`timed`: as of `Stream`."""
+    def __init__(
+        self,
+        physical: PhysicalGpu,
+        pipeline_cache: Path,
+        *,
+        spill: Path | None = None,
+        timed: bool = False,
+    ) -> None:
+        """
+        Args:
+            spill: folder whose disk keeps the activations; None keeps them on the device. The
+                bytes of the bundle are the same.
+            timed: as of `Stream`.
+        """
         self._physical, self._cache, self._timed = physical, pipeline_cache, timed
+        self._spill = spill
         self.workshop: Workshop | None = None
 
     @property
@@ -60,8 +80,10 @@ class VulkanEngine:
     ) -> VulkanCalibration:
         """Raises DeviceError: the device fails."""
         self.close()
-        self.workshop = Workshop.open(self._physical, self._cache, timed=self._timed)
-        return VulkanCalibration(self.workshop, config, rows, options)
+        with explained():
+            self.workshop = Workshop.open(self._physical, self._cache, timed=self._timed)
+            waiting = None if self._spill is None else OnDisk(self.workshop.stream, self._spill)
+            return VulkanCalibration(self.workshop, config, rows, options, waiting or OnDevice())
 
     def close(self) -> None:
         if self.workshop is not None:
@@ -69,14 +91,34 @@ class VulkanEngine:
         self.workshop = None
 
 
-def device_bytes(config: GemmaConfig, tokens: int, length: int) -> int:
-    """Of the device's memory for a calibration on two paths, about, from above."""
+@contextmanager
+def explained() -> Iterator[None]:
+    """A device that fails ends the run; what can be done about it does not change the bytes."""
+    try:
+        yield
+    except DeviceError as error:
+        if isinstance(error.__cause__, OSError):  # of the disk
+            raise
+        what = str(error).partition(";")[0]
+        raise DeviceError(
+            f"calibration on the GPU: {what}; the same command continues, with less of its memory "
+            "by --max-memory; --device cpu has other codes and needs --restart"
+        ) from error
+
+
+def device_bytes(config: GemmaConfig, tokens: int, length: int, *, on_disk: bool = False) -> int:
+    """Of the device's memory for a calibration on two paths, about, from above.
+
+    Args:
+        on_disk: the activations of all batches but one wait there.
+    """
     hidden, ffn, q = config.hidden_size, config.intermediate_size, config.q_size
     n, largest = padded(max(hidden, ffn, q)), padded(hidden) * padded(ffn)
-    streams = tokens * (3 * 4 * padded(hidden) + 2 * (padded(q) + padded(ffn)))
+    batch = max(WorkSizes().batch_tokens, length)
+    held = min(tokens, batch) if on_disk else tokens
+    streams = held * (3 * 4 * padded(hidden) + 2 * (padded(q) + padded(ffn)))
     squares = 4 * (3 * n * n + padded(hidden) ** 2)
     layer = sum(padded(rows) * padded(cols) for rows, cols in config.linear_shapes(0).values())
-    batch = max(WorkSizes().batch_tokens, length)
     work = batch * (8 * padded(ffn) + 6 * config.num_heads * padded(length))
     systems = min(SYSTEM_BYTES, 4 * (n // min(GROUPS)) ** 2 * n)
     return 5 * (streams + squares + 10 * layer + 36 * largest + systems + work) // 4
@@ -117,8 +159,10 @@ class VulkanCalibration:
         config: GemmaConfig,
         rows: Iterable[TokenRows],
         options: GptqOptions,
+        waiting: Waiting,
     ) -> None:
-        """The arguments are those of `CalibrationEngine.begin`."""
+        """The arguments between `workshop` and `waiting` are those of `CalibrationEngine.begin`."""
+        self._waiting = waiting
         self._workshop, self._config, self._options = workshop, config, options
         self._store, self._cells = workshop.store, workshop.cells
         self._products, self._phase = workshop.products, workshop.stream.phase
@@ -128,13 +172,29 @@ class VulkanCalibration:
     def _placed(self, number: int, batch: TokenRows) -> Pair:
         exact = None
         if batch.exact is not None:
-            exact = self._chunk(f"exact hidden {number}", batch.exact)
-        return Pair(self._chunk(f"hidden {number}", batch.quantized), exact)
+            exact = self._chunk(EXACT_HIDDEN, number, batch.exact)
+        return Pair(self._chunk(HIDDEN, number, batch.quantized), exact)
 
-    def _chunk(self, name: str, rows: Array) -> Chunk:
-        hidden = self._store.put(name, flat(embed(self._config, rows)))
-        return Chunk(hidden, rows.shape[0], rows.shape[1])
+    def _chunk(self, what: str, number: int, rows: Array) -> Chunk:
+        hidden = flat(embed(self._config, rows))
+        placed = self._store.put(self._waiting.name(what, number, len(hidden)), hidden)
+        self._waiting.keep(what, number, placed)
+        return Chunk(placed, rows.shape[0], rows.shape[1])
 
+    def _batches(self) -> Iterator[tuple[int, Pair]]:
+        """The pairs, each with its residual stream on the device."""
+        for number, pair in enumerate(self._pairs):
+            self._waiting.fetch(HIDDEN, number, pair.quantized.hidden)
+            if pair.exact is not None:
+                self._waiting.fetch(EXACT_HIDDEN, number, pair.exact.hidden)
+            yield number, pair
+
+    def _input(self, role: str, number: int, inputs: Sequence[Tokens]) -> Tokens:
+        """What a linear that joins the residual stream reads."""
+        self._waiting.fetch(INPUT_OF[role], number, inputs[number].half)
+        return inputs[number]
+
+    @explained()
     def quantize_layer(
         self,
         layer: int,
@@ -168,6 +228,7 @@ class VulkanCalibration:
         replace_weights((role,), self._output_statistics(role, norm, weights, hidden, exact))
         self._join(role, norm, hidden, quantized)
 
+    @explained()
     def pass_layer(self, layer: int, exact: Weights, quantized: Weights) -> None:
         """As `CalibrationRun` asks for it."""
         paths = self._layer(layer, "exact"), self._layer(layer, "quantized")
@@ -205,7 +266,7 @@ class VulkanCalibration:
         n = self._config.hidden_size
         hessian, cross = self._store.matrix("hessian", n, n), None
         with self._phase("moments"):
-            for number, pair in enumerate(self._pairs):
+            for number, pair in self._batches():
                 chunk = pair.quantized
                 x = quantized.mlp_input(chunk) if mlp else quantized.attention_input(chunk)
                 alpha = 1.0 / (x.factor**2 * self._tokens)
@@ -224,36 +285,49 @@ class VulkanCalibration:
         """Inputs of o_proj on the quantized path; outputs on the other one go to `_exact_out`."""
         found = []
         with self._phase("attention"):
-            for number, pair in enumerate(self._pairs):
+            for number, pair in self._batches():
                 if pair.exact is not None:
                     x = exact.context(pair.exact, "exact context")
-                    exact.linear("self_attn.o_proj", x, f"exact out {number}")
-                found.append(quantized.context(pair.quantized, f"context {number}"))
+                    self._keep_exact_out(number, exact, "self_attn.o_proj", x)
+                name = self._waiting.name(CONTEXT, number, pair.quantized.tokens)
+                found.append(quantized.context(pair.quantized, name))
+                self._waiting.keep(CONTEXT, number, found[-1].half)
         return found
 
     def _mlp_hidden(self, quantized: Layer, exact: Layer) -> list[Tokens]:
         found = []
         with self._phase("mlp"):
-            for number, pair in enumerate(self._pairs):
+            for number, pair in self._batches():
                 if pair.exact is not None:
                     y = exact.mlp_hidden(exact.mlp_input(pair.exact), "exact mlp hidden")
-                    exact.linear("mlp.down_proj", y, f"exact out {number}")
+                    self._keep_exact_out(number, exact, "mlp.down_proj", y)
                 x = quantized.mlp_input(pair.quantized)
-                found.append(quantized.mlp_hidden(x, f"mlp hidden {number}"))
+                name = self._waiting.name(MLP_HIDDEN, number, pair.quantized.tokens)
+                found.append(quantized.mlp_hidden(x, name))
+                self._waiting.keep(MLP_HIDDEN, number, found[-1].half)
         return found
+
+    def _keep_exact_out(self, number: int, exact: Layer, role: str, x: Tokens) -> None:
+        out = exact.linear(role, x, self._waiting.name(EXACT_OUT, number, x.half.rows))
+        self._waiting.keep(EXACT_OUT, number, out)
 
     def _exact_out(self, number: int) -> Matrix:
         """Outputs of the linear that joins the stream, on the floating-point path."""
         tokens = self._pairs[number].quantized.tokens
-        return self._store.matrix(f"exact out {number}", tokens, self._config.hidden_size)
+        name = self._waiting.name(EXACT_OUT, number, tokens)
+        found = self._store.matrix(name, tokens, self._config.hidden_size)
+        self._waiting.fetch(EXACT_OUT, number, found)
+        return found
 
     def _join(self, role: str, norm: str, inputs: Sequence[Tokens], quantized: Layer) -> None:
         with self._phase("join"):
-            for number, pair in enumerate(self._pairs):
-                out = quantized.linear(role, inputs[number], "out")
+            for number, pair in self._batches():
+                out = quantized.linear(role, self._input(role, number, inputs), "out")
                 quantized.join(pair.quantized, out, norm)
+                self._waiting.keep(HIDDEN, number, pair.quantized.hidden)
                 if pair.exact is not None:
                     quantized.join(pair.exact, self._exact_out(number), norm)
+                    self._waiting.keep(EXACT_HIDDEN, number, pair.exact.hidden)
 
     def _output_statistics(
         self, role: str, norm: str, weights: Weights, inputs: Sequence[Tokens], exact: Layer
@@ -267,7 +341,8 @@ class VulkanCalibration:
             outputs = self._outputs(role, norm, weights, inputs, exact)
             if corrects:
                 wanted = self._store.matrix("wanted", rows, n)
-            for number, x in enumerate(inputs):
+            for number, _ in self._batches():
+                x = self._input(role, number, inputs)
                 root = self._of_chunk(outputs.roots, number)
                 weighed = self._store.matrix("weighed", x.half.rows, n, "f16")
                 self._cells.run(Cell.HALVES, weighed, other=x.half, by_row=root)
@@ -327,9 +402,11 @@ class VulkanCalibration:
         """(tokens,) per chunk: mean square of each token's output."""
         room, eps = self._room, self._config.rms_norm_eps
         span = self._store.span("sizes", 4 * room * len(inputs))
-        for number, x in enumerate(inputs):
-            followed = self._pairs[number].exact is not None
-            out = self._exact_out(number) if followed else exact.linear(role, x, "out")
+        for number, pair in enumerate(self._pairs):
+            if pair.exact is not None:
+                out = self._exact_out(number)
+            else:
+                out = exact.linear(role, self._input(role, number, inputs), "out")
             self._cells.rows(Row.SIZE, self._of_chunk(span, number), 1, out, eps=eps)
         found = self._store.numbers(span, room * len(inputs)).reshape(-1, room)
         return [found[number, : x.half.rows] for number, x in enumerate(inputs)]

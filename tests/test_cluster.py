@@ -6,7 +6,9 @@ a thread, which starts at once.
 
 from __future__ import annotations
 
+import os
 import sys
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -17,16 +19,20 @@ import pytest
 from distributed import Client, LocalCluster
 
 from uq.cli import main
-from uq.cluster import cluster
+from uq.cluster import link, members
 from uq.cluster.admission import difference
 from uq.cluster.cluster import connect
 from uq.cluster.worker import Facts, facts_of
 from uq.errors import CheckpointError, DeviceError
 from uq.formats.checkpoint import Checkpoint, open_checkpoint
-from uq.progress import SilentProgress
+from uq.progress import Progress, SilentProgress
 from uq.quantize.pipeline import QuantizeOptions, quantize
+from uq.sweep import Trial, sweep
 
 RTN = QuantizeOptions(method="rtn")
+INDEPENDENT = QuantizeOptions(
+    group=32, calibration_tokens=160, calibration_length=80, calibrate_layers="independently"
+)
 LET_GO = Event()
 HERE = Facts({"uq": "1.0", "numpy": "2.5"}, "znver5", {"a.safetensors": (100, "noon")})
 
@@ -78,20 +84,32 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
 
 
-def on_cluster(started: LocalCluster, model: Path, out: Path, progress: Any = None) -> Path:
+def on_cluster(
+    started: LocalCluster,
+    model: Path,
+    out: Path,
+    progress: Any = None,
+    options: QuantizeOptions = RTN,
+) -> Path:
     progress = progress or SilentProgress()
     checkpoint = open_checkpoint(model)
     with connect(started.scheduler_address, checkpoint, progress) as farm:
-        return quantize(checkpoint, out, RTN, progress, farm=farm)
+        return quantize(checkpoint, out, options, progress, farm=farm)
 
 
 def run_on_first(started: LocalCluster, function: Callable[[], None]) -> str:
     """Run a function on one worker process; its address."""
     with Client(started) as client:
-        client.wait_for_workers(2)
-        address = sorted(client.scheduler_info()["workers"])[0]
+        address = sorted(answering(client))[0]
         client.run(function, workers=[address])
-    return str(address)
+    return address
+
+
+def answering(client: Client) -> set[str]:
+    """Both workers, when one that was killed is there again."""
+    while len(found := client.run(os.getpid, on_error="ignore")) < 2:
+        time.sleep(0.1)
+    return set(found)
 
 
 def die_at_work() -> None:
@@ -106,7 +124,36 @@ def die_at_work() -> None:
     worker.perform = die  # type: ignore[assignment]
 
 
-def by_value(function: Callable[[], None]) -> Callable[[], None]:
+def die_once(function: str, task: str, marker: str) -> None:
+    """The first worker that is given the task dies at it."""
+    import os
+    import signal
+
+    from uq.cluster import worker
+
+    alive = getattr(worker, function)
+
+    def die(*args: object) -> object:
+        if task in str(args[2]):
+            try:
+                os.close(os.open(marker, os.O_CREAT | os.O_EXCL))
+                os.kill(os.getpid(), signal.SIGKILL)
+            except FileExistsError:
+                pass
+        return alive(*args)
+
+    setattr(worker, function, die)
+
+
+def run_on_all(started: LocalCluster, function: Callable[..., None], *args: str) -> set[str]:
+    """Run a function on both worker processes; their addresses."""
+    with Client(started) as client:
+        found = answering(client)
+        client.run(by_value(function), *args)
+    return found
+
+
+def by_value(function: Callable[..., None]) -> Callable[..., None]:
     """The same function, sent as code: workers do not have the tests."""
 
     def sent() -> None:
@@ -122,6 +169,36 @@ def test_bytes_are_those_of_one_machine_though_a_worker_is_killed(
     killed = run_on_first(processes, by_value(die_at_work))
     assert contents(on_cluster(processes, model, tmp_path / "b")) == alone
     assert killed not in scheduler(processes).workers
+
+
+def test_calibrated_bytes_are_those_of_one_machine_though_a_worker_is_killed(
+    processes: LocalCluster, tiny_checkpoint: Callable[..., Path], tmp_path: Path
+) -> None:
+    """The dead one had a layer in work, and a part of what was passed on to the next layers."""
+    model = tiny_checkpoint(layers=4, hidden=64, ffn=128, head_dim=16)
+    alone = quantize(open_checkpoint(model), tmp_path / "alone", INDEPENDENT)
+    before = run_on_all(processes, die_once, "use", "layer 1", str(tmp_path / "killed"))
+    found = on_cluster(processes, model, tmp_path / "b", options=INDEPENDENT)
+    assert contents(found) == contents(alone)
+    assert len(before & scheduler(processes).workers.keys()) == 1
+
+
+def test_a_sweep_finds_what_one_machine_finds_though_a_worker_is_killed(
+    processes: LocalCluster, model: Path, tmp_path: Path
+) -> None:
+    text = tmp_path / "text.txt"
+    text.write_text("the time of the world and the city in which they were not one " * 20)
+    trials = [
+        Trial(name, QuantizeOptions(name, method="rtn"), "plain", "plain", text, 32, 2)
+        for name in ("int4", "int8")
+    ]
+    checkpoint = open_checkpoint(model)
+    alone = sweep(checkpoint, trials, SilentProgress())
+    before = run_on_all(processes, die_once, "perform", "int8", str(tmp_path / "killed"))
+    with connect(processes.scheduler_address, checkpoint, SilentProgress()) as farm:
+        found = sweep(checkpoint, trials, SilentProgress(), farm=farm)
+    assert [replace(o, seconds=0) for o in found] == [replace(o, seconds=0) for o in alone]
+    assert len(before & scheduler(processes).workers.keys()) == 1
 
 
 def test_work_that_kills_its_workers_ends_in_one_line(
@@ -154,7 +231,7 @@ def test_refused_alone_means_no_work(
 ) -> None:
     here = facts_of(open_checkpoint(model))
     another = replace(here, software=here.software | {"numpy": "1.0"})
-    monkeypatch.setattr(cluster, "facts_of", lambda checkpoint: another)
+    monkeypatch.setattr(members, "facts_of", lambda checkpoint: another)
     with pytest.raises(DeviceError, match=r"^worker 0 \(tcp://.*\) has numpy .*, here is 1.0;"):
         on_cluster(threads, model, tmp_path / "b")
     assert not list(tmp_path.iterdir())
@@ -199,7 +276,7 @@ def test_a_run_that_was_interrupted_continues_on_a_cluster(
     assert contents(on_cluster(threads, model, tmp_path / "b")) == alone
 
 
-def hold(checkpoint: Checkpoint, task: str) -> str:
+def hold(checkpoint: Checkpoint, task: str, progress: Progress) -> str:
     """Work that lasts until it is let go."""
     if task == "held":
         LET_GO.wait(20)
@@ -232,7 +309,7 @@ def test_an_error_of_the_checkpoint_arrives_as_itself(
 def test_workers_that_go_away_end_in_one_line(
     threads: LocalCluster, model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(cluster, "RESTART", 0.2)
+    monkeypatch.setattr(members, "RESTART", 0.2)
     LET_GO.clear()
     with connect(threads.scheduler_address, open_checkpoint(model), SilentProgress()) as farm:
         results = farm.map(hold, ["first", "held"], ahead=1, together=1)
@@ -247,7 +324,7 @@ def test_workers_that_go_away_end_in_one_line(
 def test_a_lost_scheduler_is_one_line(
     threads: LocalCluster, model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(cluster, "PATIENCE", 0.5)
+    monkeypatch.setattr(link, "PATIENCE", 0.5)
     LET_GO.clear()
     with connect(threads.scheduler_address, open_checkpoint(model), SilentProgress()) as farm:
         results = farm.map(hold, ["first", "held"], ahead=1, together=1)
@@ -261,7 +338,7 @@ def test_a_lost_scheduler_is_one_line(
 def test_nobody_there_is_one_line(
     model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(cluster, "PATIENCE", 0.3)
+    monkeypatch.setattr(link, "PATIENCE", 0.3)
     words = ["quantize", str(model), "-o", str(tmp_path / "b"), "--method", "rtn", "--scheduler"]
     assert main([*words, "tcp://127.0.0.1:9"]) == 1
     assert "tcp://127.0.0.1:9: no scheduler answers there" in capsys.readouterr().err
@@ -273,7 +350,8 @@ def test_nobody_there_is_one_line(
 def test_without_the_extra_one_line_says_how_to_install_it(
     model: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.delitem(sys.modules, "uq.cluster.cluster")
+    for name in ("cluster", "link", "members", "relay", "worker"):
+        monkeypatch.delitem(sys.modules, f"uq.cluster.{name}")
     monkeypatch.setitem(sys.modules, "distributed", None)
     assert main(["quantize", str(model), "--scheduler", "tcp://127.0.0.1:9"]) == 1
     assert "pip install 'unicorn-quant[cluster]'" in capsys.readouterr().err

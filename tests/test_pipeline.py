@@ -27,6 +27,7 @@ from uq.quantize.text import MIX, read_text, token_sequences
 Tiny = Callable[..., Path]
 RTN = QuantizeOptions(method="rtn")
 GPTQ = QuantizeOptions(method="gptq", calibration_tokens=400)
+INDEPENDENT = replace(GPTQ, calibrate_layers="independently", group=32)
 DOWN = layer_tensor(1, "mlp.down_proj")
 
 
@@ -136,7 +137,7 @@ class KillAt(SilentProgress):
         self.notes.append(text)
 
 
-@pytest.mark.parametrize(("options", "layer"), [(RTN, 0), (RTN, 2), (GPTQ, 1)])
+@pytest.mark.parametrize(("options", "layer"), [(RTN, 2), (GPTQ, 1), (INDEPENDENT, 1)])
 def test_a_killed_run_continues_to_the_same_bytes(
     options: QuantizeOptions, layer: int, tiny_checkpoint: Tiny, tmp_path: Path
 ) -> None:

@@ -20,6 +20,8 @@ from uq.formats.config import layer_tensor
 from uq.formats.spec import QuantTensor, Spec
 from uq.kernels.products import flat
 from uq.kernels.reference import embed, layer_forward
+from uq.kernels.vulkan.api import DEVICE_LOST, check
+from uq.kernels.vulkan.dense.stream import Stream
 from uq.kernels.vulkan.device import choose
 from uq.kernels.weights import CheckpointWeights
 from uq.progress import SilentProgress
@@ -213,31 +215,89 @@ def test_the_command_calibrates_where_it_is_told(
 
 def test_auto_takes_no_emulated_gpu(tmp_path: Path) -> None:
     config = open_checkpoint_config()
-    assert devices.open_engine("auto", config, 4, 64, SilentProgress()) is None
+    assert devices.open_engine("auto", config, 4, 64, SilentProgress(), spill=tmp_path) is None
 
 
-def test_too_little_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_too_little_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config, small = open_checkpoint_config(), replace(choose(), memory=1 << 20)
     monkeypatch.setattr(devices, "_chosen", lambda wish: small)
-    with pytest.raises(DeviceError, match=r"has 1\.0 MiB of memory, and .* are needed; use fewer"):
-        devices.open_engine("vulkan", config, 4, 64, SilentProgress())
+    with pytest.raises(DeviceError, match=r"1\.0 MiB of its 1\.0 MiB .* are needed, with the act"):
+        devices.open_engine("vulkan", config, 4, 64, SilentProgress(), spill=tmp_path)
 
 
-def test_auto_says_why_it_does_not_take_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_auto_says_why_it_does_not_take_a_gpu(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     small = replace(choose(), memory=1 << 20, kind="integrated")
     monkeypatch.setattr(devices, "_chosen", lambda wish: small)
     notes: list[str] = []
     progress = SilentProgress()
     monkeypatch.setattr(progress, "note", notes.append)
-    found = devices.open_engine("auto", open_checkpoint_config(), 4, 64, progress)
+    config = open_checkpoint_config()
+    found = devices.open_engine("auto", config, 4, 64, progress, spill=tmp_path)
     assert found is None
     assert len(notes) == 1
-    assert notes[0].startswith(f"calibration: on the CPU, because {small.name} has 1.0 MiB")
+    assert notes[0].startswith(f"calibration: on the CPU, because {small.name}: 1.0 MiB of its")
 
 
 def test_memory_of_a_large_model() -> None:
     """The 27B shape with 128 x 1024 tokens took 32.5 GiB."""
-    assert 32.5 < device_bytes(open_checkpoint_config("27b"), 128 * 1024, 1024) / 2**30 < 45
+    shape = open_checkpoint_config("27b")
+    whole = device_bytes(shape, 128 * 1024, 1024)
+    assert 32.5 < whole / 2**30 < 45
+    assert device_bytes(shape, 128 * 1024, 1024, on_disk=True) < 0.6 * whole
+
+
+def test_activations_wait_on_the_disk_under_a_limit(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = open_checkpoint_config()
+    limit = device_bytes(config, 65536, 512, on_disk=True)
+    large = replace(choose(), memory=1 << 40)
+    monkeypatch.setattr(devices, "_chosen", lambda wish: large)
+    notes: list[str] = []
+    progress = SilentProgress()
+    monkeypatch.setattr(progress, "note", notes.append)
+    for most in (limit, None):
+        devices.open_engine("vulkan", config, 128, 512, progress, spill=tmp_path, limit=most)
+    assert [note.endswith("; activations wait on the disk") for note in notes] == [True, False]
+
+
+def test_what_waits_on_the_disk_comes_back_bit_for_bit(
+    checkpoint: Checkpoint, engine: VulkanEngine, tmp_path: Path
+) -> None:
+    """Statistics of all stages, of two batches of which one is on the device at a time."""
+    spilling = VulkanEngine(choose(), tmp_path / "pipelines", spill=tmp_path)
+    try:
+        found = numbers(checkpoint, spilling)
+    finally:
+        spilling.close()
+    for here, there in zip(found, numbers(checkpoint, engine), strict=True):
+        assert here.keys() == there.keys()
+        for name, matrix in here.items():
+            np.testing.assert_array_equal(matrix, there[name], err_msg=name)
+
+
+def test_a_lost_device_leaves_what_is_finished(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """The same device continues to the same bytes; another one is refused: its codes differ."""
+    assert made(folder, tmp_path / "whole", "vulkan") == 0
+    capfd.readouterr()
+    with monkeypatch.context() as broken:
+        broken.setattr(Stream, "read", lambda *_: check("QueueSubmit2", DEVICE_LOST))
+        assert made(folder, tmp_path / "b", "vulkan") == 1
+    lines = capfd.readouterr().err
+    assert "b.partial keeps 1 finished parts; the same command continues" in lines
+    assert "calibration on the GPU: the GPU stopped answering (device lost); the same" in lines
+    assert made(folder, tmp_path / "b", "cpu") == 2
+    assert f"was begun with tools.calibration vulkan {choose().name}" in capfd.readouterr().err
+    assert made(folder, tmp_path / "b", "vulkan") == 0
+    assert contents(tmp_path / "b") == contents(tmp_path / "whole")
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
 
 
 def open_checkpoint_config(name: str = "270m") -> Any:

@@ -124,12 +124,12 @@ def _outcomes(
 ) -> Iterator[Outcome]:
     if farm is not None:
         return farm.map(evaluate, trials, ahead=len(trials), together=1)
-    return (evaluate(checkpoint, trial, Within(trial.name, progress)) for trial in trials)
+    return (evaluate(checkpoint, trial, progress) for trial in trials)
 
 
-def evaluate(checkpoint: Checkpoint, trial: Trial, progress: Progress | None = None) -> Outcome:
+def evaluate(checkpoint: Checkpoint, trial: Trial, progress: Progress) -> Outcome:
     """Quantize and compare, in a temporary folder (`TMPDIR` says where)."""
-    progress = progress or SilentProgress()
+    progress = Within(trial.name, progress)
     began = time.perf_counter()
     with tempfile.TemporaryDirectory(prefix="uq-sweep-") as folder:
         assets, name = checkpoint.assets(), checkpoint.source.id

@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 
 METHODS = ("auto", "rtn", "gptq")
 TARGETS = ("igpu", "npu", "npu-aie2", "npu-aie2p", "cpu")
+LAYERS = ("in-order", "independently")
 RECIPES = ("int4", "int4-small", "int5", "int6", "int8")
 
 
@@ -90,6 +91,11 @@ def configure(parser: argparse.ArgumentParser) -> None:
         help="put the text to the model as it is or by its chat template; default: chat for an "
         "instruction-tuned model",
     )  # fmt: skip
+    add(
+        "--calibrate-layers", choices=LAYERS, default=LAYERS[0],
+        help="in-order: each on what the quantized layers before it make of the text, loses less "
+        "(default); independently: workers of --scheduler share the layers",
+    )  # fmt: skip
     add("--target", type=names(TARGETS), default=("igpu",), metavar="T,T", help="default: igpu")
     add(
         "--towers", choices=("keep", "int8", "drop"), default="keep",
@@ -142,7 +148,7 @@ def run(args: argparse.Namespace) -> int:
         print(json.dumps(found.to_json(), indent=2) if args.json else f"output: {out}\n{found}")
         return 0
     progress = terminal_progress()
-    engine = calibration_engine(args.device, checkpoint, options, progress)
+    engine = calibration_engine(args.device, checkpoint, options, progress, work_folder(out))
     with calibration_render(args, checkpoint, options) as render:
         options = replace(options, render=render)
         with open_farm(args.scheduler, checkpoint, options, progress) as farm:
@@ -186,6 +192,7 @@ def read_options(args: argparse.Namespace) -> QuantizeOptions:
         calibration_tokens=args.calibration_tokens,
         calibration_seed=args.calibration_seed,
         calibration_length=args.calibration_length,
+        calibrate_layers=args.calibrate_layers,
         max_memory=args.max_memory,
         threads=args.threads,
         towers=args.towers,
@@ -194,17 +201,31 @@ def read_options(args: argparse.Namespace) -> QuantizeOptions:
 
 
 def calibration_engine(
-    device: str, checkpoint: Checkpoint, options: QuantizeOptions, progress: Progress
+    device: str,
+    checkpoint: Checkpoint,
+    options: QuantizeOptions,
+    progress: Progress,
+    spill: Path,
 ) -> CalibrationEngine | None:
-    """The GPU that calibrates, if there is one and something to calibrate."""
+    """The GPU that calibrates, if there is one and something to calibrate; `spill` as there."""
     from uq.quantize.devices import open_engine
     from uq.quantize.pipeline import plan_of
 
     if not plan_of(checkpoint.config, options).calibrated:
         return None
+    if options.independent and device == "auto":
+        return None
     length = min(options.calibration_length, options.calibration_tokens)
     sequences = options.calibration_tokens // length
-    return open_engine(device, checkpoint.config, sequences, length, progress)
+    return open_engine(
+        device,
+        checkpoint.config,
+        sequences,
+        length,
+        progress,
+        spill=spill,
+        limit=options.max_memory,
+    )
 
 
 def calibration_render(

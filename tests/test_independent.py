@@ -1,0 +1,98 @@
+"""Layers calibrated on what the floating-point layers make of the text, each by itself."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from uq.cli import main
+from uq.errors import UsageError
+from uq.formats.bundle import open_bundle
+from uq.formats.checkpoint import open_checkpoint
+from uq.formats.config import layer_tensor
+from uq.formats.entries import QuantEntry
+from uq.formats.spec import QuantTensor
+from uq.kernels.reference import embed
+from uq.kernels.weights import CheckpointWeights
+from uq.progress import SilentProgress
+from uq.quantize import pipeline
+from uq.quantize.calibrate import Calibration
+from uq.quantize.layers import LayerQuantizer
+from uq.quantize.memory import Fitted, Footprint
+from uq.quantize.pipeline import QuantizeOptions, plan_of, quantize
+from uq.quantize.text import read_text, token_sequences
+
+OPTIONS = QuantizeOptions(
+    group=32,
+    calibration_tokens=240,
+    calibration_length=80,
+    calibrate_layers="independently",
+)
+
+
+@pytest.fixture(scope="module")
+def model(tiny_checkpoint: Callable[..., Path]) -> Path:
+    return tiny_checkpoint(layers=3, hidden=64, ffn=128, head_dim=16)
+
+
+@pytest.fixture(scope="module")
+def bundle(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return quantize(open_checkpoint(model), tmp_path_factory.mktemp("whole") / "b", OPTIONS)
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
+
+
+def test_a_layer_is_calibrated_behind_floating_point_layers(model: Path, bundle: Path) -> None:
+    """The tokens go through the layers before as through quantized ones that lose nothing."""
+    checkpoint = open_checkpoint(model)
+    plan = plan_of(checkpoint.config, OPTIONS)
+    tokens = token_sequences(checkpoint.tokenizer(), read_text(None), sequences=3, length=80)
+    rows = CheckpointWeights(checkpoint, resident=False).embedding(tokens)
+    hidden = embed(checkpoint.config, rows)
+    run = Calibration(checkpoint.config, [], plan.gptq)
+    run.add(hidden, both=True)
+    for layer in (0, 1):
+        run.pass_layer(layer, checkpoint.layer(layer), checkpoint.layer(layer))
+    found = open_bundle(bundle)
+    for entry in LayerQuantizer(checkpoint, plan, SilentProgress(), {}).quantize(2, run):
+        if isinstance(entry, QuantEntry):
+            (expected,) = entry.blocks
+            assert isinstance(expected, QuantTensor)
+            np.testing.assert_array_equal(found.quant(entry.name).codes, expected.codes)
+            np.testing.assert_array_equal(found.quant(entry.name).scales, expected.scales)
+
+
+def test_the_bundle_says_so_and_is_another_one(model: Path, bundle: Path, tmp_path: Path) -> None:
+    in_order = replace(OPTIONS, calibrate_layers="in-order")
+    other = open_bundle(quantize(open_checkpoint(model), tmp_path / "b", in_order))
+    here = open_bundle(bundle)
+    assert here.manifest.options["calibrate_layers"] == "independently"
+    assert other.manifest.options["calibrate_layers"] == "in-order"
+    name = layer_tensor(2, "mlp.up_proj")
+    assert (here.quant(name).codes != other.quant(name).codes).any()
+
+
+def test_bytes_are_the_same_when_the_text_waits_on_the_disk(
+    model: Path, bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    needed = Footprint(1 << 20, 1 << 20)
+    monkeypatch.setattr(pipeline, "fit", lambda _, plan, *__: Fitted(plan, needed, spills=True))
+    assert contents(quantize(open_checkpoint(model), tmp_path / "b", OPTIONS)) == contents(bundle)
+
+
+def test_what_calibrates_nothing_is_refused(
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["quantize", str(model), "-o", str(tmp_path / "b"), "--method", "rtn"]
+    assert main([*words, "--calibrate-layers", "independently"]) == 2
+    assert "nothing is calibrated; use --method gptq" in capsys.readouterr().err
+    with pytest.raises(UsageError, match="'sideways' is not known; use in-order or independently"):
+        quantize(
+            open_checkpoint(model), tmp_path / "b", replace(OPTIONS, calibrate_layers="sideways")
+        )
