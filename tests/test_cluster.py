@@ -15,6 +15,7 @@ from pathlib import Path
 from threading import Event
 from typing import Any
 
+import dask.config
 import pytest
 from distributed import Client, LocalCluster
 
@@ -47,9 +48,13 @@ class Notes(SilentProgress):
 
 @pytest.fixture(scope="module")
 def processes() -> Iterator[LocalCluster]:
-    with LocalCluster(
-        n_workers=2, threads_per_worker=1, dashboard_address="127.0.0.1:0", silence_logs=100
-    ) as started:
+    patient = dask.config.set({"distributed.deploy.lost-worker-timeout": "5m"})
+    with (
+        patient,
+        LocalCluster(
+            n_workers=2, threads_per_worker=1, dashboard_address="127.0.0.1:0", silence_logs=100
+        ) as started,
+    ):
         yield started
 
 
