@@ -7,29 +7,22 @@ Its type in the source is in the metadata of the file. `formats/README.md`, sect
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
-from math import prod
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from uq.errors import BundleError
 from uq.formats.checkpoint.content import blocks
-from uq.formats.checkpoint.safetensors_file import ITEM_BYTES, file_metadata, file_tensors
-from uq.formats.checkpoint.tensors import TensorInfo, raw_rows, to_bfloat16
+from uq.formats.checkpoint.safetensors_file import file_metadata, file_tensors
+from uq.formats.checkpoint.tensors import DECODERS, TensorInfo, raw_rows
 from uq.formats.checkpoint.weight_file import LocalFile
 
 SCALE_BYTES = 4
 Bytes = NDArray[np.uint8]
 Values = NDArray[np.float32]
-NARROW: Mapping[str, Callable[[Values], NDArray[Any]]] = {
-    "bf16": to_bfloat16,
-    "f16": lambda values: values.astype("<f2"),
-    "f32": lambda values: values,
-}
 
 
 @dataclass(frozen=True)
@@ -52,17 +45,16 @@ class TowerTensor:
 
     @property
     def nbytes(self) -> int:
-        """In the type of the source."""
-        return prod(self.shape) * ITEM_BYTES[self.dtype] if self.is_int8 else self.info.nbytes
+        """In the bundle."""
+        return self.info.nbytes
 
     def pieces(self) -> Iterator[Bytes]:
-        """Consecutive rows in the type of the source, as they are stored in a file."""
-        for raw in raw_pieces(self.info):
-            if not self.is_int8:
-                yield raw
-                continue
-            values = from_int8(raw)
-            yield np.ascontiguousarray(NARROW[self.dtype](values)).view(np.uint8)
+        """Consecutive rows as the bundle stores them."""
+        return raw_pieces(self.info)
+
+    def values(self) -> Iterator[Values]:
+        """Consecutive rows of an INT8 matrix."""
+        return map(from_int8, self.pieces())
 
 
 def open_towers(path: Path) -> dict[str, TowerTensor]:
@@ -86,7 +78,7 @@ def _tensor(info: TensorInfo, dtype: str | None, path: Path) -> TowerTensor:
     if dtype is None:
         return TowerTensor(info.name, info.dtype, info.shape, info)
     rows, width = info.shape if len(info.shape) == 2 else (0, 0)
-    if info.dtype != "u8" or dtype.lower() not in NARROW or width <= SCALE_BYTES:
+    if info.dtype != "u8" or dtype.lower() not in DECODERS or width <= SCALE_BYTES:
         raise BundleError(f"{path.name}: {info.where}: is no INT8 matrix of {dtype!r:.20}")
     return TowerTensor(info.name, dtype.lower(), (rows, width - SCALE_BYTES), info)
 
@@ -122,7 +114,7 @@ def from_int8(rows: Bytes) -> Values:
 
 def is_quantizable(info: TensorInfo) -> bool:
     """Whether it may be INT8: a matrix of floating-point numbers."""
-    return len(info.shape) == 2 and info.dtype in NARROW and info.nbytes > 0
+    return len(info.shape) == 2 and info.dtype in DECODERS and info.nbytes > 0
 
 
 def stored_bytes(towers: Mapping[str, TensorInfo], mode: str) -> int:

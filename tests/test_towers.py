@@ -13,8 +13,10 @@ import pytest
 from numpy.testing import assert_array_equal
 from safetensors import safe_open
 
+from tests.conftest import tokenizer_of
 from uq.cli import main
 from uq.errors import BundleError, UqError
+from uq.export.export import ExportOptions, export
 from uq.formats.bundle import Bundle, open_bundle
 from uq.formats.checkpoint import open_checkpoint
 from uq.formats.checkpoint.safetensors_file import folder_tensors
@@ -77,14 +79,8 @@ def test_int8_rounds_matrices_within_half_a_step(source: Path, tmp_path: Path) -
     for name, info in folder_tensors(source).items():
         if name in towers and towers[name].is_int8:
             values = read_rows(info, 0, info.shape[0])
-            found = np.concatenate([from_int8(raw) for raw in raw_rows_of(towers[name].info)])
+            found = np.concatenate(list(towers[name].values()))
             assert (np.abs(found - values) <= np.abs(values).max(axis=1, keepdims=True) / 253).all()
-
-
-def raw_rows_of(info: Any) -> list[Any]:
-    from uq.formats.towers import raw_pieces
-
-    return list(raw_pieces(info))
 
 
 def test_int8_keeps_what_lies_on_its_grid() -> None:
@@ -92,6 +88,90 @@ def test_int8_keeps_what_lies_on_its_grid() -> None:
     codes[:, 0], codes[4] = 127, 0
     values = codes.astype(np.float32) * np.array([[0.5], [2], [1 / 64], [8], [1]], np.float32)
     assert_array_equal(from_int8(to_int8(values)), values)
+
+
+def test_transformers_sees_images_through_an_export(tmp_path: Path) -> None:
+    """Same logits as the source with the bundle's text weights, in float32."""
+    import torch
+    from transformers import Gemma3ForConditionalGeneration
+
+    folder = tiny_multimodal(tmp_path / "source")
+    bundle = made(folder, tmp_path / "b")
+    out = export(bundle, tmp_path / "hf", ExportOptions("hf")).path
+    expected = Gemma3ForConditionalGeneration.from_pretrained(folder, dtype=torch.float32).eval()
+    found = Gemma3ForConditionalGeneration.from_pretrained(out).eval()
+    with torch.no_grad():
+        for name, weight in expected.model.language_model.named_parameters():
+            canonical = f"model.{name}"
+            if canonical in bundle.manifest.tensors:
+                weight.copy_(torch.from_numpy(bundle.quant(canonical).dequantize()))
+        ids = torch.tensor([[2, 300, 511, 511, 511, 511, 301, 302]])
+        pixels = torch.randn((1, 3, 8, 8), generator=torch.Generator().manual_seed(0))
+        inputs = {"input_ids": ids, "pixel_values": pixels, "token_type_ids": (ids == 511).long()}
+        wanted, logits = expected(**inputs).logits, found(**inputs).logits
+        blind = found(**inputs | {"pixel_values": pixels * 0}).logits
+    assert (logits - wanted).abs().max() <= 1e-5 * wanted.abs().max()
+    assert (blind - wanted).abs().max() > 1e-3 * wanted.abs().max()
+
+
+def test_compressed_tensors_leaves_the_towers_alone(tmp_path: Path) -> None:
+    import torch
+    from transformers import Gemma3ForConditionalGeneration
+
+    bundle = made(tiny_multimodal(tmp_path / "source"), tmp_path / "b")
+    folders = [
+        export(bundle, tmp_path / form, ExportOptions(form)).path
+        for form in ("hf", "compressed-tensors")
+    ]
+    plain, packed = (Gemma3ForConditionalGeneration.from_pretrained(path) for path in folders)
+    ids = torch.tensor([[2, 300, 511, 511, 511, 511, 301, 302]])
+    pixels = torch.randn((1, 3, 8, 8), generator=torch.Generator().manual_seed(0))
+    inputs = {"input_ids": ids, "pixel_values": pixels, "token_type_ids": (ids == 511).long()}
+    with torch.no_grad():
+        wanted, logits = plain(**inputs).logits, packed(**inputs).logits
+    assert (logits - wanted).abs().max() <= 1e-5 * wanted.abs().max()
+
+
+def tiny_multimodal(folder: Path) -> Path:
+    """A random Gemma 3 with a vision tower of one layer, as transformers saves it."""
+    import torch
+    from transformers import Gemma3Config, Gemma3ForConditionalGeneration
+
+    text = {
+        "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "vocab_size": 512,
+        "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 32, "sliding_window": 16,
+        "query_pre_attn_scalar": 32,
+    }  # fmt: skip
+    vision = {
+        "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "image_size": 8,
+        "num_attention_heads": 2, "patch_size": 2, "vision_use_head": False,
+    }  # fmt: skip
+    ids = {"image_token_index": 511, "boi_token_index": 509, "eoi_token_index": 510}
+    torch.manual_seed(0)
+    config = Gemma3Config(text_config=text, vision_config=vision, mm_tokens_per_image=4, **ids)
+    model = Gemma3ForConditionalGeneration(config)
+    torch.nn.init.normal_(model.model.multi_modal_projector.mm_input_projection_weight)
+    model.save_pretrained(folder)
+    tokenizer_of(512).save(str(folder / "tokenizer.json"))
+    (folder / "preprocessor_config.json").write_text("{}")
+    return folder
+
+
+def test_a_gguf_says_that_it_has_no_towers(source: Path, tmp_path: Path) -> None:
+    bundle = made(source, tmp_path / "b")
+    made_file = export(bundle, tmp_path / "m.gguf", ExportOptions("gguf"))
+    assert "mmproj" in made_file.left_out[0]
+
+
+def test_int8_towers_are_exported_with_the_bundles_values(source: Path, tmp_path: Path) -> None:
+    bundle = made(source, tmp_path / "b", "int8")
+    out = export(bundle, tmp_path / "hf", ExportOptions("hf"))
+    assert out.rounded == ()
+    stored, towers = folder_tensors(out.path), bundle.towers()
+    for name, tower in towers.items():
+        if tower.is_int8:
+            found = read_rows(stored[name], 0, tower.shape[0])
+            assert_array_equal(found, np.concatenate(list(tower.values())))
 
 
 def test_dropped_towers_are_named(source: Path, tmp_path: Path) -> None:

@@ -79,4 +79,4 @@ def describe(exported: Exported) -> str:
         )
     else:
         lines.append("exact: every weight has the bundle's value")
-    return "\n".join(lines)
+    return "\n".join([*lines, *(f"left out: {part}" for part in exported.left_out)])

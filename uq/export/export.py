@@ -20,9 +20,11 @@ from uq.export.compressed import (
 from uq.export.folder import FloatTensors, Shards, shards, write_folder
 from uq.export.gguf_file import gguf_tensors, require_known, write_gguf
 from uq.export.huggingface import folder_assets, text_config
+from uq.export.multimodal import tower_modules, with_towers
 from uq.export.stored import Losses, StoredTensor
 from uq.formats.bundle import Bundle
 from uq.formats.disk import disk_errors, require_free, sync_folder
+from uq.formats.manifest import TOWERS
 from uq.progress import Progress, SilentProgress
 
 
@@ -53,6 +55,7 @@ class Exported:
         stored_as: how many tensors are stored in each way.
         rounded: tensors whose values differ from the bundle's.
         relative_error: of these, root mean square over root mean square; 0 without any.
+        left_out: one sentence for each part of the bundle that the format has no place for.
     """
 
     path: Path
@@ -60,9 +63,11 @@ class Exported:
     stored_as: dict[str, int]
     rounded: tuple[str, ...]
     relative_error: float
+    left_out: tuple[str, ...] = ()
 
 
 SILENT = SilentProgress()
+TOWERS_LEFT = "vision and audio towers: llama.cpp reads them from a file of their own (mmproj)"
 
 
 @dataclass(frozen=True)
@@ -75,6 +80,7 @@ class Draft:
 
     tensors: Sequence[StoredTensor]
     write: Callable[[Path, Progress], Path]
+    left_out: tuple[str, ...] = ()
 
 
 def export(
@@ -99,7 +105,9 @@ def export(
             sync_folder(out.absolute().parent)
     kinds = Counter(tensor.kind for tensor in draft.tensors)
     rounded = tuple(losses.tensors)
-    return Exported(out, nbytes, dict(kinds.most_common()), rounded, losses.relative_error)
+    return Exported(
+        out, nbytes, dict(kinds.most_common()), rounded, losses.relative_error, draft.left_out
+    )
 
 
 def draft_hf(bundle: Bundle, options: ExportOptions, losses: Losses) -> Draft:
@@ -107,6 +115,7 @@ def draft_hf(bundle: Bundle, options: ExportOptions, losses: Losses) -> Draft:
     assets = folder_assets(bundle, options.dtype, {})
     floats = FloatTensors(bundle, options.dtype, losses)
     files = shards(bundle, floats, floats.matrix)
+    files = with_towers(files, bundle.towers(), options.dtype, losses)
     return _folder_draft(files, assets)
 
 
@@ -116,8 +125,10 @@ def draft_compressed(bundle: Bundle, options: ExportOptions, losses: Losses) -> 
     chosen = schemes(bundle, zero_points=options.zero_points)
     if not options.allow_rounding:
         require_scales(bundle, chosen, options.dtype)
+    towers = bundle.towers()
     files = compressed_shards(bundle, chosen, options.dtype, losses)
-    config = {"quantization_config": quantization_config(chosen)}
+    files = with_towers(files, towers, options.dtype, losses)
+    config = {"quantization_config": quantization_config(chosen, tower_modules(towers))}
     return _folder_draft(files, folder_assets(bundle, options.dtype, config))
 
 
@@ -125,7 +136,10 @@ def draft_gguf(bundle: Bundle, options: ExportOptions, losses: Losses) -> Draft:
     """GGML blocks."""
     require_known(bundle.config)
     tensors = gguf_tensors(bundle, losses, allow_rounding=options.allow_rounding)
-    return Draft(tensors, lambda work, progress: write_gguf(work, bundle, tensors, progress))
+    left_out = () if TOWERS not in bundle.manifest.files else (TOWERS_LEFT,)
+    return Draft(
+        tensors, lambda work, progress: write_gguf(work, bundle, tensors, progress), left_out
+    )
 
 
 DRAFTS = {"hf": draft_hf, "compressed-tensors": draft_compressed, "gguf": draft_gguf}

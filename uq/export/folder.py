@@ -87,7 +87,7 @@ def write_folder(
         name = shard_file(index, len(files))
         _write_shard(work / name, tensors)
         where |= {tensor.name: name for tensor in tensors}
-        progress.advance("tables" if index == 0 else f"layer {index - 1}")
+        progress.advance(name)
     progress.close()
     total = sum(tensor.nbytes for file in files for tensor in file)
     listing = {"metadata": {"total_size": total}, "weight_map": where}

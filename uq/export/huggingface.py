@@ -13,7 +13,8 @@ from uq.formats.bundle import Bundle
 from uq.formats.checkpoint.checkpoint import TOKENIZER
 from uq.formats.checkpoint.hf_config import parse_config
 from uq.formats.config import FULL, SLIDING, GemmaConfig
-from uq.formats.manifest import SHARD_SUFFIX
+from uq.formats.decode import parse_json
+from uq.formats.manifest import SHARD_SUFFIX, TOWERS
 
 CONFIG, GENERATION, TOKENIZER_CONFIG = (
     "config.json",
@@ -41,8 +42,10 @@ def folder_assets(bundle: Bundle, dtype: str, extra: Mapping[str, Any]) -> dict[
     """
     names = [name for name in bundle.manifest.files if not name.endswith(SHARD_SUFFIX)]
     assets = {name: bundle.asset(name) for name in names}
-    config = text_config(bundle.config) | {"dtype": dtype} | dict(extra)
-    assets[CONFIG] = to_json(config)
+    config = text_config(bundle.config) | {"dtype": dtype}
+    if TOWERS in bundle.manifest.files:
+        config = _multimodal_config(assets[CONFIG], config, bundle.config)
+    assets[CONFIG] = to_json(config | dict(extra))
     assets.setdefault(GENERATION, to_json(_token_ids(bundle.config)))
     if TOKENIZER_CONFIG not in assets:
         tokenizer = json.loads(assets[TOKENIZER])
@@ -84,6 +87,15 @@ def text_config(config: GemmaConfig) -> dict[str, Any]:
             "bundle's for RoPE, soft-caps or the scale of the scores"
         )
     return found
+
+
+def _multimodal_config(source: bytes, text: dict[str, Any], config: GemmaConfig) -> dict[str, Any]:
+    """The source's config.json around that of the text model."""
+    outer = parse_json(source, CONFIG)
+    inner = {key: value for key, value in text.items() if key != "architectures"}
+    found = {key: value for key, value in outer.items() if key != "torch_dtype"}
+    tied = {"tie_word_embeddings": config.tied_head}
+    return found | {"text_config": inner, "dtype": text["dtype"]} | tied
 
 
 def _families() -> str:
