@@ -23,7 +23,7 @@ from uq.cli import main
 from uq.cluster import link, members
 from uq.cluster.admission import difference
 from uq.cluster.cluster import connect
-from uq.cluster.worker import Facts, facts_of
+from uq.cluster.worker import Dropped, Facts, facts_of
 from uq.errors import CheckpointError, DeviceError
 from uq.formats.checkpoint import Checkpoint, open_checkpoint
 from uq.progress import Progress, SilentProgress
@@ -34,7 +34,7 @@ RTN = QuantizeOptions(method="rtn")
 INDEPENDENT = QuantizeOptions(
     group=32, calibration_tokens=160, calibration_length=80, calibrate_layers="independently"
 )
-LET_GO = Event()
+LET_GO, STOPPED = Event(), Event()
 HERE = Facts({"uq": "1.0", "numpy": "2.5"}, "znver5", {"a.safetensors": (100, "noon")})
 
 
@@ -299,6 +299,47 @@ def test_the_bar_says_who_does_what(threads: LocalCluster, model: Path) -> None:
     with connect(threads.scheduler_address, open_checkpoint(model), Watching()) as farm:
         assert list(farm.map(hold, ["first", "held"], ahead=1, together=1)) == ["first", "held"]
     assert seen[0] == "held on 0"
+
+
+def say(checkpoint: Checkpoint, task: str, progress: Progress) -> str:
+    progress.note("this stays on the screen")
+    progress.work("half done")
+    LET_GO.wait(20)
+    return task
+
+
+def test_what_a_worker_says_reaches_the_bar(threads: LocalCluster, model: Path) -> None:
+    class Watching(Notes):
+        def work(self, what: str) -> None:
+            if what == "half done on 0":
+                LET_GO.set()
+
+    LET_GO.clear()
+    progress = Watching()
+    with connect(threads.scheduler_address, open_checkpoint(model), progress) as farm:
+        assert list(farm.map(say, ["first"], ahead=1, together=1)) == ["first"]
+        assert LET_GO.is_set()
+    assert progress.notes == ["this stays on the screen"]
+
+
+def go_on(checkpoint: Checkpoint, task: str, progress: Progress) -> None:
+    LET_GO.set()
+    try:
+        while True:
+            progress.work("on and on")
+            time.sleep(0.02)
+    except Dropped:
+        STOPPED.set()
+        raise
+
+
+def test_workers_drop_what_nobody_waits_for(threads: LocalCluster, model: Path) -> None:
+    LET_GO.clear()
+    STOPPED.clear()
+    with connect(threads.scheduler_address, open_checkpoint(model), SilentProgress()) as farm:
+        farm.map(go_on, ["first"], ahead=1, together=1)
+        assert LET_GO.wait(20)
+    assert STOPPED.wait(20)
 
 
 def test_an_error_of_the_checkpoint_arrives_as_itself(

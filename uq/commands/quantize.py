@@ -93,8 +93,8 @@ def configure(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     add(
         "--calibrate-layers", choices=LAYERS, default=LAYERS[0],
-        help="in-order: each on what the quantized layers before it make of the text, loses less "
-        "(default); independently: workers of --scheduler share the layers",
+        help="in-order (default): each on what the quantized layers before it make of the text, "
+        "whose losses it makes up for in part; independently: workers of --scheduler share them",
     )  # fmt: skip
     add("--target", type=names(TARGETS), default=("igpu",), metavar="T,T", help="default: igpu")
     add(
