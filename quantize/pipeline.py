@@ -34,7 +34,7 @@ from uq.quantize.layers import CalibratedLayers, LayerSource
 from uq.quantize.memory import Fitted, Load, fit
 from uq.quantize.mixing import mixed_plan
 from uq.quantize.options import CALIBRATE_LAYERS, DEFAULTS, QuantizeOptions
-from uq.quantize.plan import Plan, WorkSizes, make_plan
+from uq.quantize.plan import RECIPES, Plan, WorkSizes, make_plan
 from uq.quantize.record import identity_of, manifest_of, tools_of
 from uq.quantize.recover import recognise
 from uq.quantize.shards import ShardSource, shard_bytes
@@ -90,6 +90,7 @@ def quantize(
     watch = SourceWatch(checkpoint, towers=towers)
     plan = recognised_plan(checkpoint, options)
     _tell_kept(plan, progress)
+    _tell_unmixed(config, plan, options, progress)
     if engine is not None and options.independent:
         raise UsageError("--calibrate-layers independently runs on CPUs only; add --device cpu")
     spill = 0
@@ -198,6 +199,8 @@ def plan_of(config: GemmaConfig, options: QuantizeOptions) -> Plan:
         raise UsageError(f"--calibration-tokens {options.calibration_tokens}: use 2 or more")
     if plan.uses_gptq or options.calibration is not None:
         require_known(config, "calibration", "use --method rtn without --calibration", FOLLOWED)
+    if options.independent:
+        require_known(config, "--calibrate-layers independently", "calibrate them in order")
     _check_layers(config, plan, options)
     if options.calibration is None or plan.uses_gptq:
         return plan
@@ -237,6 +240,16 @@ def _tell_kept(plan: Plan, progress: Progress) -> None:
     kept = sum(tensor.method == "grid" for tensor in plan.tensors.values())
     if kept:
         progress.note(f"{kept} of {len(plan.tensors)} tensors lie on their grid: codes kept")
+
+
+def _tell_unmixed(
+    config: GemmaConfig, plan: Plan, options: QuantizeOptions, progress: Progress
+) -> None:
+    """Say where a recipe that mixes grids does not: what they cost cannot be measured."""
+    mixes = RECIPES[options.recipe].mixed and options.group is None and plan.uses_gptq
+    if mixes and plan.budget is None and (parts := config.extensions()):
+        spec = RECIPES[options.recipe].linear
+        progress.note(f"every linear gets {spec}: costs of grids are not measured with {parts[0]}")
 
 
 def fitted_plan(checkpoint: Checkpoint, plan: Plan, options: QuantizeOptions) -> Fitted:

@@ -26,7 +26,7 @@ from uq.formats.checkpoint.safetensors_file import file_tensors, index_shards
 from uq.formats.checkpoint.tensors import is_readable, read_rows
 from uq.formats.checkpoint.weight_file import LocalFile
 from uq.formats.journal import JOURNAL, Journal
-from uq.formats.manifest import CHECKSUM, MANIFEST, checksum_line, parse_manifest
+from uq.formats.manifest import CHECKSUM, MANIFEST, SCHEMA, checksum_line, parse_manifest
 from uq.formats.shard import Shard
 from uq.formats.tokenizer import Tokenizer
 from uq.kernels.npu.toolchain.carried import FOLDER, INDEX, states
@@ -180,7 +180,7 @@ def seeds(*names: str) -> list[bytes]:
 def journal_seed() -> bytes:
     line = seeds("journal.json")[0].partition(b"\n")[0]
     document = json.loads(line)
-    document["identity"] = {"uq": __version__, "schema": 2, "shards": 2}
+    document["identity"] = {"uq": __version__, "schema": SCHEMA, "shards": 2}
     return sealed(json.dumps(document).encode())
 
 

@@ -151,8 +151,15 @@ def test_gptq_loses_less_than_rounding(
 def test_experts_that_saw_too_few_tokens_are_named(
     tiny_gemma4: Callable[..., Path], tmp_path: Path
 ) -> None:
+    class Notes(SilentProgress):
+        def note(self, text: str) -> None:
+            notes.append(text)
+
+    notes: list[str] = []
     few = replace(CALIBRATED, calibration_tokens=12, calibration_length=12)
-    bundle = open_bundle(quantize(open_checkpoint(tiny_gemma4("experts")), tmp_path / "out", few))
+    checkpoint = open_checkpoint(tiny_gemma4("experts"))
+    bundle = open_bundle(quantize(checkpoint, tmp_path / "out", few, Notes()))
+    assert any(text.startswith("every linear gets int4 g32: costs of grids") for text in notes)
     fallback = bundle.manifest.tensors[layer_tensor(0, "experts.gate_up_proj")].fallback
     assert fallback is not None
     assert re.fullmatch(
@@ -176,6 +183,14 @@ def test_a_broken_run_goes_on_to_the_same_bytes(
         quantize(checkpoint, tmp_path / "broken", options, Breaks())
     again = open_bundle(quantize(checkpoint, tmp_path / "broken", options))
     assert again.sha256 == whole.sha256
+
+
+def test_layers_that_read_each_other_are_calibrated_in_order(
+    tiny_gemma4: Callable[..., Path], tmp_path: Path
+) -> None:
+    options = replace(CALIBRATED, calibrate_layers="independently")
+    with pytest.raises(DeviceError, match="independently does not compute .*; calibrate them in"):
+        quantize(open_checkpoint(tiny_gemma4("small")), tmp_path / "out", options)
 
 
 def test_bits_per_weight_are_not_measured_for_all_models(
