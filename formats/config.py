@@ -25,6 +25,8 @@ FINAL_NORM = "model.norm.weight"
 PER_LAYER_EMBEDDING = "model.embed_tokens_per_layer.weight"
 PER_LAYER_PROJECTION = "model.per_layer_model_projection"  # and .weight: of all layers
 PER_LAYER_NORM = "model.per_layer_projection_norm"
+ALTUP_PROJECTIONS = "model.altup_projections"  # and .0.weight to the last stream's
+ALTUP_UNEMBED_PROJECTIONS = "model.altup_unembed_projections"
 
 # What layers may have beyond attention of one head size and a gated MLP, as messages name it.
 FULL_HEADS = "full layers with heads of their own"
@@ -34,6 +36,9 @@ MLP_WIDTHS = "MLPs of several widths"
 PER_LAYER = "per-layer embeddings"
 LAYER_SCALAR = "layer scalars"
 EXPERTS = "mixture of experts"
+ALTUP = "alternating updates"
+LAUREL = "augmented residual layers"
+SPARSITY = "sparse activations"
 
 
 @dataclass(frozen=True)
@@ -57,6 +62,20 @@ class PerLayerEmbedding:
 
     vocab_size: int
     size: int
+
+
+@dataclass(frozen=True)
+class AltUp:
+    """Residual streams of which a layer computes one and predicts the others.
+
+    Attributes:
+        active: the one that is computed.
+        scaled: a layer's gain multiplies it where it meets the per-layer embedding.
+    """
+
+    streams: int
+    active: int
+    scaled: bool
 
 
 @dataclass(frozen=True)
@@ -88,6 +107,9 @@ class GemmaConfig:
         kv_shared_layers: so many last layers have no keys and values; they read those of the last
             layer of their type in front of them.
         layer_scalar: the output of a layer is multiplied by a number of its own.
+        laurel_rank: of the product that goes beside attention; 0 where there is none.
+        activation_sparsity: of each layer, the share of the gate's channels that a threshold
+            takes away; empty where none has one.
     """
 
     family: str
@@ -121,6 +143,9 @@ class GemmaConfig:
     layer_scalar: bool = field(default=False, metadata=OPTIONAL)
     per_layer: PerLayerEmbedding | None = field(default=None, metadata=OPTIONAL)
     experts: Experts | None = field(default=None, metadata=OPTIONAL)
+    altup: AltUp | None = field(default=None, metadata=OPTIONAL)
+    laurel_rank: int = field(default=0, metadata=OPTIONAL)
+    activation_sparsity: tuple[float, ...] = field(default=(), metadata=OPTIONAL)
 
     @property
     def embed_scale(self) -> float:
@@ -168,6 +193,10 @@ class GemmaConfig:
 
     def layer_intermediate_size(self, layer: int) -> int:
         return self.intermediate_sizes[layer] if self.intermediate_sizes else self.intermediate_size
+
+    def sparsity(self, layer: int) -> float:
+        """Share of the gate's channels that a threshold takes away; 0 where there is none."""
+        return self.activation_sparsity[layer] if self.activation_sparsity else 0.0
 
     def kv_source(self, layer: int) -> int:
         """The layer whose keys and values this one reads; itself where it has its own."""
@@ -261,13 +290,17 @@ class GemmaConfig:
             PER_LAYER: self.per_layer,
             LAYER_SCALAR: self.layer_scalar,
             EXPERTS: self.experts,
+            ALTUP: self.altup,
+            LAUREL: self.laurel_rank,
+            SPARSITY: self.activation_sparsity,
         }
         return tuple(name for name, present in found.items() if present)
 
     def norm_before(self, role: str) -> str | None:
-        """Role of the norm whose output is the input of a linear; None for o_proj and down_proj."""
+        """Role of the norm whose output is the input of a linear, and of nothing else but linears;
+        None for o_proj and down_proj."""
         if role in ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"):
-            return "input_layernorm"
+            return None if self.laurel_rank else "input_layernorm"
         if role in ("mlp.gate_proj", "mlp.up_proj"):
             # gemma calls the norm in front of the MLP by what it stands behind.
             return "pre_feedforward_layernorm" if self.post_norms else "post_attention_layernorm"

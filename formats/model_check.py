@@ -50,6 +50,10 @@ def _counts(config: GemmaConfig) -> Iterator[tuple[str, int]]:
         yield "per_layer.vocab_size", config.per_layer.vocab_size
         yield "per_layer.size", config.per_layer.size
         yield "per_layer.size", config.num_layers * config.per_layer.size
+    if config.altup is not None:
+        yield "altup.streams", config.altup.streams
+    if config.laurel_rank:
+        yield "laurel_rank", config.laurel_rank
     if config.experts is not None:
         yield "experts.active", config.experts.active
         yield "experts.count", config.experts.count
@@ -81,6 +85,13 @@ def _check_layers(config: GemmaConfig, where: str) -> None:
         raise BundleError(
             f"{where}.intermediate_sizes: {len(config.intermediate_sizes)} items, not num_layers"
         )
+    sparsity = config.activation_sparsity
+    if sparsity and len(sparsity) != layers:
+        raise BundleError(f"{where}.activation_sparsity: {len(sparsity)} items, not num_layers")
+    if not all(0 <= share < 1 for share in sparsity):
+        raise BundleError(f"{where}.activation_sparsity: {max(sparsity)} is not in 0..1")
+    if config.altup and not 0 <= config.altup.active < config.altup.streams:
+        raise BundleError(f"{where}.altup.active: {config.altup.active} of fewer streams")
     if not 0 <= shared < layers or set(types[: layers - shared]) != set(types):
         raise BundleError(
             f"{where}.kv_shared_layers: {shared} leave no layer of some type with keys and values"

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
-from uq.formats.config import PER_LAYER_NORM, PER_LAYER_PROJECTION, GemmaConfig
+from uq.formats.config import PER_LAYER_NORM, PER_LAYER_PROJECTION, GemmaConfig, PerLayerEmbedding
 from uq.kernels.elementwise import gelu_product
 from uq.kernels.products import flat, linear, rms_norm
 from uq.kernels.weights import Weights
@@ -24,14 +24,21 @@ class Beside:
     Attributes:
         embedded: (batch, length, hidden) in front of layer 0, in models with per-layer embeddings.
         rows: layer -> (batch, length, size), its part of the per-layer embedding, unscaled.
+        streams: (batch, length, streams, hidden), in models with alternating updates.
         shared: layer -> its keys and values, where later layers read them.
         experts: (batch, length, hidden), `experts_output` of the layer in work where it is known.
     """
 
     embedded: Array | None = None
     rows: Callable[[int], Array] | None = None
+    streams: Array | None = None
     shared: dict[int, tuple[Array, Array]] = field(default_factory=dict)
     experts: Array | None = None
+
+
+def stored_tokens(table: PerLayerEmbedding, tokens: NDArray[np.int32]) -> NDArray[np.int32]:
+    """Rows of the per-layer embedding for some tokens: those beyond its end share the first one."""
+    return np.where(tokens < table.vocab_size, tokens, np.int32(0))
 
 
 def per_layer_input(config: GemmaConfig, layer: int, weights: Weights, beside: Beside) -> Array:
@@ -49,13 +56,11 @@ def per_layer_input(config: GemmaConfig, layer: int, weights: Weights, beside: B
     return out
 
 
-def add_per_layer(
+def per_layer_output(
     config: GemmaConfig, layer: int, weights: Weights, hidden: Array, beside: Beside
 ) -> Array:
-    """The residual stream behind a layer's part of the per-layer embedding."""
+    """What a layer's part of the per-layer embedding adds: (batch, length, hidden)."""
     gate = linear(hidden, weights["per_layer_input_gate"])
     gelu_product(flat(gate), flat(per_layer_input(config, layer, weights, beside)))
     out = linear(gate, weights["per_layer_projection"])
-    out = rms_norm(out, weights["post_per_layer_input_norm"], config.rms_norm_eps)
-    out += hidden
-    return out
+    return rms_norm(out, weights["post_per_layer_input_norm"], config.rms_norm_eps)

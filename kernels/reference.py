@@ -1,6 +1,6 @@
 """The exact forward pass of Gemma in float32, staged so that a caller can work between stages.
 
-A layer is seven functions, one after the other, cut where the inputs of its linears appear.
+A layer is eight functions, one after the other, cut where the inputs of its linears appear.
 `ReferenceSession` runs them over a checkpoint, one layer in memory at a time.
 Shapes: hidden (batch, length, hidden); weights by role, linears (out, in), norms as gains.
 """
@@ -15,13 +15,15 @@ import psutil
 from numpy.typing import NDArray
 
 from uq.errors import UsageError
-from uq.formats.config import GemmaConfig
+from uq.formats.config import AltUp, GemmaConfig
+from uq.kernels.altup import active, correct, gather, predict, spread
 from uq.kernels.attention import KVCache, attend, rope_tables
 from uq.kernels.elementwise import gelu_product, rotate
 from uq.kernels.experts import experts_output
 from uq.kernels.kv_format import KVFormat
+from uq.kernels.laurel import add_laurel, keep_largest
 from uq.kernels.numerics import FLOAT, Numerics
-from uq.kernels.per_layer import Beside, add_per_layer
+from uq.kernels.per_layer import Beside, per_layer_output, stored_tokens
 from uq.kernels.products import flat, linear, rms_norm
 from uq.kernels.sampling import sample
 from uq.kernels.session import Device, Sampling, check_room, check_tokens
@@ -42,6 +44,15 @@ VOCAB_BLOCK = 8192  # rows of the head that are in memory at once while decoding
 def embed(config: GemmaConfig, rows: Array) -> Array:
     """Hidden states in front of layer 0 from embedding rows (..., hidden)."""
     return rows * np.float32(config.embed_scale)
+
+
+def enter(config: GemmaConfig, weights: Weights, hidden: Array, beside: Beside) -> Array:
+    """The residual stream as the layer finds it; of several the active one."""
+    if config.altup is None:
+        return hidden
+    assert beside.streams is not None
+    beside.streams = predict(config, config.altup, weights, beside.streams)
+    return active(config.altup, beside.streams)
 
 
 def attention_input(config: GemmaConfig, weights: Weights, hidden: Array) -> Array:
@@ -112,6 +123,8 @@ def add_attention(
     if config.post_norms:
         out = rms_norm(out, weights["post_attention_layernorm"], config.rms_norm_eps)
     out += hidden
+    if config.laurel_rank:
+        out = add_laurel(config, weights, out, attention_input(config, weights, hidden))
     return out
 
 
@@ -122,10 +135,12 @@ def mlp_input(config: GemmaConfig, weights: Weights, hidden: Array) -> Array:
     return rms_norm(hidden, weights[name], config.rms_norm_eps)
 
 
-def mlp_hidden(config: GemmaConfig, weights: Weights, x: Array) -> Array:
+def mlp_hidden(config: GemmaConfig, layer: int, weights: Weights, x: Array) -> Array:
     """Input of down_proj: gelu(gate) * up, (batch, length, intermediate)."""
     gate = linear(x, weights["mlp.gate_proj"])
     up = linear(x, weights["mlp.up_proj"])
+    if sparsity := config.sparsity(layer):
+        keep_largest(gate, sparsity)
     gelu_product(flat(gate), flat(up))
     return gate
 
@@ -157,11 +172,27 @@ def leave(
     config: GemmaConfig, layer: int, weights: Weights, hidden: Array, beside: Beside
 ) -> Array:
     """The residual stream behind what a layer does last."""
+    if config.altup:
+        return _leave_streams(config, config.altup, layer, weights, hidden, beside)
     if config.per_layer:
-        hidden = add_per_layer(config, layer, weights, hidden, beside)
+        hidden = hidden + per_layer_output(config, layer, weights, hidden, beside)
     if config.layer_scalar:
         hidden = hidden * weights["layer_scalar"]
     return hidden
+
+
+def _leave_streams(
+    config: GemmaConfig, altup: AltUp, layer: int, weights: Weights, hidden: Array, beside: Beside
+) -> Array:
+    """The active stream behind a layer; the per-layer embedding goes to all but the first."""
+    assert beside.streams is not None
+    beside.streams = correct(config, altup, weights, beside.streams, hidden)
+    x = active(altup, beside.streams)
+    if altup.scaled:
+        x *= weights["altup.correct_output_scale"]
+    more = per_layer_output(config, layer, weights, x, beside)
+    beside.streams[..., 1:, :] += more[..., None, :]
+    return active(altup, beside.streams)
 
 
 def layer_forward(
@@ -173,17 +204,18 @@ def layer_forward(
     numerics: Numerics = FLOAT,
     beside: Beside | None = None,
 ) -> Array:
-    """One decoder layer: the seven stages above.
+    """One decoder layer: the eight stages above.
 
     Args:
         beside: of these sequences; the same object for every layer.
     """
     beside = Beside() if beside is None else beside
+    hidden = enter(config, weights, hidden, beside)
     x = numerics.linear_input(attention_input(config, weights, hidden))
     context = attention_context(config, layer, weights, x, cache, numerics.kv, beside)
     hidden = add_attention(config, weights, hidden, numerics.linear_input(context))
     x = numerics.linear_input(mlp_input(config, weights, hidden))
-    y = numerics.linear_input(mlp_hidden(config, weights, x))
+    y = numerics.linear_input(mlp_hidden(config, layer, weights, x))
     return leave(config, layer, weights, add_mlp(config, weights, hidden, y), beside)
 
 
@@ -253,6 +285,8 @@ class ReferenceSession:
             weights = self._weights.layer(layer)
             for block, more in zip(blocks, beside, strict=True):
                 hidden[block] = self._layer(layer, weights, hidden[block], None, more)
+        for block, more in zip(blocks, beside, strict=True):
+            hidden[block] = finish(self.config, self._weights, hidden[block], more)
         return rms_norm(hidden, self._weights.final_norm, self.config.rms_norm_eps)
 
     def logits(self, hidden: Array, start: int, stop: int) -> Array:
@@ -273,7 +307,8 @@ class ReferenceSession:
             weights = self._weights.layer(layer)
             hidden = self._layer(layer, weights, hidden, self._cache, beside)
         self._cache.position += ids.size
-        last = rms_norm(hidden[:, -1], self._weights.final_norm, self.config.rms_norm_eps)
+        last = finish(self.config, self._weights, hidden, beside)[:, -1]
+        last = rms_norm(last, self._weights.final_norm, self.config.rms_norm_eps)
         self._logits = self._all_logits(last)
 
     def decode(self, count: int, sampling: Sampling) -> Iterator[int]:
@@ -295,9 +330,10 @@ class ReferenceSession:
         """Of sequences in front of layer 0."""
         if self.config.per_layer is None:
             return Beside()
-        size, rows = self.config.per_layer.size, self._weights.per_layer_rows(tokens)
-        part = partial(_columns, rows, size)
-        return Beside(embedded.copy(), part)
+        table, altup = self.config.per_layer, self.config.altup
+        rows = self._weights.per_layer_rows(stored_tokens(table, tokens))
+        streams = None if altup is None else spread(altup, self._weights.whole, embedded)
+        return Beside(embedded.copy(), partial(_columns, rows, table.size), streams)
 
     def _all_logits(self, hidden: Array) -> Array:
         """(vocab,) of one hidden state (1, hidden)."""
@@ -310,3 +346,11 @@ class ReferenceSession:
 def _columns(rows: Array, size: int, layer: int) -> Array:
     """A layer's part of rows (..., layers * size)."""
     return rows[..., layer * size : (layer + 1) * size]
+
+
+def finish(config: GemmaConfig, weights: CheckpointWeights, hidden: Array, beside: Beside) -> Array:
+    """What the final norm takes: the residual stream, or what all streams are brought into."""
+    if config.altup is None:
+        return hidden
+    assert beside.streams is not None
+    return gather(config.altup, weights.whole, beside.streams)

@@ -46,6 +46,12 @@ class WeightSource(Protocol):
         """
         raise LookupError("no per-layer embedding")
 
+    def whole(self, name: str) -> Array:
+        """A tensor of no layer that is never quantized, by its canonical name; only of models
+        that have some.
+        """
+        raise LookupError("no tensors of no layer that are kept")
+
     def embedding(self, start: int, stop: int) -> Array:
         """Rows `start:stop`, not multiplied by the embedding's scale."""
         ...
@@ -106,6 +112,14 @@ class CheckpointWeights:
         """Rows of the per-layer embedding, (*tokens.shape, layers * size); never held whole."""
         return _rows_of(self._checkpoint.per_layer_embedding, tokens)
 
+    def whole(self, name: str) -> Array:
+        """A tensor of no layer that is never quantized, by its canonical name."""
+        if not self._resident:
+            return self._checkpoint.whole(name)
+        if name not in self._tables:
+            self._tables[name] = self._checkpoint.whole(name)
+        return self._tables[name]
+
     def head_rows(self, ids: NDArray[np.intp]) -> Array:
         """Some rows of the output matrix: (ids, hidden)."""
         return np.concatenate([self.head(int(token), int(token) + 1) for token in ids])
@@ -151,6 +165,9 @@ class BundleWeights:
 
     def per_layer_embedding(self, start: int, stop: int) -> Array:
         return self._bundle.rows(PER_LAYER_EMBEDDING, start, stop).dequantize()
+
+    def whole(self, name: str) -> Array:
+        return self._bundle.array(name)
 
     def embedding(self, start: int, stop: int) -> Array:
         return self._rows(EMBEDDING, start, stop)

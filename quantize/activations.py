@@ -5,7 +5,7 @@ from __future__ import annotations
 import tempfile
 import weakref
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Protocol
 
@@ -26,7 +26,7 @@ class Batch:
         hidden: (sequences, length, hidden) residual stream.
         x: (sequences, length, n) input of the current stage's linears.
         out: (sequences, length, hidden) output of the stage's linear, where it is already known.
-        beside: what else goes with the sequences; always in memory.
+        beside: what else goes with the sequences; all but its streams always in memory.
     """
 
     hidden: Array
@@ -80,17 +80,19 @@ class SpilledActivations:
 
     def append(self, batch: Batch) -> None:
         self._shapes.append({})
-        self._beside.append(batch.beside)
+        self._beside.append(Beside())
         self[len(self) - 1] = batch
 
     def __setitem__(self, index: int, batch: Batch) -> None:
         """Raises DeviceError: the disk is full or broken."""
         arrays = {name: getattr(batch, name) for name in ARRAYS}
+        arrays["streams"] = batch.beside.streams
         if batch.x is batch.hidden:
             del arrays["x"]
         present = {name: array for name, array in arrays.items() if array is not None}
         if sum(array.nbytes for array in present.values()) > self._room:
             raise ValueError(f"a batch of more than {self._room} bytes")
+        self._beside[index] = _without_streams(batch.beside)
         self._shapes[index] = {name: array.shape for name, array in present.items()}
         with disk_errors(self._folder, self._room):
             self._file.seek(index * self._room)
@@ -105,5 +107,11 @@ class SpilledActivations:
             self._file.seek(index * self._room)
             for array in found.values():
                 self._file.readinto(array.data.cast("B"))
-        x, out = found.get("x", found["hidden"]), found.get("out")
-        return Batch(found["hidden"], x, out, self._beside[index])
+        x, out, beside = found.get("x", found["hidden"]), found.get("out"), self._beside[index]
+        if "streams" in found:
+            beside = replace(beside, streams=found["streams"])
+        return Batch(found["hidden"], x, out, beside)
+
+
+def _without_streams(beside: Beside) -> Beside:
+    return beside if beside.streams is None else replace(beside, streams=None)

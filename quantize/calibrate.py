@@ -20,12 +20,15 @@ from pathlib import Path
 import numpy as np
 
 from uq.formats.config import (
+    ALTUP,
     EXPERTS,
     FULL_HEADS,
+    LAUREL,
     LAYER_SCALAR,
     MLP_WIDTHS,
     PER_LAYER,
     SHARED_KEYS,
+    SPARSITY,
     VALUE_NORM,
     GemmaConfig,
 )
@@ -37,12 +40,13 @@ from uq.kernels.reference import (
     attention_context,
     attention_input,
     embed,
+    enter,
     leave,
     mlp_hidden,
     mlp_input,
 )
 from uq.quantize.activations import Activations, Batch, SpilledActivations
-from uq.quantize.calibration_engine import Array, ExpertWork, LayerRows, TokenRows, Weights
+from uq.quantize.calibration_engine import Array, ExpertWork, TokenRows, Weights
 from uq.quantize.expert_calibration import calibrate_experts
 from uq.quantize.gptq import Statistics, row_blocks
 from uq.quantize.moments import Inputs, mean_square, statistics, token_weights, undo_norm
@@ -66,7 +70,8 @@ class Stage:
 
 
 def _enter_attention(config: GemmaConfig, layer: int, weights: Weights, batch: Batch) -> Batch:
-    return batch.at(attention_input(config, weights, batch.hidden))
+    hidden = enter(config, weights, batch.hidden, batch.beside)
+    return batch.at(attention_input(config, weights, hidden), hidden)
 
 
 def _enter_context(config: GemmaConfig, layer: int, weights: Weights, batch: Batch) -> Batch:
@@ -80,7 +85,7 @@ def _enter_mlp(config: GemmaConfig, layer: int, weights: Weights, batch: Batch) 
 
 
 def _enter_mlp_hidden(config: GemmaConfig, layer: int, weights: Weights, batch: Batch) -> Batch:
-    return batch.at(mlp_hidden(config, weights, batch.x))
+    return batch.at(mlp_hidden(config, layer, weights, batch.x))
 
 
 def _leave(config: GemmaConfig, layer: int, weights: Weights, batch: Batch) -> Batch:
@@ -102,6 +107,7 @@ BESIDE_EXPERTS = {"post_feedforward_layernorm": "post_feedforward_layernorm_1"}
 # What `GemmaConfig.extensions` names and the stages follow.
 FOLLOWED = frozenset(
     {FULL_HEADS, VALUE_NORM, SHARED_KEYS, MLP_WIDTHS, PER_LAYER, LAYER_SCALAR, EXPERTS}
+    | {ALTUP, LAUREL, SPARSITY}
 )
 EXIT = Stage((), _leave)
 # Roles of the stage that is entered -> the linears that led there.
@@ -122,15 +128,27 @@ class TokenPath:
         self._config = config
         self.batches = batches
 
-    def add(self, hidden: Array, per_layer: LayerRows | None) -> None:
+    def add(self, hidden: Array, beside: Beside) -> None:
         """(sequences, length, hidden): the residual stream of the next batch."""
-        beside = Beside() if per_layer is None else Beside(hidden, per_layer)
         self.batches.append(Batch(hidden, hidden, beside=beside))
 
     def go(self, stage: Stage, layer: int, weights: Weights) -> None:
         """Move every batch to the input of a stage."""
         for index, batch in enumerate(self.batches):
             self.batches[index] = stage.enter(self._config, layer, weights, batch)
+
+
+def _start(config: GemmaConfig, rows: TokenRows, *, exact: bool) -> tuple[Array, Beside]:
+    """The residual stream of a batch in front of layer 0, and what goes beside it."""
+    found, per_layer = rows.quantized, rows.quantized_rows
+    if exact:
+        assert rows.exact is not None
+        found, per_layer = rows.exact, rows.exact_rows
+    hidden = embed(config, found)
+    if per_layer is None:
+        return hidden, Beside()
+    streams = None if rows.spread is None else rows.spread(hidden)
+    return hidden, Beside(hidden, per_layer, streams)
 
 
 class Calibration:
@@ -158,11 +176,9 @@ class Calibration:
         self._quantized: TokenPath | None = None
         self._exact: TokenPath | None = None
         for batch in rows:
-            hidden = embed(config, batch.quantized)
-            self._quantized = self._added(self._quantized, hidden, batch.quantized_rows)
+            self._quantized = self._added(self._quantized, *_start(config, batch, exact=False))
             if batch.exact is not None:
-                hidden = embed(config, batch.exact)
-                self._exact = self._added(self._exact, hidden, batch.exact_rows)
+                self._exact = self._added(self._exact, *_start(config, batch, exact=True))
 
     def add(self, hidden: Array, *, both: bool) -> None:
         """(sequences, length, hidden): one batch more, in front of the layer that comes first.
@@ -170,13 +186,11 @@ class Calibration:
         Args:
             both: follow the floating-point path, too, from the same place.
         """
-        self._quantized = self._added(self._quantized, hidden, None)
+        self._quantized = self._added(self._quantized, hidden, Beside())
         if both:
-            self._exact = self._added(self._exact, hidden, None)
+            self._exact = self._added(self._exact, hidden, Beside())
 
-    def _added(
-        self, path: TokenPath | None, hidden: Array, per_layer: LayerRows | None
-    ) -> TokenPath:
+    def _added(self, path: TokenPath | None, hidden: Array, beside: Beside) -> TokenPath:
         """The path with one batch more; the first one is the largest."""
         if path is None:
             tokens, folder = hidden.shape[0] * hidden.shape[1], self._spill
@@ -185,7 +199,7 @@ class Calibration:
             path = TokenPath(
                 self._config, kept if folder is None else SpilledActivations(folder, size)
             )
-        path.add(hidden, per_layer)
+        path.add(hidden, beside)
         return path
 
     def quantize_layer(
@@ -332,4 +346,5 @@ def token_bytes(config: GemmaConfig) -> int:
         for layer in range(config.num_layers)
         for _, cols in config.linear_shapes(layer).values()
     )
-    return 4 * (2 * config.hidden_size + widest)
+    streams = config.altup.streams if config.altup else 0
+    return 4 * ((2 + streams) * config.hidden_size + widest)

@@ -22,6 +22,7 @@ from uq.quantize.plan import GptqOptions
 
 Array = NDArray[np.float32]
 LayerRows = Callable[[int], Array]
+Spread = Callable[[Array], Array]
 Weights = Mapping[str, Array]  # role -> (out, in) linear, or (size,) gain
 
 
@@ -34,12 +35,14 @@ class TokenRows:
         exact: the same of the checkpoint's; None leaves the floating-point path out.
         quantized_rows, exact_rows: layer -> (sequences, length, size), its part of the per-layer
             embedding on both paths, of models that have one.
+        spread: the scaled rows of a path -> its residual streams, of models that have several.
     """
 
     quantized: Array
     exact: Array | None = None
     quantized_rows: LayerRows | None = None
     exact_rows: LayerRows | None = None
+    spread: Spread | None = None
 
 
 class QuantizedWeights(Mapping[str, Array]):

@@ -39,6 +39,9 @@ class CommittedLayer(WeightSource):
         assert isinstance(stack, QuantTensor)
         return stack.rows(number * rows, (number + 1) * rows).dequantize()
 
+    def whole(self, name: str) -> Array:
+        return self._checkpoint.whole(name)
+
     def embedding(self, start: int, stop: int) -> Array:
         return self._checkpoint.embedding(start, stop)
 

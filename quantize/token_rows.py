@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 
 import numpy as np
 from numpy.typing import NDArray
 
 from uq.formats.checkpoint import Checkpoint
-from uq.formats.config import EMBEDDING, PER_LAYER_EMBEDDING
+from uq.formats.config import EMBEDDING, PER_LAYER_EMBEDDING, GemmaConfig
 from uq.formats.spec import Spec
+from uq.kernels.altup import spread
+from uq.kernels.per_layer import stored_tokens
 from uq.kernels.weights import CheckpointWeights
-from uq.quantize.calibration_engine import TokenRows
+from uq.quantize.calibration_engine import Spread, TokenRows
 from uq.quantize.plan import Plan
 from uq.quantize.scales import quantize_rtn
 
@@ -35,7 +38,13 @@ def token_rows(
         else:
             table = plan.tensors[PER_LAYER_EMBEDDING].spec
             ours, theirs = (PerLayerRows(checkpoint, here, spec) for spec in (table, None))
-            yield TokenRows(quantized, rows if plan.corrected else None, ours, theirs)
+            maker = stream_maker(weights, checkpoint.config)
+            yield TokenRows(quantized, rows if plan.corrected else None, ours, theirs, maker)
+
+
+def stream_maker(weights: CheckpointWeights, config: GemmaConfig) -> Spread | None:
+    """What makes the residual streams of embedded tokens, in models that have several."""
+    return None if config.altup is None else partial(spread, config.altup, weights.whole)
 
 
 class PerLayerRows:
@@ -46,7 +55,9 @@ class PerLayerRows:
     ) -> None:
         """`spec`: of the quantized table; None for the checkpoint's own."""
         self._checkpoint, self._spec, self._shape = checkpoint, spec, tokens.shape
-        self._ids, self._inverse = np.unique(tokens, return_inverse=True)
+        assert checkpoint.config.per_layer is not None
+        ids = stored_tokens(checkpoint.config.per_layer, tokens)
+        self._ids, self._inverse = np.unique(ids, return_inverse=True)
 
     def __call__(self, layer: int) -> Array:
         """(sequences, length, size), unscaled."""

@@ -139,6 +139,20 @@ def tiny_gemma4(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]
     return write
 
 
+@pytest.fixture(scope="session")
+def tiny_gemma3n(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """Factory of Gemma 3n folders, as `tiny_gemma4`."""
+    from tests.gemma3n import VARIANTS, write_gemma3n  # which imports transformers
+
+    root, numbers = tmp_path_factory.mktemp("gemma3n"), count()
+
+    def write(variant: str, *, text: Mapping[str, Any] | None = None, **options: Any) -> Path:
+        keys = {**VARIANTS[variant], **(text or {})}
+        return write_gemma3n(root / f"{variant}-{next(numbers)}", keys, **options)
+
+    return write
+
+
 @dataclass(frozen=True)
 class Parts:
     """What a `BundleWriter` is given for one small model."""

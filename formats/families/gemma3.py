@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from uq.errors import CheckpointError
-from uq.formats.config import FULL, SLIDING, GemmaConfig
+from uq.formats.config import GemmaConfig
 from uq.formats.families import parts, reading
 from uq.formats.families.family import Family, GgufDefaults
 from uq.formats.families.keys import Keys
@@ -24,7 +23,7 @@ def read(keys: Keys) -> GemmaConfig:
     old = keys.integer("_sliding_window_pattern", PATTERN)
     pattern = keys.integer("sliding_window_pattern", old)
     types = reading.layer_types(keys, sizes["num_layers"], pattern)
-    theta, local_theta, scaling = _rope(keys)
+    theta, local_theta, scaling = reading.two_ropes(keys)
     return GemmaConfig(
         family=FAMILY.name,
         **sizes,
@@ -38,26 +37,6 @@ def read(keys: Keys) -> GemmaConfig:
         final_softcap=keys.optional("final_logit_softcapping", None),
         post_norms=True,
         qk_norm=True,
-    )
-
-
-def _rope(keys: Keys) -> tuple[float, float, float]:
-    """Base of full layers, base of sliding layers, linear factor of full layers.
-
-    New files hold `rope_parameters` per layer type, old ones `rope_theta`, `rope_local_base_freq`
-    and `rope_scaling`.
-    """
-    nested = Keys(f"{keys.file}: rope_parameters", keys.object("rope_parameters"))
-    full = {**nested.object(FULL), **keys.object("rope_scaling")}
-    local = nested.object(SLIDING)
-    if reading.linear_factor(keys.file, local) != 1:
-        raise CheckpointError(
-            f"{keys.file}: rope_parameters scale the sliding layers; only full layers may be"
-        )
-    return (
-        reading.theta(keys, full, "rope_theta", 1e6),
-        reading.theta(keys, local, "rope_local_base_freq", 1e4),
-        reading.linear_factor(keys.file, full),
     )
 
 

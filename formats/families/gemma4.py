@@ -17,7 +17,6 @@ from uq.formats.config import (
     GemmaConfig,
     PerLayerEmbedding,
 )
-from uq.formats.decode import shown
 from uq.formats.families import parts, reading
 from uq.formats.families.family import Family, Kind, Role
 from uq.formats.families.keys import JSON, Keys
@@ -81,7 +80,7 @@ def _read(keys: Keys, variant: Variant) -> GemmaConfig:
         )
     heads = _full_layers(keys, types, sizes)
     fraction, scaling = _full_rope(keys, full)
-    shared = _shared_layers(keys, types)
+    shared = reading.shared_layers(keys, types, 0)
     return GemmaConfig(
         family=variant.family,
         **sizes,
@@ -143,19 +142,6 @@ def _full_rope(keys: Keys, parameters: JSON) -> tuple[float, float]:
     if share > 1:
         raise inner.refuse("partial_rotary_factor", "at most 1")
     return share, inner.number("factor", 1.0)
-
-
-def _shared_layers(keys: Keys, types: tuple[str, ...]) -> int:
-    """Last layers without keys and values; each needs one of its type in front of them."""
-    if not keys.data.get("num_kv_shared_layers"):
-        return 0
-    shared = keys.integer("num_kv_shared_layers", 0, most=len(types))
-    if set(types[: len(types) - shared]) != set(types):
-        raise CheckpointError(
-            f"{keys.file}: num_kv_shared_layers is {shown(shared)}, which leaves no layer of some "
-            "type with keys and values"
-        )
-    return shared
 
 
 def _widths(keys: Keys, size: int, layers: int, shared: int) -> tuple[int, ...]:

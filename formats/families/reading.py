@@ -119,3 +119,37 @@ def linear_factor(file: str, parameters: JSON) -> float:
     if kind == "default":
         return 1.0
     return Keys(f"{file}: rope_scaling", parameters).number("factor", 1.0)
+
+
+def two_ropes(keys: Keys) -> tuple[float, float, float]:
+    """Base of full layers, base of sliding layers, linear factor of full layers.
+
+    New files hold `rope_parameters` per layer type, old ones `rope_theta`, `rope_local_base_freq`
+    and `rope_scaling`.
+    """
+    nested = Keys(f"{keys.file}: rope_parameters", keys.object("rope_parameters"))
+    full = {**nested.object(FULL), **keys.object("rope_scaling")}
+    local = nested.object(SLIDING)
+    if linear_factor(keys.file, local) != 1:
+        raise CheckpointError(
+            f"{keys.file}: rope_parameters scale the sliding layers; only full layers may be"
+        )
+    return (
+        theta(keys, full, "rope_theta", 1e6),
+        theta(keys, local, "rope_local_base_freq", 1e4),
+        linear_factor(keys.file, full),
+    )
+
+
+def shared_layers(keys: Keys, types: tuple[str, ...], default: int) -> int:
+    """Last layers without keys and values; each needs one of its type in front of them."""
+    key = "num_kv_shared_layers"
+    shared = keys.data.get(key, default) or 0  # null is none
+    if type(shared) is not int or not 0 <= shared <= len(types):
+        raise keys.refuse(key, f"a number of the {len(types)} layers")
+    if set(types[: len(types) - shared]) != set(types):
+        raise CheckpointError(
+            f"{keys.file}: {key} is {shared}, which leaves no layer of some type with keys and "
+            "values"
+        )
+    return shared

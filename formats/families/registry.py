@@ -7,7 +7,7 @@ from difflib import get_close_matches
 
 from uq.errors import CheckpointError
 from uq.formats.decode import shown
-from uq.formats.families import gemma, gemma2, gemma3, gemma4, vaultgemma
+from uq.formats.families import gemma, gemma2, gemma3, gemma3n, gemma4, vaultgemma
 from uq.formats.families.family import Family
 
 FAMILIES: Mapping[str, Family] = {
@@ -17,6 +17,7 @@ FAMILIES: Mapping[str, Family] = {
         gemma2.FAMILY,
         gemma3.FAMILY,
         vaultgemma.FAMILY,
+        gemma3n.FAMILY,
         gemma4.FAMILY,
         gemma4.UNIFIED,
     )
