@@ -92,6 +92,7 @@ class QuantEntry:
             relative_error=None if error is None else float(error),
             file=file,
             zero_point=self.spec.zero_point,
+            scale_bits=self.spec.scale_bits,
             fallback=self.fallback() if callable(self.fallback) else self.fallback,
         )
 

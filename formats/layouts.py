@@ -24,11 +24,13 @@ from uq.formats.pack import (
     unpack_pairs,
     unpack_quads,
 )
+from uq.formats.row_scales import join_scales, split_scales
 from uq.formats.spec import QuantTensor, Spec
 
 PIECE = 32  # columns: the smallest group
 
 Codes = NDArray[np.int8]
+Halves = NDArray[np.float16]
 
 
 class RowLayout(Layout):
@@ -48,18 +50,22 @@ class RowLayout(Layout):
         return _struct(
             codes=("u1", (cols * _low_bits(spec) // 8,)),
             high=("u1", (cols * spec.high_bits // 8,)),
-            scales=("<f2", (groups,)),
+            steps=("<f2", (int(spec.row_step),)),
+            scales=(_scale_type(spec), (groups,)),
+            unused=("u1", (groups % 2 * spec.row_step,)),
             zeros=("u1", (2 * -(-groups // 4) * spec.zero_point,)),
         )
 
     def _fill(self, blocks: Blocks, tensor: QuantTensor) -> None:
         _pack_in_order(tensor.codes, tensor.spec, blocks)
-        blocks["scales"] = tensor.scales
+        blocks["scales"] = _stored_scales(tensor, blocks["steps"])
+        blocks["unused"] = 0
         if tensor.zeros is not None:
             _pack_zeros(tensor.zeros, tensor.spec, blocks["zeros"])
 
     def _read(self, blocks: Blocks, spec: Spec) -> QuantTensor:
-        codes, scales = _unpack_in_order(blocks, spec), blocks["scales"]
+        codes = _unpack_in_order(blocks, spec)
+        scales = _half_scales(blocks["scales"], blocks["steps"])
         zeros = _unpack_zeros(blocks["zeros"], spec, scales.shape[1])
         return QuantTensor(codes, scales, spec, zeros)
 
@@ -88,10 +94,34 @@ class LaneLayout(Layout):
         tile = _struct(
             codes=("V16", (_low_bits(spec) // 4, self.rows, 4)),  # panel, row, 32-column piece
             high=("<u4", (self.rows, 4, spec.high_bits)),
-            scales=("<f2", (self.rows, groups)),
+            scales=(_scale_type(spec), (self.rows, groups)),
             zeros=("u1", (max(16, 8 * groups) * spec.zero_point,)),
         )
-        return _struct(tiles=(tile, (self.padded(cols) // self.cols,)))
+        return _struct(
+            tiles=(tile, (self.padded(cols) // self.cols,)),
+            steps=("<f2", (self.rows * spec.row_step,)),
+        )
+
+    def tile_scales(self, blocks: Blocks) -> Halves:
+        """(blocks, tiles, rows, groups of a tile) float16 scales of row blocks."""
+        steps = blocks["steps"][:, None, :, None]
+        return _half_scales(blocks["tiles"]["scales"], steps)
+
+    def expanded(self, data: NDArray[np.uint8], cols: int, spec: Spec) -> NDArray[np.uint8]:
+        """The bytes of a tiled weight with its scales stored as they are; codes are not unpacked.
+
+        Args:
+            data: (blocks, bytes of a block) uint8; may be read-only.
+
+        Returns:
+            (blocks, bytes of a block) uint8.
+        """
+        blocks: Blocks = data.reshape(-1).view(self.block(cols, spec))
+        wide = np.empty(len(blocks), self.block(cols, spec.expanded))
+        for plane in ("codes", "high", "zeros"):
+            wide["tiles"][plane] = blocks["tiles"][plane]
+        wide["tiles"]["scales"] = self.tile_scales(blocks)
+        return wide.view(np.uint8).reshape(len(wide), -1)
 
     def _fill(self, blocks: Blocks, tensor: QuantTensor) -> None:
         tiles, spec = blocks["tiles"], tensor.spec  # (blocks, tiles)
@@ -99,7 +129,7 @@ class LaneLayout(Layout):
         codes = tensor.codes
         loads = (codes if spec.bits == 8 else pack_quads(codes)).view("V16").reshape(*shape, 4, -1)
         tiles["codes"] = loads.transpose(0, 2, 4, 1, 3)  # (blocks, tiles, panels, rows, pieces)
-        tiles["scales"] = _by_tile(tensor.scales, shape)
+        tiles["scales"] = _by_tile(_stored_scales(tensor, blocks["steps"]), shape)
         if spec.high_bits:
             words = pack_fields(codes, spec.high_bits).reshape(*shape, 4, -1)
             tiles["high"] = words.transpose(0, 2, 1, 3, 4)
@@ -115,7 +145,7 @@ class LaneLayout(Layout):
         if spec.high_bits:
             words = tiles["high"].transpose(0, 2, 1, 3, 4).reshape(rows, -1)
             join_planes(codes, unpack_fields(words, spec.high_bits), spec.high_bits)
-        scales = tiles["scales"]  # (blocks, tiles, rows, groups)
+        scales = self.tile_scales(blocks)  # (blocks, tiles, rows, groups)
         zeros = _unpack_zeros(tiles["zeros"], spec, self.rows * scales.shape[3])
         if zeros is not None:
             zeros = _by_row(zeros.reshape(scales.shape))
@@ -151,7 +181,9 @@ class OperandLayout(Layout):
             high=("u1", (PIECE * n * spec.high_bits // 8,)),
         )
         return _struct(
-            scales=("<f2", (groups, n)),
+            steps=("<f2", (n * spec.row_step,)),
+            scales=(_scale_type(spec), (groups, n)),
+            unused=("u1", (-n * groups % 16 * spec.row_step,)),
             zeros=("u1", (16 * -(-groups * n // 32) * spec.zero_point,)),
             pieces=(piece, (cols // PIECE,)),
         )
@@ -161,13 +193,16 @@ class OperandLayout(Layout):
         shape = (len(blocks), self.row_block(tensor.spec), -1)
         operand = np.ascontiguousarray(tensor.codes.reshape(shape).transpose(0, 2, 1))
         _pack_in_order(operand.reshape(*pieces.shape, -1), tensor.spec, pieces)
-        blocks["scales"] = tensor.scales.reshape(shape).transpose(0, 2, 1)
+        scales = _stored_scales(tensor, blocks["steps"])
+        blocks["scales"] = scales.reshape(shape).transpose(0, 2, 1)
+        blocks["unused"] = 0
         if tensor.zeros is not None:
             zeros = tensor.zeros.reshape(shape).transpose(0, 2, 1)  # (blocks, groups, n)
             _pack_zeros(zeros.reshape(len(blocks), -1), tensor.spec, blocks["zeros"])
 
     def _read(self, blocks: Blocks, spec: Spec) -> QuantTensor:
-        n, scales = self.row_block(spec), blocks["scales"]  # (blocks, groups, n)
+        n = self.row_block(spec)
+        scales = _half_scales(blocks["scales"], blocks["steps"][:, None])  # (blocks, groups, n)
         operand = _unpack_in_order(blocks["pieces"], spec).reshape(len(blocks), -1, n)
         zeros = _unpack_zeros(blocks["zeros"], spec, scales.shape[1] * n)
         if zeros is not None:
@@ -175,12 +210,13 @@ class OperandLayout(Layout):
         return QuantTensor(_outputs_first(operand), _outputs_first(scales), spec, zeros)
 
 
+TILE = LaneLayout()
 LAYOUTS: Mapping[str, Layout] = MappingProxyType(
     {
         layout.name: layout
         for layout in (
             RowLayout(),
-            LaneLayout(),
+            TILE,
             OperandLayout("npu-aie2", 8),  # multiplies 4x16x8 and 4x8x8
             OperandLayout("npu-aie2p", 16),  # multiplies 4x16x16 and 8x8x8
         )
@@ -191,6 +227,26 @@ LAYOUTS: Mapping[str, Layout] = MappingProxyType(
 def _struct(**planes: tuple[DTypeLike, tuple[int, ...]]) -> np.dtype[np.void]:
     """A packed structure of arrays: name -> (element, shape). Empty ones are fields of no bytes."""
     return np.dtype([(name, element, shape) for name, (element, shape) in planes.items()])
+
+
+def _scale_type(spec: Spec) -> str:
+    return "i1" if spec.row_step else "<f2"
+
+
+def _stored_scales(tensor: QuantTensor, steps: Halves) -> Halves | Codes:
+    """(rows, groups) scales as they are stored; fills the steps of their rows, where there are."""
+    if not tensor.spec.row_step:
+        return tensor.scales
+    found, multiples = split_scales(tensor.scales)
+    steps[:] = found.reshape(steps.shape)
+    return multiples
+
+
+def _half_scales(stored: Halves | Codes, steps: Halves) -> Halves:
+    """Inverse of `_stored_scales`; `steps` broadcasts, and is empty where there are none."""
+    if stored.dtype == np.float16:
+        return stored.view(np.float16)
+    return join_scales(steps, stored.view(np.int8))
 
 
 def _low_bits(spec: Spec) -> int:

@@ -18,10 +18,11 @@ from uq.formats.decode import OPTIONAL, decode, parse_json, printable, shown
 from uq.formats.layout import Layout
 from uq.formats.layouts import LAYOUTS
 from uq.formats.model_check import check_model
-from uq.formats.spec import BITS, GROUPS, ZERO_POINT_BITS, Spec
+from uq.formats.spec import BITS, GROUPS, SCALE_BITS, ZERO_POINT_BITS, Spec
 
-SCHEMA = 3  # the newest; a bundle has the oldest that can say what it holds
+SCHEMA = 4  # the newest; a bundle has the oldest that can say what it holds
 MODEL_SCHEMA = 3  # the first whose models may have what `GemmaConfig.extensions` names
+STEP_SCHEMA = 4  # the first whose scales may have 8 bits
 FIRST_BITS = (4, 8)  # of schema 1, which has no zero points
 MANIFEST = "manifest.json"
 CHECKSUM = "manifest.sha256"
@@ -53,11 +54,12 @@ class TensorRecord:
     relative_error: float | None
     file: str
     zero_point: bool = field(default=False, metadata=OPTIONAL)
+    scale_bits: int = field(default=16, metadata=OPTIONAL)
     fallback: str | None = field(default=None, metadata=OPTIONAL)
 
     @property
     def spec(self) -> Spec:
-        return Spec(self.bits, self.group, self.zero_point)
+        return Spec(self.bits, self.group, self.zero_point, self.scale_bits)
 
     @property
     def order(self) -> Layout:
@@ -66,6 +68,8 @@ class TensorRecord:
     @property
     def schema(self) -> int:
         """The oldest schema that can describe the tensor."""
+        if self.spec.row_step:
+            return STEP_SCHEMA
         return 1 if self.bits in FIRST_BITS and not self.zero_point else 2
 
     @property
@@ -146,6 +150,8 @@ class Manifest:
         for tensor in tree["tensors"].values():
             if not tensor["zero_point"]:
                 del tensor["zero_point"]  # schema 1 does not know it
+            if tensor["scale_bits"] == 16:
+                del tensor["scale_bits"]  # nor do schemas below 4 know this
             if tensor["fallback"] is None:
                 del tensor["fallback"]
         text = json.dumps(tree, indent=1, ensure_ascii=False, allow_nan=False)
@@ -283,6 +289,8 @@ def _check_tensor(where: str, record: TensorRecord, shape: tuple[int, int], sche
         raise BundleError(f"{where}.zero_point: schema 1 has no zero points")
     if record.zero_point and record.bits not in ZERO_POINT_BITS:
         raise BundleError(f"{where}.zero_point: INT{record.bits} has no zero points")
+    scale_bits = SCALE_BITS if schema >= STEP_SCHEMA else (16,)
+    _one_of(f"{where}.scale_bits", record.scale_bits, scale_bits)
     _one_of(f"{where}.group", record.group, GROUPS)
     _one_of(f"{where}.layout", record.layout, tuple(LAYOUTS))
     _check_shape(where, record.shape, shape)

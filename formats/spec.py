@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 GROUPS = (32, 64, 128)
 BITS = (4, 5, 6, 8)
 ZERO_POINT_BITS = (4, 5, 6)  # widths that may have zero points
+SCALE_BITS = (16, 8)  # of a stored scale
 NIBBLE = 4  # bits of the low plane of a code, and of a stored zero point
 
 
@@ -22,15 +23,32 @@ class Spec:
     zero points `zero` is 0. With them every group has one: a multiple of `zero_step` from `qmin`
     on, 16 values, so that four bits store it.
 
-    `str(spec)` is its short name: `int4 g32`, or `int4z g32` with zero points.
+    Scales are stored as they are (`scale_bits` 16), or as whole multiples of a float16 step of
+    their row (8): see `row_scales.py`. Either way they are float16 numbers, so kernels need not
+    know.
+
+    `str(spec)` is its short name: `int4 g32`, `int4z g32` with zero points, `int4 g32 s8` with
+    scales of 8 bits.
     """
 
     bits: int
     group: int
     zero_point: bool = False
+    scale_bits: int = 16
 
     def __str__(self) -> str:
-        return f"int{self.bits}{'z' * self.zero_point} g{self.group}"
+        steps = " s8" if self.row_step else ""
+        return f"int{self.bits}{'z' * self.zero_point} g{self.group}{steps}"
+
+    @property
+    def row_step(self) -> bool:
+        """Whether scales are stored as multiples of a step of their row."""
+        return self.scale_bits == 8
+
+    @property
+    def expanded(self) -> Spec:
+        """The same grid with its scales stored as they are."""
+        return replace(self, scale_bits=16)
 
     @property
     def qmin(self) -> int:
@@ -52,15 +70,17 @@ class Spec:
 
     @property
     def bits_per_weight(self) -> float:
-        """Codes, scales and zero points, without padding of any layout."""
-        return self.bits + (16 + NIBBLE * self.zero_point) / self.group
+        """Codes, scales and zero points, without the steps of rows and padding of any layout."""
+        return self.bits + (self.scale_bits + NIBBLE * self.zero_point) / self.group
 
     def nbytes(self, rows: int, cols: int) -> int:
-        """Bytes of codes, scales and zero points, without padding of any layout."""
+        """Bytes of codes, scales, zero points and steps, without padding of any layout."""
         groups = rows * (cols // self.group)
-        return rows * cols * self.bits // 8 + 2 * groups + (groups + 1) // 2 * self.zero_point
+        scales = groups * self.scale_bits // 8 + 2 * rows * self.row_step
+        return rows * cols * self.bits // 8 + scales + (groups + 1) // 2 * self.zero_point
 
 
+# All grids with scales as they are; each is offered with scales of 8 bits, too.
 SPECS = tuple(
     Spec(bits, group, zero_point)
     for bits in BITS
@@ -88,6 +108,10 @@ class QuantTensor:
     def shape(self) -> tuple[int, int]:
         rows, cols = self.codes.shape
         return rows, cols
+
+    def expanded(self) -> QuantTensor:
+        """The same numbers with their scales stored as they are."""
+        return replace(self, spec=self.spec.expanded)
 
     def rows(self, start: int, stop: int) -> QuantTensor:
         """Rows `start:stop`."""

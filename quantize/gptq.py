@@ -24,7 +24,7 @@ from uq.quantize.descent import damped, descend
 from uq.quantize.factor import Factor, Matrix, factorize, unusable
 from uq.quantize.plan import GptqOptions, WorkSizes
 from uq.quantize.refit import refit_scales
-from uq.quantize.scales import quantize_rtn
+from uq.quantize.scales import quantize_rtn, stored_scales
 
 BLOCK = 128  # columns rounded before the columns behind them are updated in one product
 
@@ -183,7 +183,8 @@ def _target(weight: Matrix, statistics: Statistics, factor: Factor, options: Gpt
 def _refitted(
     target: NDArray[np.float32], tensor: QuantTensor, hessian: NDArray[np.float32]
 ) -> QuantTensor:
-    return replace(tensor, scales=refit_scales(target, tensor.levels(), tensor.scales, hessian))
+    fitted = refit_scales(target, tensor.levels(), tensor.scales, hessian)
+    return replace(tensor, scales=stored_scales(fitted, tensor.spec))
 
 
 def output_error(

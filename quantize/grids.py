@@ -187,6 +187,26 @@ def _round(
 
 
 @njit(nogil=True, cache=True)
+def round_levels(
+    weight: NDArray[np.float32],
+    scales: NDArray[np.float32],
+    zeros: NDArray[np.int8],
+    qmin: int,
+    qmax: int,
+    codes: NDArray[np.int8],
+) -> None:
+    """Nearest codes on given scales and zero points, (rows, groups) each. Out: codes."""
+    rows, groups = scales.shape
+    group = weight.shape[1] // groups
+    for row in range(rows):
+        for g in range(groups):
+            start, stop, zero = g * group, (g + 1) * group, zeros[row, g]
+            _round(weight[row], start, stop, scales[row, g], qmin - zero, qmax - zero, codes[row])
+            for i in range(start, stop):
+                codes[row, i] += zero
+
+
+@njit(nogil=True, cache=True)
 def squares(
     weight: NDArray[np.float32], levels: NDArray[np.int8], scales: NDArray[np.float32]
 ) -> tuple[float, float]:

@@ -9,6 +9,7 @@ memory and time per layer stop growing with the number of layers.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,10 +25,13 @@ from uq.validate.divergence import Sums
 
 Array = NDArray[np.float32]
 
-# Grids to choose from. INT8 loses so little that its smallest form serves.
+# Grids to choose from. Scales of 8 bits lose nearly nothing; INT8 loses so little that its smallest
+# form serves.
 CANDIDATES = tuple(
-    spec for spec in SPECS if spec.bits < 6 or (not spec.zero_point and spec.bits == 6)
-) + (Spec(8, 64),)
+    replace(spec, scale_bits=8)
+    for spec in SPECS
+    if spec.bits < 6 or (not spec.zero_point and spec.bits == 6)
+) + (Spec(8, 64, scale_bits=8),)
 LINEAR_PROBE, TABLE_PROBE = 4, 6  # bits: enough for a divergence that stands out of the rounding
 PROBED_LAYERS = 18
 PROBE_WINDOWS, PROBE_LENGTH = 12, 32  # many short ones: texts differ more than positions

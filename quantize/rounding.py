@@ -115,7 +115,8 @@ def round_rows(checkpoint: Checkpoint, rows: Rows, progress: Progress) -> Rounde
     raw = raw_rows(info, rows.start, rows.stop)
     fitting = raw.shape[0] * (info.shape[1] // plan.spec.group)
     groups = fitting
-    if plan.method == "rtn" and not plan.spec.zero_point and info.dtype == "bf16":
+    plain = not plan.spec.zero_point and not plan.spec.row_step
+    if plan.method == "rtn" and plain and info.dtype == "bf16":
         tensor, sums = round_symmetric(raw.view("<u2"), plan.spec)  # in one go
         if not np.isfinite(sums).all():
             as_float32(info, raw, rows.start)  # says which

@@ -1,19 +1,23 @@
 """Choice of scales and zero points, and rounding to the grid they span.
 
 The grids of INT4, INT5 and INT6 come from a search weighted by the importance of each input
-channel (`grids`), INT8 scales from the largest value of the group. Scales are rounded to float16
-before any code is computed, so that the codes fit the scales that are stored.
+channel (`grids`), INT8 scales from the largest value of the group. Scales are rounded to what is
+stored before any code is computed: to float16, or to multiples of a step of their row.
 """
 
 from __future__ import annotations
+
+from dataclasses import replace
 
 import numpy as np
 from numpy.typing import NDArray
 
 from uq.errors import CheckpointError
+from uq.formats.row_scales import round_scales
 from uq.formats.spec import QuantTensor, Spec
 from uq.quantize.grids import (
     range_steps,
+    round_levels,
     search_scales,
     search_zeros,
     squares,
@@ -36,6 +40,8 @@ def quantize_rtn(
             INT8 does not use it.
     """
     weight = np.ascontiguousarray(weight)
+    if spec.row_step:
+        return _on_row_steps(weight, quantize_rtn(weight, spec.expanded, importance), spec)
     if not spec.zero_point:
         return round_symmetric(weight.view(np.int32), spec, importance)[0]
     codes, halves = _empty(weight.shape, spec)
@@ -74,6 +80,20 @@ def _empty(shape: tuple[int, ...], spec: Spec) -> tuple[NDArray[np.int8], NDArra
     """For codes, and for the bits of scales."""
     rows, cols = shape
     return np.empty((rows, cols), np.int8), np.empty((rows, cols // spec.group), np.uint16)
+
+
+def _on_row_steps(weight: NDArray[np.float32], found: QuantTensor, spec: Spec) -> QuantTensor:
+    """The nearest codes on the scales of 8 bits next to those found."""
+    scales = round_scales(found.scales)
+    zeros = np.zeros(scales.shape, np.int8) if found.zeros is None else found.zeros
+    codes = np.empty_like(found.codes)
+    round_levels(weight, scales.astype(np.float32), zeros, spec.qmin, spec.qmax, codes)
+    return replace(found, codes=codes, scales=scales, spec=spec)
+
+
+def stored_scales(scales: NDArray[np.float16], spec: Spec) -> NDArray[np.float16]:
+    """The nearest scales (rows, groups) that a spec can store."""
+    return round_scales(scales) if spec.row_step else scales
 
 
 def squared_error(weight: NDArray[np.float32], quantized: QuantTensor) -> NDArray[np.float64]:

@@ -28,7 +28,7 @@ from uq.quantize.factor import DIAGONAL_FLOOR, ESCALATION, unusable
 from uq.quantize.grids import range_steps, symmetric_steps
 from uq.quantize.plan import GptqOptions
 from uq.quantize.refit import REFIT_RIDGE
-from uq.quantize.scales import relative_importance
+from uq.quantize.scales import relative_importance, stored_scales
 
 MADE = 2.0**8  # times numbers of at most 2^5: far from overflow and from the smallest float16
 
@@ -205,19 +205,20 @@ class DeviceSolver:
             target, by_place = self._target(placed, unit, options)
         with self._phase("round"):
             grid = quantizer.search(target, grid_kind(spec), self._importance, unit)
+            self._store_scales(grid, spec, unit)
             quantizer.round(by_place, grid, curvature)
         outputs = self._store.matrix("outputs", target.rows, target.cols)
         damping = options.damping * float(self._statistics.diagonal.mean(dtype=np.float64))
         if options.refit:
             with self._phase("refit"):
                 self._products.multiply(outputs, target, curvature.hessian)
-                quantizer.refit(outputs, grid, curvature, REFIT_RIDGE, unit)
+                self._refit(outputs, grid, spec, unit)
         for _ in range(options.descents):
             with self._phase("descent"):
                 quantizer.descend(target, grid, curvature, damping, SWEEPS)
             if options.refit:
                 with self._phase("refit"):
-                    quantizer.refit(outputs, grid, curvature, REFIT_RIDGE, unit)
+                    self._refit(outputs, grid, spec, unit)
         with self._phase("error"):
             error = self._error(placed, grid)
         with self._phase("download"):
@@ -225,6 +226,19 @@ class DeviceSolver:
         self._errors[id(found)] = error
         self._statistics.made[id(found)] = self._half(grid, unit)
         return found
+
+    def _refit(self, outputs: Matrix, grid: Levels, spec: Spec, unit: float) -> None:
+        self._quantizer.refit(outputs, grid, self._curvature, REFIT_RIDGE, unit)
+        self._store_scales(grid, spec, unit)
+
+    def _store_scales(self, grid: Levels, spec: Spec, unit: float) -> None:
+        """Round the scales to those that the spec can store; done by the host."""
+        if spec.row_step:
+            rows, used = grid.levels.rows, grid.levels.cols // spec.group
+            scales = self._store.numbers(grid.scales, rows * grid.groups).reshape(rows, -1).copy()
+            found = (scales[:, :used] * np.float32(unit)).astype(np.float16)
+            scales[:, :used] = stored_scales(found, spec).astype(np.float32) / np.float32(unit)
+            self._workshop.stream.write(grid.scales.part(0, scales.nbytes), scales)
 
     def _half(self, grid: Levels, unit: float) -> Tokens:
         """What was found as a weight of the layer. Columns are divided by at most 2^4."""

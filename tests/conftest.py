@@ -27,6 +27,7 @@ from uq.formats.checkpoint.demo import demo_gguf
 from uq.formats.checkpoint.read_ahead import THREAD
 from uq.formats.config import EMBEDDING, FINAL_NORM, HEAD, layer_tensor
 from uq.formats.manifest import Manifest, Provenance, gain_name
+from uq.formats.row_scales import round_scales
 from uq.formats.spec import QuantTensor, Spec
 from uq.formats.writer import ArrayEntry, BundleWriter, Entry, QuantEntry
 from uq.quantize.pipeline import QuantizeOptions, quantize
@@ -254,6 +255,8 @@ def rounded(weight: NDArray[np.float32], spec: Spec) -> QuantTensor:
         scales = ((high - low) / (spec.qmax - spec.qmin)).astype(np.float16)
         nibbles = np.rint((spec.qmin - low / scales.astype(np.float32)) / spec.zero_step)
         zeros = nibbles.clip(-8, 7).astype(np.int8) * np.int8(spec.zero_step)
+    if spec.row_step:
+        scales = round_scales(scales)
     codes = np.rint(grouped / scales[:, :, None].astype(np.float32)) + zeros[:, :, None]
     codes = codes.clip(spec.qmin, spec.qmax).astype(np.int8)
     return QuantTensor(

@@ -251,8 +251,8 @@ def test_truncated_files(bundle: Path, name: str) -> None:
 
 
 def test_a_newer_schema(bundle: Path) -> None:
-    edit_manifest(bundle, lambda tree: tree.update(schema=4, uq="9.0", colour="blue"))
-    refuse(bundle, "schema 4 is newer than 3.*update uq .*'9.0'")
+    edit_manifest(bundle, lambda tree: tree.update(schema=5, uq="9.0", colour="blue"))
+    refuse(bundle, "schema 5 is newer than 4.*update uq .*'9.0'")
 
 
 @pytest.mark.parametrize(
@@ -300,7 +300,7 @@ NO_FILE = {"size": 0, "sha256": "0" * 64}
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (at("schema", 0), "schema: expected 1 to 3, found 0"),
+        (at("schema", 0), "schema: expected 1 to 4, found 0"),
         (at("schema", "1"), 'schema: expected an integer, found "1"'),
         (at("schema", True), "schema: expected an integer, found true"),
         (at("two\nlines", "blue"), "is not known"),

@@ -1,4 +1,4 @@
-"""Bundles of every width, with and without zero points: what older readers get, what is refused."""
+"""Bundles of every grid: what older readers get, what is refused."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import hashlib
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,8 @@ from uq.formats.manifest import checksum_line
 from uq.formats.spec import SPECS, Spec
 
 SMALL: dict[str, Any] = {"hidden": 128, "ffn": 256, "vocab": 401}
+STEPS = [replace(spec, scale_bits=8) for spec in SPECS if spec.group == 64]
+EVERY = [*SPECS, *STEPS]
 FIRST = [spec for spec in SPECS if spec.bits in (4, 8) and not spec.zero_point]
 UP = "model.layers.0.mlp.up_proj.weight"
 
@@ -27,8 +30,8 @@ Tree = dict[str, Any]
 
 @pytest.fixture(scope="module")
 def mixed(tiny_bundle: Callable[..., Path]) -> Path:
-    """Every spec occurs; the last tensors begin at INT4 again."""
-    return tiny_bundle(specs=SPECS, layers=3, **SMALL)
+    """Every width occurs, with scales of 8 bits too; the last tensors begin at INT4 again."""
+    return tiny_bundle(specs=EVERY, layers=4, **SMALL)
 
 
 def manifest_of(bundle: Path) -> Tree:
@@ -52,10 +55,10 @@ def refuse(bundle: Path, copy: Path, change: Callable[[Tree], object], message: 
 def test_every_spec_comes_back(
     layout: str, tiny_bundle: Callable[..., Path], bundle_parts: Callable[..., Any]
 ) -> None:
-    options = {"specs": SPECS, "layers": 3, "layout": layout, **SMALL}
+    options = {"specs": EVERY, "layers": 4, "layout": layout, **SMALL}
     opened = open_bundle(tiny_bundle(**options))
     weights = bundle_parts(**options).weights
-    assert {tensor.spec for tensor in weights.values()} == set(SPECS)
+    assert {tensor.spec for tensor in weights.values()} == set(EVERY)
     for name, expected in weights.items():
         found = opened.quant(name)
         assert found.spec == expected.spec
@@ -64,7 +67,7 @@ def test_every_spec_comes_back(
 
 
 def test_dequantized_weights_are_exact(bundle_parts: Callable[..., Any]) -> None:
-    for tensor in bundle_parts(specs=SPECS, layers=3, **SMALL).weights.values():
+    for tensor in bundle_parts(specs=EVERY, layers=4, **SMALL).weights.values():
         group = tensor.spec.group
         zeros = 0 if tensor.zeros is None else tensor.zeros.repeat(group, axis=1).astype(float)
         expected = (tensor.codes - zeros) * tensor.scales.astype(float).repeat(group, axis=1)
@@ -87,10 +90,17 @@ def test_one_tensor_beyond_it_makes_it_schema_2(
     assert all(marked) and bool(marked) == spec.zero_point
 
 
-def test_schema_2_may_say_that_there_are_no_zero_points(mixed: Path, tmp_path: Path) -> None:
+def test_scales_of_8_bits_make_it_schema_4(tiny_bundle: Callable[..., Path]) -> None:
+    tree = manifest_of(tiny_bundle(specs=[Spec(4, 32), Spec(4, 32, scale_bits=8)], **SMALL))
+    assert tree["schema"] == 4
+    assert {tensor.get("scale_bits") for tensor in tree["tensors"].values()} == {None, 8}
+
+
+def test_fields_may_say_that_there_is_nothing_new(mixed: Path, tmp_path: Path) -> None:
     tree = manifest_of(mixed)
     for tensor in tree["tensors"].values():
         tensor.setdefault("zero_point", False)
+        tensor.setdefault("scale_bits", 16)
     data = json.dumps(tree).encode()
     shutil.copytree(mixed, tmp_path / "copy")
     (tmp_path / "copy/manifest.json").write_bytes(data)
@@ -127,6 +137,9 @@ def only(bits: int, zero_point: bool = False) -> Callable[[Tree], str]:
         (only(6), {"bits": 4}, r"is U8 \[\d+, \d+\], but the manifest asks for U8"),
         (only(5, True), {"zero_point": False}, "but the manifest asks for U8"),
         (only(6, True), {"bits": 8}, "zero_point: INT8 has no zero points"),
+        (only(4), {"scale_bits": 4}, "scale_bits: 4 is not one of 16, 8"),
+        (only(4), {"scale_bits": True}, "scale_bits: expected an integer, found true"),
+        (only(4), {"scale_bits": 8}, "but the manifest asks for U8"),
     ],
 )
 def test_specs_that_contradict_the_format_or_the_shard(
@@ -142,10 +155,12 @@ def test_specs_that_contradict_the_format_or_the_shard(
     refuse(mixed, tmp_path / "copy", change, message)
 
 
-def test_schema_1_has_neither_new_widths_nor_zero_points(
-    tiny_bundle: Callable[..., Path], tmp_path: Path
-) -> None:
+def test_older_schemas_have_nothing_newer(tiny_bundle: Callable[..., Path], tmp_path: Path) -> None:
     five = tiny_bundle(bits=5, **SMALL)
     refuse(five, tmp_path / "five", lambda t: t.update(schema=1), "bits: 5 is not one of 4, 8")
+    steps = tiny_bundle(specs=[Spec(5, 32, scale_bits=8)], **SMALL)
+    refuse(
+        steps, tmp_path / "steps", lambda t: t.update(schema=3), "scale_bits: 8 is not one of 16"
+    )
     zeros = tiny_bundle(specs=[Spec(4, 32, True)], **SMALL)
     refuse(zeros, tmp_path / "zeros", lambda t: t.update(schema=1), "schema 1 has no zero points")

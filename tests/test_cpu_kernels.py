@@ -7,13 +7,14 @@ import os
 import subprocess
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import pytest
 from numpy.typing import NDArray
 
 from uq.formats.layouts import LAYOUTS
+from uq.formats.row_scales import round_scales
 from uq.formats.spec import SPECS, QuantTensor, Spec
 from uq.kernels.cpu.elementwise import Activations, quantize_rows
 from uq.kernels.cpu.embedding import embed
@@ -135,6 +136,17 @@ def test_every_layout_opens_to_the_same_bytes(layout: str, spec: Spec) -> None:
     expected, _ = packed(weight)
     end = linear.parts[0, SCALES] + 3 * 5 * linear.parts[0, GROUP_BYTES]  # row blocks, groups
     np.testing.assert_array_equal(arena.data[:end], expected.data[:end])
+
+
+def test_scales_of_8_bits_open_to_the_same_bytes() -> None:
+    exact = random_weight(40, 320, Spec(5, 32, zero_point=True))
+    exact = replace(exact, scales=round_scales(exact.scales))
+    stored = replace(exact, spec=replace(exact.spec, scale_bits=8))
+    arena, linear = packed(stored)
+    expected, expanded = packed(exact)
+    end = linear.parts[0, SCALES] + 3 * 10 * linear.parts[0, GROUP_BYTES]  # row blocks, groups
+    np.testing.assert_array_equal(arena.data[:end], expected.data[:end])
+    assert linear.nbytes == expanded.nbytes
 
 
 def test_the_layout_is_the_documented_one() -> None:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import pytest
 from numpy.typing import NDArray
 
+from uq.formats.row_scales import split_scales
 from uq.formats.spec import SPECS, QuantTensor, Spec
 from uq.quantize.factor import (
     Factor,
@@ -123,6 +125,18 @@ def test_gptq_beats_rounding_to_nearest(spec: Spec) -> None:
     nearest = quantize_rtn(w, spec, moments.importance)
     error = output_error(w, found, moments.hessian)
     assert error < 0.85 * output_error(w, nearest, moments.hessian)
+
+
+@pytest.mark.parametrize("spec", [Spec(4, 32), Spec(5, 64, True)], ids=str)
+def test_scales_of_8_bits_cost_little(spec: Spec) -> None:
+    """Codes are found on scales that can be stored, and refitted scales can be, too."""
+    w, moments = weights(), statistics(inputs())
+    factor, options = factor_of(moments.hessian), GptqOptions()
+    exact = quantize_gptq(w, spec, moments, factor, options)
+    found = quantize_gptq(w, replace(spec, scale_bits=8), moments, factor, options)
+    split_scales(found.scales)  # they are multiples
+    lost = output_error(w, found, moments.hessian) / output_error(w, exact, moments.hessian)
+    assert lost < 1.03
 
 
 def test_output_error_is_that_of_the_outputs() -> None:

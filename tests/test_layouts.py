@@ -10,23 +10,27 @@ from numpy.typing import NDArray
 
 from uq.formats.layout import Layout
 from uq.formats.layouts import LAYOUTS
+from uq.formats.row_scales import round_scales, split_scales
 from uq.formats.spec import BITS, SPECS, QuantTensor, Spec
 
 README = Path(__file__).parents[1] / "formats" / "README.md"
+STEPS = [replace(spec, scale_bits=8) for spec in SPECS if spec.group == 32 << spec.bits % 3]
 SHAPES = [(1, 128), (8, 256), (16, 128), (17, 384), (32, 640), (33, 1152)]
 
 each_layout = pytest.mark.parametrize("layout", LAYOUTS.values(), ids=list(LAYOUTS))
-each_spec = pytest.mark.parametrize("spec", SPECS, ids=str)
+each_spec = pytest.mark.parametrize("spec", [*SPECS, *STEPS], ids=str)
 
 Field = tuple[int, int, int, int]  # byte, its lowest bit, lowest bit of the code, number of bits
 
 
 def random_tensor(shape: tuple[int, int], spec: Spec, seed: int = 0) -> QuantTensor:
-    """Codes and zero points over the whole grid; scales of any bits but NaN, negative ones too."""
+    """Codes and zero points over the whole grid; scales of both signs."""
     rng = np.random.default_rng(seed)
     groups = (shape[0], shape[1] // spec.group)
     codes = rng.integers(spec.qmin, spec.qmax + 1, shape, dtype=np.int8)
     scales = rng.standard_normal(groups).astype(np.float16)
+    if spec.row_step:
+        scales = round_scales(scales)
     zeros = rng.integers(-8, 8, groups, dtype=np.int8) * np.int8(spec.zero_step)
     return QuantTensor(codes, scales, spec, zeros if spec.zero_point else None)
 
@@ -48,16 +52,37 @@ def zero_bytes(name: str, spec: Spec, cols: int) -> int:
     return 16 * -(-outputs(name, spec) * groups // 32)
 
 
+def scale_bytes(name: str, spec: Spec, cols: int) -> int:
+    """V, the size of a plane of scales; of `igpu`: in a tile."""
+    n = {"row": 1, "igpu": 16}.get(name, outputs(name, spec))
+    groups = (128 if name == "igpu" else cols) // spec.group
+    if not spec.row_step:
+        return 2 * n * groups
+    fill = 2 if name == "row" else 16
+    return fill * -(-n * groups // fill)
+
+
 def tile_start(spec: Spec, cols: int, r: int, c: int) -> int:
     """t of `igpu`."""
-    size = 256 * spec.bits + 4096 // spec.group + zero_bytes("igpu", spec, cols)
-    return size * (r // 16 * -(-cols // 128) + c // 128)
+    size = 256 * spec.bits + scale_bytes("igpu", spec, cols) + zero_bytes("igpu", spec, cols)
+    return size * (r // 16 * -(-cols // 128) + c // 128) + 32 * (r // 16) * spec.row_step
 
 
 def block_bytes(name: str, spec: Spec, cols: int) -> int:
     """S of `row` and of the NPU layouts."""
     n = 1 if name == "row" else outputs(name, spec)
-    return n * (cols * spec.bits // 8 + 2 * (cols // spec.group)) + zero_bytes(name, spec, cols)
+    planes = scale_bytes(name, spec, cols) + zero_bytes(name, spec, cols)
+    return n * (cols * spec.bits // 8 + 2 * spec.row_step) + planes
+
+
+def place_step(name: str, spec: Spec, cols: int, r: int) -> int:
+    """Offset of the step of row r."""
+    if name == "row":
+        return r * block_bytes(name, spec, cols) + cols * spec.bits // 8
+    if name == "igpu":
+        return tile_start(spec, cols, 16 * (r // 16 + 1), 0) - 32 + 2 * (r % 16)
+    n = outputs(name, spec)
+    return block_bytes(name, spec, cols) * (r // n) + 2 * (r % n)
 
 
 def masks(start: int, h: int, e: int) -> list[Field]:
@@ -82,7 +107,7 @@ def place_code(name: str, spec: Spec, cols: int, r: int, c: int) -> list[Field]:
         return [low, (t + 1024 + 4 * h * lane + 4 * (m // 8) + k % 4, m % 8, 4, h)]
     n = outputs(name, spec)
     start = block_bytes(name, spec, cols) * (r // n) + zero_bytes(name, spec, cols)
-    start += 2 * n * (cols // spec.group) + 4 * n * bits * (c // 32)
+    start += scale_bytes(name, spec, cols) + 2 * n * spec.row_step + 4 * n * bits * (c // 32)
     e = n * (c % 32) + r % n
     if bits == 8:
         return [(start + e, 0, 0, 8)]
@@ -91,23 +116,21 @@ def place_code(name: str, spec: Spec, cols: int, r: int, c: int) -> list[Field]:
 
 def place_scale(name: str, spec: Spec, cols: int, r: int, g: int) -> tuple[int, int]:
     """Offset of the scales that scale (r, g) is one of, and its number there."""
-    bits, group = spec.bits, spec.group
+    bits, group, step = spec.bits, spec.group, 2 * spec.row_step
     if name == "row":
-        return r * block_bytes(name, spec, cols) + cols * bits // 8, g
+        return r * block_bytes(name, spec, cols) + cols * bits // 8 + step, g
     if name == "igpu":
         c = g * group
         number = r % 16 * (128 // group) + c % 128 // group
         return tile_start(spec, cols, r, c) + 256 * bits, number
     n = outputs(name, spec)
-    return block_bytes(name, spec, cols) * (r // n), n * g + r % n
+    return block_bytes(name, spec, cols) * (r // n) + n * step, n * g + r % n
 
 
 def place_zero(name: str, spec: Spec, cols: int, r: int, g: int) -> tuple[int, int]:
     """Offset and nibble of zero point (r, g)."""
     start, number = place_scale(name, spec, cols, r, g)
-    scales = {"row": cols // spec.group, "igpu": 2048 // spec.group}
-    count = scales.get(name, outputs(name, spec) * (cols // spec.group))
-    return start + 2 * count + number // 2, number % 2
+    return start + scale_bytes(name, spec, cols) + number // 2, number % 2
 
 
 def tile_slowly(name: str, tensor: QuantTensor) -> bytes:
@@ -117,10 +140,16 @@ def tile_slowly(name: str, tensor: QuantTensor) -> bytes:
     for (r, c), code in np.ndenumerate(tensor.codes):
         for offset, bit, first, width in place_code(name, spec, cols, r, c):
             image[offset] |= (int(code) >> first & ((1 << width) - 1)) << bit
-    for (r, g), scale in np.ndenumerate(tensor.scales):
+    scales: NDArray[np.generic] = tensor.scales.astype("<f2")
+    if spec.row_step:
+        steps, scales = split_scales(tensor.scales)
+        for r, step in enumerate(steps):
+            offset = place_step(name, spec, cols, r)
+            image[offset : offset + 2] = step.astype("<f2").tobytes()
+    for (r, g), scale in np.ndenumerate(scales):
         start, number = place_scale(name, spec, cols, r, g)
-        offset = start + 2 * number
-        image[offset : offset + 2] = scale.astype("<f2").tobytes()
+        offset = start + scale.nbytes * number
+        image[offset : offset + scale.nbytes] = scale.tobytes()
     if tensor.zeros is not None:
         for (r, g), zero in np.ndenumerate(tensor.zeros):
             offset, nibble = place_zero(name, spec, cols, r, g)
@@ -173,9 +202,12 @@ def test_tile_inverts_untile(layout: Layout, spec: Spec) -> None:
     shape = (32, 1024)
     noise = np.random.default_rng(3).bytes(layout.nbytes(*shape, spec))
     data = np.frombuffer(noise, np.uint8)
-    if spec.bits == 8 or spec.zero_point:
+    if spec.bits == 8 or spec.zero_point or spec.row_step:
         tensor = layout.untile(data, shape, spec)
         np.maximum(tensor.codes, spec.qmin, out=tensor.codes)  # -128 is off the grid
+        if spec.row_step:  # noise has steps of any bits
+            tame = np.nan_to_num(tensor.scales).clip(-1000, 1000)
+            tensor = replace(tensor, scales=round_scales(tame))
         data = layout.tile(tensor)  # without the padding of zero points
     assert layout.tile(layout.untile(data, shape, spec)).tobytes() == data.tobytes()
 
@@ -207,8 +239,9 @@ def test_blocks_keep_the_alignment(layout: Layout, spec: Spec) -> None:
 @each_spec
 def test_real_shapes_are_stored_without_padding(layout: Layout, spec: Spec) -> None:
     stored, counted = layout.nbytes(2048, 640, spec), spec.nbytes(2048, 640)
-    # Planes of zero points are filled up to the layout's alignment.
-    assert counted <= stored <= counted + 0.0625 / 8 * 2048 * 640 * spec.zero_point
+    # Planes of zero points and of scales in 8 bits are filled up to the layout's alignment.
+    filled = 0.0625 * spec.zero_point + 0.0125 * spec.row_step
+    assert counted <= stored <= counted + filled / 8 * 2048 * 640
 
 
 @each_layout
@@ -259,6 +292,8 @@ def example_tensor(shape: tuple[int, int], spec: Spec) -> QuantTensor:
     codes = (step * r + c) % (spec.qmax - spec.qmin + 1) + spec.qmin
     r, g = np.indices((shape[0], shape[1] // spec.group))
     scales = (0x3C00 + 16 * r + g).astype(np.uint16).view(np.float16)
+    if spec.row_step:
+        scales = ((1 + r % 8 / 8) * ((16 * r + g) % 255 - 127)).astype(np.float16)
     zeros = ((r + g) % 16 - 8) * spec.zero_step if spec.zero_point else None
     return QuantTensor(
         codes.astype(np.int8), scales, spec, None if zeros is None else zeros.astype(np.int8)
@@ -266,12 +301,13 @@ def example_tensor(shape: tuple[int, int], spec: Spec) -> QuantTensor:
 
 
 def test_worked_examples_of_the_specification() -> None:
-    line = r"\| `([\w-]+)` \| (\d)(z?) \| (\d+) \| (\d+) x (\d+) \| (\d+) \| `([0-9a-f ]+)` \|"
+    line = r"\| `([\w-]+)` \| (\d)(z?)(s?) \| (\d+) \| (\d+) x (\d+) \| (\d+) \| `([0-9a-f ]+)` \|"
     examples = re.findall(line, README.read_text())
     assert {name for name, *_ in examples} == set(LAYOUTS)
+    assert {name for name, _, _, s, *_ in examples if s} == set(LAYOUTS)
     assert {(int(bits), z) for _, bits, z, *_ in examples} >= {(b, "") for b in BITS} | {(4, "z")}
-    for name, bits, z, group, rows, cols, offset, expected in examples:
-        spec = Spec(int(bits), int(group), z == "z")
+    for name, bits, z, s, group, rows, cols, offset, expected in examples:
+        spec = Spec(int(bits), int(group), z == "z", 8 if s else 16)
         tensor = example_tensor((int(rows), int(cols)), spec)
         tiled = LAYOUTS[name].tile(tensor).tobytes()
         found = tiled[int(offset) :][: len(bytes.fromhex(expected))]

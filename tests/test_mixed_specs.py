@@ -23,11 +23,11 @@ from uq.quantize.plan import Plan, make_plan
 from uq.quantize.scales import weight_error
 
 ROLES = {
-    "self_attn.q_proj": Spec(5, 32),
+    "self_attn.q_proj": Spec(5, 32, scale_bits=8),
     "self_attn.k_proj": Spec(6, 64, zero_point=True),
     "self_attn.v_proj": Spec(8, 64),
     "self_attn.o_proj": Spec(4, 128, zero_point=True),
-    "mlp.gate_proj": Spec(5, 32, zero_point=True),
+    "mlp.gate_proj": Spec(5, 32, zero_point=True, scale_bits=8),
     "mlp.up_proj": Spec(4, 32),
     "mlp.down_proj": Spec(6, 128),
 }
@@ -66,7 +66,7 @@ def options(method: str, threads: int | None = None) -> QuantizeOptions:
 def test_every_tensor_gets_its_format(method: str, folder: Path, tmp_path: Path) -> None:
     checkpoint = open_checkpoint(folder)
     bundle = open_bundle(quantize(checkpoint, tmp_path / "b", options(method)))
-    assert bundle.manifest.schema == 2
+    assert bundle.manifest.schema == 4
     assert bundle.manifest.tensors[EMBEDDING].spec == bundle.manifest.tensors[HEAD].spec == TABLE
     for layer in range(checkpoint.config.num_layers):
         for role, weight in checkpoint.layer(layer).items():

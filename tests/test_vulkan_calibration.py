@@ -115,8 +115,9 @@ def test_tokens_leave_a_layer_as_from_the_reference(
             assert np.abs(found - expected).max() <= 2e-3 * np.abs(expected).max()
 
 
+@pytest.mark.parametrize("spec", [SPEC, replace(SPEC, scale_bits=8)], ids=str)
 def test_codes_are_those_of_main_memory_on_the_same_statistics(
-    tiny_checkpoint: Callable[..., Path], engine: VulkanEngine
+    tiny_checkpoint: Callable[..., Path], engine: VulkanEngine, spec: Spec
 ) -> None:
     """The device's statistics, in float64: what differs is at ties and what follows from them."""
     checkpoint = open_checkpoint(tiny_checkpoint(**SMALL))
@@ -130,7 +131,7 @@ def test_codes_are_those_of_main_memory_on_the_same_statistics(
         solvers = [each.rescaled(scale).factorize(OPTIONS.damping) for each in both]
         made: dict[str, QuantTensor] = {}
         for role in roles:
-            here, there = (each.quantize(weights[role], SPEC, OPTIONS) for each in solvers)
+            here, there = (each.quantize(weights[role], spec, OPTIONS) for each in solvers)
             errors = [
                 each.output_error(weights[role], tensor)
                 for each, tensor in zip(solvers, (here, there), strict=True)

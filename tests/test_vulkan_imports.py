@@ -12,6 +12,8 @@ from numpy.typing import NDArray
 from tests.vulkan_lab import no_messages  # noqa: F401
 from uq.errors import DeviceError
 from uq.formats.bundle import Bundle, open_bundle
+from uq.formats.layouts import LAYOUTS
+from uq.formats.spec import Spec
 from uq.kernels.backends import open_session
 from uq.kernels.vulkan import imports
 from uq.kernels.vulkan.device import Gpu, choose
@@ -59,6 +61,19 @@ def test_weights_in_place_give_the_same_bits_and_take_no_memory(
     assert str(in_place.placement) == "weights read in place, 1.0 MiB copied"
     for engine in (copied, in_place):
         engine.close()
+
+
+@pytest.mark.parametrize("layout", ["igpu", "row"])
+def test_scales_of_8_bits_are_expanded_and_copied(
+    layout: str, tiny_bundle: Callable[..., Path]
+) -> None:
+    spec = Spec(5, 32, zero_point=True, scale_bits=8)
+    bundle = open_bundle(tiny_bundle(specs=[spec], layout=layout))
+    name = weight_names(bundle.config)[0]
+    weight, tensor = BundleSource(bundle).weight(name), bundle.quant(name)
+    assert weight.mapped is None
+    assert weight.kind.spec == Spec(5, 32, zero_point=True)
+    np.testing.assert_array_equal(weight.read(), LAYOUTS["igpu"].tile(tensor.expanded()))
 
 
 def test_what_the_driver_refuses_is_copied(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,7 +13,8 @@ Codes but INT8's are stored less `qmin`, so that they need no sign extension. A 
 chunks one after the other. Its groups lie apart: 16 float16 scales and, where there are zero
 points, 16 nibbles of them, each plus 8.
 
-All weights share one array: large pages, and one argument for any number of weights.
+All weights share one array: large pages, and one argument for any number of weights. Scales that a
+bundle stores in 8 bits lie here as float16, too.
 """
 
 from __future__ import annotations
@@ -27,12 +28,11 @@ import numpy as np
 from numba import prange
 from numpy.typing import NDArray
 
-from uq.formats.layouts import LAYOUTS
+from uq.formats.layouts import LAYOUTS, TILE
 from uq.formats.spec import QuantTensor, Spec
 from uq.kernels.cpu.llvm import CHUNK, LANES
 from uq.kernels.elementwise import kernel
 
-TILE = LAYOUTS["igpu"]
 TILE_CHUNKS = 4  # chunks in one tile of `igpu`
 ALIGNMENT = 64
 
@@ -187,7 +187,7 @@ def _linear(places: Sequence[Place]) -> Linear:
         cols=places[0].record.shape[1],
         columns=tuple(columns),
         width=first * LANES,
-        nbytes=sum(place.record.spec.nbytes(*place.record.shape) for place in places),
+        nbytes=sum(place.record.spec.expanded.nbytes(*place.record.shape) for place in places),
     )
 
 
@@ -195,7 +195,8 @@ def _pack_one(raw: NDArray[np.uint8], place: Place, data: NDArray[np.uint8]) -> 
     shape, spec = place.record.shape, place.record.spec
     if place.record.layout != TILE.name:
         raw = TILE.tile(LAYOUTS[place.record.layout].untile(raw, shape, spec))
-    tiles = raw.reshape(-1).view(TILE.block(shape[1], spec))["tiles"]  # (blocks, tiles)
+    row_blocks = raw.reshape(-1).view(TILE.block(shape[1], spec))
+    tiles = row_blocks["tiles"]  # (blocks, tiles)
     words = data[place.codes : place.scales].view(np.uint32).reshape(place.words)
     low, high = words[:, :, : words.shape[2] - spec.high_bits], words[:, :, 4:]
     _transpose_words(_frozen(tiles["codes"].view("<u4")), FLIPS[spec.bits][0], low)
@@ -204,7 +205,7 @@ def _pack_one(raw: NDArray[np.uint8], place: Place, data: NDArray[np.uint8]) -> 
         _transpose_words(_frozen(fields), FLIPS[spec.bits][1], high)
     stop = place.scales + 2 * math.prod(place.halves)
     halves = data[place.scales : stop].view(np.uint16).reshape(place.halves)
-    _transpose_scales(_frozen(tiles["scales"].view("<u2")), halves)
+    _transpose_scales(_frozen(TILE.tile_scales(row_blocks).view("<u2")), halves)
     if spec.zero_point:
         _transpose_zeros(_frozen(tiles["zeros"]), TILE_CHUNKS * CHUNK // spec.group, halves)
 

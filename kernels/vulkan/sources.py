@@ -10,13 +10,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from uq.formats.config import EMBEDDING, FINAL_NORM, HEAD, GemmaConfig, layer_tensor
-from uq.formats.layouts import LAYOUTS
+from uq.formats.layouts import LAYOUTS, TILE
 from uq.formats.manifest import gain_name
 from uq.formats.spec import Spec
 from uq.kernels.vulkan.weights import (
     FLOAT_BYTES,
     PIECES,
-    TILE,
     TILE_COLS,
     TILE_ROWS,
     Kind,
@@ -52,7 +51,7 @@ class Tiled(Protocol):
 
 
 class BundleSource:
-    """Codes as they are; those of another layout are permuted."""
+    """Codes as they are; those of another layout are permuted, scales of 8 bits expanded."""
 
     def __init__(self, bundle: Tiled) -> None:
         self._bundle = bundle
@@ -60,15 +59,23 @@ class BundleSource:
 
     def weight(self, name: str) -> Weight:
         raw, record = self._bundle.raw(name)
-        mapped = raw if record.layout == TILE.name else None
+        mapped = raw if _is_tiled(record) else None
         read = partial(_igpu_tiles, raw, record)
-        return Weight(Kind.of(record.spec), record.shape, read, mapped)
+        return Weight(Kind.of(record.spec.expanded), record.shape, read, mapped)
+
+
+def _is_tiled(record: Record) -> bool:
+    """Whether the kernels read a weight as it lies in the bundle."""
+    return record.layout == TILE.name and not record.spec.row_step
 
 
 def _igpu_tiles(raw: NDArray[np.uint8], record: Record) -> NDArray[np.uint8]:
-    if record.layout == TILE.name:
+    if _is_tiled(record):
         return raw
-    return TILE.tile(LAYOUTS[record.layout].untile(raw, record.shape, record.spec))
+    if record.layout == TILE.name:
+        return TILE.expanded(raw, record.shape[1], record.spec)
+    tensor = LAYOUTS[record.layout].untile(raw, record.shape, record.spec)
+    return TILE.tile(tensor.expanded())
 
 
 class Floats(Protocol):

@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import shutil
 import tempfile
+from dataclasses import replace
 from pathlib import Path
+from unittest.mock import patch
 
 import numpy as np
 from gguf import GGUFWriter
@@ -20,9 +22,10 @@ from tests.conftest import (
     write_weights,
 )
 from uq.formats.checkpoint import open_checkpoint
-from uq.formats.config import layer_tensor
+from uq.formats.config import GemmaConfig, layer_tensor
 from uq.progress import SilentProgress
-from uq.quantize.pipeline import QuantizeOptions, quantize
+from uq.quantize.pipeline import QuantizeOptions, plan_of, quantize
+from uq.quantize.plan import Plan
 
 HERE = Path(__file__).parent
 TINY = Tiny(hidden=32, layers=1, heads=1, kv_heads=1, head_dim=32, ffn=32, vocab=364)
@@ -56,11 +59,19 @@ def write_checkpoint(folder: Path) -> None:
 def write_bundle(model: Path, out: Path) -> None:
     """With its journal, `journal.json`, beside it."""
     checkpoint, options = open_checkpoint(model), QuantizeOptions(method="rtn", group=32)
-    try:
-        quantize(checkpoint, out, options, Stop())
-    except KeyboardInterrupt:
-        shutil.copy(out.with_name(out.name + ".partial") / "journal.json", out.parent)
-    quantize(checkpoint, out, options)
+    with patch("uq.quantize.pipeline.plan_of", plan_with_steps):
+        try:
+            quantize(checkpoint, out, options, Stop())
+        except KeyboardInterrupt:
+            shutil.copy(out.with_name(out.name + ".partial") / "journal.json", out.parent)
+        quantize(checkpoint, out, options)
+
+
+def plan_with_steps(config: GemmaConfig, options: QuantizeOptions) -> Plan:
+    """One of the tensors has scales of 8 bits."""
+    plan, name = plan_of(config, options), layer_tensor(0, "mlp.up_proj")
+    found = replace(plan.tensors[name], spec=replace(plan.tensors[name].spec, scale_bits=8))
+    return replace(plan, tensors={**plan.tensors, name: found})
 
 
 def write_gguf(path: Path) -> None:

@@ -17,7 +17,9 @@ def pack_weight(linear: Linear, tensor: QuantTensor) -> NDArray[np.void]:
     come together, block by block of a quad.
     """
     layout = LAYOUTS[LAYOUT[linear.device]]
-    blocks = layout.tile(tensor).view(layout.block(linear.inputs, linear.spec)).reshape(-1)
+    blocks = (
+        layout.tile(tensor.expanded()).view(layout.block(linear.inputs, linear.spec)).reshape(-1)
+    )
     packed = np.zeros((linear.quads * CORES, linear.slices), linear.weight)
     for name in ("scales", "pieces"):
         size = packed[name].shape[2]

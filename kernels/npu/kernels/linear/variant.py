@@ -44,7 +44,8 @@ class Linear:
     def __post_init__(self) -> None:
         if self.device not in LAYOUT:
             raise UsageError(f"no linear kernel for device {self.device}; there are npu1, npu2")
-        if self.spec.bits != 4 or self.spec.zero_point or self.inputs % self.spec.group:
+        spec = self.spec
+        if spec.bits != 4 or spec.zero_point or spec.row_step or self.inputs % spec.group:
             raise UsageError(f"no NPU kernel for {self.inputs} inputs in {self.spec}; use INT4")
         if self.rows < TOKENS or self.rows % TOKENS:
             raise UsageError(f"{self.rows} tokens in a core; use a multiple of {TOKENS}")
