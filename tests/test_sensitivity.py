@@ -139,8 +139,9 @@ def test_more_bits_and_smaller_groups_cost_less(checkpoint: Checkpoint) -> None:
     for choices in costs.values():
         groups = sorted({spec.group for spec in choices})
         for bits in (4, 5):
-            assert choices[Spec(bits, groups[0])] < choices[Spec(bits, groups[-1])]
-            assert choices[Spec(bits + 1, groups[0])] < choices[Spec(bits, groups[0])] / 2
+            small, large = (Spec(bits, group, scale_bits=8) for group in (groups[0], groups[-1]))
+            assert choices[small] < choices[large]
+            assert choices[replace(small, bits=bits + 1)] < choices[small] / 2
 
 
 def test_costs_cover_the_grids_that_fit(checkpoint: Checkpoint) -> None:
