@@ -21,7 +21,7 @@ from uq.quantize.plan import Budget, Plan
 from uq.quantize.probes import candidates
 from uq.quantize.sensitivity import Costs, measure_costs
 
-VERSION = 5  # of the measurement: costs kept by another one are not used
+VERSION = 6  # of the measurement: costs kept by another one are not used
 
 
 def mixed_plan(
