@@ -19,6 +19,8 @@ layout(constant_id = 10) const bool QK_NORM = false;
 layout(constant_id = 11) const float EPS = 1e-6;
 layout(constant_id = 12) const float SCALE = 1.0;
 layout(constant_id = 13) const float CAP = 0.0;
+layout(constant_id = 14) const uint PARTS = 1;  // (part, column, stride) of qkv, whose sum counts
+layout(constant_id = 15) const uint RUN = 1;    // keys of a split at least, and a tile
 #include "activations.glsl"
 #include "cache.glsl"
 
@@ -52,7 +54,7 @@ layout(push_constant) uniform Push {
     uint stride, k_column, v_column, counter;
 };
 
-const uint TILE = LANES / 8;  // keys between two barriers, and at least in a split
+const uint TILE = LANES / 8;  // keys between two barriers
 const uint PAIRS = DIM / 2;
 const uint QUADS = DIM / 4;
 const uint VECTORS = DIM / 8;  // of 8 channels in a row of the cache
@@ -87,9 +89,17 @@ uint quad_place(uint quad) {
     return quad % 2 * VECTORS + quad / 2;
 }
 
+vec4 input_at(uint place) {
+    return MODE == PREPARE ? qkv.at[place] : Inputs(qkv).at[place];
+}
+
 vec4 input_quad(uint column, uint quad) {
     uint place = (gl_WorkGroupID.z * stride + column) / 4 + quad;
-    return MODE == PREPARE ? qkv.at[place] : Inputs(qkv).at[place];
+    vec4 sum = input_at(place);
+    [[unroll]] for (uint part = 1; part < PARTS; part++) {
+        sum += input_at(part * gl_NumWorkGroups.z * (stride / 4) + place);
+    }
+    return sum;
 }
 
 // Queries, and with `appends` the new key and value.
@@ -310,7 +320,7 @@ void main() {
     }
     uint first = WINDOW > 0 && position >= WINDOW ? position + 1 - WINDOW : 0;
     uint seen = position + 1 - first;
-    uint run = max(TILE, (seen + SPLITS - 1) / SPLITS);
+    uint run = max(max(TILE, RUN), (seen + SPLITS - 1) / SPLITS);
     uint splits = MODE == PREPARE ? 1 : (seen + run - 1) / run;
     uint split = gl_WorkGroupID.x, block = gl_WorkGroupID.y;
     head = block * QUERIES / SHARING;

@@ -1,22 +1,30 @@
 #version 460
 #extension GL_GOOGLE_include_directive : require
-// x = activations of gelu(gate) * up, when gate and up are not of one kind. One workgroup a column.
+// x = activations of gelu(gate) * up, of matrices multiplied one by one. Workgroup (column, slice of its channels).
 #include "common.glsl"
 layout(constant_id = 1) const bool FLOAT_X = false;
 layout(constant_id = 2) const uint CHANNELS = 4;
 #include "activations.glsl"
 
 layout(push_constant) uniform Push {
-    Quads gate;  // both (columns, stride) with the rows' padding
+    Quads gate;  // both (part, column, stride) with the rows' padding; the parts' sum counts
     Quads up;
     Uints x;
-    uint stride;
+    uint stride, parts;
 };
 
+vec4 sum_of(Quads from, uint column, uint quad) {
+    vec4 sum = vec4(0.0);
+    for (uint part = 0; part < parts; part++) {
+        sum += from.at[(part * gl_NumWorkGroups.x + column) * (stride / 4) + quad];
+    }
+    return sum;
+}
+
 void main() {
-    uint column = gl_WorkGroupID.x;
-    for (uint quad = lane_index(); quad < CHANNELS / 4; quad += LANES) {
-        vec4 g = gate.at[column * (stride / 4) + quad], u = up.at[column * (stride / 4) + quad];
+    uint column = gl_WorkGroupID.x, first = gl_WorkGroupID.y * LANES + lane_index();
+    for (uint quad = first; quad < CHANNELS / 4; quad += gl_NumWorkGroups.y * LANES) {
+        vec4 g = sum_of(gate, column, quad), u = sum_of(up, column, quad);
         vec4 y = vec4(gelu(g.x), gelu(g.y), gelu(g.z), gelu(g.w)) * u;
         store_activations(x, column * column_words((CHANNELS + 127) / 128), quad, y);
     }

@@ -8,9 +8,9 @@
 #endif
 // y = x W^T for many columns of x (tokens), with matrix instructions: 16 x 16 x 16, float16 into float32.
 //
-// A workgroup makes BM tokens x BN rows of the weight in steps of 64 channels, each of its subgroups
-// SM x SN; of few tokens, one of gl_NumWorkGroups.z parts of the channels. The weight becomes float16 on its way into shared memory; while a step is multiplied, the
-// next one is on its way into registers.
+// A workgroup makes BM tokens x BN rows of the weight in steps of STEP channels, each of its subgroups
+// SM x SN; of few tokens, one of gl_NumWorkGroups.z parts of the channels. The weight becomes float16
+// on its way into shared memory; while a step is multiplied, the next one is on its way into registers.
 #include "common.glsl"
 layout(constant_id = 1) const uint GROUP = 32;
 layout(constant_id = 2) const uint BM = 64;
@@ -18,6 +18,7 @@ layout(constant_id = 3) const uint BN = 128;
 layout(constant_id = 4) const uint SM = 32;  // BM / SM * (BN / SN) subgroups
 layout(constant_id = 5) const uint SN = 32;
 layout(constant_id = 6) const uint PAD = 8;  // float16 behind each row of shared memory
+layout(constant_id = 7) const uint STEP = 64;  // 64 or 128
 #include "weights.glsl"
 
 layout(push_constant) uniform Push {
@@ -28,7 +29,7 @@ layout(push_constant) uniform Push {
     uint tiles, stride, rows, count;
 };
 
-const uint STEP = 64;
+const uint STEPS = 128 / STEP;  // of a tile
 const uint ROW = (STEP + PAD) / 4;  // of shared memory, in f16vec4
 const uint X_VECTORS = BM * (STEP / 8), W_PIECES = BN * (STEP / 32);  // of a step
 const uint X_LOADS = (X_VECTORS + LANES - 1) / LANES;  // of a lane, at most
@@ -46,15 +47,15 @@ Piece w_next[W_LOADS];
 
 void fetch(uint step, uint lane) {
     [[unroll]] for (uint i = 0; i < X_LOADS; i++) {
-        uint load = min(i * LANES + lane, X_VECTORS - 1);
-        uint column = min(gl_WorkGroupID.y * BM + load / 8, count - 1);
-        x_next[i] = x.at[(column * 2 * tiles + step) * 8 + load % 8];
+        uint load = min(i * LANES + lane, X_VECTORS - 1), vectors = STEP / 8;
+        uint column = min(gl_WorkGroupID.y * BM + load / vectors, count - 1);
+        x_next[i] = x.at[(column * STEPS * tiles + step) * vectors + load % vectors];
     }
     [[unroll]] for (uint i = 0; i < W_LOADS; i++) {
-        uint load = min(i * LANES + lane, W_PIECES - 1);
-        uint row = min(gl_WorkGroupID.x * BN + load / 2, rows - 1);
-        uint piece = 2 * (step % 2) + load % 2;
-        w_next[i] = load_piece(weights, row / 16 * tiles + step / 2, row % 16 * 4 + piece);
+        uint load = min(i * LANES + lane, W_PIECES - 1), pieces = STEP / 32;
+        uint row = min(gl_WorkGroupID.x * BN + load / pieces, rows - 1);
+        uint tile = row / 16 * tiles + step / STEPS;
+        w_next[i] = load_piece(weights, tile, row % 16 * 4 + step % STEPS * pieces + load % pieces);
     }
 }
 
@@ -86,7 +87,8 @@ void store_piece(Piece piece, uint place) {
 
 void stage(uint lane) {
     [[unroll]] for (uint i = 0; i < X_LOADS; i++) {
-        uint load = i * LANES + lane, place = load / 8 * ROW + load % 8 * 2;
+        uint load = i * LANES + lane, vectors = STEP / 8;
+        uint place = load / vectors * ROW + load % vectors * 2;
         if (X_VECTORS % LANES != 0 && load >= X_VECTORS) {
             break;
         }
@@ -95,11 +97,11 @@ void stage(uint lane) {
         x_tile[place + 1] = f16vec4(unpackFloat2x16(v.z), unpackFloat2x16(v.w));
     }
     [[unroll]] for (uint i = 0; i < W_LOADS; i++) {
-        uint load = i * LANES + lane;
+        uint load = i * LANES + lane, pieces = STEP / 32;
         if (W_PIECES % LANES != 0 && load >= W_PIECES) {
             break;
         }
-        store_piece(w_next[i], load / 2 * ROW + load % 2 * 8);
+        store_piece(w_next[i], load / pieces * ROW + load % pieces * 8);
     }
 }
 
@@ -121,8 +123,8 @@ void main() {
     uint lane = lane_index();
     uint top = gl_SubgroupID / (BN / SN) * SM, left = gl_SubgroupID % (BN / SN) * SN;
     clear_blocks();
-    uint part_steps = (2 * tiles + gl_NumWorkGroups.z - 1) / gl_NumWorkGroups.z;
-    uint first = gl_WorkGroupID.z * part_steps, last = min(first + part_steps, 2 * tiles);
+    uint steps = STEPS * tiles, part_steps = (steps + gl_NumWorkGroups.z - 1) / gl_NumWorkGroups.z;
+    uint first = gl_WorkGroupID.z * part_steps, last = min(first + part_steps, steps);
     fetch(first, lane);
     for (uint step = first; step < last; step++) {
         stage(lane);

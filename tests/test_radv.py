@@ -52,7 +52,8 @@ def test_products_of_any_width_run_on_subgroups_of_one_size(
     """A column is summed up in the same order on any; here the compiler does not even differ."""
     sizes: dict[str, set[int]] = {}
     for case, one in zip(cases(), compiled[chip].result().pipelines, strict=True):
-        sizes.setdefault(case.module.partition("_")[0], set()).add(one.subgroup)
+        if VARIANTS[case.module].subgroup is None:
+            sizes.setdefault(case.module.partition("_")[0], set()).add(one.subgroup)
     assert sizes["gemv"] == sizes["norm"] == sizes["attention"] == {64}
 
 

@@ -28,7 +28,10 @@ def lab(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Lab]:
 
 @dataclass(frozen=True)
 class Case:
-    """`position` tokens lie in the cache; `tokens` more come."""
+    """`position` tokens lie in the cache; `tokens` more come, in `parts` that are to be summed.
+
+    A split takes `run` keys at least.
+    """
 
     position: int
     tokens: int = 1
@@ -39,6 +42,8 @@ class Case:
     slots: int = 64
     cap: float = 0.0
     qk_norm: bool = True
+    parts: int = 1
+    run: int = 1
 
     @property
     def stride(self) -> int:
@@ -62,6 +67,9 @@ CASES = {
     "head of 256": Case(70, heads=4, kv_heads=1, dim=256, slots=128),
     "some tokens": Case(10, tokens=5),
     "tokens over the ring's end": Case(70, tokens=16, window=40, slots=56),
+    "long splits": Case(400, slots=1024, run=128),
+    "in parts": Case(20, parts=3),
+    "tokens in parts": Case(10, tokens=5, parts=2),
     "tokens of an empty cache": Case(0, tokens=16, window=4, slots=20),
 }
 
@@ -69,13 +77,15 @@ CASES = {
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 def test_attention(lab: Lab, case: Case) -> None:
     rng = np.random.default_rng(case.position)
-    qkv = rng.standard_normal((case.tokens, case.stride)).astype(np.float32)
+    parts = rng.standard_normal((case.parts, case.tokens, case.stride)).astype(np.float32)
     gains = 1 + 0.1 * rng.standard_normal((2, case.dim)).astype(np.float32)
     shape = (case.kv_heads, case.slots, case.dim)
     keys, values = (rng.standard_normal(shape).astype(np.float16) for _ in range(2))
     spans = [lab.put(keys), lab.put(values)]
-    actual = run(lab, case, qkv, gains, "attention", spans * 2)
-    expected = twin(case, qkv, gains, keys.astype(np.float64), values.astype(np.float64))
+    actual = run(lab, case, parts, gains, "attention", spans * 2)
+    expected = twin(
+        case, parts.sum(axis=0), gains, keys.astype(np.float64), values.astype(np.float64)
+    )
     assert np.abs(actual - expected).max() <= 2e-3 * np.abs(expected).max()
 
 
@@ -129,6 +139,8 @@ def run(
             QK_NORM=case.qk_norm,
             SCALE=case.dim**-0.5,
             CAP=case.cap,
+            PARTS=1 if mode == ATTEND else case.parts,
+            RUN=case.run,
         )
     padded = -(-case.heads * case.dim // 128) * 128
     found: Floats = lab.get(x, np.float32, case.tokens, padded)[:, : case.heads * case.dim]

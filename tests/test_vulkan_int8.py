@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from tests import test_vulkan_attention as few
 from tests import test_vulkan_prefill as many
 from tests.test_cpu_session import MODELS, Source, random_tokens
+from tests.test_vulkan_prefill import emulated  # noqa: F401
 from tests.vulkan_lab import Floats, Lab, no_messages  # noqa: F401
 from uq.errors import UsageError
 from uq.formats.checkpoint import open_checkpoint
@@ -115,9 +116,23 @@ def test_attention_of_many_tokens(lab: Lab, case: many.Case) -> None:
     queries = rng.standard_normal((case.tokens, case.heads, case.dim)).astype(np.float32)
     shape = (case.kv_heads, case.slots, case.dim)
     keys, values = (Plane.random(rng, *shape) for _ in range(2))
-    actual = many.attend(lab, case, queries, "attention_prefill_int8", spans(lab, keys, values))
+    cache = spans(lab, keys, values)
+    actual = many.attend(lab, case, queries, "attention_prefill_int8", cache)
     expected = many.attention_twin(case, queries, keys.values, values.values)
     assert np.abs(actual - expected).max() <= 2e-3 * np.abs(expected).max()
+
+
+def test_attention_with_matrix_instructions(lab: Lab, emulated: None) -> None:  # noqa: F811
+    case = many.CASES["behind others"]
+    rng = np.random.default_rng(0)
+    queries = rng.standard_normal((case.tokens, case.heads, case.dim)).astype(np.float32)
+    shape = (case.kv_heads, case.slots, case.dim)
+    keys, values = (Plane.random(rng, *shape) for _ in range(2))
+    cache = spans(lab, keys, values)
+    expected = many.attention_twin(case, queries, keys.values, values.values)
+    for module in many.matrix_modules(lab, "attention_matrix_int8"):
+        actual = many.attend_by_blocks(lab, case, queries, module, cache)
+        assert np.abs(actual - expected).max() <= 3e-3 * np.abs(expected).max()
 
 
 @pytest.mark.parametrize("name", ["gemma2", "gemma3", "gemma3 many heads"])

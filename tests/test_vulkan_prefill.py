@@ -103,14 +103,14 @@ def test_activations_of_any_size_fit_float16(lab: Lab, is_float: bool) -> None:
 
 @pytest.fixture(scope="module")
 def emulated(lab: Lab) -> Iterator[None]:
-    """The modules `gemm_*_matrix` with plain arithmetic in place of the matrix instructions."""
+    """The modules `*_matrix*` with plain arithmetic in place of the matrix instructions."""
     with pytest.MonkeyPatch.context() as patch:
         rows = {
             name.replace("_matrix", "_emulated"): replace(
                 row, macros={**row.macros, "EMULATED": 1}, features=("fp16", "subgroup")
             )
             for name, row in VARIANTS.items()
-            if row.source == "gemm_matrix.comp"
+            if row.source in ("gemm_matrix.comp", "attention_matrix.comp")
         }
         patch.setattr(pipelines, "VARIANTS", {**VARIANTS, **rows})
         compiled = lambda name: compile_variant(rows[name]) if name in rows else load(name)  # noqa: E731
@@ -118,10 +118,10 @@ def emulated(lab: Lab) -> Iterator[None]:
         yield
 
 
-def matrix_modules(lab: Lab, kind: Kind) -> list[str]:
-    """The emulated module, and the true one where the device can run it."""
+def matrix_modules(lab: Lab, name: str) -> list[str]:
+    """Of a module `name` the emulated one, and the true one where the device can run it."""
     able = lab.gpu.physical.has("cooperativeMatrix")
-    return [f"gemm_{kind.name}_emulated"] + [f"gemm_{kind.name}_matrix"] * able
+    return [name.replace("_matrix", "_emulated")] + [name] * able
 
 
 def gemm_matrix(
@@ -159,19 +159,21 @@ def test_gemm_with_matrix_instructions(lab: Lab, emulated: None, spec: Spec) -> 
     cols = math.lcm(COLS, spec.group)
     tensor, kind = random_tensor(ROWS, cols, spec), Kind.of(spec)
     x, weight = normal(TOKENS, cols), lab.weight(tensor, kind)
-    for name in matrix_modules(lab, kind):
+    for name in matrix_modules(lab, f"gemm_{kind.name}_matrix"):
         y = gemm_matrix(lab, name, weight, kind, tensor.shape, x)
         assert_half_product(y, tensor.dequantize(), x)
 
 
-@pytest.mark.parametrize("sizes", [(16, 32, 16, 16), (128, 16, 16, 16), (16, 128, 16, 16)])
+@pytest.mark.parametrize(
+    "sizes", [(16, 32, 16, 16, 64), (128, 16, 16, 16, 64), (16, 64, 16, 16, 128)]
+)
 def test_matrix_gemm_however_it_is_cut(
-    lab: Lab, emulated: None, sizes: tuple[int, int, int, int]
+    lab: Lab, emulated: None, sizes: tuple[int, int, int, int, int]
 ) -> None:
     weight = normal(ROWS, COLS).astype(np.float16).astype(np.float32)
     kind, x = Kind("f16"), normal(40, COLS, seed=1)
-    cut = dict(zip(("BM", "BN", "SM", "SN"), sizes, strict=True))
-    for name in matrix_modules(lab, kind):
+    cut = dict(zip(("BM", "BN", "SM", "SN", "STEP"), sizes, strict=True))
+    for name in matrix_modules(lab, f"gemm_{kind.name}_matrix"):
         y = gemm_matrix(lab, name, lab.weight(weight, kind), kind, weight.shape, x, **cut)
         assert_half_product(y, weight, x)
 
@@ -180,10 +182,21 @@ def test_matrix_gemm_however_it_is_cut(
 def test_parts_of_the_channels_add_up(lab: Lab, emulated: None, parts: int) -> None:
     weight = normal(ROWS, COLS).astype(np.float16).astype(np.float32)
     kind, x = Kind("f16"), normal(TOKENS, COLS, seed=1)
-    for name in matrix_modules(lab, kind):
+    for name in matrix_modules(lab, f"gemm_{kind.name}_matrix"):
         put = lab.weight(weight, kind)
         y = gemm_matrix(lab, name, put, kind, weight.shape, x, parts)
         assert_half_product(y, weight, x)
+
+
+def test_gate_and_up_in_parts(lab: Lab) -> None:
+    gate, up = normal(2, TOKENS, COLS), normal(2, TOKENS, COLS, seed=1)
+    x = lab.room(TOKENS * tiles_of(COLS) * 128)
+    push = addresses(lab.put(gate), lab.put(up), x) + words(COLS, 2)
+    lab.run("geglu", push, TOKENS, 2, LANES=8, FLOAT_X=True, CHANNELS=COLS)
+    g, u = (part.astype(np.float64).sum(axis=0) for part in (gate, up))
+    expected = g / 2 * (1 + np.tanh((2 / np.pi) ** 0.5 * (g + 0.044715 * g**3))) * u
+    found = lab.get(x, np.float32, TOKENS, tiles_of(COLS) * 128)[:, :COLS]
+    assert np.abs(found - expected).max() <= 2e-6 * np.abs(expected).max()
 
 
 @dataclass(frozen=True)
@@ -223,14 +236,60 @@ def test_attention_of_many_tokens(lab: Lab, case: Case) -> None:
     queries = rng.standard_normal((case.tokens, case.heads, case.dim)).astype(np.float32)
     shape = (case.kv_heads, case.slots, case.dim)
     keys, values = (rng.standard_normal(shape).astype(np.float16) for _ in range(2))
-    actual = attend(lab, case, queries, "attention_prefill", [lab.put(keys), lab.put(values)] * 2)
+    cache = [lab.put(keys), lab.put(values)] * 2
+    actual = attend(lab, case, queries, "attention_prefill", cache)
     expected = attention_twin(case, queries, keys.astype(np.float64), values.astype(np.float64))
     assert np.abs(actual - expected).max() <= 2e-6 * np.abs(expected).max()
+
+
+BLOCK_CASES = {
+    name: CASES[name]
+    for name in ("window", "ring wraps", "soft-capped", "one key head", "head of 256")
+}
+
+
+@pytest.mark.parametrize("case", BLOCK_CASES.values(), ids=BLOCK_CASES)
+def test_attention_with_matrix_instructions(lab: Lab, emulated: None, case: Case) -> None:
+    """Queries and weights are rounded to float16."""
+    rng = np.random.default_rng(case.position)
+    queries = rng.standard_normal((case.tokens, case.heads, case.dim)).astype(np.float32)
+    shape = (case.kv_heads, case.slots, case.dim)
+    keys, values = (rng.standard_normal(shape).astype(np.float16) for _ in range(2))
+    cache = [lab.put(keys), lab.put(values)] * 2
+    expected = attention_twin(case, queries, keys.astype(np.float64), values.astype(np.float64))
+    for module in matrix_modules(lab, "attention_matrix"):
+        actual = attend_by_blocks(lab, case, queries, module, cache)
+        assert np.abs(actual - expected).max() <= 2e-3 * np.abs(expected).max()
+
+
+def attend_by_blocks(
+    lab: Lab, case: Case, queries: Floats, module: str, cache: list[Span]
+) -> Floats:
+    rows, subgroups = (16, 2) if case.dim == 256 else (32, 4)
+    tokens = rows // (case.heads // case.kv_heads)
+    lanes = subgroups * lab.gpu.physical.subgroup[0]
+    return attend_in_runs(
+        lab, case, queries, module, cache, tokens, LANES=lanes, ROWS=rows, SUBGROUPS=subgroups
+    )
 
 
 def attend(lab: Lab, case: Case, queries: Floats, module: str, cache: list[Span]) -> Floats:
     """`cache`: keys, values and their scales."""
     lanes, tokens, step = case.cut
+    cut = {"LANES": lanes, "TOKENS": tokens, "KEYS": step}
+    return attend_in_runs(lab, case, queries, module, cache, tokens, **cut)
+
+
+def attend_in_runs(
+    lab: Lab,
+    case: Case,
+    queries: Floats,
+    module: str,
+    cache: list[Span],
+    tokens: int,
+    **cut: int,
+) -> Floats:
+    """Workgroups take up to `tokens` each."""
     size = case.heads * case.dim
     state = blank()
     fields, starts = views(state), range(0, case.tokens, tokens)
@@ -246,17 +305,15 @@ def attend(lab: Lab, case: Case, queries: Floats, module: str, cache: list[Span]
         module,
         push + words(size + 8),
         *(-(-case.tokens // tokens), case.kv_heads),
-        LANES=lanes,
         FLOAT_X=True,
         DIM=case.dim,
         HEADS=case.heads,
         KV_HEADS=case.kv_heads,
-        TOKENS=tokens,
-        KEYS=step,
         WINDOW=case.window,
         SLOTS=case.slots,
         SCALE=case.dim**-0.5,
         CAP=case.cap,
+        **cut,
     )
     return lab.get(x, np.float32, case.tokens, tiles_of(size) * 128)[:, :size]
 

@@ -120,6 +120,7 @@ def prefill_cases(config: GemmaConfig, kinds: Iterable[Kind]) -> Iterator[Case]:
     yield Case("gemm_half", (("LANES", 256),))
     for layer, slots in enumerate(cache_size(config).slots):
         attention = attention_constants(config, layer, slots, WAVE, SHARED_BYTES)
+        attention["FLOAT_X"] = False
         for module in ("attention_prefill", "attention_prefill_int8"):
             yield Case(module, tuple(sorted(attention.items())))
 

@@ -1,7 +1,7 @@
 """Several sequences of a bundle on a GPU. See `uq.kernels.session.BatchSession`.
 
 Up to 16 tokens go through the layers with the bits that each has alone; on a GPU with matrix
-instructions, up to 8 sequences. More of them share products that add in another order, so what a
+instructions, up to 4 sequences. More of them share products that add in another order, so what a
 sequence gets may differ in the last digits.
 """
 

@@ -13,7 +13,8 @@ from uq.kernels.vulkan.weights import Loader, Matrix, padded_rows, tiles_of
 
 COLUMNS = 16  # of a GEMV; more tokens of a pass are a GEMM
 MOST_PARTS = 8  # of a product, summed by who reads it
-MOST_SPLIT = 64  # tokens of a pass whose products have parts
+MANY_PARTS = 4  # the same of a pass of more tokens than these
+MOST_SPLIT = 64
 WORKGROUPS = 256  # of attention, about, that keep a large GPU busy
 PEAK_LOGITS = 32  # of which peaks.comp keeps the greatest
 HEAD_ROWS = 1 << 14  # rows of the head whose logits of many tokens are computed at a time
@@ -170,15 +171,15 @@ def work_sizes(
     hidden, q, mlp = config.hidden_size, config.q_size, config.intermediate_size
     vocab = padded_rows(config.vocab_size)
     unit = 512 if is_float else 288  # of 128 channels
-    value = 4 * tokens
+    value, summed = 4 * tokens, 4 * max(tokens, min(tokens, MOST_SPLIT) * MOST_PARTS)
     return {
         "state": STATE_BYTES,
         "hidden": value * hidden,
         "joined": value * hidden,
-        "branch": 4 * max(tokens, min(tokens, MOST_SPLIT) * MOST_PARTS) * padded_rows(hidden),
+        "branch": max(summed, value * MANY_PARTS) * padded_rows(hidden),
         "normed": value * hidden,
-        "qkv": value * (padded_rows(q) + 2 * padded_rows(config.kv_size)),
-        "wide": value * 2 * padded_rows(mlp),
+        "qkv": summed * (padded_rows(q) + 2 * padded_rows(config.kv_size)),
+        "wide": summed * 2 * padded_rows(mlp),
         "logits": 4 * vocab * sequences,
         "peaks": 4 * -(-vocab // PEAK_LOGITS) * sequences,
         "scores": value * min(vocab, HEAD_ROWS),

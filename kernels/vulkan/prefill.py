@@ -19,22 +19,27 @@ Constants = dict[str, int | float]
 ATTENTION_ROWS = 16  # queries of a workgroup, about
 ATTENTION_LANES = (256, 128, 64)  # about
 KEYS = (32, 16, 8)  # of a step
+MATRIX_ROWS = (64, 32)  # queries of a workgroup, with matrix instructions
+MATRIX_SUMS = 64 * 128  # of its registers
 
 
 @dataclass(frozen=True)
 class MatrixCut:
-    """Sizes of `gemm_matrix.comp`: (tokens, rows) of a workgroup and of each of its subgroups."""
+    """Sizes of `gemm_matrix.comp`: (tokens, rows) of a workgroup and of each of its subgroups, and
+    channels of a step.
+    """
 
     tokens: int = 128
     rows: int = 128
     subgroup_tokens: int = 64
     subgroup_rows: int = 32
+    step: int = 64
 
     @property
     def shared_bytes(self) -> int:
-        """Shared memory of a workgroup: 64 channels of either side with 8 behind them, blocks."""
+        """Shared memory of a workgroup: a step of either side with 8 channels behind it, blocks."""
         subgroups = self.tokens // self.subgroup_tokens * (self.rows // self.subgroup_rows)
-        return 144 * (self.tokens + self.rows) + 1024 * subgroups
+        return 2 * (self.step + 8) * (self.tokens + self.rows) + 1024 * subgroups
 
     def constants(self, kind: Kind, subgroup: int) -> Constants:
         """`subgroup`: invocations of a subgroup."""
@@ -46,12 +51,13 @@ class MatrixCut:
             "BN": self.rows,
             "SM": self.subgroup_tokens,
             "SN": self.subgroup_rows,
+            "STEP": self.step,
         }
 
 
 SMALL_CUT = MatrixCut(64, 64, 32, 32)  # 22 KiB of shared memory: every device has them
-# Tokens up to which a cut serves: of few tokens, more workgroups share the weights' memory.
-CUTS = ((32, MatrixCut(32, 64, 32, 16)), (64, SMALL_CUT))
+# Tokens up to which a cut serves: of few tokens, smaller workgroups have more on their way.
+CUTS = ((32, MatrixCut(32, 64, 32, 16, 128)), (64, SMALL_CUT))
 
 
 @dataclass(frozen=True)
@@ -94,8 +100,8 @@ def gemm_constants(
     """
     if not module.endswith("_matrix"):
         return PlainCut().constants(kind)
-    large = MatrixCut() if MatrixCut().shared_bytes <= shared_bytes else SMALL_CUT
-    cut = next((cut for tokens, cut in CUTS if columns <= tokens), large)
+    cut = next((cut for tokens, cut in CUTS if columns <= tokens), MatrixCut())
+    cut = cut if cut.shared_bytes <= shared_bytes else SMALL_CUT
     return cut.constants(kind, subgroup)
 
 
@@ -143,20 +149,57 @@ class AttentionCut:
         return cls(lanes, even * max(1, ATTENTION_ROWS // even), keys)
 
 
+@dataclass(frozen=True)
+class MatrixAttentionCut:
+    """Sizes of `attention_matrix.comp`: `rows` queries of a workgroup of `subgroups`."""
+
+    rows: int
+    keys: int = 32
+    subgroups: int = 4
+
+    def shared_bytes(self, dim: int) -> int:
+        """Shared memory of a workgroup: queries, a step of the cache, weights, scores."""
+        halves = (self.rows + self.keys) * (dim + 8) + self.rows * (self.keys + 8)
+        return 2 * halves + 4 * self.rows * (self.keys + 17) + 1024
+
+    @classmethod
+    def of(
+        cls, dim: int, sharing: int, subgroup: int, shared_bytes: int
+    ) -> MatrixAttentionCut | None:
+        """The largest that fits, if one does; arguments as of `AttentionCut.of`."""
+        cuts = map(cls, MATRIX_ROWS)
+        return next((cut for cut in cuts if cut._fits(dim, sharing, subgroup, shared_bytes)), None)
+
+    def _fits(self, dim: int, sharing: int, subgroup: int, shared_bytes: int) -> bool:
+        """A lane or more for each row, a row or more for each head, heads that come out even."""
+        even = dim % (16 * self.subgroups) == 0 and dim * self.rows <= MATRIX_SUMS
+        lanes = subgroup * self.subgroups
+        return even and sharing <= self.rows <= lanes and self.shared_bytes(dim) <= shared_bytes
+
+
+def matrix_attention_constants(
+    config: GemmaConfig, layer: int, slots: int, subgroup: int, cut: MatrixAttentionCut
+) -> Constants:
+    """Of a layer whose cache has `slots` tokens, by subgroups of so many invocations."""
+    own = {"LANES": subgroup * cut.subgroups, "ROWS": cut.rows, "SUBGROUPS": cut.subgroups}
+    return {**_attention_constants(config, layer, slots), **own, "KEYS": cut.keys}
+
+
 def attention_constants(
     config: GemmaConfig, layer: int, slots: int, subgroup: int, shared_bytes: int
 ) -> Constants:
     """Of a layer whose cache has `slots` tokens; the rest as in `AttentionCut.of`."""
     sharing = config.num_heads // config.num_kv_heads
     cut = AttentionCut.of(config.head_dim, sharing, subgroup, shared_bytes)
+    own = {"LANES": cut.lanes, "TOKENS": cut.rows // sharing, "KEYS": cut.keys}
+    return {**_attention_constants(config, layer, slots), **own}
+
+
+def _attention_constants(config: GemmaConfig, layer: int, slots: int) -> Constants:
     return {
-        "LANES": cut.lanes,
-        "FLOAT_X": False,
         "DIM": config.head_dim,
         "HEADS": config.num_heads,
         "KV_HEADS": config.num_kv_heads,
-        "TOKENS": cut.rows // sharing,
-        "KEYS": cut.keys,
         "WINDOW": config.window(layer) or 0,
         "SLOTS": slots,
         "SCALE": float(config.attention_scale),

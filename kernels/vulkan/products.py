@@ -15,7 +15,7 @@ from uq.kernels.vulkan.tuning import BRANCH, CHOOSE, GEGLU, STORE, Shape, Tuning
 from uq.kernels.vulkan.weights import Matrix
 from uq.kernels.vulkan.wide import Abilities, Wide
 
-FEW_ALONE = 8  # sequences up to which a GEMV is faster than matrix instructions
+FEW_ALONE = 4  # sequences up to which a GEMV is faster than matrix instructions
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,9 @@ class Products:
         few = FEW_ALONE if self.alone and self.abilities.matrix else COLUMNS
         if self.columns <= few:
             return None
-        return Wide(self.config, self.work, self.pipelines, self.abilities, self.columns)
+        halves = self.abilities.module(self.model.layers[0].out.kind).endswith("_matrix")
+        config, work, columns = self.config, self.work, self.columns
+        return Wide(config, work, self.pipelines, self.abilities, columns, halves)
 
     @property
     def tile(self) -> int:
@@ -80,11 +82,13 @@ class Products:
         like: int = STORE,
         cap: float = 0.0,
         norm: Joining | None = None,
+        parts: int = 1,
     ) -> None:
         """y = matrix x as float32 for each (matrix, y), `stride` values from column to column.
 
         Args:
             like: what follows the product of one column, whose bits these are up to `COLUMNS`.
+            parts: of the channels, of more columns: y is (part, column, stride).
             cap: of the results, up to `COLUMNS`.
             norm: makes x, in the products themselves; of one column.
         """
@@ -93,7 +97,6 @@ class Products:
             self.wide.halve(recorder, kinds, x, outputs[0][0].cols)
         for i, (matrix, y) in enumerate(outputs):
             if self.wide:
-                parts = self.wide.parts(matrix) if like == BRANCH else 1
                 self.wide.product(recorder, matrix, x, y, stride=stride, parts=parts)
             else:
                 stores = norm is not None and i == 0

@@ -16,12 +16,14 @@ from uq.kernels.vulkan.push import addresses, words
 from uq.kernels.vulkan.state import ATTENTION_COUNTER, CHOOSE_COUNTER
 from uq.kernels.vulkan.tuning import BRANCH, CHOOSE, GEGLU
 from uq.kernels.vulkan.weights import Matrix, padded_rows
+from uq.kernels.vulkan.wide import slices
 
 WHOLE, PREPARE, ATTEND = range(3)  # parts of attention, as in shaders/attention.comp
 ROW_LANES = 256  # of a workgroup that holds a token
 NORM_LANES = 512  # of one that makes its norm
 ATTENTION_LANES = 256
 SAMPLE_LANES = 512
+MANY_BLOCKS = 128  # of heads, that keep a large GPU busy without splits of the context
 MOST_QUERIES = 2  # heads that read a key together: their sums are registers
 
 
@@ -58,7 +60,7 @@ class Stages(Products):
         hidden = before.joined
         other = self.work.joined if hidden == self.work.hidden else self.work.hidden
         shape = self.tuning.shape(matrix, self.columns, BRANCH)
-        parts = self.wide.parts(matrix) if self.wide else shape.parts
+        parts = self.wide.parts([matrix]) if self.wide else shape.parts
         return Joining(self.work.branch, hidden, other, branch_gain, gain, parts)
 
     def embed(self, recorder: Recorder, *, decode: bool) -> None:
@@ -80,25 +82,30 @@ class Stages(Products):
         norm = self._norm_inside(recorder, joining)
         qkv, stride = self.work.qkv, layer.columns[-1]
         outputs = [(matrix, qkv.part(4 * row, qkv.nbytes - 4 * row)) for matrix, row in layer.qkv]
-        self.products(recorder, self.work.x, outputs, stride=stride, norm=norm)
+        parts = self._qkv_parts(layer)
+        self.products(recorder, self.work.x, outputs, stride=stride, norm=norm, parts=parts)
         recorder.barrier()
+
+    def _qkv_parts(self, layer: Layer) -> int:
+        return self.wide.few_parts([matrix for matrix, _ in layer.qkv]) if self.wide else 1
 
     def attention(self, recorder: Recorder, layer: Layer, cache: Cache) -> None:
         if self.columns == 1 or self.alone:
-            self._attention(recorder, layer, cache, WHOLE, split_count(self.config))
+            self._attention(recorder, layer, cache, WHOLE)
         else:
-            self._attention(recorder, layer, cache, PREPARE, 1)
+            self._attention(recorder, layer, cache, PREPARE)
             recorder.barrier()
             if self.wide:
                 self.wide.attention(recorder, layer, cache, is_float=self.float_x)
             else:
-                self._attention(recorder, layer, cache, ATTEND, split_count(self.config))
+                self._attention(recorder, layer, cache, ATTEND)
         recorder.barrier()
 
     def branch(self, recorder: Recorder, matrix: Matrix, x: Span) -> None:
         """branch = matrix x, in parts."""
-        outputs = [(matrix, self.work.branch)]
-        self.products(recorder, x, outputs, stride=self.config.hidden_size, like=BRANCH)
+        outputs, stride = [(matrix, self.work.branch)], self.config.hidden_size
+        parts = self.wide.parts([matrix]) if self.wide else 1
+        self.products(recorder, x, outputs, stride=stride, like=BRANCH, parts=parts)
         recorder.barrier()
 
     def gate(self, recorder: Recorder, layer: Layer, joining: Joining) -> None:
@@ -198,19 +205,20 @@ class Stages(Products):
         half = work.wide.nbytes // 2
         halves = work.wide.part(0, half), work.wide.part(half, half)
         outputs = list(zip((gate, up), halves, strict=True))
-        self.products(recorder, work.x, outputs, stride=stride, norm=norm)
+        parts = self.wide.few_parts([gate, up]) if self.wide else 1
+        self.products(recorder, work.x, outputs, stride=stride, norm=norm, parts=parts)
         recorder.barrier()
         pipeline = self.pipelines.get(
             "geglu", LANES=ROW_LANES, FLOAT_X=self.float_x, CHANNELS=gate.rows
         )
-        push = addresses(*halves, work.gated) + words(stride)
-        self.run(recorder, pipeline, push, (self.columns, 1, 1))
+        push = addresses(*halves, work.gated) + words(stride, parts)
+        self.run(recorder, pipeline, push, (self.columns, slices(gate.rows), 1))
 
-    def _attention(
-        self, recorder: Recorder, layer: Layer, cache: Cache, mode: int, splits: int
-    ) -> None:
+    def _attention(self, recorder: Recorder, layer: Layer, cache: Cache, mode: int) -> None:
         config, work, index = self.config, self.work, layer.index
         queries = shared_queries(config.num_heads // config.num_kv_heads)
+        blocks = config.num_heads // queries
+        run = self._least_run(blocks)
         pipeline = self.pipelines.get(
             f"attention{cache.suffix}",
             LANES=ATTENTION_LANES,
@@ -227,6 +235,8 @@ class Stages(Products):
             EPS=float(config.rms_norm_eps),
             SCALE=float(config.attention_scale),
             CAP=float(config.attn_softcap or 0.0),
+            PARTS=1 if mode == ATTEND else self._qkv_parts(layer),
+            RUN=run,
         )
         turns = cache.turns[config.is_sliding(index)]
         gains = (layer.q_gain or turns, layer.k_gain or turns)
@@ -234,7 +244,15 @@ class Stages(Products):
         push = addresses(work.qkv, *gains, *spans, work.context, work.state)
         _, k, v, stride = layer.columns
         push += words(stride, k, v, ATTENTION_COUNTER)
-        self.run(recorder, pipeline, push, (splits, config.num_heads // queries, self.columns))
+        capacity = cache.size.capacity
+        seen = min(layer.window or capacity, capacity)
+        splits = 1 if mode == PREPARE else min(split_count(config), -(-seen // run))
+        self.run(recorder, pipeline, push, (splits, blocks, self.columns))
+
+    def _least_run(self, blocks: int) -> int:
+        """Keys of a split at least: many columns are enough workgroups as they are."""
+        tile = ATTENTION_LANES // 8
+        return tile * max(1, blocks * self.columns // MANY_BLOCKS) if self.wide else tile
 
 
 def shared_queries(sharing: int) -> int:

@@ -86,7 +86,8 @@ def _decode_kernels() -> Iterator[Variant]:
     for name in ("peaks", "sample"):
         yield _kernel(name, f"{name}.comp", constants=("LANES", "CAP"))
     shape = ("DIM", "HEADS", "KV_HEADS", "QUERIES", "WINDOW", "SLOTS", "SPLITS")
-    attention = ("LANES", "FLOAT_X", "MODE", *shape, "QK_NORM", "EPS", "SCALE", "CAP")
+    scores = ("QK_NORM", "EPS", "SCALE", "CAP")
+    attention = ("LANES", "FLOAT_X", "MODE", *shape, *scores, "PARTS", "RUN")
     for name, macros in _caches("attention"):
         yield _kernel(name, "attention.comp", macros, constants=attention)
 
@@ -121,7 +122,7 @@ def _kernel(
 def _prefill_kernels() -> Iterator[Variant]:
     """Of many tokens at a time."""
     tile = ("LANES", "GROUP", "BM", "BN")
-    gemm, matrix = (*tile, "TM", "TN"), (*tile, "SM", "SN", "PAD")
+    gemm, matrix = (*tile, "TM", "TN"), (*tile, "SM", "SN", "PAD", "STEP")
     for kind, macros in _weights().items():
         yield _kernel(f"gemm_{kind}", "gemm.comp", macros, constants=gemm)
         if kind not in _FLOATS:
@@ -136,6 +137,12 @@ def _prefill_kernels() -> Iterator[Variant]:
     attention = ("LANES", "FLOAT_X", *shape)
     for name, macros in _caches("attention_prefill"):
         yield _kernel(name, "attention_prefill.comp", macros, constants=attention)
+    sizes = ("DIM", "HEADS", "KV_HEADS", "ROWS", "KEYS", "WINDOW", "SLOTS", "SCALE", "CAP")
+    blocks = ("LANES", "FLOAT_X", *sizes, "SUBGROUPS")
+    for name, macros in _caches("attention_matrix"):
+        needs = ("fp16", "coopmat")
+        row = _kernel(name, "attention_matrix.comp", macros, needs, blocks)
+        yield replace(row, subgroup=32)
 
 
 def _ceilings() -> Iterator[Variant]:

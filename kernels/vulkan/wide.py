@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import math
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from uq.formats.config import GemmaConfig
@@ -10,16 +11,25 @@ from uq.kernels.vulkan.cache import Cache
 from uq.kernels.vulkan.commands import Recorder
 from uq.kernels.vulkan.device import PhysicalGpu
 from uq.kernels.vulkan.memory import Span
-from uq.kernels.vulkan.model import MOST_PARTS, MOST_SPLIT, Layer, Work
+from uq.kernels.vulkan.model import MANY_PARTS, MOST_PARTS, MOST_SPLIT, Layer, Work
 from uq.kernels.vulkan.pipelines import Pipelines
-from uq.kernels.vulkan.prefill import AttentionCut, attention_constants, gemm_constants, gemm_module
+from uq.kernels.vulkan.prefill import (
+    AttentionCut,
+    Constants,
+    MatrixAttentionCut,
+    attention_constants,
+    gemm_constants,
+    gemm_module,
+    matrix_attention_constants,
+)
 from uq.kernels.vulkan.push import addresses, words
 from uq.kernels.vulkan.variants import VARIANTS
 from uq.kernels.vulkan.weights import Kind, Matrix, tiles_of
 
 HALF_LANES = 256
-SPLIT_ROWS = 64
-ENOUGH_GROUPS = 512  # workgroups that keep a large GPU busy
+SLICE = 4 * HALF_LANES  # quads of a column that a workgroup converts
+BUSY = {"discrete": 512}  # workgroups that keep a device busy
+USUAL_BUSY = 64
 
 
 @dataclass(frozen=True)
@@ -30,17 +40,25 @@ class Abilities:
         matrix: 16 x 16 x 16 products of float16 into float32 are one instruction.
         subgroup: invocations of a subgroup: the usual number, the least, the most.
         shared_bytes: that a workgroup may have.
+        busy: workgroups that keep it busy, about.
     """
 
     integer_dot: bool
     matrix: bool
     subgroup: tuple[int, int, int]
     shared_bytes: int
+    busy: int = USUAL_BUSY
 
     @classmethod
     def of(cls, physical: PhysicalGpu) -> Abilities:
         dot = physical.has("shaderIntegerDotProduct")
-        return cls(dot, physical.has_matrix_blocks, physical.subgroup, physical.shared_bytes)
+        return cls(
+            dot,
+            physical.has_matrix_blocks,
+            physical.subgroup,
+            physical.shared_bytes,
+            BUSY.get(physical.kind, USUAL_BUSY),
+        )
 
     def lanes(self, wish: int | None) -> int:
         """Invocations of a subgroup of a kernel that wishes for so many."""
@@ -52,6 +70,11 @@ class Abilities:
         return gemm_module(kind, matrix=self.matrix, integer_dot=self.integer_dot)
 
 
+def slices(channels: int) -> int:
+    """Workgroups that convert a token's activations."""
+    return -(-channels // (4 * SLICE))
+
+
 def fits_tiles(config: GemmaConfig) -> bool:
     """Whether the heads that share a key head are whole runs of the 32 channels with one scale."""
     return config.q_size // config.num_kv_heads % 32 == 0
@@ -59,13 +82,18 @@ def fits_tiles(config: GemmaConfig) -> bool:
 
 @dataclass(frozen=True)
 class Wide:
-    """Records stages of `columns` tokens."""
+    """Records stages of `columns` tokens.
+
+    Attributes:
+        halves: attention may round to float16 as products do.
+    """
 
     config: GemmaConfig
     work: Work
     pipelines: Pipelines
     abilities: Abilities
     columns: int
+    halves: bool = True
 
     def halve(self, recorder: Recorder, kinds: Iterable[Kind], x: Span, channels: int) -> None:
         """Make activations float16, where the product of a weight of these kinds takes them so."""
@@ -74,16 +102,27 @@ class Wide:
         is_float = any(kind.is_float for kind in kinds)
         pipeline = self.pipelines.get("gemm_half", LANES=HALF_LANES, FLOAT_X=is_float)
         push = addresses(x, self.work.half, self.work.units) + words(tiles_of(channels))
-        recorder.dispatch(pipeline, self.pipelines.layout, push, (self.columns, 1, 1))
+        groups = self.columns, slices(channels), 1
+        recorder.dispatch(pipeline, self.pipelines.layout, push, groups)
         recorder.barrier()
 
-    def parts(self, matrix: Matrix) -> int:
-        """Of the channels, each another workgroup's, of a product whose reader sums them."""
-        if self.columns > MOST_SPLIT or not self._takes_halves(matrix.kind):
+    def parts(self, matrices: Sequence[Matrix]) -> int:
+        """Of the channels, each another workgroup's, of products whose reader sums them.
+
+        Args:
+            matrices: of one kind, that meet the same activations.
+        """
+        if not all(self._takes_halves(matrix.kind) for matrix in matrices):
             return 1
-        groups, steps = -(-matrix.rows // SPLIT_ROWS), 2 * matrix.tiles
-        wanted = max(1, min(MOST_PARTS, ENOUGH_GROUPS // groups, matrix.tiles // 2))
+        groups = sum(math.prod(self._groups(matrix)) for matrix in matrices)
+        steps = matrices[0].tiles
+        most = MOST_PARTS if self.columns <= MOST_SPLIT else MANY_PARTS
+        wanted = max(1, min(most, self.abilities.busy // groups, steps // 2))
         return -(-steps // -(-steps // wanted))  # none of them empty
+
+    def few_parts(self, matrices: Sequence[Matrix]) -> int:
+        """The same where only few tokens have room for parts."""
+        return self.parts(matrices) if self.columns <= MOST_SPLIT else 1
 
     def product(
         self,
@@ -99,44 +138,66 @@ class Wide:
 
         x was given to `halve` before. `parts` of the sum are (part, column) of y.
         """
-        module = self.abilities.module(matrix.kind)
-        lanes = self.abilities.lanes(VARIANTS[module].subgroup)
-        shared = self.abilities.shared_bytes
-        constants = gemm_constants(module, matrix.kind, lanes, shared, self.columns)
         inputs = (self.work.half, self.work.units) if self._takes_halves(matrix.kind) else (x,)
         push = addresses(matrix.span, *inputs, y)
         push += words(matrix.tiles, stride, matrix.rows, self.columns)
-        groups = -(-matrix.rows // int(constants["BN"])), -(-self.columns // int(constants["BM"]))
-        pipeline = self.pipelines.get(module, **constants)
-        recorder.dispatch(pipeline, self.pipelines.layout, push, (*groups, parts))
+        pipeline = self.pipelines.get(self.abilities.module(matrix.kind), **self._cut(matrix))
+        recorder.dispatch(pipeline, self.pipelines.layout, push, (*self._groups(matrix), parts))
 
     def attention(self, recorder: Recorder, layer: Layer, cache: Cache, *, is_float: bool) -> None:
         """context = softmax(Q K^T) V; queries behind their norm and RoPE, keys in the cache."""
         index, work = layer.index, self.work
-        constants = attention_constants(
-            self.config,
-            index,
-            cache.size.slots[index],
-            self.abilities.subgroup[2],
-            self.abilities.shared_bytes,
-        )
-        constants["FLOAT_X"] = is_float
+        module, constants = self._attention(index, cache.size.slots[index])
         push = addresses(work.qkv, *cache.spans(index), work.context, work.state)
         push += words(layer.columns[-1])
-        whole = -(-self.columns // int(constants["TOKENS"]))
+        whole = -(-self.columns // self.tile)
         groups = min(self.columns, whole + cache.size.sequences - 1), self.config.num_kv_heads
-        pipeline = self.pipelines.get(f"attention_prefill{cache.suffix}", **constants)
+        pipeline = self.pipelines.get(f"{module}{cache.suffix}", **constants, FLOAT_X=is_float)
         recorder.dispatch(pipeline, self.pipelines.layout, push, (*groups, 1))
+
+    def _attention(self, layer: int, slots: int) -> tuple[str, Constants]:
+        """Module and sizes; a layer's cache has `slots` tokens of a sequence."""
+        config, abilities = self.config, self.abilities
+        if cut := self._attention_blocks:
+            lanes = self._block_lanes
+            return "attention_matrix", matrix_attention_constants(config, layer, slots, lanes, cut)
+        most, shared = abilities.subgroup[2], abilities.shared_bytes
+        return "attention_prefill", attention_constants(config, layer, slots, most, shared)
 
     @property
     def tile(self) -> int:
         """Tokens that a workgroup of attention takes at a time."""
-        sharing = self.config.num_heads // self.config.num_kv_heads
-        abilities = self.abilities
-        cut = AttentionCut.of(
-            self.config.head_dim, sharing, abilities.subgroup[2], abilities.shared_bytes
-        )
-        return cut.rows // sharing
+        config, abilities = self.config, self.abilities
+        sharing = config.num_heads // config.num_kv_heads
+        if cut := self._attention_blocks:
+            return cut.rows // sharing
+        most, shared = abilities.subgroup[2], abilities.shared_bytes
+        return AttentionCut.of(config.head_dim, sharing, most, shared).rows // sharing
+
+    @property
+    def _attention_blocks(self) -> MatrixAttentionCut | None:
+        """How matrix instructions make attention, where they do."""
+        config, shared = self.config, self.abilities.shared_bytes
+        if not (self.halves and self.abilities.matrix):
+            return None
+        sharing = config.num_heads // config.num_kv_heads
+        return MatrixAttentionCut.of(config.head_dim, sharing, self._block_lanes, shared)
+
+    @property
+    def _block_lanes(self) -> int:
+        return self.abilities.lanes(VARIANTS["attention_matrix"].subgroup)
+
+    def _cut(self, matrix: Matrix) -> Constants:
+        """Sizes of the product of a matrix."""
+        module = self.abilities.module(matrix.kind)
+        lanes = self.abilities.lanes(VARIANTS[module].subgroup)
+        shared = self.abilities.shared_bytes
+        return gemm_constants(module, matrix.kind, lanes, shared, self.columns)
+
+    def _groups(self, matrix: Matrix) -> tuple[int, int]:
+        """Workgroups of its product: along the rows, along the tokens."""
+        cut = self._cut(matrix)
+        return -(-matrix.rows // int(cut["BN"])), -(-self.columns // int(cut["BM"]))
 
     def _takes_halves(self, kind: Kind) -> bool:
         return self.abilities.module(kind).endswith("_matrix")
