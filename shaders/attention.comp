@@ -194,14 +194,17 @@ uint cache_row(uint slot) {
 Channels key_parts[KEY_LOADS], value_parts[VALUE_LOADS];
 
 // Keys beyond the last are the last again: their weights are 0.
-void fetch_tile(uint first, uint last) {
-    uint slot = first % SLOTS, most = last - first;
-    uint row = cache_row(slot + min(lane / 8, most));
+void fetch_keys(uint first, uint last) {
+    uint row = cache_row(first % SLOTS + min(lane / 8, last - first));
     [[unroll]] for (uint i = 0; i < KEY_LOADS; i++) {
         key_parts[i] = fetch(keys, key_scales, row, min(8 * i + lane % 8, VECTORS - 1));
     }
+}
+
+void fetch_values(uint first, uint last) {
     [[unroll]] for (uint i = 0; i < VALUE_LOADS; i++) {
-        row = cache_row(slot + min(lane / VECTORS + i * V_SLICES, most));
+        uint key = min(lane / VECTORS + i * V_SLICES, last - first);
+        uint row = cache_row(first % SLOTS + key);
         value_parts[i] = fetch(values, value_scales, row, lane % VECTORS);
     }
 }
@@ -337,25 +340,32 @@ void main() {
         low[q] = vec4(0.0);
         high[q] = vec4(0.0);
     }
-    [[dont_unroll]] for (uint tile = begin; tile < stop; tile += TILE) {
-        if (MODE != PREPARE) {
-            fetch_tile(tile, stop - 1);
-        }
-        if (tile == begin) {  // while the first tile is on its way
-            prepare(block, appends);
-        }
-        if (MODE == PREPARE) {
-            break;
-        }
+    if (MODE != PREPARE) {
+        fetch_keys(begin, stop - 1);
+        fetch_values(begin, stop - 1);
+    }
+    prepare(block, appends);
+    [[dont_unroll]] for (uint tile = begin; MODE != PREPARE && tile < stop; tile += TILE) {
+        bool more = tile + TILE < stop;  // keys, on their way while these are mixed
         score(tile, stop, fresh);
+        if (more) {
+            fetch_keys(tile + TILE, stop - 1);
+        }
         renormalize(peak, sum);
         mix(tile, fresh, low, high);
+        if (more) {
+            fetch_values(tile + TILE, stop - 1);
+        }
     }
     if (MODE == PREPARE) {
         store_queries(block);
         return;
     }
-    store_partials(low, high, peak, sum);
+    bool is_output = JOINS_OWN && splits == 1;
+    store_partials(low, high, peak, sum, is_output);
+    if (is_output) {
+        return;
+    }
     uint number = counter + gl_WorkGroupID.z * (JOINS_OWN ? BLOCKS : 1) + (JOINS_OWN ? block : 0);
     if (is_last(state, number, JOINS_OWN ? splits : splits * BLOCKS)) {
         join(JOINS_OWN ? block * QUERIES : 0, splits);

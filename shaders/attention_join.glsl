@@ -5,13 +5,22 @@ uint partial_row(uint query_head, uint split) {
     return (block * SPLITS + split) * QUERIES + query_head % QUERIES;
 }
 
-void store_partials(vec4 low[QUERIES], vec4 high[QUERIES], float peak, float sum) {
+// Words of a column of the output.
+uint output_words() {
+    return column_words((HEADS * DIM + 127) / 128);
+}
+
+// Of the only split of heads that share no scale with others: the output.
+void store_partials(vec4 low[QUERIES], vec4 high[QUERIES], float peak, float sum, bool is_output) {
     uint vector = lane % VECTORS, slice = lane / VECTORS;
     if (slice < V_SLICES) {
         [[unroll]] for (uint q = 0; q < QUERIES; q++) {
             gathered[(slice * QUERIES + q) * QUADS + vector] = low[q];
             gathered[(slice * QUERIES + q) * QUADS + VECTORS + vector] = high[q];
         }
+    }
+    if (lane % 8 == 0 && lane / 8 < QUERIES) {
+        correction[lane / 8] = 1.0 / sum;
     }
     barrier();
     uint row = partial_row(gl_WorkGroupID.y * QUERIES, gl_WorkGroupID.x);
@@ -21,7 +30,13 @@ void store_partials(vec4 low[QUERIES], vec4 high[QUERIES], float peak, float sum
         [[unroll]] for (uint s = 1; s < V_SLICES; s++) {
             total += gathered[s * QUERIES * QUADS + at];
         }
-        partials.at[row * QUADS + i] = total;
+        if (is_output) {
+            uint place = gl_WorkGroupID.z * output_words();
+            uint quad = gl_WorkGroupID.y * QUERIES * QUADS + i;
+            store_activations(x, place, quad, total * correction[i / QUADS]);
+        } else {
+            partials.at[row * QUADS + i] = total;
+        }
     }
     if (lane % 8 == 0 && lane / 8 < QUERIES) {
         stats.at[row + lane / 8] = vec2(peak, sum);
@@ -54,7 +69,7 @@ void weigh_splits(uint first_head, uint splits) {
 // The output of JOINED_HEADS heads from all splits.
 void join(uint first_head, uint splits) {
     weigh_splits(first_head, splits);
-    uint words = column_words((HEADS * DIM + 127) / 128);
+    uint words = output_words();
     [[dont_unroll]] for (uint i = lane; i < JOINED_HEADS * QUADS; i += LANES) {
         uint h = i / QUADS, place = partial_row(first_head + h, 0) * QUADS + i % QUADS;
         vec4 total = vec4(0.0);

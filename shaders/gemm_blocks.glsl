@@ -29,8 +29,9 @@ void multiply_step(uint top, uint left) {
         for (uint e = 0; e < 256 / gl_SubgroupSize; e++) {
             uint at = e * gl_SubgroupSize + gl_SubgroupInvocationID;
             uint m = top + 16 * (i / ACROSS) + at / 16, n = left + 16 * (i % ACROSS) + at % 16;
-            for (uint k = 0; k < STEP / 4; k++) {
-                sum[i].element[e] += dot(vec4(x_tile[m * ROW + k]), vec4(w_tile[n * ROW + k]));
+            for (uint k = 0; k < STEP / 2; k++) {
+                vec2 x = unpackHalf2x16(x_tile[m * ROW + k / 4][k % 4]);
+                sum[i].element[e] += dot(x, unpackHalf2x16(w_tile[n * ROW + k / 4][k % 4]));
             }
         }
     }
@@ -53,12 +54,12 @@ void multiply_step(uint top, uint left) {
     [[unroll]] for (uint k = 0; k < STEP / 16; k++) {
         BlockA a[DOWN];
         [[unroll]] for (uint i = 0; i < DOWN; i++) {
-            uint at = (top + 16 * i) * ROW + 4 * k;
+            uint at = (top + 16 * i) * ROW + 2 * k;
             coopMatLoad(a[i], x_tile, at, ROW, gl_CooperativeMatrixLayoutRowMajor);
         }
         [[unroll]] for (uint j = 0; j < ACROSS; j++) {
             BlockB b;
-            uint at = (left + 16 * j) * ROW + 4 * k;
+            uint at = (left + 16 * j) * ROW + 2 * k;
             coopMatLoad(b, w_tile, at, ROW, gl_CooperativeMatrixLayoutColumnMajor);
             [[unroll]] for (uint i = 0; i < DOWN; i++) {
                 sum[i * ACROSS + j] = coopMatMulAdd(a[i], b, sum[i * ACROSS + j]);

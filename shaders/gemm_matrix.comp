@@ -30,15 +30,15 @@ layout(push_constant) uniform Push {
 };
 
 const uint STEPS = 128 / STEP;  // of a tile
-const uint ROW = (STEP + PAD) / 4;  // of shared memory, in f16vec4
+const uint ROW = (STEP + PAD) / 8;  // of shared memory, in vectors of eight float16
 const uint X_VECTORS = BM * (STEP / 8), W_PIECES = BN * (STEP / 32);  // of a step
 const uint X_LOADS = (X_VECTORS + LANES - 1) / LANES;  // of a lane, at most
 const uint W_LOADS = (W_PIECES + LANES - 1) / LANES;
 const uint DOWN = SM / 16;
 const uint ACROSS = SN / 16;
 
-shared f16vec4 x_tile[BM * ROW];
-shared f16vec4 w_tile[BN * ROW];
+shared uvec4 x_tile[BM * ROW];
+shared uvec4 w_tile[BN * ROW];
 shared float y_block[BM / SM * (BN / SN) * 256];  // one for each subgroup, on its way out
 
 uvec4 x_next[X_LOADS];
@@ -70,17 +70,24 @@ void store_piece(Piece piece, uint place) {
 #else
     const float16_t offset = float16_t((1024.0 + 128.0) * UNIT);
 #endif
-    [[unroll]] for (uint i = 0; i < 8; i++) {
-        uint unsigned_ = codes(piece, i / 4)[i % 4] ^ 0x80808080u;
-        f16vec2 even = unpackFloat2x16(unsigned_ & 0x00FF00FFu | EXPONENT);
-        f16vec2 odd = unpackFloat2x16(unsigned_ >> 8 & 0x00FF00FFu | EXPONENT);
-        w_tile[place + i] = (f16vec4(even.x, odd.x, even.y, odd.y) - offset) * scale;
+    [[unroll]] for (uint i = 0; i < 4; i++) {
+        uvec4 halves;
+        [[unroll]] for (uint j = 0; j < 2; j++) {
+            uint unsigned_ = codes(piece, i / 2)[i % 2 * 2 + j] ^ 0x80808080u;
+            f16vec2 even = unpackFloat2x16(unsigned_ & 0x00FF00FFu | EXPONENT);
+            f16vec2 odd = unpackFloat2x16(unsigned_ >> 8 & 0x00FF00FFu | EXPONENT);
+            halves[2 * j] = packFloat2x16((f16vec2(even.x, odd.x) - offset) * scale);
+            halves[2 * j + 1] = packFloat2x16((f16vec2(even.y, odd.y) - offset) * scale);
+        }
+        w_tile[place + i] = halves;
     }
 }
 #else
 void store_piece(Piece piece, uint place) {
-    [[unroll]] for (uint i = 0; i < 8; i++) {
-        w_tile[place + i] = f16vec4(values(piece, i));
+    [[unroll]] for (uint i = 0; i < 4; i++) {
+        vec4 low = values(piece, 2 * i), high = values(piece, 2 * i + 1);
+        uvec2 front = uvec2(packHalf2x16(low.xy), packHalf2x16(low.zw));
+        w_tile[place + i] = uvec4(front, packHalf2x16(high.xy), packHalf2x16(high.zw));
     }
 }
 #endif
@@ -88,20 +95,18 @@ void store_piece(Piece piece, uint place) {
 void stage(uint lane) {
     [[unroll]] for (uint i = 0; i < X_LOADS; i++) {
         uint load = i * LANES + lane, vectors = STEP / 8;
-        uint place = load / vectors * ROW + load % vectors * 2;
+        uint place = load / vectors * ROW + load % vectors;
         if (X_VECTORS % LANES != 0 && load >= X_VECTORS) {
             break;
         }
-        uvec4 v = x_next[i];
-        x_tile[place] = f16vec4(unpackFloat2x16(v.x), unpackFloat2x16(v.y));
-        x_tile[place + 1] = f16vec4(unpackFloat2x16(v.z), unpackFloat2x16(v.w));
+        x_tile[place] = x_next[i];
     }
     [[unroll]] for (uint i = 0; i < W_LOADS; i++) {
         uint load = i * LANES + lane, pieces = STEP / 32;
         if (W_PIECES % LANES != 0 && load >= W_PIECES) {
             break;
         }
-        store_piece(w_next[i], load / pieces * ROW + load % pieces * 8);
+        store_piece(w_next[i], load / pieces * ROW + load % pieces * 4);
     }
 }
 

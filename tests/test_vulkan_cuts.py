@@ -59,7 +59,7 @@ def test_the_best_module_of_a_device(
 def test_lanes_follow_from_the_cut() -> None:
     assert MatrixCut(128, 64, 32, 32).constants(INT4, 64)["LANES"] == 8 * 64
     assert PlainCut(64, 32, 4, 2).constants(INT4)["LANES"] == 16 * 16
-    assert gemm_constants("gemm_int4_matrix", INT4, 32, 48 << 10, 512)["LANES"] == 256
+    assert gemm_constants("gemm_int4_matrix", INT4, 32, 48 << 10, 512)["LANES"] == 128
 
 
 def test_a_small_cut_where_shared_memory_is_small() -> None:

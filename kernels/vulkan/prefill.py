@@ -32,7 +32,7 @@ class MatrixCut:
     tokens: int = 128
     rows: int = 128
     subgroup_tokens: int = 64
-    subgroup_rows: int = 32
+    subgroup_rows: int = 64
     step: int = 64
 
     @property
@@ -57,7 +57,7 @@ class MatrixCut:
 
 SMALL_CUT = MatrixCut(64, 64, 32, 32)  # 22 KiB of shared memory: every device has them
 # Tokens up to which a cut serves: of few tokens, smaller workgroups have more on their way.
-CUTS = ((32, MatrixCut(32, 64, 32, 16, 128)), (64, SMALL_CUT))
+CUTS = ((32, MatrixCut(32, 128, 32, 32)), (64, SMALL_CUT))
 
 
 @dataclass(frozen=True)

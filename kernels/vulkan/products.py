@@ -63,6 +63,10 @@ class Products:
         config, work, columns = self.config, self.work, self.columns
         return Wide(config, work, self.pipelines, self.abilities, columns, halves)
 
+    def halves(self, *matrices: Matrix) -> bool:
+        """Whether products of these take activations that are float16 from the start."""
+        return self.wide is not None and self.wide.takes_halves(matrices)
+
     @property
     def tile(self) -> int:
         """Tokens of a sequence that a workgroup of attention takes at a time."""
@@ -83,16 +87,18 @@ class Products:
         cap: float = 0.0,
         norm: Joining | None = None,
         parts: int = 1,
+        halved: bool = False,
     ) -> None:
         """y = matrix x as float32 for each (matrix, y), `stride` values from column to column.
 
         Args:
             like: what follows the product of one column, whose bits these are up to `COLUMNS`.
             parts: of the channels, of more columns: y is (part, column, stride).
+            halved: x is float16 already, in `work.half`.
             cap: of the results, up to `COLUMNS`.
             norm: makes x, in the products themselves; of one column.
         """
-        if self.wide:
+        if self.wide and not halved:
             kinds = [matrix.kind for matrix, _ in outputs]
             self.wide.halve(recorder, kinds, x, outputs[0][0].cols)
         for i, (matrix, y) in enumerate(outputs):

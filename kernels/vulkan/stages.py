@@ -16,14 +16,14 @@ from uq.kernels.vulkan.push import addresses, words
 from uq.kernels.vulkan.state import ATTENTION_COUNTER, CHOOSE_COUNTER
 from uq.kernels.vulkan.tuning import BRANCH, CHOOSE, GEGLU
 from uq.kernels.vulkan.weights import Matrix, padded_rows
-from uq.kernels.vulkan.wide import slices
 
 WHOLE, PREPARE, ATTEND = range(3)  # parts of attention, as in shaders/attention.comp
 ROW_LANES = 256  # of a workgroup that holds a token
 NORM_LANES = 512  # of one that makes its norm
+GATE_LANES = 512
 ATTENTION_LANES = 256
 SAMPLE_LANES = 512
-MANY_BLOCKS = 128  # of heads, that keep a large GPU busy without splits of the context
+MANY_BLOCKS = 64  # of heads, that keep a large GPU busy without splits of the context
 MOST_QUERIES = 2  # heads that read a key together: their sums are registers
 
 
@@ -44,12 +44,12 @@ class Stages(Products):
             recorder.label = "attention"
             self.attention(recorder, layer, cache)
             recorder.label = "attention output"
-            self.branch(recorder, layer.out, work.context)
+            self.branch(recorder, layer.out, work.context, halved=False)
             joining = self._behind(joining, layer.out, layer.attention_gain, layer.mlp_gain)
             recorder.label = "gate, up"
             self.gate(recorder, layer, joining)
             recorder.label = "down"
-            self.branch(recorder, layer.down, work.gated)
+            self.branch(recorder, layer.down, work.gated, halved=self.halves(layer.down))
             joining = self._behind(joining, layer.down, layer.branch_gain, layer.next_gain)
         self.norm(recorder, joining, keep=True)
 
@@ -79,11 +79,19 @@ class Stages(Products):
         recorder.barrier()
 
     def qkv(self, recorder: Recorder, layer: Layer, joining: Joining) -> None:
-        norm = self._norm_inside(recorder, joining)
+        halved = self.halves(*(matrix for matrix, _ in layer.qkv))
+        norm = self._norm_inside(recorder, joining, halved)
         qkv, stride = self.work.qkv, layer.columns[-1]
         outputs = [(matrix, qkv.part(4 * row, qkv.nbytes - 4 * row)) for matrix, row in layer.qkv]
-        parts = self._qkv_parts(layer)
-        self.products(recorder, self.work.x, outputs, stride=stride, norm=norm, parts=parts)
+        self.products(
+            recorder,
+            self.work.x,
+            outputs,
+            stride=stride,
+            norm=norm,
+            parts=self._qkv_parts(layer),
+            halved=halved,
+        )
         recorder.barrier()
 
     def _qkv_parts(self, layer: Layer) -> int:
@@ -101,17 +109,17 @@ class Stages(Products):
                 self._attention(recorder, layer, cache, ATTEND)
         recorder.barrier()
 
-    def branch(self, recorder: Recorder, matrix: Matrix, x: Span) -> None:
-        """branch = matrix x, in parts."""
+    def branch(self, recorder: Recorder, matrix: Matrix, x: Span, *, halved: bool) -> None:
+        """branch = matrix x, in parts; x as of `products`."""
         outputs, stride = [(matrix, self.work.branch)], self.config.hidden_size
         parts = self.wide.parts([matrix]) if self.wide else 1
-        self.products(recorder, x, outputs, stride=stride, like=BRANCH, parts=parts)
+        self.products(recorder, x, outputs, stride=stride, like=BRANCH, parts=parts, halved=halved)
         recorder.barrier()
 
     def gate(self, recorder: Recorder, layer: Layer, joining: Joining) -> None:
         """gated = gelu(gate x) * (up x)."""
-        norm = self._norm_inside(recorder, joining)
         work, gate, up = self.work, layer.gate, layer.up
+        norm = self._norm_inside(recorder, joining, self.halves(gate, up))
         if gate.kind == up.kind and not self.wide:
             shape = self.tuning.shape(gate, self.columns, GEGLU)
             push = addresses(gate.span, up.span)
@@ -120,28 +128,33 @@ class Stages(Products):
             push += words(gate.blocks, gate.tiles, 0, gate.rows, 1)
             self.gemv(recorder, gate, shape, GEGLU, push, norm)
         else:
-            self._wide_gate(recorder, gate, up, norm)
+            self._wide_gate(recorder, layer, norm)
         recorder.barrier()
 
-    def norm(self, recorder: Recorder, joining: Joining, *, keep: bool = False) -> None:
-        """joined = hidden + norm(branch); x = norm(joined), with `keep` also as float32."""
+    def norm(
+        self, recorder: Recorder, joining: Joining, *, keep: bool = False, halved: bool = False
+    ) -> None:
+        """joined = hidden + norm(branch); x = norm(joined), with `keep` also as float32.
+
+        Args:
+            halved: float16, in `work.half`.
+        """
         before, recorder.label = recorder.label, "norm"
         work, gains = self.work, (joining.branch_gain or joining.gain, joining.gain)
         constants = self.norm_constants(NORM_LANES, joining)
-        pipeline = self.pipelines.get(
-            "norm", LANES=NORM_LANES, FLOAT_X=self.float_x, KEEP_NORMED=keep, **constants
-        )
+        constants |= {"LANES": NORM_LANES, "FLOAT_X": self.float_x}
+        pipeline = self.pipelines.get("norm", KEEP_NORMED=keep, HALF_OUT=halved, **constants)
         spans = (joining.branch or work.branch, joining.hidden, joining.joined, *gains)
-        push = addresses(*spans, work.normed, work.x)
+        push = addresses(*spans, work.normed, work.x, work.half, work.units)
         self.run(recorder, pipeline, push, (self.columns, 1, 1))
         recorder.barrier()
         recorder.label = before
 
-    def _norm_inside(self, recorder: Recorder, joining: Joining) -> Joining | None:
+    def _norm_inside(self, recorder: Recorder, joining: Joining, halved: bool) -> Joining | None:
         """What the products behind it have to do themselves; None: it is done."""
         if self.columns == 1 and self.tuning.makes_norm(self.config.hidden_size):
             return joining
-        self.norm(recorder, joining)
+        self.norm(recorder, joining, halved=halved)
         return None
 
     def head(self, recorder: Recorder) -> None:
@@ -198,21 +211,33 @@ class Stages(Products):
         self.run(recorder, pipeline, push, (self.columns, 1, 1))
         recorder.barrier()
 
-    def _wide_gate(
-        self, recorder: Recorder, gate: Matrix, up: Matrix, norm: Joining | None
-    ) -> None:
-        work, stride = self.work, padded_rows(gate.rows)
+    def _wide_gate(self, recorder: Recorder, layer: Layer, norm: Joining | None) -> None:
+        work, gate, up = self.work, layer.gate, layer.up
+        stride = padded_rows(gate.rows)
         half = work.wide.nbytes // 2
         halves = work.wide.part(0, half), work.wide.part(half, half)
         outputs = list(zip((gate, up), halves, strict=True))
         parts = self.wide.few_parts([gate, up]) if self.wide else 1
-        self.products(recorder, work.x, outputs, stride=stride, norm=norm, parts=parts)
+        self.products(
+            recorder,
+            work.x,
+            outputs,
+            stride=stride,
+            norm=norm,
+            parts=parts,
+            halved=self.halves(gate, up),
+        )
         recorder.barrier()
         pipeline = self.pipelines.get(
-            "geglu", LANES=ROW_LANES, FLOAT_X=self.float_x, CHANNELS=gate.rows
+            "geglu",
+            LANES=GATE_LANES,
+            FLOAT_X=self.float_x,
+            CHANNELS=gate.rows,
+            HALF_OUT=self.halves(layer.down),
+            ITEMS=-(-gate.rows // (4 * GATE_LANES)),
         )
-        push = addresses(*halves, work.gated) + words(stride, parts)
-        self.run(recorder, pipeline, push, (self.columns, slices(gate.rows), 1))
+        push = addresses(*halves, work.gated, work.half, work.units) + words(stride, parts)
+        self.run(recorder, pipeline, push, (self.columns, 1, 1))
 
     def _attention(self, recorder: Recorder, layer: Layer, cache: Cache, mode: int) -> None:
         config, work, index = self.config, self.work, layer.index

@@ -79,10 +79,11 @@ def _decode_kernels() -> Iterator[Variant]:
         if kind not in _FLOATS:
             dotted: dict[str, str | int] = {**macros, "INTEGER_DOT": 1}
             yield _kernel(f"gemv_{kind}_dot", "gemv.comp", dotted, ("int8dot",), gemv)
-    norm = ("LANES", "FLOAT_X", "KEEP_NORMED", "-", *_NORM)
+    norm = ("LANES", "FLOAT_X", "KEEP_NORMED", "HALF_OUT", *_NORM)
     yield _kernel("norm", "norm.comp", constants=norm)
-    for name in ("quantize", "geglu"):
-        yield _kernel(name, f"{name}.comp", constants=("LANES", "FLOAT_X", "CHANNELS"))
+    channels = ("LANES", "FLOAT_X", "CHANNELS")
+    yield _kernel("quantize", "quantize.comp", constants=channels)
+    yield _kernel("geglu", "geglu.comp", constants=(*channels, "HALF_OUT", "ITEMS"))
     for name in ("peaks", "sample"):
         yield _kernel(name, f"{name}.comp", constants=("LANES", "CAP"))
     shape = ("DIM", "HEADS", "KV_HEADS", "QUERIES", "WINDOW", "SLOTS", "SPLITS")

@@ -95,6 +95,10 @@ class Wide:
     columns: int
     halves: bool = True
 
+    def takes_halves(self, matrices: Iterable[Matrix]) -> bool:
+        """Whether products of all of these take activations as float16, and nothing else."""
+        return all(self._takes_halves(matrix.kind) for matrix in matrices)
+
     def halve(self, recorder: Recorder, kinds: Iterable[Kind], x: Span, channels: int) -> None:
         """Make activations float16, where the product of a weight of these kinds takes them so."""
         if not any(self._takes_halves(kind) for kind in kinds):
@@ -112,7 +116,7 @@ class Wide:
         Args:
             matrices: of one kind, that meet the same activations.
         """
-        if not all(self._takes_halves(matrix.kind) for matrix in matrices):
+        if not self.takes_halves(matrices):
             return 1
         groups = sum(math.prod(self._groups(matrix)) for matrix in matrices)
         steps = matrices[0].tiles
