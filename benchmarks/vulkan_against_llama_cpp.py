@@ -40,7 +40,7 @@ from uq.kernels.vulkan.session import VulkanSession
 
 PORT, SLOTS = 8431, 32
 BATCH_PROMPT, BATCH_TOKENS = 64, 128
-WARM_UP = 2  # pairs; a prompt is cut into larger passes once it is known how long one takes
+WARM_UP = 4  # pairs; a prompt is cut into larger passes once it is known how long one takes
 
 
 @dataclass(frozen=True)

@@ -16,11 +16,11 @@ from uq.kernels.vulkan.push import addresses, words
 from uq.kernels.vulkan.state import ATTENTION_COUNTER, CHOOSE_COUNTER
 from uq.kernels.vulkan.tuning import BRANCH, CHOOSE, GEGLU
 from uq.kernels.vulkan.weights import Matrix, padded_rows
+from uq.kernels.vulkan.wide import slices
 
 WHOLE, PREPARE, ATTEND = range(3)  # parts of attention, as in shaders/attention.comp
 ROW_LANES = 256  # of a workgroup that holds a token
 NORM_LANES = 512  # of one that makes its norm
-GATE_LANES = 512
 ATTENTION_LANES = 256
 SAMPLE_LANES = 512
 MANY_BLOCKS = 64  # of heads, that keep a large GPU busy without splits of the context
@@ -44,12 +44,12 @@ class Stages(Products):
             recorder.label = "attention"
             self.attention(recorder, layer, cache)
             recorder.label = "attention output"
-            self.branch(recorder, layer.out, work.context, halved=False)
+            self.branch(recorder, layer.out, work.context)
             joining = self._behind(joining, layer.out, layer.attention_gain, layer.mlp_gain)
             recorder.label = "gate, up"
             self.gate(recorder, layer, joining)
             recorder.label = "down"
-            self.branch(recorder, layer.down, work.gated, halved=self.halves(layer.down))
+            self.branch(recorder, layer.down, work.gated)
             joining = self._behind(joining, layer.down, layer.branch_gain, layer.next_gain)
         self.norm(recorder, joining, keep=True)
 
@@ -109,11 +109,11 @@ class Stages(Products):
                 self._attention(recorder, layer, cache, ATTEND)
         recorder.barrier()
 
-    def branch(self, recorder: Recorder, matrix: Matrix, x: Span, *, halved: bool) -> None:
-        """branch = matrix x, in parts; x as of `products`."""
+    def branch(self, recorder: Recorder, matrix: Matrix, x: Span) -> None:
+        """branch = matrix x, in parts."""
         outputs, stride = [(matrix, self.work.branch)], self.config.hidden_size
         parts = self.wide.parts([matrix]) if self.wide else 1
-        self.products(recorder, x, outputs, stride=stride, like=BRANCH, parts=parts, halved=halved)
+        self.products(recorder, x, outputs, stride=stride, like=BRANCH, parts=parts)
         recorder.barrier()
 
     def gate(self, recorder: Recorder, layer: Layer, joining: Joining) -> None:
@@ -128,7 +128,7 @@ class Stages(Products):
             push += words(gate.blocks, gate.tiles, 0, gate.rows, 1)
             self.gemv(recorder, gate, shape, GEGLU, push, norm)
         else:
-            self._wide_gate(recorder, layer, norm)
+            self._wide_gate(recorder, gate, up, norm)
         recorder.barrier()
 
     def norm(
@@ -211,9 +211,10 @@ class Stages(Products):
         self.run(recorder, pipeline, push, (self.columns, 1, 1))
         recorder.barrier()
 
-    def _wide_gate(self, recorder: Recorder, layer: Layer, norm: Joining | None) -> None:
-        work, gate, up = self.work, layer.gate, layer.up
-        stride = padded_rows(gate.rows)
+    def _wide_gate(
+        self, recorder: Recorder, gate: Matrix, up: Matrix, norm: Joining | None
+    ) -> None:
+        work, stride = self.work, padded_rows(gate.rows)
         half = work.wide.nbytes // 2
         halves = work.wide.part(0, half), work.wide.part(half, half)
         outputs = list(zip((gate, up), halves, strict=True))
@@ -229,15 +230,10 @@ class Stages(Products):
         )
         recorder.barrier()
         pipeline = self.pipelines.get(
-            "geglu",
-            LANES=GATE_LANES,
-            FLOAT_X=self.float_x,
-            CHANNELS=gate.rows,
-            HALF_OUT=self.halves(layer.down),
-            ITEMS=-(-gate.rows // (4 * GATE_LANES)),
+            "geglu", LANES=ROW_LANES, FLOAT_X=self.float_x, CHANNELS=gate.rows
         )
-        push = addresses(*halves, work.gated, work.half, work.units) + words(stride, parts)
-        self.run(recorder, pipeline, push, (self.columns, 1, 1))
+        push = addresses(*halves, work.gated) + words(stride, parts)
+        self.run(recorder, pipeline, push, (self.columns, slices(gate.rows), 1))
 
     def _attention(self, recorder: Recorder, layer: Layer, cache: Cache, mode: int) -> None:
         config, work, index = self.config, self.work, layer.index

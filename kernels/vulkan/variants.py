@@ -81,9 +81,8 @@ def _decode_kernels() -> Iterator[Variant]:
             yield _kernel(f"gemv_{kind}_dot", "gemv.comp", dotted, ("int8dot",), gemv)
     norm = ("LANES", "FLOAT_X", "KEEP_NORMED", "HALF_OUT", *_NORM)
     yield _kernel("norm", "norm.comp", constants=norm)
-    channels = ("LANES", "FLOAT_X", "CHANNELS")
-    yield _kernel("quantize", "quantize.comp", constants=channels)
-    yield _kernel("geglu", "geglu.comp", constants=(*channels, "HALF_OUT", "ITEMS"))
+    for name in ("quantize", "geglu"):
+        yield _kernel(name, f"{name}.comp", constants=("LANES", "FLOAT_X", "CHANNELS"))
     for name in ("peaks", "sample"):
         yield _kernel(name, f"{name}.comp", constants=("LANES", "CAP"))
     shape = ("DIM", "HEADS", "KV_HEADS", "QUERIES", "WINDOW", "SLOTS", "SPLITS")
