@@ -8,6 +8,7 @@ from uq.errors import DeviceError
 from uq.formats.spec import Spec
 from uq.kernels.vulkan.prefill import (
     AttentionCut,
+    MatrixAttentionCut,
     MatrixCut,
     PlainCut,
     gemm_constants,
@@ -32,6 +33,22 @@ def test_attention_comes_out_even(dim: int, sharing: int, subgroup: int) -> None
 def test_attention_shrinks_to_the_shared_memory() -> None:
     large, small = (AttentionCut.of(256, 4, 8, size << 10) for size in (64, 32))
     assert large.shared_bytes(256) > 32 << 10 >= small.shared_bytes(256)
+
+
+@pytest.mark.parametrize("dim", [64, 128, 192, 256])
+@pytest.mark.parametrize("sharing", [1, 2, 3, 8])
+def test_attention_in_blocks_comes_out_even(dim: int, sharing: int) -> None:
+    cut = MatrixAttentionCut.of(dim, sharing, 32, 48 << 10)
+    assert cut and cut.shared_bytes(dim) <= 48 << 10
+    assert cut.rows // 16 * (cut.keys // 16) % cut.subgroups == 0
+    assert 32 * cut.subgroups % cut.rows == 0 and cut.rows >= sharing
+
+
+@pytest.mark.parametrize(
+    ("dim", "sharing", "subgroup", "kib"), [(96, 1, 32, 48), (128, 65, 32, 48), (256, 1, 32, 32)]
+)
+def test_attention_that_blocks_do_not_fit(dim: int, sharing: int, subgroup: int, kib: int) -> None:
+    assert MatrixAttentionCut.of(dim, sharing, subgroup, kib << 10) is None
 
 
 def test_attention_that_does_not_fit() -> None:
@@ -59,7 +76,11 @@ def test_the_best_module_of_a_device(
 def test_lanes_follow_from_the_cut() -> None:
     assert MatrixCut(128, 64, 32, 32).constants(INT4, 64)["LANES"] == 8 * 64
     assert PlainCut(64, 32, 4, 2).constants(INT4)["LANES"] == 16 * 16
-    assert gemm_constants("gemm_int4_matrix", INT4, 32, 48 << 10, 512)["LANES"] == 128
+    small, large = (
+        gemm_constants("gemm_int4_matrix", INT4, 32, 48 << 10, 512, large_blocks=large)
+        for large in (False, True)
+    )
+    assert (small["LANES"], large["LANES"]) == (256, 128)
 
 
 def test_a_small_cut_where_shared_memory_is_small() -> None:

@@ -32,7 +32,7 @@ class MatrixCut:
     tokens: int = 128
     rows: int = 128
     subgroup_tokens: int = 64
-    subgroup_rows: int = 64
+    subgroup_rows: int = 32
     step: int = 64
 
     @property
@@ -90,17 +90,25 @@ def gemm_module(kind: Kind, *, matrix: bool, integer_dot: bool) -> str:
 
 
 def gemm_constants(
-    module: str, kind: Kind, subgroup: int, shared_bytes: int, columns: int
+    module: str,
+    kind: Kind,
+    subgroup: int,
+    shared_bytes: int,
+    columns: int,
+    *,
+    large_blocks: bool = False,
 ) -> Constants:
     """
     Args:
         subgroup: invocations of a subgroup.
         shared_bytes: that a workgroup may have.
         columns: tokens.
+        large_blocks: a subgroup's registers hold 64 x 64 sums.
     """
     if not module.endswith("_matrix"):
         return PlainCut().constants(kind)
-    cut = next((cut for tokens, cut in CUTS if columns <= tokens), MatrixCut())
+    large = MatrixCut(subgroup_rows=64) if large_blocks else MatrixCut()
+    cut = next((cut for tokens, cut in CUTS if columns <= tokens), large)
     cut = cut if cut.shared_bytes <= shared_bytes else SMALL_CUT
     return cut.constants(kind, subgroup)
 

@@ -60,6 +60,12 @@ class Abilities:
             BUSY.get(physical.kind, USUAL_BUSY),
         )
 
+    @property
+    def large_blocks(self) -> bool:
+        """Whether the registers of a subgroup hold 64 x 64 sums: AMD's compiler, whose devices have
+        subgroups of 64, spills some."""
+        return self.subgroup[2] == 32
+
     def lanes(self, wish: int | None) -> int:
         """Invocations of a subgroup of a kernel that wishes for so many."""
         usual, least, most = self.subgroup
@@ -196,7 +202,8 @@ class Wide:
         module = self.abilities.module(matrix.kind)
         lanes = self.abilities.lanes(VARIANTS[module].subgroup)
         shared = self.abilities.shared_bytes
-        return gemm_constants(module, matrix.kind, lanes, shared, self.columns)
+        large = self.abilities.large_blocks
+        return gemm_constants(module, matrix.kind, lanes, shared, self.columns, large_blocks=large)
 
     def _groups(self, matrix: Matrix) -> tuple[int, int]:
         """Workgroups of its product: along the rows, along the tokens."""
