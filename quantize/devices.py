@@ -32,7 +32,7 @@ def open_engine(
 
     Args:
         spill: folder whose disk keeps the activations where the memory of the GPU is too small.
-        limit: of that memory, in bytes; None for all of it.
+        limit: bytes of it, where it is the machine's own memory; None for all of it.
         device: `cpu`, `vulkan`, `vulkan:` and a number or a name, or `auto`, which takes a GPU with
             enough memory, else the CPU.
 
@@ -67,11 +67,13 @@ def _on_gpu(
     limit: int | None,
 ) -> VulkanEngine:
     from uq.kernels.vulkan import pipeline_cache
+    from uq.kernels.vulkan.imports import SHARING
     from uq.quantize.vulkan_calibration import VulkanEngine, device_bytes
 
     require_known(config, "calibration on a GPU", "use --device cpu")
     gpu = _chosen(wish)
-    room = gpu.memory if limit is None else min(limit, gpu.memory)
+    shared = gpu.kind in SHARING  # a discrete GPU's memory is not what the limit is about
+    room = min(limit, gpu.memory) if limit is not None and shared else gpu.memory
     needed = device_bytes(config, tokens, length)
     on_disk = needed > room
     if on_disk:

@@ -83,14 +83,20 @@ VALUES: tuple[Any, ...] = (
 
 
 def damage_json(data: bytes, edits: Sequence[Edit]) -> bytes:
-    """The same document with other values, fewer or more of them, or other nesting."""
+    """The same document with other values, fewer or more of them, or other nesting.
+
+    The document itself where it became too deep to be written.
+    """
     document = json.loads(data)
     for edit in edits:
         places = list(nodes(document))
         if places:
             holder, key = places[edit.place % len(places)]
             JSON_EDITS[edit.kind % len(JSON_EDITS)](holder, key, edit.value)
-    return json.dumps(document, separators=(",", ":")).encode()
+    try:
+        return json.dumps(document, separators=(",", ":")).encode()
+    except RecursionError:
+        return data
 
 
 def nodes(value: Any) -> list[tuple[Any, Any]]:
@@ -104,6 +110,14 @@ def nodes(value: Any) -> list[tuple[Any, Any]]:
             if isinstance(holder[key], dict | list):
                 waiting.append(holder[key])
     return found
+
+
+def copied(value: Any) -> Any:
+    """A copy, or the value itself where earlier edits nested it too deeply to be copied."""
+    try:
+        return deepcopy(value)
+    except RecursionError:
+        return value
 
 
 def replace_value(holder: Any, key: Any, value: int) -> None:
@@ -132,7 +146,7 @@ def nest_value(holder: Any, key: Any, value: int) -> None:
 def move_value(holder: Any, key: Any, value: int) -> None:
     """Another value of the same holder in its place."""
     keys = list(holder) if isinstance(holder, dict) else range(len(holder))
-    holder[key] = deepcopy(holder[keys[value % len(keys)]])
+    holder[key] = copied(holder[keys[value % len(keys)]])
 
 
 def multiply_value(holder: Any, key: Any, value: int) -> None:
@@ -142,9 +156,9 @@ def multiply_value(holder: Any, key: Any, value: int) -> None:
 
 def add_value(holder: Any, key: Any, value: int) -> None:
     if isinstance(holder, dict):
-        holder[f"{key}{value % 3}"] = deepcopy(holder[key])
+        holder[f"{key}{value % 3}"] = copied(holder[key])
     else:
-        holder.append(deepcopy(holder[key]))
+        holder.append(copied(holder[key]))
 
 
 JSON_EDITS = (

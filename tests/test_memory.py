@@ -33,6 +33,12 @@ def fitted(limit: int, options: QuantizeOptions = OPTIONS, shape: str = "27b") -
     return fit(config, plan_of(config, options), LOAD, limit)
 
 
+@pytest.fixture
+def small_program(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As the command is: without the libraries that tests load."""
+    monkeypatch.setattr("uq.quantize.memory._program_bytes", lambda config, load: 180 << 20)
+
+
 def always_spilled(config: GemmaConfig, plan: Plan, load: Load, limit: int | None) -> Fitted:
     return Fitted(plan, footprint(config, plan, load), spills=True)
 
@@ -100,7 +106,7 @@ def test_a_disk_that_fills_up_while_spilling_is_one_line(
         quantize(open_checkpoint(tiny_checkpoint()), tmp_path / "b", options)
 
 
-def test_a_limit_chooses_more_and_more_savings() -> None:
+def test_a_limit_chooses_more_and_more_savings(small_program: None) -> None:
     """First what changes no byte, then ever smaller sizes; each choice fits its limit."""
     whole = fitted(1 << 40, shape="4b")
     assert not whole.spills and whole.plan.gptq.work == WorkSizes()
@@ -124,7 +130,7 @@ def test_what_is_free_does_not_choose_sizes(monkeypatch: pytest.MonkeyPatch) -> 
     assert found.spills and found.plan.gptq.work == WorkSizes()
 
 
-def test_a_limit_that_is_too_small_says_what_would_fit() -> None:
+def test_a_limit_that_is_too_small_says_what_would_fit(small_program: None) -> None:
     with pytest.raises(UsageError, match="--max-memory 1.0 GiB: this run takes about .* GiB"):
         fitted(1 << 30)
     with pytest.raises(UsageError, match="allow as much .--threads 1 takes about .* MiB"):

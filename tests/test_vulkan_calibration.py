@@ -264,6 +264,19 @@ def test_activations_wait_on_the_disk_under_a_limit(
     assert [note.endswith("; activations wait on the disk") for note in notes] == [True, False]
 
 
+def test_the_memory_of_a_discrete_gpu_is_not_under_the_limit(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gpu = replace(choose(), memory=1 << 40, kind="discrete")
+    monkeypatch.setattr(devices, "_chosen", lambda wish: gpu)
+    notes: list[str] = []
+    progress = SilentProgress()
+    monkeypatch.setattr(progress, "note", notes.append)
+    config = open_checkpoint_config()
+    devices.open_engine("vulkan", config, 128, 512, progress, spill=tmp_path, limit=1)
+    assert not notes[0].endswith("; activations wait on the disk")
+
+
 def test_what_waits_on_the_disk_comes_back_bit_for_bit(
     checkpoint: Checkpoint, engine: VulkanEngine, tmp_path: Path
 ) -> None:
