@@ -37,6 +37,7 @@ from uq.kernels.vulkan.weights import Kind, Loader, Weight
 from uq.kernels.vulkan.wide import Abilities
 
 CONTEXT = 8192  # tokens of the KV cache
+LAYERS = 7  # the first, sliding and full ones, and one behind a full one: the rest repeats these
 WAVE, SHARED_BYTES = 64, 65536  # what RADV says of the chips: a subgroup, shared memory
 USUAL = (Kind.of(Spec(4, 32)), Kind.of(Spec(8, 32)))  # of the layers, of the embedding
 INT4Z = Kind.of(Spec(4, 32, zero_point=True))
@@ -66,10 +67,10 @@ def cases() -> list[Case]:
     """Gemma 3 of every size as `uq quantize` makes it; in the 4B every kind of weight, and INT8
     activations with and without zero points; and what calibrates the 4B and the 27B."""
     found: dict[Case, None] = {}
-    for config in map(shape_config, SHAPES):
+    for config in (shape_config(name, LAYERS) for name in SHAPES):
         found |= dict.fromkeys(session_cases(config, *USUAL))
         found |= dict.fromkeys(prefill_cases(config, [*USUAL, *OTHERS]))
-    config = shape_config("4b")
+    config = shape_config("4b", LAYERS)
     for kind in OTHERS:
         found |= dict.fromkeys(session_cases(config, kind, kind))
     for kinds in (USUAL, (INT4Z, INT4Z)):
