@@ -46,32 +46,40 @@ def made(source: Path, out: Path, towers: str = "keep", progress: Any = None) ->
     return open_bundle(quantize(open_checkpoint(source), out, options, progress))
 
 
-def test_towers_keep_their_bytes_names_and_types(source: Path, tmp_path: Path) -> None:
-    bundle = made(source, tmp_path / "b")
+@pytest.fixture(scope="module")
+def kept(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+    return made(source, tmp_path_factory.mktemp("kept") / "b")
+
+
+@pytest.fixture(scope="module")
+def rounded(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+    return made(source, tmp_path_factory.mktemp("rounded") / "b", "int8")
+
+
+def test_towers_keep_their_bytes_names_and_types(source: Path, kept: Bundle) -> None:
     stored = folder_tensors(source)
-    towers = bundle.towers()
+    towers = kept.towers()
     assert set(towers) == {n for n in stored if not n.startswith(PREFIX)} and len(towers) == 4
     for name, tower in towers.items():
         info = stored[name]
         assert (tower.dtype, tower.shape) == (info.dtype, info.shape)
         found = np.concatenate([piece.reshape(-1) for piece in tower.pieces()])
         assert_array_equal(found, info.file.read(info.offset, info.nbytes))
-    assert bundle.manifest.schema == 3
-    assert bundle.manifest.left_out == ()
+    assert kept.manifest.schema == 3
+    assert kept.manifest.left_out == ()
 
 
-def test_safetensors_reads_the_file_of_the_towers(source: Path, tmp_path: Path) -> None:
-    bundle = made(source, tmp_path / "b")
+def test_safetensors_reads_the_file_of_the_towers(source: Path, kept: Bundle) -> None:
     with (
-        safe_open(bundle.path / TOWERS, "pt") as ours,
+        safe_open(kept.path / TOWERS, "pt") as ours,
         safe_open(source / "model.safetensors", "pt") as theirs,
     ):
         for name in ours.keys():  # noqa: SIM118
             assert (ours.get_tensor(name) == theirs.get_tensor(name)).all()
 
 
-def test_int8_rounds_matrices_within_half_a_step(source: Path, tmp_path: Path) -> None:
-    towers = made(source, tmp_path / "b", "int8").towers()
+def test_int8_rounds_matrices_within_half_a_step(source: Path, rounded: Bundle) -> None:
+    towers = rounded.towers()
     assert {name for name, tower in towers.items() if tower.is_int8} == {
         "model.vision_tower.vision_model.embeddings.weight",
         "model.multi_modal_projector.mm_input_projection_weight",
@@ -157,17 +165,15 @@ def tiny_multimodal(folder: Path) -> Path:
     return folder
 
 
-def test_a_gguf_says_that_it_has_no_towers(source: Path, tmp_path: Path) -> None:
-    bundle = made(source, tmp_path / "b")
-    made_file = export(bundle, tmp_path / "m.gguf", ExportOptions("gguf"))
+def test_a_gguf_says_that_it_has_no_towers(kept: Bundle, tmp_path: Path) -> None:
+    made_file = export(kept, tmp_path / "m.gguf", ExportOptions("gguf"))
     assert "mmproj" in made_file.left_out[0]
 
 
-def test_int8_towers_are_exported_with_the_bundles_values(source: Path, tmp_path: Path) -> None:
-    bundle = made(source, tmp_path / "b", "int8")
-    out = export(bundle, tmp_path / "hf", ExportOptions("hf"))
+def test_int8_towers_are_exported_with_the_bundles_values(rounded: Bundle, tmp_path: Path) -> None:
+    out = export(rounded, tmp_path / "hf", ExportOptions("hf"))
     assert out.rounded == ()
-    stored, towers = folder_tensors(out.path), bundle.towers()
+    stored, towers = folder_tensors(out.path), rounded.towers()
     for name, tower in towers.items():
         if tower.is_int8:
             found = read_rows(stored[name], 0, tower.shape[0])
@@ -182,8 +188,8 @@ def test_dropped_towers_are_named(source: Path, tmp_path: Path) -> None:
     assert bundle.manifest.schema < 3
 
 
-def test_the_processor_goes_with_the_towers(source: Path, tmp_path: Path) -> None:
-    assert made(source, tmp_path / "b").asset("preprocessor_config.json") == b'{"size": 8}'
+def test_the_processor_goes_with_the_towers(kept: Bundle) -> None:
+    assert kept.asset("preprocessor_config.json") == b'{"size": 8}'
 
 
 class Notes(SilentProgress):
@@ -204,15 +210,14 @@ def test_a_missing_processor_is_told_in_one_line(source: Path, tmp_path: Path) -
 
 
 def test_a_run_killed_before_the_towers_goes_on(
-    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    source: Path, kept: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    whole = made(source, tmp_path / "whole")
     with monkeypatch.context() as patch:
         patch.setattr("uq.quantize.pipeline.tower_entries", interrupted)
         with pytest.raises(KeyboardInterrupt):
             made(source, tmp_path / "b")
     assert (tmp_path / "b.partial" / "model-00003-of-00003.safetensors").exists()
-    assert made(source, tmp_path / "b").sha256 == whole.sha256
+    assert made(source, tmp_path / "b").sha256 == kept.sha256
 
 
 def interrupted(*_: object) -> None:
@@ -240,11 +245,10 @@ def test_a_changed_tower_is_refused(source: Path, tmp_path: Path) -> None:
 
 
 def test_dry_run_and_inspect_count_the_towers(
-    source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    source: Path, kept: Bundle, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(["quantize", str(source), "--method", "rtn", "--dry-run", "--json"]) == 0
     nbytes = sum(info.nbytes for n, info in folder_tensors(source).items() if PREFIX not in n)
     assert json.loads(capsys.readouterr().out)["towers"] == nbytes
-    made(source, tmp_path / "b")
-    assert main(["inspect", str(tmp_path / "b")]) == 0
+    assert main(["inspect", str(kept.path)]) == 0
     assert f"towers: 4 tensors, {nbytes} B, as in the source" in capsys.readouterr().out
