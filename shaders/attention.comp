@@ -333,7 +333,7 @@ void main() {
     }
     uint begin = first + split * run, stop = min(begin + run, position + 1);
     bool appends = MODE != ATTEND && split + 1 == splits;
-    uint fresh = MODE == ATTEND ? 0xFFFFFFFFu : position;
+    uint fresh = appends ? position : 0xFFFFFFFFu;  // others hold no key or value of it
     float peak = -1e30, sum = 0.0;
     vec4 low[QUERIES], high[QUERIES];
     [[unroll]] for (uint q = 0; q < QUERIES; q++) {

@@ -89,6 +89,26 @@ def test_attention(lab: Lab, case: Case) -> None:
     assert np.abs(actual - expected).max() <= 2e-3 * np.abs(expected).max()
 
 
+def test_infinite_values_stay_in_their_heads(lab: Lab) -> None:
+    """The last split has 18 keys, the tile of the one before it ends behind them.
+
+    What it finds there is what a workgroup of another head left in shared memory.
+    """
+    case = Case(512, heads=32, kv_heads=16, slots=520)
+    rng = np.random.default_rng(0)
+    qkv = rng.standard_normal((1, case.stride)).astype(np.float32)
+    gains = np.ones((2, case.dim), np.float32)
+    shape = (case.kv_heads, case.slots, case.dim)
+    keys, values = (rng.standard_normal(shape).astype(np.float16) for _ in range(2))
+    infinite = qkv.copy()
+    infinite.reshape(-1, case.dim)[-case.kv_heads :: 2] = np.inf
+    actual = run(lab, case, infinite, gains, "attention", [lab.put(keys), lab.put(values)] * 2)
+    expected = twin(case, qkv, gains, keys.astype(np.float64), values.astype(np.float64))
+    grouped = (case.kv_heads, -1, case.dim)  # two heads of a key head
+    actual, expected = (x.reshape(grouped)[1::2] for x in (actual, expected))
+    assert np.abs(actual - expected).max() <= 2e-3 * np.abs(expected).max()
+
+
 def turns(case: Case, positions: NDArray[np.int64]) -> Doubles:
     half = case.dim // 2
     angle = np.outer(positions, 100.0 ** (-np.arange(half) / half))

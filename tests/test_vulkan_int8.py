@@ -77,13 +77,13 @@ FEW = {name: case for name, case in few.CASES.items() if case.dim % 32 == 0}
 def test_attention(lab: Lab, case: few.Case) -> None:
     """A code of a new key at a tie may be the other one: half of 1/127 of the greatest of 32."""
     rng = np.random.default_rng(case.position)
-    qkv = rng.standard_normal((case.tokens, case.stride)).astype(np.float32)
+    parts = rng.standard_normal((case.parts, case.tokens, case.stride)).astype(np.float32)
     gains = 1 + 0.1 * rng.standard_normal((2, case.dim)).astype(np.float32)
     shape = (case.kv_heads, case.slots, case.dim)
     keys, values = (Plane.random(rng, *shape) for _ in range(2))
     stored = spans(lab, keys, values)
-    actual = few.run(lab, case, qkv, gains, "attention_int8", stored)
-    expected = few.twin(case, qkv, gains, keys.values, values.values, rounded)
+    actual = few.run(lab, case, parts, gains, "attention_int8", stored)
+    expected = few.twin(case, parts.sum(axis=0), gains, keys.values, values.values, rounded)
     assert np.abs(actual - expected).max() <= 2e-3 * np.abs(expected).max()
 
 
