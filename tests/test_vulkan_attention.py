@@ -105,8 +105,8 @@ def test_infinite_values_stay_in_their_heads(lab: Lab) -> None:
     actual = run(lab, case, infinite, gains, "attention", [lab.put(keys), lab.put(values)] * 2)
     expected = twin(case, qkv, gains, keys.astype(np.float64), values.astype(np.float64))
     grouped = (case.kv_heads, -1, case.dim)  # two heads of a key head
-    actual, expected = (x.reshape(grouped)[1::2] for x in (actual, expected))
-    assert np.abs(actual - expected).max() <= 2e-3 * np.abs(expected).max()
+    errors = np.abs(actual - expected).reshape(grouped)[1::2]
+    assert errors.max() <= 2e-3 * np.abs(expected).max()
 
 
 def turns(case: Case, positions: NDArray[np.int64]) -> Doubles:
