@@ -38,7 +38,7 @@ from uq.quantize.calibrate import NumpyEngine
 from uq.quantize.calibration_engine import CalibrationEngine
 from uq.quantize.layers import CalibratedLayers
 from uq.quantize.plan import make_plan
-from uq.quantize.vulkan_calibration import VulkanEngine
+from uq.quantize.vulkan_engine import VulkanEngine
 
 Array = NDArray[np.float32]
 SPREAD = 0.02  # of weights

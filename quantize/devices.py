@@ -13,7 +13,7 @@ from uq.text import size
 
 if TYPE_CHECKING:
     from uq.kernels.vulkan.device import PhysicalGpu
-    from uq.quantize.vulkan_calibration import VulkanEngine
+    from uq.quantize.vulkan_engine import VulkanEngine
 
 REAL = ("discrete", "integrated")  # kinds of GPU that `auto` takes
 
@@ -68,7 +68,7 @@ def _on_gpu(
 ) -> VulkanEngine:
     from uq.kernels.vulkan import pipeline_cache
     from uq.kernels.vulkan.imports import SHARING
-    from uq.quantize.vulkan_calibration import VulkanEngine, device_bytes
+    from uq.quantize.vulkan_engine import VulkanEngine, device_bytes
 
     require_known(config, "calibration on a GPU", "use --device cpu")
     gpu = _chosen(wish)

@@ -12,21 +12,17 @@ import math
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 
 from uq.errors import DeviceError
 from uq.formats.config import GemmaConfig
-from uq.formats.spec import GROUPS
 from uq.kernels.products import flat
 from uq.kernels.reference import embed
 from uq.kernels.vulkan.dense.cells import Cell, Row
-from uq.kernels.vulkan.dense.grids import SYSTEM_BYTES
 from uq.kernels.vulkan.dense.layer import Chunk, Layer, Tokens, power_below
-from uq.kernels.vulkan.dense.matrix import Matrix, padded
+from uq.kernels.vulkan.dense.matrix import Matrix
 from uq.kernels.vulkan.dense.workshop import Workshop
-from uq.kernels.vulkan.device import PhysicalGpu
 from uq.kernels.vulkan.memory import Span
 from uq.quantize.calibration_engine import (
     Array,
@@ -37,9 +33,9 @@ from uq.quantize.calibration_engine import (
     Weights,
 )
 from uq.quantize.moments import GAIN_RIDGE, token_weights
-from uq.quantize.plan import GptqOptions, WorkSizes
+from uq.quantize.plan import GptqOptions
 from uq.quantize.vulkan_gptq import DeviceStatistics
-from uq.quantize.vulkan_waiting import OnDevice, OnDisk, Waiting
+from uq.quantize.vulkan_waiting import Waiting
 
 ATTENTION = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
 MLP = ("mlp.gate_proj", "mlp.up_proj")
@@ -48,47 +44,6 @@ HIDDEN, EXACT_HIDDEN, EXACT_OUT = "hidden", "exact hidden", "exact out"
 CONTEXT, MLP_HIDDEN = "context", "mlp hidden"
 INPUT_OF = {"self_attn.o_proj": CONTEXT, "mlp.down_proj": MLP_HIDDEN}
 HEADROOM = 4.0  # root mean square of weighed outputs as float16, which end at 65504
-
-
-class VulkanEngine:
-    """Calibrates on one GPU, which is opened when a calibration begins."""
-
-    def __init__(
-        self,
-        physical: PhysicalGpu,
-        pipeline_cache: Path,
-        *,
-        spill: Path | None = None,
-        timed: bool = False,
-    ) -> None:
-        """
-        Args:
-            spill: folder whose disk keeps the activations; None keeps them on the device. The
-                bytes of the bundle are the same.
-            timed: as of `Stream`.
-        """
-        self._physical, self._cache, self._timed = physical, pipeline_cache, timed
-        self._spill = spill
-        self.workshop: Workshop | None = None
-
-    @property
-    def name(self) -> str:
-        return f"vulkan {self._physical.name}"
-
-    def begin(
-        self, config: GemmaConfig, rows: Iterable[TokenRows], options: GptqOptions
-    ) -> VulkanCalibration:
-        """Raises DeviceError: the device fails."""
-        self.close()
-        with explained():
-            self.workshop = Workshop.open(self._physical, self._cache, timed=self._timed)
-            waiting = None if self._spill is None else OnDisk(self.workshop.stream, self._spill)
-            return VulkanCalibration(self.workshop, config, rows, options, waiting or OnDevice())
-
-    def close(self) -> None:
-        if self.workshop is not None:
-            self.workshop.close()
-        self.workshop = None
 
 
 @contextmanager
@@ -101,27 +56,9 @@ def explained() -> Iterator[None]:
             raise
         what = str(error).partition(";")[0]
         raise DeviceError(
-            f"calibration on the GPU: {what}; the same command continues, with less of its memory "
-            "by --max-memory; --device cpu has other codes and needs --restart"
+            f"calibration on the GPU: {what}; the same command continues (an iGPU with less of "
+            "its memory by --max-memory); --device cpu has other codes and needs --restart"
         ) from error
-
-
-def device_bytes(config: GemmaConfig, tokens: int, length: int, *, on_disk: bool = False) -> int:
-    """Of the device's memory for a calibration on two paths, about, from above.
-
-    Args:
-        on_disk: the activations of all batches but one wait there.
-    """
-    hidden, ffn, q = config.hidden_size, config.intermediate_size, config.q_size
-    n, largest = padded(max(hidden, ffn, q)), padded(hidden) * padded(ffn)
-    batch = max(WorkSizes().batch_tokens, length)
-    held = min(tokens, batch) if on_disk else tokens
-    streams = held * (3 * 4 * padded(hidden) + 2 * (padded(q) + padded(ffn)))
-    squares = 4 * (3 * n * n + padded(hidden) ** 2)
-    layer = sum(padded(rows) * padded(cols) for rows, cols in config.linear_shapes(0).values())
-    work = batch * (8 * padded(ffn) + 6 * config.num_heads * padded(length))
-    systems = min(SYSTEM_BYTES, 4 * (n // min(GROUPS)) ** 2 * n)
-    return 5 * (streams + squares + 10 * layer + 36 * largest + systems + work) // 4
 
 
 @dataclass(frozen=True)

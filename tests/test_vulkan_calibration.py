@@ -37,7 +37,7 @@ from uq.quantize.calibration_engine import (
 from uq.quantize.gptq import FactorizedStatistics, Statistics
 from uq.quantize.plan import GptqOptions
 from uq.quantize.scales import quantize_rtn
-from uq.quantize.vulkan_calibration import VulkanEngine, device_bytes
+from uq.quantize.vulkan_engine import VulkanEngine, device_bytes
 from uq.quantize.vulkan_gptq import DeviceSolver, DeviceStatistics
 
 Array = NDArray[np.float32]
