@@ -117,10 +117,18 @@ def run_in_fork(job: Job, layer: Layer, events: int) -> bool:
     """Whether it was killed."""
     child = os.fork()
     if child == 0:
+        renew_lock()
         quantize_job(job, layer, events)
         os._exit(0)
     wait(child, job.fault.seconds)
     return os.WIFSIGNALED(os.waitpid(child, 0)[1])
+
+
+def renew_lock() -> None:
+    """Numba's lock is shared by all forks: one that is killed within it would stop the later ones."""
+    from numba.np.ufunc import parallel
+
+    parallel._set_init_process_lock()
 
 
 def wait(child: int, seconds: float | None) -> None:
