@@ -125,7 +125,7 @@ def run_in_fork(job: Job, layer: Layer, events: int) -> bool:
 
 
 def renew_lock() -> None:
-    """Numba's lock is shared by all forks: one that is killed within it would stop the later ones."""
+    """Numba's lock is common to all forks: one killed within it would stop the later ones."""
     from numba.np.ufunc import parallel
 
     parallel._set_init_process_lock()
