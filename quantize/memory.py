@@ -100,8 +100,9 @@ class Fitted:
 def fit(config: GemmaConfig, plan: Plan, load: Load, limit: int | None) -> Fitted:
     """The plan with the first of `LADDER` that fits.
 
-    What is free only decides where activations wait, which changes no byte; the sizes follow from
-    the limit alone, so that the same command gives the same bytes on every machine.
+    What is free only decides where activations wait, which changes no byte. The sizes, which do,
+    follow from the limit and from what this process takes already; they are part of what a resume
+    compares.
 
     Args:
         limit: `--max-memory` in bytes; None for what is free.
