@@ -1,7 +1,8 @@
 """AltUp in float32: several residual streams, of which a layer computes one and guesses the others
 (Baykal et al., Alternating Updates for Efficient Transformers).
 
-Shapes: streams (batch, length, streams, hidden); weights by role, linears (out, in).
+Shapes: streams (batch, length, streams, hidden), or with any other axes in front; weights by role,
+linears (out, in). A device whose sums have an order of their own gives its `product`.
 """
 
 from __future__ import annotations
@@ -17,24 +18,25 @@ from uq.kernels.weights import Weights
 
 Array = NDArray[np.float32]
 Read = Callable[[str], Array]
+Product = Callable[[Array, Array], Array]  # as `linear`
 
 LEAST_SQUARE = np.float32(1e-5)  # of a projection, whose size is divided by
 
 
-def spread(altup: AltUp, whole: Read, embedded: Array) -> Array:
+def spread(altup: AltUp, whole: Read, embedded: Array, product: Product = linear) -> Array:
     """The streams in front of layer 0: the embedding, and projections of it, each of its size.
 
     Args:
         whole: canonical name -> a tensor of no layer.
     """
     others = (
-        _sized(linear(embedded, whole(f"{ALTUP_PROJECTIONS}.{index}.weight")), embedded)
+        _sized(product(embedded, whole(f"{ALTUP_PROJECTIONS}.{index}.weight")), embedded)
         for index in range(altup.streams - 1)
     )
     return np.stack([embedded, *others], axis=-2)
 
 
-def gather(altup: AltUp, whole: Read, streams: Array) -> Array:
+def gather(altup: AltUp, whole: Read, streams: Array, product: Product = linear) -> Array:
     """The hidden state behind the last layer: the mean of the first stream and of projections of
     the others, each of its size. (batch, length, hidden).
     """
@@ -42,17 +44,22 @@ def gather(altup: AltUp, whole: Read, streams: Array) -> Array:
     total = first.copy()
     for index in range(altup.streams - 1):
         weight = whole(f"{ALTUP_UNEMBED_PROJECTIONS}.{index}.weight")
-        total += _sized(linear(streams[..., index + 1, :], weight), first)
+        total += _sized(product(streams[..., index + 1, :], weight), first)
     total /= np.float32(altup.streams)
     return total
 
 
-def predict(config: GemmaConfig, altup: AltUp, weights: Weights, streams: Array) -> Array:
+def predict(
+    config: GemmaConfig,
+    altup: AltUp,
+    weights: Weights,
+    streams: Array,
+    product: Product = linear,
+) -> Array:
     """The streams as the layer finds them: each with a mixture of all added."""
     count = altup.streams
-    mixture = linear(
-        _modalities(config, weights, active(altup, streams)), weights["altup.prediction_coefs"]
-    )
+    modalities = _modalities(config, weights, active(altup, streams), product)
+    mixture = product(modalities, weights["altup.prediction_coefs"])
     mixture = mixture.reshape(*streams.shape[:-2], count, count)  # (..., to, from)
     predicted: Array = mixture @ streams
     predicted += streams
@@ -60,14 +67,20 @@ def predict(config: GemmaConfig, altup: AltUp, weights: Weights, streams: Array)
 
 
 def correct(
-    config: GemmaConfig, altup: AltUp, weights: Weights, predicted: Array, hidden: Array
+    config: GemmaConfig,
+    altup: AltUp,
+    weights: Weights,
+    predicted: Array,
+    hidden: Array,
+    product: Product = linear,
 ) -> Array:
     """The streams behind the layer: each moved by a share of what the active one was moved.
 
     Args:
         hidden: (batch, length, hidden) what the layer made of the active stream.
     """
-    shares = linear(_modalities(config, weights, hidden), weights["altup.correction_coefs"])
+    modalities = _modalities(config, weights, hidden, product)
+    shares = product(modalities, weights["altup.correction_coefs"])
     shares += np.float32(1)  # (batch, length, streams)
     moved = hidden - active(altup, predicted)
     corrected: Array = shares[..., None] * moved[..., None, :]
@@ -80,11 +93,11 @@ def active(altup: AltUp, streams: Array) -> Array:
     return streams[..., altup.active, :].copy()
 
 
-def _modalities(config: GemmaConfig, weights: Weights, x: Array) -> Array:
+def _modalities(config: GemmaConfig, weights: Weights, x: Array, product: Product) -> Array:
     """(batch, length, streams) in -1..1, of which the coefficients are linear functions."""
     x = rms_norm(x, weights["altup.router_norm"], config.rms_norm_eps)
     x *= np.float32(1 / config.hidden_size)
-    return np.tanh(linear(x, weights["altup.modality_router"]))
+    return np.tanh(product(x, weights["altup.modality_router"]))
 
 
 def _sized(x: Array, like: Array) -> Array:

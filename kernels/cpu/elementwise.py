@@ -215,6 +215,29 @@ def gelu_product(
 
 
 @kernel(fastmath=FAST)
+def _keep_row(gate: NDArray[np.float32], quantile: np.float32) -> None:
+    """gate = max(gate - mean - quantile * deviation, 0); the sums in float64."""
+    total = 0.0
+    for i in range(gate.size):
+        total += gate[i]
+    mean = total / gate.size
+    squares = 0.0
+    for i in range(gate.size):
+        squares += (gate[i] - mean) * (gate[i] - mean)
+    threshold = np.float32(mean + quantile * np.sqrt(squares / gate.size))
+    for i in range(gate.size):
+        gate[i] = max(gate[i] - threshold, np.float32(0))
+
+
+@per_token
+def keep_largest(gate_up: NDArray[np.float32], quantile: np.float32) -> None:
+    """In place, of gate_up (tokens, 2 n): `uq.kernels.laurel.keep_largest` of the first n."""
+    n = gate_up.shape[1] // 2
+    for token in prange(gate_up.shape[0]):
+        _keep_row(gate_up[token, :n], quantile)
+
+
+@kernel(fastmath=FAST)
 def _head_row(
     x: NDArray[np.float32],
     gain: NDArray[np.float32],

@@ -1,4 +1,5 @@
-"""What some layers do beside attention and MLP: experts, the per-layer embedding, a scalar.
+"""What some layers do beside attention and MLP: experts, the per-layer embedding, a product of low
+rank, a sparse gate, a scalar.
 
 Tokens are independent here, too: every product of floats is a sum over one row in a fixed order.
 """
@@ -7,16 +8,19 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from statistics import NormalDist
 from typing import TYPE_CHECKING
 
 import numpy as np
-from numba import prange
 from numpy.typing import NDArray
 
 from uq.errors import DeviceError
 from uq.formats.config import (
+    ALTUP,
     EXPERTS,
     FULL_HEADS,
+    LAUREL,
     LAYER_SCALAR,
     MLP_WIDTHS,
     PER_LAYER,
@@ -24,17 +28,19 @@ from uq.formats.config import (
     PER_LAYER_NORM,
     PER_LAYER_PROJECTION,
     SHARED_KEYS,
+    SPARSITY,
     VALUE_NORM,
     GemmaConfig,
     layer_tensor,
 )
 from uq.formats.manifest import gain_name
-from uq.kernels.cpu.elementwise import Activations, gelu_product, quantize_rows
+from uq.kernels.cpu.elementwise import Activations, gelu_product, keep_largest, quantize_rows
 from uq.kernels.cpu.layout import Linear, WeightSource
 from uq.kernels.cpu.llvm import CHUNK, LANES
-from uq.kernels.elementwise import FAST, kernel
+from uq.kernels.cpu.products import float_linear, multiplied
 from uq.kernels.elementwise import gelu_product as float_gelu_product
 from uq.kernels.experts import DOWN, GATE_UP, by_expert, choose
+from uq.kernels.per_layer import stored_tokens
 from uq.kernels.products import flat, rms_norm
 
 if TYPE_CHECKING:
@@ -45,30 +51,31 @@ Multiply = Callable[[Linear, Activations, Array], None]
 
 # What `GemmaConfig.extensions` names and this backend computes.
 COMPUTED = frozenset(
-    {FULL_HEADS, VALUE_NORM, SHARED_KEYS, MLP_WIDTHS, PER_LAYER, LAYER_SCALAR, EXPERTS}
+    {
+        *(FULL_HEADS, VALUE_NORM, SHARED_KEYS, MLP_WIDTHS, PER_LAYER, LAYER_SCALAR, EXPERTS),
+        *(ALTUP, LAUREL, SPARSITY),
+    }
 )
+LAUREL_SHARE = np.float32(math.sqrt(0.5))  # of attention's sum in layers that have a Laurel
 
 
-@kernel(parallel=True, fastmath=FAST)
-def float_linear(x: Array, weight: Array, out: Array) -> None:
-    """out (tokens, rows) = x (tokens, n) weight (rows, n)^T, all float32."""
-    for row in prange(weight.shape[0]):
-        for token in range(x.shape[0]):
-            total = np.float32(0.0)
-            for i in range(weight.shape[1]):
-                total += x[token, i] * weight[row, i]
-            out[token, row] = total
+@dataclass
+class Beside:
+    """What goes with a block of tokens through the layers, beside the residual stream.
 
+    Attributes:
+        inputs: (layers, tokens, size) of the per-layer embedding.
+        streams: (tokens, streams, hidden), in models with alternating updates.
+    """
 
-def multiplied(x: Array, weight: Array) -> Array:
-    """`float_linear` into a new array."""
-    out = np.empty((len(x), len(weight)), np.float32)
-    float_linear(x, weight, out)
-    return out
+    inputs: Array | None = None
+    streams: Array | None = None
 
 
 def has_extras(config: GemmaConfig) -> bool:
-    return bool(config.layer_scalar or config.per_layer or config.experts)
+    """Whether layers do more than attention and MLP, of whatever shapes."""
+    parts = config.layer_scalar, config.per_layer, config.experts
+    return any((*parts, config.laurel_rank, config.activation_sparsity))
 
 
 class Extras:
@@ -100,6 +107,12 @@ class Extras:
         if config.per_layer:
             self.per_layer_gain = gain("post_per_layer_input_norm")
             self._projections = kept("per_layer_input_gate"), kept("per_layer_projection")
+        self._low_rank: tuple[Array, ...] = ()
+        if config.laurel_rank:
+            self._low_rank = kept("laurel.linear_left"), kept("laurel.linear_right")
+            self._low_rank_gain, self._eps = gain("laurel.post_laurel_norm"), config.rms_norm_eps
+        share = config.sparsity(layer)
+        self._quantile = np.float32(NormalDist().inv_cdf(share)) if share else None
         self._experts = None
         if config.experts:
             stacks = linears[f"{layer}.{GATE_UP}"], linears[f"{layer}.{DOWN}"]
@@ -109,7 +122,25 @@ class Extras:
     def active_bytes(self) -> int:
         """Bytes that a token reads."""
         experts = self._experts.active_bytes if self._experts else 0
-        return experts + sum(weight.nbytes for weight in self._projections)
+        return experts + sum(weight.nbytes for weight in (*self._projections, *self._low_rank))
+
+    def add_low_rank(self, work: Work) -> None:
+        """work.hidden, in front of attention, gets the Laurel's part of what stands behind it:
+        all but attention's output. Attention's gain holds its share.
+        """
+        if not self._low_rank:
+            return
+        left, right = self._low_rank
+        low = multiplied(multiplied(work.normed, left), right)
+        hidden = work.hidden
+        hidden += rms_norm(low, self._low_rank_gain, self._eps)
+        hidden += work.normed
+        hidden *= LAUREL_SHARE
+
+    def thin(self, gate_up: Array) -> None:
+        """The gate of a sparse layer keeps what exceeds its threshold."""
+        if self._quantile is not None:
+            keep_largest(gate_up, self._quantile)
 
     def join_experts(self, work: Work, multiply: Multiply) -> None:
         """work.branch, the output of the MLP, becomes that of MLP and experts."""
@@ -189,7 +220,8 @@ class PerLayerTable:
 
     def __init__(self, config: GemmaConfig, source: WeightSource) -> None:
         assert config.per_layer is not None
-        self._size, self._layers = config.per_layer.size, config.num_layers
+        self._table, self._size = config.per_layer, config.per_layer.size
+        self._layers = config.num_layers
         self._eps, self._factor = config.rms_norm_eps, np.float32(config.hidden_size**-0.5)
         self._source = source
         projection = source.array(f"{PER_LAYER_PROJECTION}.weight")
@@ -214,7 +246,7 @@ class PerLayerTable:
         return np.ascontiguousarray(out.swapaxes(0, 1))
 
     def _rows(self, tokens: NDArray[np.int32]) -> Array:
-        ids, inverse = np.unique(tokens, return_inverse=True)
+        ids, inverse = np.unique(stored_tokens(self._table, tokens), return_inverse=True)
         found = [
             self._source.rows(PER_LAYER_EMBEDDING, int(token), int(token) + 1).dequantize()
             for token in ids

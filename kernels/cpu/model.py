@@ -12,8 +12,9 @@ from uq.formats.config import EMBEDDING, FINAL_NORM, HEAD, GemmaConfig, layer_te
 from uq.formats.manifest import gain_name
 from uq.kernels.cpu.cache import RopeTable
 from uq.kernels.cpu.elementwise import Activations
-from uq.kernels.cpu.extras import Extras, PerLayerTable, has_extras
+from uq.kernels.cpu.extras import LAUREL_SHARE, Beside, Extras, PerLayerTable, has_extras
 from uq.kernels.cpu.layout import Linear, WeightSource, pack
+from uq.kernels.cpu.streams import Streams
 
 Array = NDArray[np.float32]
 
@@ -83,13 +84,21 @@ class Model:
     first_gain: Array
     layers: tuple[Layer, ...]
     per_layer: PerLayerTable | None
+    streams: Streams | None
+
+    def enter(self, tokens: NDArray[np.int32], hidden: Array) -> Beside:
+        """What goes with some tokens; hidden (tokens, hidden) is their embedding, and becomes what
+        layer 0 finds.
+        """
+        inputs = self.per_layer.inputs(tokens, hidden) if self.per_layer else None
+        return Beside(inputs, self.streams.spread(hidden) if self.streams else None)
 
     @property
     def product_bytes(self) -> int:
         """Bytes of every linear that a token meets, and of the head."""
         linears = [linear for layer in self.layers for linear in layer.linears]
         beside = sum(layer.extras.active_bytes for layer in self.layers if layer.extras)
-        beside += self.per_layer.active_bytes if self.per_layer else 0
+        beside += sum(part.active_bytes for part in (self.per_layer, self.streams) if part)
         return sum(linear.nbytes for linear in linears) + self.head.nbytes + beside
 
 
@@ -127,6 +136,7 @@ def load(config: GemmaConfig, source: WeightSource) -> Model:
         first_gain=_gain(source, layer_tensor(0, "input_layernorm")),
         layers=_layers(config, source, arena.linears),
         per_layer=PerLayerTable(config, source) if config.per_layer else None,
+        streams=Streams(config, source) if config.altup else None,
     )
 
 
@@ -173,11 +183,12 @@ def _layer(
     # gemma calls the norm in front of the MLP by what it stands behind.
     mlp = "pre_feedforward_layernorm" if config.post_norms else "post_attention_layernorm"
     owns_keys, dim = config.kv_source(index) == index, config.layer_head_dim(index)
+    share = LAUREL_SHARE if config.laurel_rank else np.float32(1)
     return Layer(
         **{key: linears[f"{index}.{key}"] for key in JOINED},
         q_gain=gain("self_attn.q_norm", config.qk_norm),
         k_gain=gain("self_attn.k_norm", config.qk_norm and owns_keys),
-        attention_gain=gain("post_attention_layernorm", config.post_norms),
+        attention_gain=gain("post_attention_layernorm", config.post_norms) * share,
         mlp_gain=gain(mlp),
         branch_gain=gain("post_feedforward_layernorm", config.post_norms),
         next_gain=_gain(source, behind),

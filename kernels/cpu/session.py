@@ -31,7 +31,7 @@ from uq.kernels.cpu.elementwise import (
     softcap,
 )
 from uq.kernels.cpu.embedding import embed
-from uq.kernels.cpu.extras import COMPUTED, Extras
+from uq.kernels.cpu.extras import COMPUTED, Beside, Extras
 from uq.kernels.cpu.gemm import gemm, gemm_scratch
 from uq.kernels.cpu.gemv import gemv
 from uq.kernels.cpu.layout import Linear, WeightSource
@@ -166,27 +166,31 @@ class CpuSession:
         model, eps = self._model, np.float32(self.config.rms_norm_eps)
         factor = np.float32(self.config.embed_scale)
         embed(tokens, model.data, model.table.parts, factor, work.hidden)
-        inputs = model.per_layer.inputs(tokens, work.hidden) if model.per_layer else None
+        beside = model.enter(tokens, work.hidden)
         norm(work.hidden, model.first_gain, eps, work.normed, *work.x.arrays)
         for index, (layer, here) in enumerate(zip(model.layers, works, strict=True)):
             self._attention(layer, index, attend, here)
+            if layer.extras:
+                layer.extras.add_low_rank(here)
             self._add_branch(layer.attention_gain, layer.mlp_gain, here)
             self._mlp(layer, here)
             if layer.extras:
                 layer.extras.join_experts(here, self._linear)
             self._add_branch(layer.branch_gain, layer.next_gain, here)
             if layer.extras:
-                self._leave(layer, layer.extras, here, None if inputs is None else inputs[index])
+                self._leave(index, layer.extras, here, beside)
         return work
 
-    def _leave(self, layer: Layer, extras: Extras, work: Work, inputs: Array | None) -> None:
+    def _leave(self, index: int, extras: Extras, work: Work, beside: Beside) -> None:
         """What a layer does last; work.x = norm of the residual stream behind it."""
-        if inputs is not None:
-            extras.per_layer_branch(work, inputs)
-            self._add_branch(extras.per_layer_gain, layer.next_gain, work)
+        gain, eps = self._model.layers[index].next_gain, np.float32(self.config.rms_norm_eps)
+        if self._model.streams:
+            self._model.streams.leave(index, extras, work, beside)
+        elif beside.inputs is not None:
+            extras.per_layer_branch(work, beside.inputs[index])
+            self._add_branch(extras.per_layer_gain, gain, work)
         np.multiply(work.hidden, extras.scalar, out=work.hidden)
-        eps = np.float32(self.config.rms_norm_eps)
-        norm(work.hidden, layer.next_gain, eps, work.normed, *work.x.arrays)
+        norm(work.hidden, gain, eps, work.normed, *work.x.arrays)
 
     def _attention(self, layer: Layer, index: int, attend: Attend, work: Work) -> None:
         """work.branch = attention of work.x."""
@@ -225,6 +229,8 @@ class CpuSession:
     def _mlp(self, layer: Layer, work: Work) -> None:
         """work.branch = MLP of work.x."""
         self._linear(layer.gate_up, work.x, work.gate_up)
+        if layer.extras:
+            layer.extras.thin(work.gate_up)
         gelu_product(work.gate_up, *work.gate_x.arrays)
         self._linear(layer.down, work.gate_x, work.branch)
 
