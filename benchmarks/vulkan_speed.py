@@ -30,6 +30,7 @@ from numpy.typing import NDArray
 from benchmarks.shapes import SHAPES, shape_config
 from uq.formats.config import GemmaConfig
 from uq.formats.layouts import LAYOUTS
+from uq.formats.row_scales import round_scales
 from uq.formats.spec import QuantTensor, Spec
 from uq.kernels.profile import by_label
 from uq.kernels.session import Sampling
@@ -39,7 +40,7 @@ from uq.kernels.vulkan.session import VulkanSession
 from uq.kernels.vulkan.sources import BundleSource
 from uq.kernels.vulkan.weights import Kind, Source, Weight
 
-BODY, TABLE = Spec(4, 32), Spec(8, 32)
+BODY, TABLE = Spec(4, 32, scale_bits=8), Spec(8, 32, scale_bits=8)
 PATTERN = 64  # rows that repeat
 
 
@@ -73,6 +74,7 @@ def random_tiles(shape: tuple[int, int], spec: Spec) -> NDArray[np.uint8]:
     codes = rng.integers(spec.qmin, spec.qmax + 1, (PATTERN, cols), np.int8)
     size = cols**-0.5 / spec.qmax
     scales = rng.uniform(0.5 * size, 2 * size, (PATTERN, cols // spec.group)).astype(np.float16)
+    scales = round_scales(scales) if spec.row_step else scales
     pattern = LAYOUTS["igpu"].tile(QuantTensor(codes, scales, spec))
     return np.resize(pattern, (-(-rows // 16), pattern.shape[1]))
 

@@ -76,7 +76,8 @@ void stage_x(uint i, uint tile, uint piece) {
 
 void stage_weight(uint i, uint tile, uint piece) {
     uint row = min(gl_WorkGroupID.x * BN + i, rows - 1);
-    Piece w = load_piece(weights, row / 16 * tiles + tile, row % 16 * 4 + piece);
+    float unit = load_unit(weights, row / 16, tiles, row % 16);
+    Piece w = load_piece(weights, row / 16, tiles, tile, row % 16 * 4 + piece, unit);
 #ifdef INTEGER_DOT
     w_packs[i] = codes(w, 0);
     w_packs[BN + i] = codes(w, 1);

@@ -43,7 +43,20 @@ shared float y_block[BM / SM * (BN / SN) * 256];  // one for each subgroup, on i
 
 uvec4 x_next[X_LOADS];
 Piece w_next[W_LOADS];
+float w_units[W_LOADS];
 #include "gemm_blocks.glsl"
+
+uint row_of(uint i, uint lane) {
+    uint load = min(i * LANES + lane, W_PIECES - 1);
+    return min(gl_WorkGroupID.x * BN + load / (STEP / 32), rows - 1);
+}
+
+void fetch_units(uint lane) {
+    [[unroll]] for (uint i = 0; i < W_LOADS; i++) {
+        uint row = row_of(i, lane);
+        w_units[i] = load_unit(weights, row / 16, tiles, row % 16);
+    }
+}
 
 void fetch(uint step, uint lane) {
     [[unroll]] for (uint i = 0; i < X_LOADS; i++) {
@@ -53,9 +66,9 @@ void fetch(uint step, uint lane) {
     }
     [[unroll]] for (uint i = 0; i < W_LOADS; i++) {
         uint load = min(i * LANES + lane, W_PIECES - 1), pieces = STEP / 32;
-        uint row = min(gl_WorkGroupID.x * BN + load / pieces, rows - 1);
-        uint tile = row / 16 * tiles + step / STEPS;
-        w_next[i] = load_piece(weights, tile, row % 16 * 4 + step % STEPS * pieces + load % pieces);
+        uint row = row_of(i, lane), piece = step % STEPS * pieces + load % pieces;
+        uint at = row % 16 * 4 + piece;
+        w_next[i] = load_piece(weights, row / 16, tiles, step / STEPS, at, w_units[i]);
     }
 }
 
@@ -130,6 +143,7 @@ void main() {
     clear_blocks();
     uint steps = STEPS * tiles, part_steps = (steps + gl_NumWorkGroups.z - 1) / gl_NumWorkGroups.z;
     uint first = gl_WorkGroupID.z * part_steps, last = min(first + part_steps, steps);
+    fetch_units(lane);
     fetch(first, lane);
     for (uint step = first; step < last; step++) {
         stage(lane);

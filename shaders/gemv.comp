@@ -55,6 +55,7 @@ shared uvec4 held[NORMS ? HIDDEN_TILES * INPUT_VECTORS : 1];  // activations, wh
 float total[COLUMNS * BLOCKS];
 uint first_tile, last_tile;  // of this part
 Piece pieces[BLOCKS];  // of a tile on its way
+float units[BLOCKS];
 
 void hold_quad(uint quad, vec4 v) {
 #if WEIGHT > INT8
@@ -88,10 +89,17 @@ void make_input() {
     barrier();
 }
 
+void load_units(uint first, uint lane) {
+    [[unroll]] for (uint b = 0; b < BLOCKS; b++) {
+        uint block = min(first + b % STEP, blocks - 1);
+        units[b] = load_unit(b < STEP ? weights : second, block, tiles, lane / 4);
+    }
+}
+
 void load_tile(uint first, uint tile, uint lane) {
     [[unroll]] for (uint b = 0; b < BLOCKS; b++) {
         uint block = min(first + b % STEP, blocks - 1);
-        pieces[b] = load_piece(b < STEP ? weights : second, block * tiles + tile, lane);
+        pieces[b] = load_piece(b < STEP ? weights : second, block, tiles, tile, lane, units[b]);
     }
 }
 
@@ -254,6 +262,7 @@ void main() {
     if (NORMS) {
         load_column(hidden, Quads(x), branch_gain, gain, 0, 1);
     }
+    load_units(first, lane);
     if (AHEAD && has_tiles) {
         load_tile(first, first_tile + slice, lane);
     }
@@ -262,8 +271,11 @@ void main() {
     }
     [[dont_unroll]] for (uint round = 0; round < ROUNDS; round++) {  // behind the last block: it again
         accumulate(first, lane, slice);
-        if (AHEAD && round + 1 < ROUNDS && has_tiles) {
-            load_tile(first + step, first_tile + slice, lane);
+        if (round + 1 < ROUNDS) {
+            load_units(first + step, lane);
+            if (AHEAD && has_tiles) {
+                load_tile(first + step, first_tile + slice, lane);
+            }
         }
         gather(lane, slice);
         if (EPILOGUE == GEGLU) {

@@ -1,7 +1,9 @@
 // A lane's piece of an `igpu` tile: 32 channels of one row (formats/README.md, section 5).
 //
 // WEIGHT is INT4, INT5, INT6 or INT8, with ZERO_POINT 0 or 1, and GROUP channels to a scale; or F16,
-// BF16 or F32, in panels of 64 loads of 16 bytes like the codes. Lane L = 4 * row + piece.
+// BF16 or F32, in panels of 64 loads of 16 bytes like the codes. Lane L = 4 * row + piece. A scale is a
+// float16, or, where SCALE_BITS is 8, a signed byte in steps of its row, float16 behind the row block's
+// tiles; the product is exact, so nothing that is computed depends on which it is.
 
 #define INT4 4
 #define INT5 5
@@ -16,17 +18,21 @@
 
 #if WEIGHT <= INT8
 #include "layouts.glsl"
+layout(constant_id = 19) const uint SCALE_BITS = 16;
 const bool FLOAT_X = false;
 const uint PANELS = WEIGHT == INT8 ? 2 : 1;
 const float UNIT = 1.0 / float(1 << (8 - WEIGHT));  // codes are unpacked into the tops of bytes
-const uint HIGH_VECTORS = HIGH_OFFSET(WEIGHT, GROUP) / 16;
-const uint SCALE_VECTORS = SCALES_OFFSET(WEIGHT, GROUP) / 16;
-const uint ZERO_VECTORS = TILE_BYTES(WEIGHT, GROUP) / 16;
+const uint HIGH_VECTORS = HIGH_OFFSET(WEIGHT, GROUP, SCALE_BITS) / 16;
+const uint SCALE_VECTORS = SCALES_OFFSET(WEIGHT, GROUP, SCALE_BITS) / 16;
+const uint ZERO_VECTORS = TILE_BYTES(WEIGHT, GROUP, SCALE_BITS) / 16;
+const uint STEP_VECTORS = STEPS_BYTES(WEIGHT, GROUP, SCALE_BITS) / 16;
+const uint WORD_SCALES = 32 / SCALE_BITS;  // scales in a word
 const uint TILE_VECTORS = ZERO_VECTORS + ZERO_POINT * (GROUP == 32 ? 2 : 1);
 #else
 const bool FLOAT_X = true;
 const uint PANELS = WEIGHT == F32 ? 8 : 4;
 const uint TILE_VECTORS = 64 * PANELS;
+const uint STEP_VECTORS = 0;
 #endif
 
 #include "activations.glsl"
@@ -50,18 +56,39 @@ int dot_bytes(uint a, uint b) {
 struct Piece {
     uvec4 panel[PANELS];
     uvec2 high;
-    uint scales;  // of two groups
+    uint scales;  // of two or four groups
     uint zeros;   // of eight groups
     uint group;   // the piece's
+    float unit;   // of its scale, and of its codes
 };
 
 layout(buffer_reference, std430, buffer_reference_align = 4) readonly restrict buffer Singles {
     uint at[];
 };
 
-Piece load_piece(Words weights, uint tile, uint lane) {
+// Place of the first tile of a row block of `tiles`, in vectors.
+uint block_place(uint block, uint tiles) {
+    return block * (tiles * TILE_VECTORS + STEP_VECTORS);
+}
+
+// `unit` of the pieces of a row, 0 .. 15, of a row block.
+float load_unit(Words weights, uint block, uint tiles, uint row) {
+#if WEIGHT > INT8
+    return 1.0;
+#else
+    if (SCALE_BITS == 16) {
+        return UNIT;
+    }
+    uint steps = block_place(block, tiles) + tiles * TILE_VECTORS;
+    return unpackHalf2x16(Singles(weights).at[4 * steps + row / 2] >> 16 * (row % 2)).x * UNIT;
+#endif
+}
+
+// `lane` of a tile of a row block; `unit` is its row's.
+Piece load_piece(Words weights, uint block, uint tiles, uint tile, uint lane, float unit) {
     Piece piece;
-    uint base = tile * TILE_VECTORS;
+    uint base = block_place(block, tiles) + tile * TILE_VECTORS;
+    piece.unit = unit;
     [[unroll]] for (uint i = 0; i < PANELS; i++) {
         piece.panel[i] = weights.at[base + 64 * i + lane];
     }
@@ -73,7 +100,7 @@ Piece load_piece(Words weights, uint tile, uint lane) {
 #endif
 #if WEIGHT <= INT8
     piece.group = lane / (GROUP / 32);
-    piece.scales = Singles(weights).at[4 * (base + SCALE_VECTORS) + piece.group / 2];
+    piece.scales = Singles(weights).at[4 * (base + SCALE_VECTORS) + piece.group / WORD_SCALES];
 #endif
 #if ZERO_POINT
     piece.zeros = Singles(weights).at[4 * (base + ZERO_VECTORS) + piece.group / 8];
@@ -83,7 +110,10 @@ Piece load_piece(Words weights, uint tile, uint lane) {
 
 #if WEIGHT <= INT8
 float scale_of(Piece piece) {
-    return unpackHalf2x16(piece.scales >> 16 * (piece.group % 2)).x * UNIT;
+    if (SCALE_BITS == 16) {
+        return unpackHalf2x16(piece.scales >> 16 * (piece.group % 2)).x * piece.unit;
+    }
+    return float(bitfieldExtract(int(piece.scales), int(8 * (piece.group % 4)), 8)) * piece.unit;
 }
 
 // In units like the codes.

@@ -132,9 +132,10 @@ def test_the_header_holds_the_sizes_of_the_layout() -> None:
     text = layout_header()
     for bits in BITS:
         for group in GROUPS:
-            spec = Spec(bits, group)
-            tile = LAYOUTS["igpu"].nbytes(16, 128, spec)
-            assert f"{tile}u" in text.split("#define TILE_BYTES")[1].split("\n")[0]
+            tile = LAYOUTS["igpu"].nbytes(16, 128, Spec(bits, group))
+            narrow = LAYOUTS["igpu"].nbytes(16, 128, Spec(bits, group, scale_bits=8)) - 2 * 16
+            sizes = text.split("#define TILE_BYTES")[1].split("\n")[0]
+            assert f"{tile}u" in sizes and f"{narrow}u" in sizes
     assert "#define TILE_ROWS 16u" in text and "#define TILE_COLS 128u" in text
 
 

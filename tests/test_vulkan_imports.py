@@ -29,8 +29,13 @@ TOKENS = [5, 6, 7, 8, 9]
 
 @pytest.fixture(scope="module")
 def bundle(tiny_bundle: Callable[..., Path]) -> Bundle:
+    return large_bundle(tiny_bundle, 8)
+
+
+def large_bundle(tiny_bundle: Callable[..., Path], scale_bits: int) -> Bundle:
     """Its weights are more than the least slab."""
-    return open_bundle(tiny_bundle(hidden=256, ffn=2048, vocab=2048))
+    specs = [Spec(4, 32, scale_bits=scale_bits), Spec(8, 32, scale_bits=scale_bits)]
+    return open_bundle(tiny_bundle(hidden=256, ffn=2048, vocab=2048, specs=specs))
 
 
 @pytest.fixture
@@ -49,9 +54,11 @@ def answer(engine: Engine) -> NDArray[np.float32]:
     return engine.read_floats(engine.work.normed, len(TOKENS), engine.config.hidden_size)
 
 
+@pytest.mark.parametrize("scale_bits", [16, 8])
 def test_weights_in_place_give_the_same_bits_and_take_no_memory(
-    bundle: Bundle, tmp_path: Path
+    scale_bits: int, tiny_bundle: Callable[..., Path], tmp_path: Path
 ) -> None:
+    bundle = large_bundle(tiny_bundle, scale_bits)
     model = bundle.config, BundleSource(bundle), choose("llvmpipe"), tmp_path, 64
     stored = sum(bundle.raw(name)[0].nbytes for name in weight_names(bundle.config))
     copied, in_place = (Engine(*model, 32, in_place=in_place) for in_place in (False, True))
@@ -64,16 +71,16 @@ def test_weights_in_place_give_the_same_bits_and_take_no_memory(
 
 
 @pytest.mark.parametrize("layout", ["igpu", "row"])
-def test_scales_of_8_bits_are_expanded_and_copied(
+def test_only_weights_of_another_layout_are_permuted(
     layout: str, tiny_bundle: Callable[..., Path]
 ) -> None:
     spec = Spec(5, 32, zero_point=True, scale_bits=8)
     bundle = open_bundle(tiny_bundle(specs=[spec], layout=layout))
     name = weight_names(bundle.config)[0]
     weight, tensor = BundleSource(bundle).weight(name), bundle.quant(name)
-    assert weight.mapped is None
-    assert weight.kind.spec == Spec(5, 32, zero_point=True)
-    np.testing.assert_array_equal(weight.read(), LAYOUTS["igpu"].tile(tensor.expanded()))
+    assert (weight.mapped is None) == (layout == "row")
+    assert weight.kind.spec == spec
+    np.testing.assert_array_equal(weight.read(), LAYOUTS["igpu"].tile(tensor))
 
 
 def test_what_the_driver_refuses_is_copied(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -117,7 +117,7 @@ def test_embedding_rows(lab: Lab, spec: Spec) -> None:
     views(state)["tokens"][:4] = tokens = [0, 17, 52, 17]
     hidden = lab.room(4 * cols)
     push = addresses(lab.weight(tensor, kind), hidden, lab.put(state))
-    sizes = {"GROUP": spec.group, "SCALE": 2.0, "HIDDEN": cols}
+    sizes = {**kind.constants, "SCALE": 2.0, "HIDDEN": cols}
     lab.run(f"embed_{kind.name}", push, 4, LANES=64, **sizes)
     expected = 2 * tensor.dequantize()[tokens]
     np.testing.assert_array_equal(lab.get(hidden, np.float32, 4, cols), expected)

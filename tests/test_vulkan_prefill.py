@@ -44,7 +44,7 @@ def gemm(
     push = addresses(weight, lab.activations(x, is_float=kind.is_float), y)
     push += words(tiles_of(cols), rows + 3, rows, len(x))
     groups = -(-rows // sizes["BN"]), -(-len(x) // sizes["BM"])
-    lab.run(name, push, *groups, LANES=lanes, GROUP=kind.group, **sizes)
+    lab.run(name, push, *groups, LANES=lanes, **kind.constants, **sizes)
     return lab.get(y, np.float32, len(x), rows + 3)[:, :rows]
 
 
@@ -147,7 +147,7 @@ def gemm_matrix(
     push = addresses(weight, *halves(lab, x, is_float=kind.is_float), y)
     push += words(tiles_of(cols), rows, rows, len(x))
     groups = -(-rows // sizes["BN"]), -(-len(x) // sizes["BM"])
-    lab.run(name, push, *groups, parts, LANES=lanes, GROUP=kind.group, **sizes)
+    lab.run(name, push, *groups, parts, LANES=lanes, **kind.constants, **sizes)
     found: Floats = lab.get(y, np.float32, parts, len(x), rows).sum(axis=0)
     return found
 

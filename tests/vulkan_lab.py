@@ -108,5 +108,5 @@ def product(
     push = addresses(weight, weight, lab.activations(x, is_float=kind.is_float), y, *[y] * 6)
     push += words(blocks, tiles_of(cols), rows, rows, 0)
     groups = -(-blocks // (constants["BLOCKS"] * constants.get("ROUNDS", 1)))
-    lab.run(name, push, groups, GROUP=kind.group, COLUMNS=len(x), **constants)
+    lab.run(name, push, groups, **kind.constants, COLUMNS=len(x), **constants)
     return lab.get(y, np.float32, len(x), rows)

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from benchmarks.shapes import SHAPES, shape_config
 from benchmarks.vulkan_speed import role_of
 from uq.formats.config import GemmaConfig
-from uq.formats.spec import GROUPS, SPECS, Spec
+from uq.formats.spec import GROUPS, SCALE_BITS, SPECS, Spec
 from uq.kernels.vulkan.cache import Cache, CacheSize
 from uq.kernels.vulkan.commands import Recorder
 from uq.kernels.vulkan.dense.cells import Cell, Row
@@ -39,10 +39,16 @@ from uq.kernels.vulkan.wide import Abilities
 CONTEXT = 8192  # tokens of the KV cache
 LAYERS = 7  # the first, sliding and full ones, and one behind a full one: the rest repeats these
 WAVE, SHARED_BYTES = 64, 65536  # what RADV says of the chips: a subgroup, shared memory
-USUAL = (Kind.of(Spec(4, 32)), Kind.of(Spec(8, 32)))  # of the layers, of the embedding
-INT4Z = Kind.of(Spec(4, 32, zero_point=True))
-# The other kinds in one model, each with the group that spreads its work most.
-OTHERS = [Kind.of(spec) for spec in SPECS if spec.group == 32]
+# Of the layers, of the embedding.
+USUAL = tuple(Kind.of(Spec(bits, 32, scale_bits=8)) for bits in (4, 8))
+INT4Z = Kind.of(Spec(4, 32, zero_point=True, scale_bits=8))
+# The other kinds in one model, each with the group that spreads its work most; and the usual ones
+# with scales of 16 bits.
+OTHERS = [
+    Kind.of(spec if Kind.of(replace(spec, scale_bits=8)) in USUAL else replace(spec, scale_bits=8))
+    for spec in SPECS
+    if spec.group == 32
+]
 OTHERS += [Kind(name) for name in ("f16", "bf16", "f32")]
 
 
@@ -59,7 +65,11 @@ ALONE = (
     Case("geglu", (("CHANNELS", 10240), ("LANES", 256))),
     *(Case(name, (("LANES", 256),)) for name in ("read", "arithmetic", "arithmetic_dot")),
     Case("arithmetic_matrix", (("LANES", 256),)),
-    *(Case(f"dequantize_int{bits}", (("GROUP", 32),)) for bits in (4, 8)),
+    *(
+        Case(f"dequantize_int{bits}", (("GROUP", 32), ("SCALE_BITS", scale_bits)))
+        for bits in (4, 8)
+        for scale_bits in SCALE_BITS
+    ),
 )
 
 

@@ -8,7 +8,7 @@ from functools import partial
 import numpy as np
 
 from uq.formats.layouts import LAYOUTS, LaneLayout
-from uq.formats.spec import BITS, GROUPS, Spec
+from uq.formats.spec import BITS, GROUPS, SCALE_BITS, Spec
 
 NAME = "layouts.glsl"
 
@@ -16,8 +16,9 @@ NAME = "layouts.glsl"
 def layout_header() -> str:
     """The text of `layouts.glsl`, deterministic.
 
-    Each macro takes (bits, group), which may be specialization constants: `TILE_BYTES`, and one
-    `*_OFFSET` for every plane of the tile, in bytes from the tile's start.
+    Each macro takes (bits, group, scale_bits), which may be specialization constants: `TILE_BYTES`,
+    one `*_OFFSET` for every plane of the tile, in bytes from the tile's start, and `STEPS_BYTES`,
+    which the steps of a row block take behind its tiles.
     """
     layout = LAYOUTS["igpu"]
     assert isinstance(layout, LaneLayout)
@@ -29,6 +30,7 @@ def layout_header() -> str:
         f"#define TILE_ROWS {layout.rows}u",
         f"#define TILE_COLS {layout.cols}u",
         _macro("TILE_BYTES", lambda spec: _tile(layout, spec).itemsize),
+        _macro("STEPS_BYTES", partial(_steps, layout)),
     ]
     lines += [
         _macro(f"{plane.upper()}_OFFSET", partial(_offset, layout, plane)) for plane in planes
@@ -37,7 +39,12 @@ def layout_header() -> str:
 
 
 def _specs() -> list[Spec]:
-    return [Spec(bits, group) for bits in BITS for group in GROUPS]
+    return [
+        Spec(bits, group, scale_bits=scale_bits)
+        for bits in BITS
+        for group in GROUPS
+        for scale_bits in SCALE_BITS
+    ]
 
 
 def _tile(layout: LaneLayout, spec: Spec) -> np.dtype[np.void]:
@@ -47,6 +54,10 @@ def _tile(layout: LaneLayout, spec: Spec) -> np.dtype[np.void]:
     return fields["tiles"][0].base
 
 
+def _steps(layout: LaneLayout, spec: Spec) -> int:
+    return layout.block(layout.cols, spec).itemsize - _tile(layout, spec).itemsize
+
+
 def _offset(layout: LaneLayout, plane: str, spec: Spec) -> int:
     fields = _tile(layout, spec).fields
     assert fields is not None
@@ -54,9 +65,11 @@ def _offset(layout: LaneLayout, plane: str, spec: Spec) -> int:
 
 
 def _macro(name: str, value: Callable[[Spec], int]) -> str:
-    """`#define name(bits, group)` as a chain of choices that ends with the last value."""
+    """`#define name(bits, group, scale_bits)`: a chain of choices that ends with the last value."""
     *first, last = _specs()
     choices = "".join(
-        f"(bits) == {spec.bits} && (group) == {spec.group} ? {value(spec)}u : " for spec in first
+        f"(bits) == {spec.bits} && (group) == {spec.group} && (scale_bits) == {spec.scale_bits} "
+        f"? {value(spec)}u : "
+        for spec in first
     )
-    return f"#define {name}(bits, group) ({choices}{value(last)}u)"
+    return f"#define {name}(bits, group, scale_bits) ({choices}{value(last)}u)"

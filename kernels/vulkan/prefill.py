@@ -46,7 +46,7 @@ class MatrixCut:
         across = self.rows // self.subgroup_rows
         return {
             "LANES": subgroup * across * (self.tokens // self.subgroup_tokens),
-            "GROUP": kind.group,
+            **kind.constants,
             "BM": self.tokens,
             "BN": self.rows,
             "SM": self.subgroup_tokens,
@@ -72,7 +72,7 @@ class PlainCut:
     def constants(self, kind: Kind) -> Constants:
         return {
             "LANES": self.tokens // self.lane_tokens * (self.rows // self.lane_rows),
-            "GROUP": kind.group,
+            **kind.constants,
             "BM": self.tokens,
             "BN": self.rows,
             "TM": self.lane_tokens,

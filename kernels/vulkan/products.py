@@ -149,11 +149,11 @@ class Products:
         pipeline = self.pipelines.get(
             self.tuning.kernel(matrix.kind),
             LANES=shape.lanes,
-            GROUP=matrix.kind.group,
             COLUMNS=columns,
             BLOCKS=shape.blocks,
             EPILOGUE=epilogue,
             ROUNDS=shape.rounds,
+            **matrix.kind.constants,
             **constants,
         )
         step = shape.blocks // 2 if epilogue == GEGLU else shape.blocks

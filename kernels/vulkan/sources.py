@@ -51,7 +51,7 @@ class Tiled(Protocol):
 
 
 class BundleSource:
-    """Codes as they are; those of another layout are permuted, scales of 8 bits expanded."""
+    """Codes and scales as they are stored; those of another layout are permuted."""
 
     def __init__(self, bundle: Tiled) -> None:
         self._bundle = bundle
@@ -59,23 +59,15 @@ class BundleSource:
 
     def weight(self, name: str) -> Weight:
         raw, record = self._bundle.raw(name)
-        mapped = raw if _is_tiled(record) else None
+        mapped = raw if record.layout == TILE.name else None
         read = partial(_igpu_tiles, raw, record)
-        return Weight(Kind.of(record.spec.expanded), record.shape, read, mapped)
-
-
-def _is_tiled(record: Record) -> bool:
-    """Whether the kernels read a weight as it lies in the bundle."""
-    return record.layout == TILE.name and not record.spec.row_step
+        return Weight(Kind.of(record.spec), record.shape, read, mapped)
 
 
 def _igpu_tiles(raw: NDArray[np.uint8], record: Record) -> NDArray[np.uint8]:
-    if _is_tiled(record):
-        return raw
     if record.layout == TILE.name:
-        return TILE.expanded(raw, record.shape[1], record.spec)
-    tensor = LAYOUTS[record.layout].untile(raw, record.shape, record.spec)
-    return TILE.tile(tensor.expanded())
+        return raw
+    return TILE.tile(LAYOUTS[record.layout].untile(raw, record.shape, record.spec))
 
 
 class Floats(Protocol):

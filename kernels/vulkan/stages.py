@@ -69,10 +69,10 @@ class Stages(Products):
         pipeline = self.pipelines.get(
             f"embed_{table.kind.name}",
             LANES=ROW_LANES,
-            GROUP=table.kind.group,
             DECODE=decode,
             SCALE=float(self.config.embed_scale),
             HIDDEN=self.config.hidden_size,
+            **table.kind.constants,
         )
         push = addresses(table.span, work.hidden, work.state)
         self.run(recorder, pipeline, push, (self.columns, 1, 1))

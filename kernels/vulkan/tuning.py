@@ -64,7 +64,8 @@ class Tuning:
 
 def product_key(matrix: Matrix, epilogue: int) -> str:
     size = f"{matrix.rows}x{matrix.cols}"
-    return f"{matrix.kind.name} g{matrix.kind.group} {size} x1 {epilogue}"
+    kind = matrix.kind
+    return f"{kind.spec or kind.name} {size} x1 {epilogue}"
 
 
 def usual_shape(matrix: Matrix, epilogue: int) -> Shape:

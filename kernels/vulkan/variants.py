@@ -63,7 +63,10 @@ def _table(*rows: Variant) -> Mapping[str, Variant]:
 
 _NORM = ("ITEMS", "HIDDEN", "EPS", "POST_NORM", "HAS_BRANCH", "PARTS")
 _FLOATS = ("f16", "bf16", "f32")
-_X_PLACE = 20  # constant_id of INT8_X (shaders/activations.glsl)
+# constant_id of what all weights share (shaders/weights.glsl), and all inputs of linears
+# (shaders/activations.glsl)
+_SCALE_PLACE, _X_PLACE = 19, 20
+_OF_WEIGHTS = ("gemv.comp", "embed.comp", "gemm.comp", "gemm_matrix.comp")
 # They have no inputs of linears.
 _WITHOUT_X = ("read.comp", "arithmetic.comp", "peaks.comp", "sample.comp")
 
@@ -115,7 +118,8 @@ def _kernel(
     constants: tuple[str, ...] = (),
 ) -> Variant:
     if source not in _WITHOUT_X:
-        constants = (*constants, *["-"] * (_X_PLACE - len(constants)), "INT8_X")
+        scales = "SCALE_BITS" if source in _OF_WEIGHTS else "-"
+        constants = (*constants, *["-"] * (_SCALE_PLACE - len(constants)), scales, "INT8_X")
     return Variant(name, source, macros, ("subgroup", *features), constants, "vulkan1.3")
 
 
@@ -204,7 +208,9 @@ VARIANTS: Mapping[str, Variant] = _table(
     *_dense_kernels(),
     *_ceilings(),
     *(
-        Variant(f"dequantize_int{bits}", "dequantize.comp", {"BITS": bits}, (), ("GROUP",))
+        Variant(
+            f"dequantize_int{bits}", "dequantize.comp", {"BITS": bits}, (), ("GROUP", "SCALE_BITS")
+        )
         for bits in (4, 8)
     ),
 )

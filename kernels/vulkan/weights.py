@@ -40,6 +40,11 @@ class Kind:
         """Channels that share a scale."""
         return 32 if self.spec is None else self.spec.group
 
+    @property
+    def constants(self) -> dict[str, int]:
+        """Specialization constants of the kernels that read it."""
+        return {"GROUP": self.group, "SCALE_BITS": self.spec.scale_bits if self.spec else 16}
+
     def tiled_bytes(self, rows: int, cols: int) -> int:
         if self.spec is not None:
             return TILE.nbytes(rows, cols, self.spec)
