@@ -144,6 +144,16 @@ def test_the_gguf_package_reads_the_same_weights(
         assert_array_equal(found[names[name]], bundle.quant(name).dequantize())
 
 
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_the_gguf_package_reads_floats(mixed: Bundle, tmp_path: Path, dtype: str) -> None:
+    made = exported(mixed, tmp_path / "m.gguf", format="gguf", dtype=dtype)
+    found, names, wanted = gguf_values(made.path), gguf_names(mixed.config), values(mixed)
+    for name in mixed.manifest.tensors:
+        bound = 2.0**-8 if dtype == "bfloat16" else 2.0**-11
+        np.testing.assert_allclose(found[names[name]], wanted[name], rtol=bound, atol=2**-24)
+    assert 0 < made.relative_error < bound
+
+
 def test_symmetric_codes_keep_their_width(tiny_bundle: Callable[..., Path], tmp_path: Path) -> None:
     bundle = open_bundle(tiny_bundle(specs=(Spec(8, 32), Spec(4, 32), Spec(5, 128))))
     made = exported(bundle, tmp_path / "m.gguf", format="gguf")
@@ -193,25 +203,13 @@ def test_uq_reads_an_exported_gguf(
     assert checkpoint.tokenizer().encode(text) == bundle.tokenizer().encode(text)
 
 
-def test_llama_cpp_gives_the_likeliest_tokens(mixed: Bundle, tmp_path: Path) -> None:
-    """It rounds activations to 8 bits: log-probabilities within 0.1 of the reference."""
-    import xllamacpp
-
-    params = xllamacpp.CommonParams()
-    params.model.path = str(exported(mixed, tmp_path / "m.gguf", format="gguf").path)
-    params.n_ctx, params.n_parallel, params.warmup = 64, 1, False
-    params.cpuparams.n_threads = 1
-    server = xllamacpp.Server(params)
-    session = reference(mixed)
-    tokens = mixed.tokenizer().encode("the time of the world")
-    request = {"prompt": tokens, "n_predict": 1, "n_probs": 50, "temperature": 0.0}
-    answer: dict[str, Any] = server.handle_completions(request)
-    entries = answer["choices"][0]["logprobs"]["content"][0]["top_logprobs"]
-    logits = all_logits(session, session.score(np.array([tokens], np.int32)))[0, -1]
-    wanted = logits - np.log(np.exp(logits.astype(np.float64)).sum())
-    assert entries[0]["id"] == int(logits.argmax())
-    for entry in entries:
-        assert entry["logprob"] == pytest.approx(wanted[entry["id"]], abs=0.1)
+@pytest.mark.parametrize(("dtype", "tolerance"), [(None, 0.1), ("float32", 0.01)])
+def test_llama_cpp_gives_the_likeliest_tokens(
+    mixed: Bundle, tmp_path: Path, dtype: str | None, tolerance: float
+) -> None:
+    """It rounds inputs of quantized matrices to 8 bits, and GELU and the cache to float16."""
+    path = exported(mixed, tmp_path / "m.gguf", format="gguf", dtype=dtype).path
+    assert_llama_cpp_agrees(mixed, path, tolerance)
 
 
 def test_a_head_of_its_own_is_refused_where_llama_cpp_has_none(
@@ -271,7 +269,27 @@ def test_the_command_says_what_it_wrote(
     facts = json.loads(capsys.readouterr().out)
     assert facts["nbytes"] == out.stat().st_size
     assert facts["rounded"] == []
-    assert main(["export", str(mixed.path), "--format", "gguf", "--dtype", "float16"]) == 2
+    assert main(["export", str(mixed.path), "--format", "gguf", "--zero-points"]) == 2
+
+
+def assert_llama_cpp_agrees(bundle: Bundle, path: Path, tolerance: float) -> None:
+    """The 50 likeliest next tokens have the reference's log-probabilities."""
+    import xllamacpp
+
+    params = xllamacpp.CommonParams()
+    params.model.path, params.n_ctx, params.n_parallel = str(path), 64, 1
+    params.warmup, params.cpuparams.n_threads = False, 1
+    server = xllamacpp.Server(params)
+    session = reference(bundle)
+    tokens = bundle.tokenizer().encode("the time of the world")
+    request = {"prompt": tokens, "n_predict": 1, "n_probs": 50, "temperature": 0.0}
+    answer: dict[str, Any] = server.handle_completions(request)
+    entries = answer["choices"][0]["logprobs"]["content"][0]["top_logprobs"]
+    logits = all_logits(session, session.score(np.array([tokens], np.int32)))[0, -1]
+    wanted = logits - np.log(np.exp(logits.astype(np.float64)).sum())
+    assert entries[0]["id"] == int(logits.argmax())
+    for entry in entries:
+        assert entry["logprob"] == pytest.approx(wanted[entry["id"]], abs=tolerance)
 
 
 def refusal(bundle: Bundle, out: Path, **options: Any) -> str:

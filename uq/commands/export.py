@@ -28,7 +28,8 @@ def configure(parser: argparse.ArgumentParser) -> None:
     add("-o", "--output", type=Path, metavar="PATH", help="default: BUNDLE-FORMAT, BUNDLE.gguf")
     add(
         "--dtype", choices=DTYPES,
-        help="of what hf and compressed-tensors hold unquantized; default: float32, which is exact",
+        help="of what hf and compressed-tensors hold unquantized; default: float32, which is "
+        "exact; gguf: of all weights; default: the bundle's codes",
     )  # fmt: skip
     add(
         "--allow-rounding", action="store_true",
@@ -48,16 +49,14 @@ def run(args: argparse.Namespace) -> int:
     from uq.formats.bundle import open_bundle
     from uq.progress import terminal_progress
 
-    if args.format == "gguf" and args.dtype:
-        raise UsageError("--dtype goes with hf and compressed-tensors; GGUF has the bundle's codes")
+    if args.dtype and args.allow_rounding and args.format == "gguf":
+        raise UsageError("--allow-rounding goes with the codes in a GGUF file, not with --dtype")
     if args.format != "compressed-tensors" and args.zero_points:
         raise UsageError(f"--zero-points goes with compressed-tensors, not with {args.format}")
     opened = open_bundle(args.bundle, verify="lazy")
     ending = ".gguf" if args.format == "gguf" else f"-{args.format}"
     out = args.output or Path(opened.name + ending)
-    options = ExportOptions(
-        args.format, args.dtype or "float32", args.allow_rounding, args.zero_points
-    )
+    options = ExportOptions(args.format, args.dtype, args.allow_rounding, args.zero_points)
     exported = export(opened, out, options, terminal_progress())
     print(json.dumps(facts(exported), indent=2) if args.json else describe(exported))
     return 0

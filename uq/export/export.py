@@ -18,7 +18,8 @@ from uq.export.compressed import (
     schemes,
 )
 from uq.export.folder import FloatTensors, Shards, shards, write_folder
-from uq.export.gguf_file import gguf_tensors, require_known, write_gguf
+from uq.export.gguf_file import require_known, write_gguf
+from uq.export.gguf_tensors import Storage, gguf_tensors
 from uq.export.huggingface import folder_assets, text_config
 from uq.export.multimodal import tower_modules, with_towers
 from uq.export.stored import Losses, StoredTensor
@@ -34,16 +35,21 @@ class ExportOptions:
 
     Attributes:
         format: one of `FORMATS`.
-        dtype: `float32`, `float16` or `bfloat16`, of what a folder holds unquantized.
+        dtype: `float32`, `float16` or `bfloat16`, of what a folder holds unquantized, which is
+            float32 by default, and of a GGUF file's matrices, which have the bundle's codes.
         allow_rounding: round scales and minima that the format cannot hold exactly.
         zero_points: compressed-tensors may have packed zero points, which vLLM reads and
             transformers does not.
     """
 
     format: str = "hf"
-    dtype: str = "float32"
+    dtype: str | None = None
     allow_rounding: bool = False
     zero_points: bool = False
+
+    @property
+    def folder_dtype(self) -> str:
+        return self.dtype or "float32"
 
 
 @dataclass(frozen=True)
@@ -112,10 +118,10 @@ def export(
 
 def draft_hf(bundle: Bundle, options: ExportOptions, losses: Losses) -> Draft:
     """Floating-point weights."""
-    assets = folder_assets(bundle, options.dtype, {})
-    floats = FloatTensors(bundle, options.dtype, losses)
+    assets = folder_assets(bundle, options.folder_dtype, {})
+    floats = FloatTensors(bundle, options.folder_dtype, losses)
     files = shards(bundle, floats, floats.matrix)
-    files = with_towers(files, bundle.towers(), options.dtype, losses)
+    files = with_towers(files, bundle.towers(), options.folder_dtype, losses)
     return _folder_draft(files, assets)
 
 
@@ -124,18 +130,18 @@ def draft_compressed(bundle: Bundle, options: ExportOptions, losses: Losses) -> 
     text_config(bundle.config)  # refuses a family that is not known
     chosen = schemes(bundle, zero_points=options.zero_points)
     if not options.allow_rounding:
-        require_scales(bundle, chosen, options.dtype)
+        require_scales(bundle, chosen, options.folder_dtype)
     towers = bundle.towers()
-    files = compressed_shards(bundle, chosen, options.dtype, losses)
-    files = with_towers(files, towers, options.dtype, losses)
+    files = compressed_shards(bundle, chosen, options.folder_dtype, losses)
+    files = with_towers(files, towers, options.folder_dtype, losses)
     config = {"quantization_config": quantization_config(chosen, tower_modules(towers))}
-    return _folder_draft(files, folder_assets(bundle, options.dtype, config))
+    return _folder_draft(files, folder_assets(bundle, options.folder_dtype, config))
 
 
 def draft_gguf(bundle: Bundle, options: ExportOptions, losses: Losses) -> Draft:
-    """GGML blocks."""
+    """GGML blocks, or floats."""
     require_known(bundle.config)
-    tensors = gguf_tensors(bundle, losses, allow_rounding=options.allow_rounding)
+    tensors = gguf_tensors(bundle, losses, Storage(options.dtype, options.allow_rounding))
     left_out = () if TOWERS not in bundle.manifest.files else (TOWERS_LEFT,)
     return Draft(
         tensors, lambda work, progress: write_gguf(work, bundle, tensors, progress), left_out

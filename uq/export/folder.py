@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from uq.export.stored import SAFETENSORS, Losses, StoredTensor, rounded
+from uq.export.stored import ITEM_BYTES, SAFETENSORS, Losses, StoredTensor, rounded
 from uq.formats.bundle import Bundle
 from uq.formats.config import FINAL_NORM, layer_tensor
 from uq.formats.disk import write_file
@@ -50,7 +50,7 @@ class FloatTensors:
     def _tensor(
         self, name: str, shape: tuple[int, ...], chunks: Callable[[], Iterator[Any]]
     ) -> StoredTensor:
-        nbytes = int(np.prod(shape)) * (4 if self._dtype == "float32" else 2)
+        nbytes = int(np.prod(shape)) * ITEM_BYTES[self._dtype]
         return StoredTensor(name, SAFETENSORS[self._dtype], shape, nbytes, chunks)
 
 

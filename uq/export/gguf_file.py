@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
+from itertools import groupby
 from math import isclose
 from pathlib import Path
 from typing import Any
@@ -21,50 +22,19 @@ from gguf import (
 
 from uq.chat import CHAT_FILES, find_template
 from uq.errors import BundleError, UsageError
-from uq.export.gguf_blocks import (
-    BLOCK,
-    BLOCK_BYTES,
-    block_type,
-    half,
-    has_float16_minima,
-    minima,
-    stored_values,
-    to_blocks,
-)
 from uq.export.gguf_vocabulary import vocabulary
-from uq.export.stored import Losses, StoredTensor
+from uq.export.stored import StoredTensor
 from uq.formats.bundle import Bundle
 from uq.formats.checkpoint.checkpoint import TOKENIZER
-from uq.formats.checkpoint.gguf_config import ARCHITECTURES, gguf_config, gguf_names
+from uq.formats.checkpoint.gguf_config import ARCHITECTURES, gguf_config
 from uq.formats.checkpoint.gguf_file import read_gguf
 from uq.formats.config import FULL, SLIDING, GemmaConfig
 from uq.formats.disk import write_file
 from uq.formats.families.reading import pattern_types
-from uq.formats.manifest import gain_name
-from uq.formats.spec import QuantTensor
 from uq.progress import Progress
 
 ALIGNMENT = 32
 FREE = {"eos_token_ids"}  # llama.cpp stops at further tokens, too, by their names
-
-
-def gguf_tensors(bundle: Bundle, losses: Losses, *, allow_rounding: bool) -> list[StoredTensor]:
-    """All tensors of the file, in its order.
-
-    Args:
-        allow_rounding: minima may be rounded to float16, which takes 5 bits where 8 are exact.
-    """
-    manifest = bundle.manifest
-    found = []
-    for name, stored_name in gguf_names(bundle.config).items():
-        if name in manifest.tensors:
-            spec = manifest.tensors[name].spec
-            fits = spec.zero_point and (allow_rounding or has_float16_minima(bundle.pieces(name)))
-            kind = block_type(spec, minima=fits)
-            found.append(_matrix(bundle, name, stored_name, kind, losses))
-        else:
-            found.append(_gain(bundle, gain_name(name), stored_name))
-    return found
 
 
 def write_gguf(
@@ -79,7 +49,7 @@ def write_gguf(
     header = _header(work / "header", bundle, tensors)
     total = len(header) + sum(map(_padded, (tensor.nbytes for tensor in tensors)))
     _require_same_model(work / "header", total, bundle.config)
-    progress.start(len(tensors), "export")
+    progress.start(len(list(_parts(tensors))), "export")
     path = work / "model.gguf"
     write_file(path, _contents(header, tensors, progress), total)
     progress.close()
@@ -100,31 +70,6 @@ def require_known(config: GemmaConfig) -> None:
         raise UsageError(
             f"llama.cpp has no {config.family} with a head of its own; use another format"
         )
-
-
-def _matrix(bundle: Bundle, name: str, stored_name: str, kind: str, losses: Losses) -> StoredTensor:
-    rows, cols = bundle.manifest.tensors[name].shape
-
-    def chunks() -> Iterator[Any]:
-        for piece in bundle.pieces(name):
-            if kind.endswith("_1"):
-                _require_finite(name, piece)
-                losses.add(name, piece.dequantize(), stored_values(piece, kind))
-            yield to_blocks(piece, kind)
-
-    nbytes = rows * (cols // BLOCK) * BLOCK_BYTES[kind]
-    return StoredTensor(stored_name, kind, (rows, cols), nbytes, chunks)
-
-
-def _gain(bundle: Bundle, name: str, stored_name: str) -> StoredTensor:
-    shape = bundle.manifest.arrays[name].shape
-    nbytes = 4 * int(np.prod(shape))
-    return StoredTensor(stored_name, "F32", shape, nbytes, lambda: iter([bundle.array(name)]))
-
-
-def _require_finite(name: str, piece: QuantTensor) -> None:
-    if not np.isfinite(half(minima(piece))).all():
-        raise BundleError(f"{name}: minima are too large for float16; leave --allow-rounding away")
 
 
 def _header(path: Path, bundle: Bundle, tensors: Sequence[StoredTensor]) -> bytes:
@@ -150,7 +95,8 @@ def _header(path: Path, bundle: Bundle, tensors: Sequence[StoredTensor]) -> byte
 def _file_type(tensors: Sequence[StoredTensor]) -> LlamaFileType:
     """The type of most linears; a word for people, readers go by each tensor's own."""
     kinds = Counter(t.kind for t in tensors if t.name.startswith("blk.") and len(t.shape) == 2)
-    return LlamaFileType[f"MOSTLY_{kinds.most_common(1)[0][0]}"]
+    kind = kinds.most_common(1)[0][0]
+    return LlamaFileType.ALL_F32 if kind == "F32" else LlamaFileType[f"MOSTLY_{kind}"]
 
 
 def _add_model(writer: GGUFWriter, config: GemmaConfig) -> None:
@@ -235,11 +181,23 @@ def _contents(
     header: bytes, tensors: Sequence[StoredTensor], progress: Progress
 ) -> Iterator[bytes | memoryview]:
     yield header
-    for tensor in tensors:
-        for chunk in tensor.chunks():
-            yield np.ascontiguousarray(chunk).data
-        yield bytes(_padded(tensor.nbytes) - tensor.nbytes)
-        progress.advance(tensor.name)
+    for part, members in _parts(tensors):
+        for tensor in members:
+            progress.work(tensor.name)
+            for chunk in tensor.chunks():
+                yield np.ascontiguousarray(chunk).data
+            yield bytes(_padded(tensor.nbytes) - tensor.nbytes)
+        progress.advance(part)
+
+
+def _parts(tensors: Sequence[StoredTensor]) -> Iterator[tuple[str, Iterator[StoredTensor]]]:
+    """The tensors of no layer, then layer by layer."""
+    return groupby(tensors, lambda tensor: _part(tensor.name))
+
+
+def _part(name: str) -> str:
+    """`blk.3.attn_q.weight` -> `layer 3`."""
+    return f"layer {name.split('.')[1]}" if name.startswith("blk.") else "tables"
 
 
 def _padded(nbytes: int) -> int:

@@ -8,7 +8,7 @@ from math import prod
 from typing import Any
 
 from uq.export.folder import Shards
-from uq.export.stored import SAFETENSORS, Losses, StoredTensor, rounded
+from uq.export.stored import ITEM_BYTES, SAFETENSORS, Losses, StoredTensor, rounded
 from uq.formats.config import HEAD
 from uq.formats.towers import TowerTensor
 
@@ -54,5 +54,5 @@ def _stored(tower: TowerTensor, dtype: str, losses: Losses) -> StoredTensor:
         for values in tower.values():
             yield rounded(tower.name, values, dtype, losses)
 
-    nbytes = prod(tower.shape) * (4 if dtype == "float32" else 2)
+    nbytes = prod(tower.shape) * ITEM_BYTES[dtype]
     return StoredTensor(tower.name, SAFETENSORS[dtype], tower.shape, nbytes, chunks)

@@ -17,6 +17,7 @@ Array = NDArray[np.float32]
 SAFETENSORS: Mapping[str, str] = MappingProxyType(
     {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 )
+ITEM_BYTES: Mapping[str, int] = MappingProxyType({"float32": 4, "float16": 2, "bfloat16": 2})
 DTYPES = tuple(SAFETENSORS)
 
 
