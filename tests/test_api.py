@@ -69,6 +69,22 @@ def test_validate_returns_the_report_of_the_command(
     assert printed["bundle"] == report.to_json()["bundle"]
 
 
+def test_export_writes_what_the_command_writes(
+    bundle: uq.Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    made = uq.export(bundle, options=uq.ExportOptions("gguf"))
+    assert main(["export", str(bundle.path), "--format", "gguf", "-o", "command.gguf"]) == 0
+    assert made.path.name == f"{bundle.name}.gguf" and made.rounded == ()
+    assert made.path.read_bytes() == Path("command.gguf").read_bytes()
+
+
+def test_export_refuses_what_it_does_not_know(bundle: uq.Bundle) -> None:
+    for options in (uq.ExportOptions("onnx"), uq.ExportOptions(dtype="int3")):
+        with pytest.raises(uq.UqError, match="is not known; use "):
+            uq.export(bundle, options=options)
+
+
 def test_a_bundle_is_opened_by_its_path(bundle: uq.Bundle) -> None:
     assert uq.Bundle.open(str(bundle.path)).sha256 == bundle.sha256
     with pytest.raises(uq.UqError, match=r"has no manifest\.json"):

@@ -1,7 +1,7 @@
 """uq: quantize, package and validate Gemma for AMD Ryzen AI machines.
 
 The functions and classes below are loaded when they are first used: `import uq` takes no time.
-`uq.quantize` and `uq.validate` are packages, too; called, they are the functions of `uq.api`.
+`quantize`, `validate` and `export` are packages, too; called, they are functions of `uq.api`.
 """
 
 from __future__ import annotations
@@ -15,11 +15,14 @@ if TYPE_CHECKING:
     from uq.api import (
         Bundle,
         Checkpoint,
+        Exported,
+        ExportOptions,
         Generated,
         QuantizeOptions,
         Report,
         Sampling,
         ValidateOptions,
+        export,
         generate,
         open_checkpoint,
         quantize,
@@ -29,19 +32,22 @@ if TYPE_CHECKING:
 __all__ = [
     "Bundle",
     "Checkpoint",
+    "ExportOptions",
+    "Exported",
     "Generated",
     "QuantizeOptions",
     "Report",
     "Sampling",
     "UqError",
     "ValidateOptions",
+    "export",
     "generate",
     "open_checkpoint",
     "quantize",
     "validate",
 ]
 __version__ = "0.1.0"
-PACKAGES = ("quantize", "validate")
+PACKAGES = ("export", "quantize", "validate")
 
 
 if not TYPE_CHECKING:  # it would let every name pass

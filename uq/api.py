@@ -5,6 +5,7 @@ import uq
 bundle = uq.quantize("google/gemma-3-1b-it", "out", uq.QuantizeOptions(recipe="int4"))
 report = uq.validate(bundle)
 print(report.kld.mean, report.speed)
+uq.export(bundle, options=uq.ExportOptions("gguf"))
 """
 
 from __future__ import annotations
@@ -12,6 +13,8 @@ from __future__ import annotations
 from pathlib import Path
 
 from uq.commands.quantize import default_folder, open_farm
+from uq.export import export as writing
+from uq.export.export import Exported, ExportOptions, default_output
 from uq.formats.bundle import Bundle, open_bundle
 from uq.formats.checkpoint import Checkpoint, open_checkpoint
 from uq.formats.journal import begun_revision
@@ -28,11 +31,14 @@ from uq.validate.validate import ValidateOptions
 __all__ = [
     "Bundle",
     "Checkpoint",
+    "ExportOptions",
+    "Exported",
     "Generated",
     "QuantizeOptions",
     "Report",
     "Sampling",
     "ValidateOptions",
+    "export",
     "generate",
     "open_checkpoint",
     "quantize",
@@ -108,3 +114,28 @@ def validate(
         keep = options is not None and options.keep
         reference = open_checkpoint(reference, stream=not keep)
     return comparison.validate(opened, reference, options, progress)
+
+
+def export(
+    bundle: str | Path | Bundle,
+    output: str | Path | None = None,
+    options: ExportOptions | None = None,
+    *,
+    progress: Progress | None = None,
+) -> Exported:
+    """Write a bundle for another program, as `uq export` does.
+
+    Args:
+        output: the folder, or the GGUF file; None: as the command names it.
+        options: None: plain weights in float32 for transformers.
+
+    Raises:
+        BundleError: the folder is no bundle or a broken one, or no other program has such a model.
+        UsageError: `output` exists, the options do not go together, or the format cannot hold the
+            bundle exactly and `allow_rounding` is not given.
+        DeviceError: the disk is full or broken.
+    """
+    options = options or ExportOptions()
+    opened = bundle if isinstance(bundle, Bundle) else open_bundle(bundle, verify="lazy")
+    out = Path(output) if output is not None else default_output(opened, options)
+    return writing.export(opened, out, options, progress or SilentProgress())

@@ -30,11 +30,13 @@ class Role:
     Attributes:
         name: as in the file, without the prefix of the text model and without `.weight`.
         shape: as in the file.
+        bare: the file has it without `.weight`: transformers has a parameter there, no module.
     """
 
     name: str
     kind: Kind
     shape: tuple[int, ...]
+    bare: bool = False
 
     @property
     def tensor(self) -> str:

@@ -122,7 +122,7 @@ def _altup_roles(config: GemmaConfig) -> tuple[Role, ...]:
     assert config.altup is not None
     hidden, streams = config.hidden_size, config.altup.streams
     return (
-        Role("altup.correct_output_scale", Kind.KEPT, (hidden,)),
+        Role("altup.correct_output_scale", Kind.KEPT, (hidden,), bare=True),
         Role("altup.correction_coefs", Kind.KEPT, (streams, streams)),
         Role("altup.prediction_coefs", Kind.KEPT, (streams * streams, streams)),
         Role("altup.modality_router", Kind.KEPT, (streams, hidden)),

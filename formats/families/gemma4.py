@@ -177,7 +177,7 @@ def layer_roles(config: GemmaConfig, layer: int) -> tuple[Role, ...]:
         *parts.block(config, layer),
         *_expert_roles(config),
         *parts.per_layer_inputs(config),
-        Role("layer_scalar", Kind.KEPT, (1,)),
+        Role("layer_scalar", Kind.KEPT, (1,), bare=True),
     )
 
 
@@ -190,11 +190,11 @@ def _expert_roles(config: GemmaConfig) -> tuple[Role, ...]:
         config.experts.intermediate_size,
     )
     return (
-        Role("experts.gate_up_proj", Kind.EXPERTS, (count, 2 * size, hidden)),
-        Role("experts.down_proj", Kind.EXPERTS, (count, hidden, size)),
+        Role("experts.gate_up_proj", Kind.EXPERTS, (count, 2 * size, hidden), bare=True),
+        Role("experts.down_proj", Kind.EXPERTS, (count, hidden, size), bare=True),
         Role("router.proj", Kind.KEPT, (count, hidden)),
-        Role("router.scale", Kind.KEPT, (hidden,)),
-        Role("router.per_expert_scale", Kind.KEPT, (count,)),
+        Role("router.scale", Kind.KEPT, (hidden,), bare=True),
+        Role("router.per_expert_scale", Kind.KEPT, (count,), bare=True),
         parts.norm("pre_feedforward_layernorm_2", hidden),
         parts.norm("post_feedforward_layernorm_1", hidden),
         parts.norm("post_feedforward_layernorm_2", hidden),

@@ -44,19 +44,14 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from uq.errors import UsageError
-    from uq.export.export import ExportOptions, export
+    from uq.export.export import ExportOptions, default_output, export, require_options
     from uq.formats.bundle import open_bundle
     from uq.progress import terminal_progress
 
-    if args.dtype and args.allow_rounding and args.format == "gguf":
-        raise UsageError("--allow-rounding goes with the codes in a GGUF file, not with --dtype")
-    if args.format != "compressed-tensors" and args.zero_points:
-        raise UsageError(f"--zero-points goes with compressed-tensors, not with {args.format}")
-    opened = open_bundle(args.bundle, verify="lazy")
-    ending = ".gguf" if args.format == "gguf" else f"-{args.format}"
-    out = args.output or Path(opened.name + ending)
     options = ExportOptions(args.format, args.dtype, args.allow_rounding, args.zero_points)
+    require_options(options)
+    opened = open_bundle(args.bundle, verify="lazy")
+    out = args.output or default_output(opened, options)
     exported = export(opened, out, options, terminal_progress())
     print(json.dumps(facts(exported), indent=2) if args.json else describe(exported))
     return 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -12,7 +13,7 @@ from uq.export.folder import FloatTensors, Shards, shards
 from uq.export.packed import Scheme, common_scheme, packed_codes, packed_zeros, repeated_scales
 from uq.export.stored import SAFETENSORS, Losses, StoredTensor, rounded
 from uq.formats.bundle import Bundle
-from uq.formats.config import layer_tensor
+from uq.formats.config import GemmaConfig, layer_tensor
 
 FUSED = (  # linears that vLLM runs as one
     ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
@@ -27,8 +28,9 @@ def schemes(bundle: Bundle, *, zero_points: bool) -> Schemes:
     """Canonical name of each linear's weight -> how it is stored."""
     found: Schemes = {}
     for layer in range(bundle.config.num_layers):
+        present = bundle.config.linear_shapes(layer)  # some layers have no keys, or no values
         for roles in FUSED:
-            names = [layer_tensor(layer, role) for role in roles]
+            names = [layer_tensor(layer, role) for role in roles if role in present]
             specs = [bundle.manifest.tensors[name].spec for name in names]
             scheme = common_scheme(specs, zero_points=zero_points)
             found |= dict.fromkeys(names, scheme)
@@ -36,12 +38,25 @@ def schemes(bundle: Bundle, *, zero_points: bool) -> Schemes:
 
 
 def compressed_shards(bundle: Bundle, chosen: Schemes, dtype: str, losses: Losses) -> Shards:
-    """The tensors of every file; tables and norms are stored in `dtype`."""
+    """The tensors of every file; tables, norms and stacks of experts are stored in `dtype`."""
+    floats = FloatTensors(bundle, dtype, losses)
 
     def linear(name: str) -> list[StoredTensor]:
+        if name not in chosen:
+            return floats.matrix(name)
         return list(_linear(bundle, name, chosen[name], dtype, losses))
 
-    return shards(bundle, FloatTensors(bundle, dtype, losses), linear)
+    return shards(bundle, floats, linear)
+
+
+def kept_modules(config: GemmaConfig) -> list[str]:
+    """Patterns of compressed-tensors for the linears of transformers that are never quantized."""
+    layers = range(config.num_layers)
+    inside = {
+        role: None for i in layers for role, shape in config.kept_shapes(i).items() if shape[1:]
+    }
+    outside = [name.removesuffix(".weight") for name in config.model_kept()]
+    return [rf"re:.*{re.escape(name)}$" for name in (*inside, *outside)]
 
 
 def quantization_config(chosen: Schemes, ignored: Sequence[str] = ()) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from pathlib import Path
 from uq.errors import UsageError
 from uq.export.compressed import (
     compressed_shards,
+    kept_modules,
     quantization_config,
     require_scales,
     schemes,
@@ -20,9 +21,9 @@ from uq.export.compressed import (
 from uq.export.folder import FloatTensors, Shards, shards, write_folder
 from uq.export.gguf_file import require_known, write_gguf
 from uq.export.gguf_tensors import Storage, gguf_tensors
-from uq.export.huggingface import folder_assets, text_config
+from uq.export.huggingface import folder_assets
 from uq.export.multimodal import tower_modules, with_towers
-from uq.export.stored import Losses, StoredTensor
+from uq.export.stored import DTYPES, Losses, StoredTensor
 from uq.formats.bundle import Bundle
 from uq.formats.disk import disk_errors, require_free, sync_folder
 from uq.formats.manifest import TOWERS
@@ -89,17 +90,37 @@ class Draft:
     left_out: tuple[str, ...] = ()
 
 
+def default_output(bundle: Bundle, options: ExportOptions) -> Path:
+    """In the current folder: BUNDLE.gguf, or BUNDLE-FORMAT."""
+    return Path(bundle.name + (".gguf" if options.format == "gguf" else f"-{options.format}"))
+
+
+def require_options(options: ExportOptions) -> None:
+    """Raises UsageError: an unknown format or type, or options that do not go together."""
+    form, dtype = options.format, options.dtype
+    if form not in DRAFTS:
+        raise UsageError(f"format {form!r} is not known; use {', '.join(FORMATS)}")
+    if dtype is not None and dtype not in DTYPES:
+        raise UsageError(f"dtype {dtype!r} is not known; use {', '.join(DTYPES)}")
+    if form == "gguf" and dtype and options.allow_rounding:
+        raise UsageError("--allow-rounding goes with the codes in a GGUF file, not with --dtype")
+    if form != "compressed-tensors" and options.zero_points:
+        raise UsageError(f"--zero-points goes with compressed-tensors, not with {form}")
+
+
 def export(
     bundle: Bundle, out: Path, options: ExportOptions, progress: Progress = SILENT
 ) -> Exported:
     """Write `bundle` to `out`: a folder, or a GGUF file.
 
     Raises:
-        UsageError: `out` exists, or the format cannot hold the bundle exactly and
-            `allow_rounding` is not given; names the tensors and what would be lost.
+        UsageError: `out` exists, the options do not go together, or the format cannot hold the
+            bundle exactly and `allow_rounding` is not given; names the tensors and what would be
+            lost.
         BundleError: a file of the bundle is damaged, or no other program has such a model.
         DeviceError: the disk is full or broken.
     """
+    require_options(options)
     losses = Losses()
     with work_folder(out) as work:
         draft = DRAFTS[options.format](bundle, options, losses)
@@ -127,14 +148,14 @@ def draft_hf(bundle: Bundle, options: ExportOptions, losses: Losses) -> Draft:
 
 def draft_compressed(bundle: Bundle, options: ExportOptions, losses: Losses) -> Draft:
     """Packed codes of the linears; tables and norms in floating point."""
-    text_config(bundle.config)  # refuses a family that is not known
     chosen = schemes(bundle, zero_points=options.zero_points)
     if not options.allow_rounding:
         require_scales(bundle, chosen, options.folder_dtype)
     towers = bundle.towers()
     files = compressed_shards(bundle, chosen, options.folder_dtype, losses)
     files = with_towers(files, towers, options.folder_dtype, losses)
-    config = {"quantization_config": quantization_config(chosen, tower_modules(towers))}
+    ignored = [*kept_modules(bundle.config), *tower_modules(towers)]
+    config = {"quantization_config": quantization_config(chosen, ignored)}
     return _folder_draft(files, folder_assets(bundle, options.folder_dtype, config))
 
 

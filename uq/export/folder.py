@@ -11,8 +11,10 @@ import numpy as np
 
 from uq.export.stored import ITEM_BYTES, SAFETENSORS, Losses, StoredTensor, rounded
 from uq.formats.bundle import Bundle
-from uq.formats.config import FINAL_NORM, layer_tensor
+from uq.formats.checkpoint.checkpoint import expected_shapes
+from uq.formats.config import GemmaConfig, layer_tensor
 from uq.formats.disk import write_file
+from uq.formats.families.registry import FAMILIES
 from uq.formats.manifest import gain_name
 from uq.formats.shard import make_header, shard_file
 from uq.progress import Progress
@@ -27,31 +29,52 @@ class FloatTensors:
 
     def __init__(self, bundle: Bundle, dtype: str, losses: Losses) -> None:
         self._bundle, self._dtype, self._losses = bundle, dtype, losses
+        self._names, self._shapes = file_names(bundle.config), expected_shapes(bundle.config)
+        self._norm_offset = np.float32(FAMILIES[bundle.config.family].norm_offset)
 
     def matrix(self, name: str) -> list[StoredTensor]:
-        """A quantized tensor, dequantized."""
+        """A quantized tensor, dequantized; experts are a stack, as in transformers."""
 
         def chunks() -> Iterator[Any]:
             for piece in self._bundle.pieces(name):
                 yield rounded(name, piece.dequantize(), self._dtype, self._losses)
 
-        return [self._tensor(name, self._bundle.manifest.tensors[name].shape, chunks)]
+        return [self._tensor(name, chunks)]
 
     def norm(self, name: str) -> StoredTensor:
-        """A norm's weight as transformers has it: the gain less one."""
-        gain = self._bundle.manifest.arrays[gain_name(name)]
+        """A norm's weight as transformers has it: the gain, or that less one."""
 
         def chunks() -> Iterator[Any]:
-            weight = self._bundle.array(gain_name(name)) - np.float32(1)
+            weight = self._bundle.array(gain_name(name)) - self._norm_offset
             yield rounded(name, weight, self._dtype, self._losses)
 
-        return self._tensor(name, gain.shape, chunks)
+        return self._tensor(name, chunks)
 
-    def _tensor(
-        self, name: str, shape: tuple[int, ...], chunks: Callable[[], Iterator[Any]]
-    ) -> StoredTensor:
+    def kept(self, name: str) -> StoredTensor:
+        """What is never quantized."""
+
+        def chunks() -> Iterator[Any]:
+            yield rounded(name, self._bundle.array(name), self._dtype, self._losses)
+
+        return self._tensor(name, chunks)
+
+    def _tensor(self, name: str, chunks: Callable[[], Iterator[Any]]) -> StoredTensor:
+        shape = self._shapes[name]
         nbytes = int(np.prod(shape)) * ITEM_BYTES[self._dtype]
-        return StoredTensor(name, SAFETENSORS[self._dtype], shape, nbytes, chunks)
+        return StoredTensor(self._names[name], SAFETENSORS[self._dtype], shape, nbytes, chunks)
+
+
+def file_names(config: GemmaConfig) -> dict[str, str]:
+    """Canonical name -> name in a folder that transformers saves for the text model alone."""
+    family = FAMILIES[config.family]
+    names = {role.tensor: role.tensor for role in family.model_roles(config)}
+    for layer in range(config.num_layers):
+        for role in family.layer_roles(config, layer):
+            stored = layer_tensor(layer, family.stored_names.get(role.name, role.name))
+            names[layer_tensor(layer, role.name)] = (
+                stored.removesuffix(".weight") if role.bare else stored
+            )
+    return names
 
 
 def shards(
@@ -64,12 +87,15 @@ def shards(
     """
     config = bundle.config
     tables = [tensor for name in config.table_shapes() for tensor in floats.matrix(name)]
-    found = [[*tables, floats.norm(FINAL_NORM)]]
+    norms, kept = map(floats.norm, config.model_norms()), map(floats.kept, config.model_kept())
+    found = [[*tables, *norms, *kept]]
     for layer in range(config.num_layers):
-        linears = [layer_tensor(layer, role) for role in config.linear_shapes(layer)]
-        norms = [layer_tensor(layer, role) for role in config.norm_shapes(layer)]
+        parts = (config.linear_shapes, config.norm_shapes, config.kept_shapes)
+        linears, gains, rest = (
+            [layer_tensor(layer, role) for role in part(layer)] for part in parts
+        )
         stored = [tensor for name in linears for tensor in linear(name)]
-        found.append([*stored, *map(floats.norm, norms)])
+        found.append([*stored, *map(floats.norm, gains), *map(floats.kept, rest)])
     return found
 
 

@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from types import MappingProxyType
 from typing import Any
 
-from uq.errors import BundleError
 from uq.export.folder import to_json
+from uq.export.text_config import text_config, token_ids
 from uq.formats.bundle import Bundle
 from uq.formats.checkpoint.checkpoint import TOKENIZER
-from uq.formats.checkpoint.hf_config import parse_config
-from uq.formats.config import FULL, SLIDING, GemmaConfig
+from uq.formats.config import GemmaConfig
 from uq.formats.decode import parse_json
 from uq.formats.manifest import SHARD_SUFFIX, TOWERS
 
@@ -20,13 +18,6 @@ CONFIG, GENERATION, TOKENIZER_CONFIG = (
     "config.json",
     "generation_config.json",
     "tokenizer_config.json",
-)
-CLASSES: Mapping[str, tuple[str, str]] = MappingProxyType(
-    {
-        "gemma": ("gemma", "GemmaForCausalLM"),
-        "gemma2": ("gemma2", "Gemma2ForCausalLM"),
-        "gemma3": ("gemma3_text", "Gemma3ForCausalLM"),
-    }
 )
 
 
@@ -46,7 +37,7 @@ def folder_assets(bundle: Bundle, dtype: str, extra: Mapping[str, Any]) -> dict[
     if TOWERS in bundle.manifest.files:
         config = _multimodal_config(assets[CONFIG], config, bundle.config)
     assets[CONFIG] = to_json(config | dict(extra))
-    assets.setdefault(GENERATION, to_json(_token_ids(bundle.config)))
+    assets.setdefault(GENERATION, to_json(token_ids(bundle.config)))
     if TOKENIZER_CONFIG not in assets:
         tokenizer = json.loads(assets[TOKENIZER])
         assets[TOKENIZER_CONFIG] = to_json(_tokenizer_config(tokenizer, bundle.config))
@@ -56,39 +47,6 @@ def folder_assets(bundle: Bundle, dtype: str, extra: Mapping[str, Any]) -> dict[
     return assets
 
 
-def text_config(config: GemmaConfig) -> dict[str, Any]:
-    """config.json of a text model.
-
-    Raises:
-        BundleError: it cannot say what the model is.
-    """
-    if config.family not in CLASSES:
-        raise BundleError(f"export of {config.family} is not offered; it is of " + _families())
-    model_type, architecture = CLASSES[config.family]
-    found = {
-        "architectures": [architecture],
-        "model_type": model_type,
-        "vocab_size": config.vocab_size,
-        "hidden_size": config.hidden_size,
-        "intermediate_size": config.intermediate_size,
-        "num_hidden_layers": config.num_layers,
-        "num_attention_heads": config.num_heads,
-        "num_key_value_heads": config.num_kv_heads,
-        "head_dim": config.head_dim,
-        "rms_norm_eps": config.rms_norm_eps,
-        "max_position_embeddings": config.max_position_embeddings,
-        "tie_word_embeddings": config.tied_head,
-        "rope_parameters": _rope(config),
-    }
-    found |= _token_ids(config) | _family_keys(config)
-    if parse_config(found) != config:
-        raise BundleError(
-            f"transformers has no {model_type} model of this kind: it takes other numbers than the "
-            "bundle's for RoPE, soft-caps or the scale of the scores"
-        )
-    return found
-
-
 def _multimodal_config(source: bytes, text: dict[str, Any], config: GemmaConfig) -> dict[str, Any]:
     """The source's config.json around that of the text model."""
     outer = parse_json(source, CONFIG)
@@ -96,42 +54,6 @@ def _multimodal_config(source: bytes, text: dict[str, Any], config: GemmaConfig)
     found = {key: value for key, value in outer.items() if key != "torch_dtype"}
     tied = {"tie_word_embeddings": config.tied_head}
     return found | {"text_config": inner, "dtype": text["dtype"]} | tied
-
-
-def _families() -> str:
-    return ", ".join(CLASSES)
-
-
-def _family_keys(config: GemmaConfig) -> dict[str, Any]:
-    if config.family == "gemma":
-        return {"hidden_act": "gelu_pytorch_tanh"}
-    scalar = config.query_pre_attn_scalar
-    found = {
-        "hidden_activation": "gelu_pytorch_tanh",
-        "query_pre_attn_scalar": int(scalar) if scalar == int(scalar) else scalar,
-        "layer_types": list(config.layer_types),
-        "attn_logit_softcapping": config.attn_softcap,
-        "final_logit_softcapping": config.final_softcap,
-    }
-    return found | ({"sliding_window": config.sliding_window} if config.sliding_window else {})
-
-
-def _rope(config: GemmaConfig) -> dict[str, Any]:
-    full: dict[str, Any] = {"rope_type": "default", "rope_theta": config.rope_theta}
-    if config.rope_scaling != 1:
-        full |= {"rope_type": "linear", "factor": config.rope_scaling}
-    if config.family != "gemma3":
-        return full
-    return {FULL: full, SLIDING: {"rope_type": "default", "rope_theta": config.rope_local_theta}}
-
-
-def _token_ids(config: GemmaConfig) -> dict[str, Any]:
-    eos = list(config.eos_token_ids)
-    return {
-        "bos_token_id": config.bos_token_id,
-        "eos_token_id": eos[0] if len(eos) == 1 else eos,
-        "pad_token_id": config.pad_token_id,
-    }
 
 
 def _tokenizer_config(tokenizer: dict[str, Any], config: GemmaConfig) -> dict[str, Any]:
