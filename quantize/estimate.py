@@ -40,7 +40,7 @@ from uq.quantize.probes import (
     POSITIONS,
     PROBE_LENGTH,
     PROBE_WINDOWS,
-    probed_layers,
+    probed_models,
     table_names,
 )
 from uq.quantize.scales import quantize_rtn
@@ -247,7 +247,7 @@ def _measuring_seconds(config: GemmaConfig, plan: Plan) -> float:
     single, _, per_weight = _rates(plan)
     linears = config.linear_shapes(0)
     weights = sum(rows * cols for rows, cols in linears.values())
-    models = len(linears) * len(probed_layers(config.num_layers))
+    models = probed_models(config)
     walks = PROBE_WINDOWS * PROBE_LENGTH * models * config.num_layers / 2
     positions = PROBE_WINDOWS * len(range(*POSITIONS.indices(PROBE_LENGTH)))
     head = positions * config.hidden_size * (models * LIKELIEST + config.vocab_size)

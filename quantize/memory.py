@@ -25,7 +25,7 @@ from uq.quantize.probes import (
     PROBE_WINDOWS,
     TOKEN_BLOCK,
     VOCAB_BLOCK,
-    probed_layers,
+    probed_models,
 )
 from uq.quantize.refit import REFIT_NUMBERS
 from uq.quantize.rounding import PIECES_AHEAD
@@ -228,8 +228,11 @@ def _held(shapes: Mapping[str, tuple[int, int]], stage: Stage) -> Iterator[int]:
 def _probing_bytes(config: GemmaConfig, work: WorkSizes, batch: int) -> int:
     """While costs are measured: the probes, a layer, and its widest Hessian twice."""
     shapes = config.linear_shapes(0).values()
-    models = 4 + len(shapes) * (1 + len(probed_layers(config.num_layers)))
-    state = 4 * PROBE_WINDOWS * PROBE_LENGTH * config.hidden_size
+    models = 4 + len(shapes) + probed_models(config)
+    streams = config.altup.streams if config.altup else 0
+    routed = 2 if config.experts else 0
+    floats = (1 + streams + routed) * config.hidden_size + _beside_bytes(config) // 4
+    state = 4 * PROBE_WINDOWS * PROBE_LENGTH * floats
     widest = max(cols for _, cols in shapes)
     hessian = (8 if widest <= work.double_width else 4) * widest**2
     layer = 4 * sum(rows * cols for rows, cols in shapes)

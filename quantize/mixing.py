@@ -19,9 +19,11 @@ from uq.progress import Progress
 from uq.quantize.allocate import allocate
 from uq.quantize.plan import Budget, Plan
 from uq.quantize.probes import candidates
-from uq.quantize.sensitivity import Costs, measure_costs
+from uq.quantize.sensitivity import Measured, measure_costs
 
-VERSION = 6  # of the measurement: costs kept by another one are not used
+VERSION = 7  # of the measurement: costs kept by another one are not used
+# Tensors that are told of: so many at most, each of so many nats per token or more.
+SENSITIVE, HARMFUL = 5, 0.02
 
 
 def mixed_plan(
@@ -42,12 +44,12 @@ def mixed_plan(
     shapes = expected_tensors(checkpoint.config)[0]
     fixed = {name for name, tensor in plan.tensors.items() if tensor.method == "grid"}
     measured = _kept_costs(checkpoint, plan, budget, tokens, progress)
-    costs = {name: choices for name, choices in measured.items() if name not in fixed}
+    costs = {name: choices for name, choices in measured.costs.items() if name not in fixed}
 
     def stored(name: str, spec: Spec) -> int:
         return LAYOUTS[plan.tensors[name].layout].nbytes(*shapes[name], spec)
 
-    taken = sum(stored(name, plan.tensors[name].spec) for name in fixed & set(measured))
+    taken = sum(stored(name, plan.tensors[name].spec) for name in fixed & set(measured.costs))
     sizes = {
         name: {spec: stored(name, spec) for spec in choices} for name, choices in costs.items()
     }
@@ -56,7 +58,14 @@ def mixed_plan(
         name: replace(tensor, spec=chosen.get(name, tensor.spec))
         for name, tensor in plan.tensors.items()
     }
-    return replace(plan, tensors=tensors, budget=None)
+    return replace(plan, tensors=tensors, budget=None, sensitive=most_sensitive(measured.plain))
+
+
+def most_sensitive(plain: Mapping[str, float]) -> dict[str, float]:
+    """Those that do harm, most first, in two digits: more would depend on the machine."""
+    harmful = (name for name in plain if plain[name] >= HARMFUL)
+    first = sorted(harmful, key=lambda name: (-plain[name], name))[:SENSITIVE]
+    return {name: float(f"{plain[name]:.2g}") for name in first}
 
 
 def _kept_costs(
@@ -65,14 +74,13 @@ def _kept_costs(
     budget: Budget,
     tokens: NDArray[np.int32],
     progress: Progress,
-) -> Costs:
+) -> Measured:
     def make() -> bytes:
-        costs = measure_costs(
+        found = measure_costs(
             checkpoint, tokens, plan.gptq, tables=budget.tables, progress=progress
         )
-        return json.dumps(
-            {name: list(choices.values()) for name, choices in costs.items()}
-        ).encode()
+        costs = {name: list(choices.values()) for name, choices in found.costs.items()}
+        return json.dumps({"costs": costs, "plain": found.plain}).encode()
 
     key = {
         "version": VERSION,
@@ -83,9 +91,10 @@ def _kept_costs(
         "tables": budget.tables,
     }
     digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()
-    stored: Mapping[str, list[float]] = json.loads(kept(f"costs-{digest[:32]}.json", make))
+    stored = json.loads(kept(f"costs-{digest[:32]}.json", make))
     shapes = expected_tensors(checkpoint.config)[0]
-    return {
-        name: dict(zip(candidates(shapes[name][1]), costs, strict=True))
-        for name, costs in stored.items()
+    costs = {
+        name: dict(zip(candidates(shapes[name][1]), choices, strict=True))
+        for name, choices in stored["costs"].items()
     }
+    return Measured(costs, stored["plain"])

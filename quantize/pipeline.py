@@ -22,6 +22,7 @@ from uq.formats.checkpoint import Checkpoint
 from uq.formats.config import GemmaConfig
 from uq.formats.disk import require_free
 from uq.formats.manifest import Calibration
+from uq.formats.sensitive import sensitivity_note
 from uq.formats.towers import stored_bytes
 from uq.formats.writer import BundleWriter, Entry, QuantEntry, work_folder
 from uq.kernels.session import require_known
@@ -34,7 +35,7 @@ from uq.quantize.layers import CalibratedLayers, LayerSource
 from uq.quantize.memory import Fitted, Load, fit
 from uq.quantize.mixing import mixed_plan
 from uq.quantize.options import CALIBRATE_LAYERS, DEFAULTS, QuantizeOptions
-from uq.quantize.plan import RECIPES, Plan, WorkSizes, make_plan
+from uq.quantize.plan import Plan, WorkSizes, make_plan
 from uq.quantize.record import identity_of, manifest_of, tools_of
 from uq.quantize.recover import recognise
 from uq.quantize.shards import ShardSource, shard_bytes
@@ -90,7 +91,6 @@ def quantize(
     watch = SourceWatch(checkpoint, towers=towers)
     plan = recognised_plan(checkpoint, options)
     _tell_kept(plan, progress)
-    _tell_unmixed(config, plan, options, progress)
     if engine is not None and options.independent:
         raise UsageError("--calibrate-layers independently runs on CPUs only; add --device cpu")
     spill = 0
@@ -125,6 +125,7 @@ def quantize(
         tokens = None if text is None else _tokens(checkpoint, text, options, progress)
         if plan.budget is not None and tokens is not None:
             plan = mixed_plan(checkpoint, plan, plan.budget, tokens, progress)
+            _tell_sensitive(plan, progress)
             require_free(out, beside + sum(shard_bytes(config, plan)[first:]))
         writer.confirm("plan", {name: str(tensor) for name, tensor in plan.tensors.items()})
         progress.start(shards, "quantize", done=first)
@@ -242,14 +243,11 @@ def _tell_kept(plan: Plan, progress: Progress) -> None:
         progress.note(f"{kept} of {len(plan.tensors)} tensors lie on their grid: codes kept")
 
 
-def _tell_unmixed(
-    config: GemmaConfig, plan: Plan, options: QuantizeOptions, progress: Progress
-) -> None:
-    """Say where a recipe that mixes grids does not: what they cost cannot be measured."""
-    mixes = RECIPES[options.recipe].mixed and options.group is None and plan.uses_gptq
-    if mixes and plan.budget is None and (parts := config.extensions()):
-        spec = RECIPES[options.recipe].linear
-        progress.note(f"every linear gets {spec}: costs of grids are not measured with {parts[0]}")
+def _tell_sensitive(plan: Plan, progress: Progress) -> None:
+    """Say which tensors break the model most at 4 bits, and what is done with them."""
+    for name, nats in plan.sensitive.items():
+        spec = plan.tensors[name].spec if name in plan.tensors else None
+        progress.note(sensitivity_note(name, nats, spec))
 
 
 def fitted_plan(checkpoint: Checkpoint, plan: Plan, options: QuantizeOptions) -> Fitted:

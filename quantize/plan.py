@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from uq.errors import UsageError
@@ -142,13 +142,17 @@ class Plan:
 
     Attributes:
         budget: the specs of its tensors are still to be chosen; None when they are final.
+        weighted: rtn searches its scales for the inputs of a calibration text.
+        sensitive: what plain 4 bits in a tensor alone would cost, in nats per token, of the few
+            where that does harm; where it was measured.
     """
 
     recipe: str
     tensors: Mapping[str, TensorPlan]
     gptq: GptqOptions
     budget: Budget | None = None
-    weighted: bool = False  # rtn searches its scales for the inputs of a calibration text
+    weighted: bool = False
+    sensitive: Mapping[str, float] = field(default_factory=dict)
 
     def with_grids(self, found: Mapping[str, TensorPlan]) -> Plan:
         """The plan with other treatments of some tensors; uncalibrated if no linear needs it.
@@ -233,10 +237,8 @@ def make_plan(
         _check_group(name, columns[name], tensor.spec.group)
     plan = Plan(recipe, tensors, rules.gptq)
     if bpw is not None:
-        if options := config.extensions():
-            raise UsageError(f"--bpw does not measure models with {options[0]} yet; leave it out")
         return _within(config, plan, bpw)
-    if rules.mixed and group is None and chosen == "gptq" and not config.extensions():
+    if rules.mixed and group is None and chosen == "gptq":
         return replace(
             plan, budget=Budget(_linear_bytes(config, rules.linear, layout), tables=False)
         )

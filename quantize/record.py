@@ -11,6 +11,7 @@ import numpy as np
 
 from uq.formats.checkpoint import Checkpoint
 from uq.formats.manifest import Calibration, Manifest, Provenance, SourceFile
+from uq.formats.sensitive import SENSITIVE
 from uq.quantize.calibration_engine import CalibrationEngine
 from uq.quantize.options import QuantizeOptions
 from uq.quantize.plan import Plan
@@ -73,11 +74,13 @@ def manifest_of(
     tools: dict[str, str],
 ) -> Manifest:
     source = checkpoint.source
-    gptq = asdict(plan.gptq) if plan.uses_gptq else None
+    found: dict[str, object] = {"gptq": asdict(plan.gptq) if plan.uses_gptq else None}
+    if plan.sensitive:
+        found[SENSITIVE] = dict(plan.sensitive)
     return Manifest(
         model=checkpoint.config,
         recipe=plan.recipe,
-        options=recorded(options, checkpoint) | {"gptq": gptq},
+        options=recorded(options, checkpoint) | found,
         provenance=Provenance(source.kind, source.id, source.revision, checkpoint.dtype, files),
         calibration=calibration,
         left_out=checkpoint.left_out if options.towers == "drop" else (),

@@ -11,18 +11,19 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from functools import partial
 
 import numpy as np
 from numpy.typing import NDArray
 
 from uq.formats.checkpoint import Checkpoint
-from uq.formats.config import GemmaConfig, layer_tensor
+from uq.formats.config import PER_LAYER_PROJECTION, GemmaConfig, layer_tensor
 from uq.formats.spec import Spec
 from uq.kernels.weights import CheckpointWeights, Weights
 from uq.progress import Progress
 from uq.quantize.calibrate import PLAIN, Calibration
-from uq.quantize.calibration_engine import TokenRows
+from uq.quantize.calibration_engine import ExpertWork, StageStatistics, TokenRows
 from uq.quantize.equalize import channel_scale
 from uq.quantize.factor import left_variances
 from uq.quantize.gptq import Statistics, scale_importance
@@ -35,16 +36,33 @@ from uq.quantize.probes import (
     candidates,
     probe,
     probe_spec,
+    probed_roles,
     table_names,
 )
 from uq.quantize.scales import quantize_rtn, squared_error
+from uq.quantize.token_rows import PerLayerRows, stream_maker
 
 Array = NDArray[np.float32]
 Costs = Mapping[str, Mapping[Spec, float]]  # tensor -> grid -> mean KL divergence, nats per token
 
 MOMENT_WINDOWS, MOMENT_LENGTH = 16, 256
 SAMPLE_ROWS = 128  # of a linear, on which its grids are compared
-TABLE_SAMPLE = 16384  # rows on which the grids of the embedding are compared
+# Rows on which the grids of a table are compared, and weights, in the table that has long rows.
+TABLE_SAMPLE, TABLE_WEIGHTS = 16384, 1 << 26
+SAMPLE_EXPERTS = 8  # of a layer, whose grids stand for those of all
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What rounding tensors costs, each alone, in nats per token.
+
+    Attributes:
+        costs: of every grid in `CANDIDATES` whose group divides the tensor's columns.
+        plain: of rounding to the nearest of 4 bits, also of tensors that are never quantized.
+    """
+
+    costs: Costs
+    plain: Mapping[str, float]
 
 
 @np.errstate(over="ignore", invalid="ignore")
@@ -55,8 +73,8 @@ def measure_costs(
     *,
     tables: bool,
     progress: Progress,
-) -> Costs:
-    """Cost of every grid in `CANDIDATES` whose group divides the tensor's columns.
+) -> Measured:
+    """The costs of a model's tensors; an expert stack is one of them.
 
     Args:
         tokens: (sequences, length) int32 of the calibration; a few of them are used.
@@ -67,16 +85,16 @@ def measure_costs(
     config = checkpoint.config
     source = CheckpointWeights(checkpoint, resident=False)
     sampled = _spread(tokens, MOMENT_WINDOWS)[:, :MOMENT_LENGTH]
-    rows = [TokenRows(source.embedding(sampled))]
-    moments = Calibration(config, rows, replace(PLAIN, work=options.work))
+    rows = _token_rows(checkpoint, source, sampled)
+    moments = Calibration(config, [rows], replace(PLAIN, work=options.work))
     windows = _spread(tokens, PROBE_WINDOWS)[:, :PROBE_LENGTH]
     probes = Probes(config, source, windows, tables=tables)
     errors: dict[str, dict[Spec, float]] = {}
     progress.start(config.num_layers, "measure")
     for layer in range(config.num_layers):
         weights = checkpoint.layer(layer)
-        errors |= _layer_errors(config, layer, weights, moments, options)
-        probes.walk(layer, weights)
+        errors |= _layer_errors(checkpoint, layer, weights, moments, options)
+        probes.walk(layer, weights, checkpoint)
         progress.advance(f"layer {layer}")
     if tables:
         errors |= {name: _table_errors(checkpoint, name) for name in table_names(config)}
@@ -85,21 +103,51 @@ def measure_costs(
     if not all(map(math.isfinite, divergences.values())):
         progress.note("outputs of the calibration are not finite: grids by the weights' errors")
         divergences = dict.fromkeys(divergences, 1.0)
-    return {
+    costs = {
         name: {spec: divergences[name] * ratio for spec, ratio in ratios.items()}
         for name, ratios in errors.items()
     }
+    plain = _in_layers(config, divergences)
+    return Measured(costs, plain | {name: _plain(costs[name]) for name in set(costs) - set(plain)})
+
+
+def _token_rows(
+    checkpoint: Checkpoint, source: CheckpointWeights, tokens: NDArray[np.int32]
+) -> TokenRows:
+    """The tokens in front of layer 0, nothing rounded."""
+    rows, config = source.embedding(tokens), checkpoint.config
+    if config.per_layer is None:
+        return TokenRows(rows)
+    told = PerLayerRows(checkpoint, tokens, None)
+    return TokenRows(rows, quantized_rows=told, spread=stream_maker(source, config))
+
+
+def _plain(costs: Mapping[Spec, float]) -> float:
+    """Of a table, which is rounded to the nearest on every grid: on the probe's, with 4 bits."""
+    groups = [spec.group for spec in costs if spec.bits == 4 and not spec.zero_point]
+    return costs[Spec(4, groups[len(groups) // 2], scale_bits=8)]
+
+
+def _in_layers(config: GemmaConfig, divergences: Mapping[str, float]) -> dict[str, float]:
+    """Tensor of a layer -> divergence; the parts of the one that all layers share are added up."""
+    found: dict[str, float] = {}
+    for layer in range(config.num_layers):
+        for role in probed_roles(config, layer):
+            whole = role == PER_LAYER_PROJECTION
+            name = f"{role}.weight" if whole else layer_tensor(layer, role)
+            found[name] = found.get(name, 0.0) + divergences[layer_tensor(layer, role)]
+    return found
 
 
 def _layer_errors(
-    config: GemmaConfig,
+    checkpoint: Checkpoint,
     layer: int,
     weights: Weights,
     moments: Calibration,
     options: GptqOptions,
 ) -> dict[str, dict[Spec, float]]:
     """Output error of GPTQ on each grid over that of the probe; takes the tokens a layer on."""
-    found: dict[str, dict[Spec, float]] = {}
+    config, found = checkpoint.config, dict[str, dict[Spec, float]]()
 
     def stage(roles: Sequence[str], statistics: Statistics) -> dict[str, Array]:
         scale = np.ones_like(statistics.importance)
@@ -115,8 +163,47 @@ def _layer_errors(
             found[name] = {spec: e / base for spec, e in errors.items()}
         return {}
 
-    moments.quantize_layer(layer, dict(weights), stage)
-    return found
+    stacks = {
+        role: StackErrors(layer_tensor(layer, role), config.experts.count, options)
+        for role in config.expert_roles(layer)
+        if config.experts
+    }
+    read = partial(checkpoint.expert, layer)
+
+    def expert(role: str, number: int, tokens: int, seen: StageStatistics | None) -> Array:
+        weight = read(role, number)
+        stacks[role].add(number, weight, seen)
+        return weight
+
+    moments.quantize_layer(
+        layer, dict(weights), stage, ExpertWork(read, expert) if stacks else None
+    )
+    return found | {stack.name: stack.ratios() for stack in stacks.values()}
+
+
+class StackErrors:
+    """Output errors of a stack of experts: of a few that tokens chose, which stand for all."""
+
+    def __init__(self, name: str, count: int, options: GptqOptions) -> None:
+        self.name, self._options = name, options
+        self._each = max(1, count // SAMPLE_EXPERTS)
+        self._next = 0  # expert from which on one more is looked at
+        self._base, self._errors = 0.0, dict[Spec, float]()
+
+    def add(self, number: int, weight: Array, seen: StageStatistics | None) -> None:
+        """The next expert; `seen` are the inputs of those tokens that chose it."""
+        if number < self._next or not isinstance(seen, Statistics):
+            return
+        self._next = number - number % self._each + self._each
+        sample = _sample(weight)
+        self._base += _probe_error(self.name, sample, seen)
+        left = left_variances(seen.hessian, self._options.damping)
+        for spec, error in _gptq_errors(sample, seen, left).items():
+            self._errors[spec] = self._errors.get(spec, 0.0) + error
+
+    def ratios(self) -> dict[Spec, float]:
+        """Error on each grid over that of the probe."""
+        return {spec: error / self._base for spec, error in self._errors.items()}
 
 
 def _sample(weight: Array) -> Array:
@@ -154,8 +241,8 @@ def _gptq_errors(
 
 def _table_errors(checkpoint: Checkpoint, name: str) -> dict[Spec, float]:
     """Squared rounding error on each grid over that of the probe."""
-    vocab, cols = checkpoint.config.vocab_size, checkpoint.config.hidden_size
-    rows = checkpoint.rows(name, 0, min(vocab, TABLE_SAMPLE))
+    vocab, cols = checkpoint.config.table_shapes()[name]
+    rows = checkpoint.rows(name, 0, min(vocab, TABLE_SAMPLE, TABLE_WEIGHTS // cols))
 
     def error(spec: Spec) -> float:
         return float(squared_error(rows, quantize_rtn(rows, spec))[0])

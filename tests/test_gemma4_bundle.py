@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable
 from dataclasses import replace
@@ -9,14 +10,18 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from numpy.typing import NDArray
+from safetensors.numpy import load_file
 
 from tests.gemma4 import VARIANTS
 from tests.test_reference import all_logits, random_tokens
 from uq.cli import main
-from uq.errors import DeviceError, UsageError
+from uq.errors import DeviceError
 from uq.formats.bundle import Bundle, open_bundle
 from uq.formats.checkpoint import Checkpoint, open_checkpoint
 from uq.formats.config import FULL, PER_LAYER_EMBEDDING, SLIDING, layer_tensor
+from uq.formats.manifest import expected_tensors
+from uq.formats.sensitive import sensitivities
 from uq.kernels.backends import open_session
 from uq.kernels.npu.toolchain.carried import designs_for
 from uq.kernels.reference import ReferenceSession
@@ -151,15 +156,9 @@ def test_gptq_loses_less_than_rounding(
 def test_experts_that_saw_too_few_tokens_are_named(
     tiny_gemma4: Callable[..., Path], tmp_path: Path
 ) -> None:
-    class Notes(SilentProgress):
-        def note(self, text: str) -> None:
-            notes.append(text)
-
-    notes: list[str] = []
-    few = replace(CALIBRATED, calibration_tokens=12, calibration_length=12)
+    few = replace(CALIBRATED, calibration_tokens=12, calibration_length=12, group=32)
     checkpoint = open_checkpoint(tiny_gemma4("experts"))
-    bundle = open_bundle(quantize(checkpoint, tmp_path / "out", few, Notes()))
-    assert any(text.startswith("every linear gets int4 g32: costs of grids") for text in notes)
+    bundle = open_bundle(quantize(checkpoint, tmp_path / "out", few))
     fallback = bundle.manifest.tensors[layer_tensor(0, "experts.gate_up_proj")].fallback
     assert fallback is not None
     assert re.fullmatch(
@@ -193,12 +192,58 @@ def test_layers_that_read_each_other_are_calibrated_in_order(
         quantize(open_checkpoint(tiny_gemma4("small")), tmp_path / "out", options)
 
 
-def test_bits_per_weight_are_not_measured_for_all_models(
+def planted(folder: Path) -> dict[str, NDArray[np.float32] | None]:
+    """Other weights for a checkpoint: in two matrices of layer 2 a column of each group is 60 times
+    as large, and its input 60 times as small.
+    """
+    weights = load_file(folder / "model.safetensors")
+    found: dict[str, NDArray[np.float32] | None] = {}
+    for rows, columns in (
+        ("mlp.up_proj", "mlp.down_proj"),
+        ("per_layer_input_gate", "per_layer_projection"),
+    ):
+        before, behind = (f"model.layers.2.{role}.weight" for role in (rows, columns))
+        weights[before][::32] /= 60
+        weights[behind][:, ::32] *= 60
+        found |= {name: weights[name] for name in (before, behind)}
+    return found
+
+
+def test_what_breaks_at_4_bits_is_named_and_protected(
     tiny_gemma4: Callable[..., Path], tmp_path: Path
 ) -> None:
-    options = QuantizeOptions(bpw=5.0)
-    with pytest.raises(UsageError, match="--bpw does not measure models with full layers with"):
-        quantize(open_checkpoint(tiny_gemma4("small")), tmp_path / "out", options)
+    class Notes(SilentProgress):
+        def note(self, text: str) -> None:
+            notes.append(text)
+
+    notes: list[str] = []
+    checkpoint = open_checkpoint(tiny_gemma4("small", extra=planted(tiny_gemma4("small"))))
+    mixed = open_bundle(quantize(checkpoint, tmp_path / "mixed", CALIBRATED, Notes()))
+    plain = open_bundle(quantize(checkpoint, tmp_path / "plain", replace(CALIBRATED, group=32)))
+    linear, kept = (layer_tensor(2, role) for role in ("mlp.down_proj", "per_layer_projection"))
+    sensitive = mixed.manifest.options["sensitive"]
+    assert isinstance(sensitive, dict) and set(list(sensitive)[:2]) == {linear, kept}
+    told = "\n".join(notes)
+    assert sensitivities(mixed.manifest) == [note for note in notes if "plain 4 bits" in note]
+    assert re.search(rf"{kept}: plain 4 bits would cost [0-9.]+ nats .*; it stays in float32", told)
+    assert re.search(rf"{linear}: plain 4 bits would cost .*; it has int[568]", told)
+    sizes = [sum(f.size for f in found.manifest.files.values()) for found in (mixed, plain)]
+    assert sizes[0] <= sizes[1]
+    assert divergence(mixed, checkpoint) < 0.7 * divergence(plain, checkpoint)
+
+
+@pytest.mark.parametrize("variant", ["experts", "all"])
+def test_bits_per_weight_of_tables_and_experts(
+    tiny_gemma4: Callable[..., Path], tmp_path: Path, variant: str
+) -> None:
+    checkpoint = open_checkpoint(tiny_gemma4(variant))
+    options = replace(CALIBRATED, bpw=8.0, calibration_tokens=256, targets=("cpu",))
+    tensors = open_bundle(quantize(checkpoint, tmp_path / "out", options)).manifest.tensors
+    assert set(tensors) == set(expected_tensors(checkpoint.config)[0])
+    assert len({tensor.spec for tensor in tensors.values()}) > 1
+    arrays = sum(math.prod(shape) for shape in expected_tensors(checkpoint.config)[1].values())
+    taken = 32 * arrays + 8 * sum(t.spec.nbytes(*t.shape) for t in tensors.values())
+    assert 7.5 < taken / checkpoint.config.num_parameters() <= 8.0
 
 
 def divergence(bundle: Bundle, checkpoint: Checkpoint) -> float:

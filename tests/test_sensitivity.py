@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from uq.formats.bundle import open_bundle
 from uq.formats.checkpoint import Checkpoint, open_checkpoint
-from uq.formats.config import EMBEDDING, HEAD, GemmaConfig, layer_tensor
+from uq.formats.config import EMBEDDING, HEAD, PER_LAYER_EMBEDDING, GemmaConfig, layer_tensor
 from uq.formats.spec import Spec
 from uq.kernels.reference import ReferenceSession
 from uq.kernels.weights import CheckpointWeights, Weights, WeightSource
@@ -59,6 +59,15 @@ class Rounded(WeightSource):
     def final_norm(self) -> Array:
         return self.inner.final_norm()
 
+    def expert(self, index: int, role: str, number: int) -> Array:
+        return self._round(layer_tensor(index, role), self.inner.expert(index, role, number))
+
+    def per_layer_embedding(self, start: int, stop: int) -> Array:
+        return self._round(PER_LAYER_EMBEDDING, self.inner.per_layer_embedding(start, stop))
+
+    def whole(self, name: str) -> Array:
+        return self.inner.whole(name)
+
     def _round(self, name: str, weight: Array) -> Array:
         if name != self.name:
             return weight
@@ -85,8 +94,11 @@ def test_the_likeliest_tokens_are_found_block_by_block(
     assert found.tolist() == sorted(np.argsort(-chances.sum(axis=0))[:40])
 
 
-def divergence_by_hand(checkpoint: Checkpoint, name: str, bits: int) -> float:
-    exact = log_softmax(ReferenceSession(checkpoint), TOKENS)
+def divergence_by_hand(
+    checkpoint: Checkpoint, name: str, bits: int, exact: NDArray[np.float64] | None = None
+) -> float:
+    if exact is None:
+        exact = log_softmax(ReferenceSession(checkpoint), TOKENS)
     rounded = log_softmax(ReferenceSession(Rounded(checkpoint, name, bits)), TOKENS)
     return float(np.mean(np.sum(np.exp(exact) * (exact - rounded), axis=-1)))
 
@@ -101,7 +113,7 @@ def test_probes_diverge_like_models_with_one_rounded_tensor(checkpoint: Checkpoi
     source = CheckpointWeights(checkpoint, resident=False)
     models = Probes(config, source, TOKENS, tables=True)
     for layer in range(config.num_layers):
-        models.walk(layer, checkpoint.layer(layer))
+        models.walk(layer, checkpoint.layer(layer), checkpoint)
     found = models.divergences()
     tables = table_names(config)
     assert len(found) == len(tables) + 7 * config.num_layers
@@ -109,6 +121,51 @@ def test_probes_diverge_like_models_with_one_rounded_tensor(checkpoint: Checkpoi
     for name in names:
         bits = TABLE_PROBE if name in tables else LINEAR_PROBE
         assert found[name] == pytest.approx(divergence_by_hand(checkpoint, name, bits), rel=1e-2)
+
+
+@pytest.mark.parametrize(
+    ("family", "names"),
+    [
+        (
+            "gemma4",
+            [
+                PER_LAYER_EMBEDDING,
+                layer_tensor(1, "experts.gate_up_proj"),
+                layer_tensor(2, "self_attn.k_proj"),  # which later layers read
+                layer_tensor(3, "router.proj"),
+                layer_tensor(0, "per_layer_projection"),
+            ],
+        ),
+        (
+            "gemma3n",
+            [
+                EMBEDDING,
+                layer_tensor(2, "self_attn.v_proj"),
+                layer_tensor(1, "laurel.linear_left"),
+                layer_tensor(4, "altup.modality_router"),
+            ],
+        ),
+    ],
+)
+def test_probes_of_newer_families_diverge_like_models_with_one_rounded_tensor(
+    tiny_gemma4: Callable[..., Path],
+    tiny_gemma3n: Callable[..., Path],
+    monkeypatch: pytest.MonkeyPatch,
+    family: str,
+    names: list[str],
+) -> None:
+    monkeypatch.setattr(probes, "KEPT_LAYERS", probes.PROBED_LAYERS)
+    folder = tiny_gemma4("all") if family == "gemma4" else tiny_gemma3n("plain")
+    checkpoint = open_checkpoint(folder)
+    source = CheckpointWeights(checkpoint, resident=False)
+    models = Probes(checkpoint.config, source, TOKENS, tables=True)
+    for layer in range(checkpoint.config.num_layers):
+        models.walk(layer, checkpoint.layer(layer), checkpoint)
+    found, exact = models.divergences(), log_softmax(ReferenceSession(checkpoint), TOKENS)
+    for name in names:
+        bits = TABLE_PROBE if name in table_names(checkpoint.config) else LINEAR_PROBE
+        by_hand = divergence_by_hand(checkpoint, name, bits, exact)
+        assert found[name] == pytest.approx(by_hand, rel=1e-2)
 
 
 def test_layers_between_probed_ones_get_a_like_divergence(
@@ -121,13 +178,13 @@ def test_layers_between_probed_ones_get_a_like_divergence(
     def divergences() -> dict[str, float]:
         models = Probes(config, source, TOKENS, tables=False)
         for layer in range(config.num_layers):
-            models.walk(layer, checkpoint.layer(layer))
+            models.walk(layer, checkpoint.layer(layer), checkpoint)
         return models.divergences()
 
     measured = divergences()
     monkeypatch.setattr(probes, "PROBED_LAYERS", 3)
     found = divergences()
-    assert probes.probed_layers(5) == [0, 2, 4] and set(found) == set(measured)
+    assert probes.probed_layers(range(5), 3) == [0, 2, 4] and set(found) == set(measured)
     for name, divergence in measured.items():
         layer = int(name.split(".")[2])
         bound = 1.001 if layer % 2 == 0 else 2.0
@@ -135,7 +192,7 @@ def test_layers_between_probed_ones_get_a_like_divergence(
 
 
 def test_more_bits_and_smaller_groups_cost_less(checkpoint: Checkpoint) -> None:
-    costs = measure_costs(checkpoint, TOKENS, GptqOptions(), tables=True, progress=SILENT)
+    costs = measure_costs(checkpoint, TOKENS, GptqOptions(), tables=True, progress=SILENT).costs
     for choices in costs.values():
         groups = sorted({spec.group for spec in choices})
         for bits in (4, 5):
@@ -145,7 +202,7 @@ def test_more_bits_and_smaller_groups_cost_less(checkpoint: Checkpoint) -> None:
 
 
 def test_costs_cover_the_grids_that_fit(checkpoint: Checkpoint) -> None:
-    costs = measure_costs(checkpoint, TOKENS, GptqOptions(), tables=False, progress=SILENT)
+    costs = measure_costs(checkpoint, TOKENS, GptqOptions(), tables=False, progress=SILENT).costs
     assert EMBEDDING not in costs
     for name, choices in costs.items():
         cols = checkpoint.tensors[name].shape[1]

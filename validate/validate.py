@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from uq import __version__
 from uq.errors import UsageError
 from uq.formats.chat import Render
+from uq.formats.sensitive import sensitivities
 from uq.kernels.backends import device_numerics, open_reference, open_session
 from uq.kernels.numerics import ACTIVATIONS, KV, Numerics
 from uq.progress import Progress, SilentProgress
@@ -182,6 +183,7 @@ def validate(
             *warnings,
             *text_warnings(scores.reference_perplexity.value),
             *fallbacks(errors),
+            *sensitivities(bundle.manifest),
             *([] if session.device.has_clock else [NO_CLOCK]),
         ),
     )
