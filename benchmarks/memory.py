@@ -22,7 +22,7 @@ from pathlib import Path
 
 from benchmarks.random_checkpoint import write_random_checkpoint
 from benchmarks.shapes import shape_config
-from uq.text import size, table
+from uq.text import table
 
 INTERVAL = 0.02  # seconds
 LENGTH = 1024  # tokens of a sequence
@@ -98,6 +98,11 @@ def watched(command: list[str]) -> tuple[int, int]:
     return anonymous, resident
 
 
+def mib(nbytes: int) -> str:
+    """All in one unit: runs are compared within a few percent."""
+    return f"{nbytes / 2**20:.0f} MiB"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("cases", nargs="+", type=Case.parse, metavar="CASE")
@@ -116,11 +121,11 @@ def main() -> None:
                 case.vocabulary,
                 case.method,
                 case.tokens,
-                size(peak.anonymous),
-                size(peak.resident),
-                size(peak.estimate),
+                mib(peak.anonymous),
+                mib(peak.resident),
+                mib(peak.estimate),
                 f"{peak.estimate / peak.resident:.2f}",
-                size(peak.spilled),
+                mib(peak.spilled),
                 f"{peak.seconds:.0f} s",
             )
         )

@@ -157,11 +157,25 @@ def quantize(
 
 
 def _write_shards(source: ShardSource, writer: BundleWriter, progress: Progress) -> None:
-    """All that are not written yet, one after the other."""
-    for index in source.shards:
-        entries = source.entries(index)
+    """All that are not written yet; a calibrated layer while the next one is calibrated."""
+
+    def write(index: int, entries: Sequence[Entry]) -> None:
         writer.write_shard(index, entries)
         progress.advance(_step(index), error=_mean_error(entries))
+
+    with ThreadPoolExecutor(1) as pool:
+        under_way: Future[None] | None = None
+        for index in source.shards:
+            entries = source.entries(index)
+            if under_way is not None:
+                under_way.result()
+            under_way = None
+            if source.is_whole(index):
+                under_way = pool.submit(write, index, entries)
+            else:
+                write(index, entries)
+        if under_way is not None:
+            under_way.result()
     progress.close()
 
 

@@ -68,6 +68,10 @@ class ShardSource:
         kept = self._checkpoint.kept(layer, self._contents)
         return [*self._round(index), *arrays(layer, gains, kept)]
 
+    def is_whole(self, index: int) -> bool:
+        """Whether the entries of a shard are in memory; others are made while they are written."""
+        return index > 0 and self._calibrated is not None
+
     def _model_arrays(self) -> list[Entry]:
         checkpoint, contents = self._checkpoint, self._contents
         norms, kept = checkpoint.config.model_norms(), checkpoint.config.model_kept()

@@ -8,12 +8,13 @@ from dataclasses import replace
 from hashlib import sha256
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from uq.formats.bundle import open_bundle
 from uq.formats.checkpoint import open_checkpoint
-from uq.formats.checkpoint.content import BLOCK, blocks, read_contents, whole_content
-from uq.formats.checkpoint.tensors import TensorInfo, raw_rows
+from uq.formats.checkpoint.content import BLOCK, blocks, read_contents, tensor_content
+from uq.formats.checkpoint.tensors import TensorInfo
 from uq.formats.config import EMBEDDING, FINAL_NORM
 from uq.formats.layouts import LAYOUTS
 from uq.formats.spec import SPECS
@@ -40,8 +41,16 @@ def test_a_tensor_is_hashed_by_blocks_of_rows(tiny_checkpoint: Tiny) -> None:
     assert rows < 9000 and rows % 16 == 0
     assert found[EMBEDDING] == expected(folder, tensors[EMBEDDING], rows)
     assert found[FINAL_NORM] == expected(folder, tensors[FINAL_NORM], 128)
-    info = tensors[EMBEDDING]
-    assert whole_content(info, raw_rows(info, 0, 9000)) == found[EMBEDDING]
+
+
+def test_reading_a_tensor_at_once_gives_its_values_and_its_hash(tiny_checkpoint: Tiny) -> None:
+    checkpoint = open_checkpoint(tiny_checkpoint(vocab=9000))  # two blocks
+    with ThreadPoolExecutor(1) as pool:
+        hashes = read_contents(checkpoint.tensors, pool)
+    contents: dict[str, str] = {}
+    values = checkpoint.whole(EMBEDDING, contents)
+    assert contents == {EMBEDDING: hashes[EMBEDDING]}
+    assert np.array_equal(values, checkpoint.embedding(0, 9000))
 
 
 def test_blocks_are_whole_row_blocks_of_every_layout(tiny_checkpoint: Tiny) -> None:
@@ -54,9 +63,8 @@ def test_blocks_are_whole_row_blocks_of_every_layout(tiny_checkpoint: Tiny) -> N
 
 def test_type_and_shape_are_part_of_the_content(tiny_checkpoint: Tiny) -> None:
     info = open_checkpoint(tiny_checkpoint()).tensors[EMBEDDING]
-    raw = raw_rows(info, 0, info.shape[0])
     others = (replace(info, dtype="f16"), replace(info, shape=(info.shape[0], 2, 64)))
-    assert len({whole_content(other, raw) for other in (info, *others)}) == 3
+    assert len({tensor_content(other, [b"digest"]) for other in (info, *others)}) == 3
 
 
 @pytest.mark.parametrize("method", ["rtn", "gptq"])

@@ -15,9 +15,11 @@ from numpy.typing import NDArray
 
 from uq.errors import CheckpointError
 from uq.formats.checkpoint.content import (
+    block_digest,
+    blocks,
     file_contents,
     read_contents,
-    whole_content,
+    tensor_content,
 )
 from uq.formats.checkpoint.tensors import (
     TensorInfo,
@@ -248,11 +250,20 @@ class Checkpoint:
         return self._load_assets()
 
     def _read(self, name: str, contents: Contents | None) -> NDArray[np.float32]:
+        """Read at once, then widened and hashed block by block in threads."""
         info = self.tensors[name]
-        raw = raw_rows(info, 0, info.shape[0])
+        raw, found = raw_rows(info, 0, info.shape[0]), np.empty(info.shape, np.float32)
+
+        def widen(rows: tuple[int, int]) -> bytes:
+            block = slice(*rows)
+            found[block] = as_float32(info, raw[block], block.start)
+            return b"" if contents is None else block_digest(raw[block])
+
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            digests = list(pool.map(widen, blocks(info)))
         if contents is not None:
-            contents[name] = whole_content(info, raw)
-        return as_float32(info, raw, 0)
+            contents[name] = tensor_content(info, digests)
+        return found
 
 
 def expected_shapes(config: GemmaConfig) -> dict[str, tuple[int, ...]]:

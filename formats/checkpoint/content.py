@@ -39,11 +39,6 @@ def tensor_content(info: TensorInfo, digests: Iterable[bytes]) -> str:
     return sha256(head + b"".join(digests)).hexdigest()
 
 
-def whole_content(info: TensorInfo, raw: NDArray[np.uint8]) -> str:
-    """`tensor_content` of a tensor that was read at once: raw (rows, bytes of a row)."""
-    return tensor_content(info, (block_digest(raw[a:b]) for a, b in blocks(info)))
-
-
 def read_contents(tensors: Mapping[str, TensorInfo], pool: ThreadPoolExecutor) -> dict[str, str]:
     """`tensor_content` of tensors by name, read for it alone; block by block, in threads.
 
