@@ -28,11 +28,11 @@ def token_rows(
     weights = CheckpointWeights(checkpoint, resident=False)
     step = max(1, plan.gptq.work.batch_tokens // tokens.shape[1])
     for start in range(0, len(tokens), step):
-        rows = weights.embedding(tokens[start : start + step])
-        flat = rows.reshape(-1, rows.shape[-1])
-        rounded = quantize_rtn(flat, plan.tensors[EMBEDDING].spec).dequantize()
-        quantized = rounded.reshape(rows.shape)
         here = tokens[start : start + step]
+        ids, places = np.unique(here, return_inverse=True)
+        distinct, places = weights.embedding(ids), places.reshape(here.shape)
+        rounded = quantize_rtn(distinct, plan.tensors[EMBEDDING].spec).dequantize()
+        quantized, rows = rounded[places], distinct[places]
         if checkpoint.config.per_layer is None:
             yield TokenRows(quantized, rows if plan.corrected else None)
         else:
