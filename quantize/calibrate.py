@@ -333,6 +333,10 @@ class NumpyEngine:
     def name(self) -> str:
         return ""
 
+    @property
+    def elsewhere(self) -> bool:
+        return False
+
     def begin(
         self, config: GemmaConfig, rows: Iterable[TokenRows], options: GptqOptions
     ) -> Calibration:

@@ -157,6 +157,11 @@ class CalibrationEngine(Protocol):
         """Of a device whose codes differ from those of main memory at ties; else empty."""
         ...
 
+    @property
+    def elsewhere(self) -> bool:
+        """Whether it works in a memory of its own: main memory has room for a layer read ahead."""
+        ...
+
     def begin(
         self, config: GemmaConfig, rows: Iterable[TokenRows], options: GptqOptions
     ) -> CalibrationRun:

@@ -136,7 +136,8 @@ def calibrate_layer(
         calibration.add(hidden, both=plan.corrected)
     contents: dict[str, str] = {}
     quantizer = LayerQuantizer(checkpoint, plan, WorkOnly(progress), contents)
-    entries = quantizer.quantize(task.layer, calibration)
+    weights = checkpoint.layer(task.layer, contents)
+    entries = quantizer.quantize(task.layer, weights, calibration)
     return [*map(_tiled, entries), Source(contents)]
 
 

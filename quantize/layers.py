@@ -19,6 +19,7 @@ from uq.formats.spec import QuantTensor
 from uq.formats.writer import ArrayEntry, Entry, QuantEntry
 from uq.kernels.weights import LayerWeights
 from uq.progress import Progress
+from uq.quantize.background import LayersAhead
 from uq.quantize.calibrate import PLAIN
 from uq.quantize.calibration_engine import (
     CalibrationEngine,
@@ -77,12 +78,15 @@ class CalibratedLayers:
         self._plan = plan
         self._progress = progress
         self._quantizer = LayerQuantizer(checkpoint, plan, progress, contents)
+        self._read: Callable[[int], dict[str, Array]] = partial(checkpoint.layer, contents=contents)
+        if engine.elsewhere:
+            self._read = LayersAhead(checkpoint, contents)
         rows = token_rows(checkpoint, plan, tokens)
         self._calibration = engine.begin(checkpoint.config, rows, options_of(plan))
 
     def quantize(self, layer: int) -> list[Entry]:
         """Bundle entries of a layer; the next call is for the next layer."""
-        return self._quantizer.quantize(layer, self._calibration)
+        return self._quantizer.quantize(layer, self._read(layer), self._calibration)
 
     def skip(self, layer: int, read: Callable[[int], Written]) -> None:
         """Go on behind a layer that an earlier run has quantized."""
@@ -105,16 +109,21 @@ class LayerQuantizer:
         progress: Progress,
         contents: MutableMapping[str, str],
     ) -> None:
-        """`contents`: the hashes of the layers that are quantized are entered here."""
+        """`contents`: the hashes of experts, which are read one by one, are entered here."""
         self._checkpoint = checkpoint
         self._plan = plan
         self._progress = progress
         self._contents = contents
 
     @np.errstate(over="ignore", invalid="ignore")
-    def quantize(self, layer: int, calibration: CalibrationRun) -> list[Entry]:
-        """Bundle entries of the layer that the tokens are in front of; takes them behind it."""
-        weights = self._checkpoint.layer(layer, self._contents)
+    def quantize(
+        self, layer: int, weights: dict[str, Array], calibration: CalibrationRun
+    ) -> list[Entry]:
+        """Bundle entries of the layer that the tokens are in front of; takes them behind it.
+
+        Args:
+            weights: `Checkpoint.layer`, used up.
+        """
         gains = {role: weights[role] for role in self._checkpoint.config.norm_shapes(layer)}
         linears: list[Entry] = []
 

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import replace
 from hashlib import sha256
 from pathlib import Path
 from statistics import fmean
-from threading import Thread
-from typing import TypeVar
 
 import numba
 import numpy as np
@@ -27,6 +25,7 @@ from uq.formats.towers import stored_bytes
 from uq.formats.writer import BundleWriter, Entry, QuantEntry, work_folder
 from uq.kernels.session import require_known
 from uq.progress import Progress, SilentProgress
+from uq.quantize.background import in_background
 from uq.quantize.calibrate import FOLLOWED, NumpyEngine
 from uq.quantize.calibration_engine import CalibrationEngine
 from uq.quantize.farm import Farm, Threads
@@ -52,7 +51,6 @@ from uq.quantize.towers import (
 
 __all__ = ["DEFAULTS", "QuantizeOptions", "quantize"]
 
-Result = TypeVar("Result")
 
 SILENT = SilentProgress()
 
@@ -121,7 +119,7 @@ def quantize(
         beside = spill + stored_bytes(checkpoint.towers, options.towers)
         require_free(out, beside + sum(shard_bytes(config, plan)[first:]))
         waiting = work_folder(out) if spill else None  # where activations do
-        assets = _in_background(lambda: carried(checkpoint.assets(), towers=towers))
+        assets = in_background(lambda: carried(checkpoint.assets(), towers=towers))
         tokens = None if text is None else _tokens(checkpoint, text, options, progress)
         if plan.budget is not None and tokens is not None:
             plan = mixed_plan(checkpoint, plan, plan.budget, tokens, progress)
@@ -335,17 +333,3 @@ def _explained_interrupt(out: Path, writer: BundleWriter, progress: Progress) ->
                 "continues, --restart starts over"
             )
         raise
-
-
-def _in_background(work: Callable[[], Result]) -> Callable[[], Result]:
-    """Start `work` in a thread that does not outlive the program; the call waits for its result."""
-    future: Future[Result] = Future()
-
-    def run() -> None:
-        try:
-            future.set_result(work())
-        except BaseException as error:
-            future.set_exception(error)
-
-    Thread(target=run, daemon=True).start()
-    return future.result

@@ -11,6 +11,7 @@ from uq.kernels.vulkan.dense.grids import SYSTEM_BYTES
 from uq.kernels.vulkan.dense.matrix import padded
 from uq.kernels.vulkan.dense.workshop import Workshop
 from uq.kernels.vulkan.device import PhysicalGpu
+from uq.kernels.vulkan.imports import SHARING
 from uq.quantize.calibration_engine import TokenRows
 from uq.quantize.plan import GptqOptions, WorkSizes
 from uq.quantize.vulkan_calibration import VulkanCalibration, explained
@@ -41,6 +42,10 @@ class VulkanEngine:
     @property
     def name(self) -> str:
         return f"vulkan {self._physical.name}"
+
+    @property
+    def elsewhere(self) -> bool:
+        return self._physical.kind not in SHARING
 
     def begin(
         self, config: GemmaConfig, rows: Iterable[TokenRows], options: GptqOptions

@@ -60,7 +60,8 @@ def test_a_layer_is_calibrated_behind_floating_point_layers(model: Path, bundle:
     for layer in (0, 1):
         run.pass_layer(layer, checkpoint.layer(layer), checkpoint.layer(layer))
     found = open_bundle(bundle)
-    for entry in LayerQuantizer(checkpoint, plan, SilentProgress(), {}).quantize(2, run):
+    quantizer = LayerQuantizer(checkpoint, plan, SilentProgress(), {})
+    for entry in quantizer.quantize(2, checkpoint.layer(2), run):
         if isinstance(entry, QuantEntry):
             (expected,) = entry.blocks
             assert isinstance(expected, QuantTensor)
