@@ -2,22 +2,29 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
 from tests.test_reference import all_logits, random_tokens
+from uq.cli import main
+from uq.export.compressed import quantization_config
 from uq.export.export import ExportOptions, export
+from uq.export.packed import Scheme
 from uq.formats.bundle import Bundle, open_bundle
 from uq.formats.checkpoint import open_checkpoint
+from uq.formats.config import layer_tensor
 from uq.kernels.reference import ReferenceSession
 from uq.kernels.weights import BundleWeights
 from uq.quantize.pipeline import QuantizeOptions, quantize
 
+VLLM_FUSES = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
 MODELS = (
-    "vaultgemma", "gemma4 small", "gemma4 large", "gemma4 experts", "gemma3n plain", "gemma3n other"
+    "vaultgemma", "gemma4 small", "gemma4 experts", "gemma3n plain", "gemma3n other"
 )  # fmt: skip
 # torch's own code, and that of compressed-tensors
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning")
@@ -66,3 +73,41 @@ def test_transformers_computes_what_the_reference_does(
     with torch.no_grad():
         actual = model.eval()(torch.from_numpy(tokens).long()).logits.numpy()
     assert np.abs(actual - expected).max() <= 1e-4 * np.abs(expected).max()
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_a_group_of_one_scheme_has_all_that_vllm_fuses(
+    bundles: Mapping[str, Bundle], name: str
+) -> None:
+    """It replaces `qkv_proj` by each of q, k and v, wants a target for every one, even where a
+    layer has none, and takes the scheme of the first.
+    """
+    config = bundles[name].config
+    chosen = {
+        layer_tensor(layer, role): Scheme(4 if layer % 2 else 8, 32, symmetric=True)
+        for layer in range(config.num_layers)
+        for role in config.linear_shapes(layer)
+        if role not in config.expert_roles(layer)
+    }
+    groups = quantization_config(chosen)["config_groups"].values()
+    assert len(groups) == 2
+    for prefix in ("model", "language_model.model", "model.language_model"):
+        for layer in range(config.num_layers):
+            for module, fused in (("self_attn", "qkv_proj"), ("mlp", "gate_up_proj")):
+                names = [f"{prefix}.layers.{layer}.{module}.{part}" for part in VLLM_FUSES[fused]]
+                found = [[bool(matches(g, name)) for g in groups] for name in names]
+                assert found[0].count(True) == 1 and all(row == found[0] for row in found)
+
+
+def matches(group: Mapping[str, Any], name: str) -> list[str]:
+    return [target for target in group["targets"] if re.match(target.removeprefix("re:"), name)]
+
+
+def test_the_command_says_what_takes_more_bits(
+    tiny_bundle: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for bits, told in ((4, False), (6, True)):
+        out = tmp_path / f"{bits}"
+        command = ["export", str(tiny_bundle(bits=bits)), "--format", "compressed-tensors"]
+        assert main([*command, "-o", str(out)]) == 0
+        assert ("wider: 14 of 14 linears take 8 bits" in capsys.readouterr().out) == told

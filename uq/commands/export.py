@@ -73,4 +73,5 @@ def describe(exported: Exported) -> str:
         )
     else:
         lines.append("exact: every weight has the bundle's value")
+    lines += [f"wider: {exported.wider}"] if exported.wider else []
     return "\n".join([*lines, *(f"left out: {part}" for part in exported.left_out)])

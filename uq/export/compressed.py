@@ -15,11 +15,11 @@ from uq.export.stored import SAFETENSORS, Losses, StoredTensor, rounded
 from uq.formats.bundle import Bundle
 from uq.formats.config import GemmaConfig, layer_tensor
 
-FUSED = (  # linears that vLLM runs as one
-    ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
-    ("self_attn.o_proj",),
-    ("mlp.gate_proj", "mlp.up_proj"),
-    ("mlp.down_proj",),
+FUSED = (  # linears that vLLM runs as one: module, its linears
+    ("self_attn", ("q_proj", "k_proj", "v_proj")),
+    ("self_attn", ("o_proj",)),
+    ("mlp", ("gate_proj", "up_proj")),
+    ("mlp", ("down_proj",)),
 )
 Schemes = dict[str, Scheme]
 
@@ -29,7 +29,8 @@ def schemes(bundle: Bundle, *, zero_points: bool) -> Schemes:
     found: Schemes = {}
     for layer in range(bundle.config.num_layers):
         present = bundle.config.linear_shapes(layer)  # some layers have no keys, or no values
-        for roles in FUSED:
+        for module, linears in FUSED:
+            roles = [f"{module}.{linear}" for linear in linears]
             names = [layer_tensor(layer, role) for role in roles if role in present]
             specs = [bundle.manifest.tensors[name].spec for name in names]
             scheme = common_scheme(specs, zero_points=zero_points)
@@ -67,16 +68,16 @@ def quantization_config(chosen: Schemes, ignored: Sequence[str] = ()) -> dict[st
     """
     members: dict[Scheme, list[str]] = {}
     for name, scheme in chosen.items():
-        members.setdefault(scheme, []).append(name)
+        members.setdefault(scheme, []).append(_pattern(name))
     groups = {
         f"group_{index}": {
-            "targets": ["Linear"] if len(members) == 1 else [_pattern(name) for name in names],
+            "targets": ["Linear"] if len(members) == 1 else list(dict.fromkeys(patterns)),
             "weights": scheme.to_json(),
             "input_activations": None,
             "output_activations": None,
             "format": "pack-quantized",
         }
-        for index, (scheme, names) in enumerate(members.items())
+        for index, (scheme, patterns) in enumerate(members.items())
     }
     return {
         "quant_method": "compressed-tensors",
@@ -86,6 +87,18 @@ def quantization_config(chosen: Schemes, ignored: Sequence[str] = ()) -> dict[st
         "ignore": ["lm_head", *ignored],
         "kv_cache_scheme": None,
     }
+
+
+def widening(bundle: Bundle, chosen: Schemes) -> str | None:
+    """What to tell the user of linears that take more bits than in the bundle."""
+    specs = {name: bundle.manifest.tensors[name].spec for name in chosen}
+    wider = [name for name, scheme in chosen.items() if scheme.bits > specs[name].bits]
+    if not wider:
+        return None
+    return (
+        f"{len(wider)} of {len(chosen)} linears take 8 bits: they, or others that vLLM runs as one "
+        "with them, have zero points, 5 or 6 bits; what uq quantize --group 128 makes keeps 4 bits"
+    )
 
 
 def require_scales(bundle: Bundle, chosen: Schemes, dtype: str) -> None:
@@ -143,6 +156,11 @@ def _linear(
 
 
 def _pattern(name: str) -> str:
-    """Matches the linear in a text model and in the text part of a multimodal one."""
-    module = name.removeprefix("model.").removesuffix(".weight").replace(".", r"\.")
-    return rf"re:^(model|model\.language_model|language_model\.model)\.{module}$"
+    """Matches a linear, and those fused with it, in a text model and within a multimodal one.
+
+    vLLM looks for q, k and v even where a layer has no v.
+    """
+    *place, linear, _ = name.removeprefix("model.").split(".")
+    fused = next(linears for module, linears in FUSED if module == place[-1] and linear in linears)
+    prefixes = r"(model|model\.language_model|language_model\.model)"
+    return r"\.".join([f"re:^{prefixes}", *place, f"({'|'.join(fused)})$"])

@@ -17,6 +17,7 @@ from uq.export.compressed import (
     quantization_config,
     require_scales,
     schemes,
+    widening,
 )
 from uq.export.folder import FloatTensors, Shards, shards, write_folder
 from uq.export.gguf_file import require_known, write_gguf
@@ -63,6 +64,7 @@ class Exported:
         rounded: tensors whose values differ from the bundle's.
         relative_error: of these, root mean square over root mean square; 0 without any.
         left_out: one sentence for each part of the bundle that the format has no place for.
+        wider: what takes more bits than in the bundle, and why; None where nothing does.
     """
 
     path: Path
@@ -71,6 +73,7 @@ class Exported:
     rounded: tuple[str, ...]
     relative_error: float
     left_out: tuple[str, ...] = ()
+    wider: str | None = None
 
 
 SILENT = SilentProgress()
@@ -88,6 +91,7 @@ class Draft:
     tensors: Sequence[StoredTensor]
     write: Callable[[Path, Progress], Path]
     left_out: tuple[str, ...] = ()
+    wider: str | None = None
 
 
 def default_output(bundle: Bundle, options: ExportOptions) -> Path:
@@ -131,9 +135,14 @@ def export(
             made.rename(out)
             sync_folder(out.absolute().parent)
     kinds = Counter(tensor.kind for tensor in draft.tensors)
-    rounded = tuple(losses.tensors)
     return Exported(
-        out, nbytes, dict(kinds.most_common()), rounded, losses.relative_error, draft.left_out
+        path=out,
+        nbytes=nbytes,
+        stored_as=dict(kinds.most_common()),
+        rounded=tuple(losses.tensors),
+        relative_error=losses.relative_error,
+        left_out=draft.left_out,
+        wider=draft.wider,
     )
 
 
@@ -156,7 +165,8 @@ def draft_compressed(bundle: Bundle, options: ExportOptions, losses: Losses) -> 
     files = with_towers(files, towers, options.folder_dtype, losses)
     ignored = [*kept_modules(bundle.config), *tower_modules(towers)]
     config = {"quantization_config": quantization_config(chosen, ignored)}
-    return _folder_draft(files, folder_assets(bundle, options.folder_dtype, config))
+    assets = folder_assets(bundle, options.folder_dtype, config)
+    return _folder_draft(files, assets, widening(bundle, chosen))
 
 
 def draft_gguf(bundle: Bundle, options: ExportOptions, losses: Losses) -> Draft:
@@ -173,9 +183,13 @@ DRAFTS = {"hf": draft_hf, "compressed-tensors": draft_compressed, "gguf": draft_
 FORMATS = tuple(DRAFTS)
 
 
-def _folder_draft(files: Shards, assets: dict[str, bytes]) -> Draft:
+def _folder_draft(files: Shards, assets: dict[str, bytes], wider: str | None = None) -> Draft:
     tensors = [tensor for file in files for tensor in file]
-    return Draft(tensors, lambda work, progress: write_folder(work, files, assets, progress))
+
+    def write(work: Path, progress: Progress) -> Path:
+        return write_folder(work, files, assets, progress)
+
+    return Draft(tensors, write, wider=wider)
 
 
 def _files(path: Path) -> list[Path]:
