@@ -230,7 +230,6 @@ def _check_layers(config: GemmaConfig, plan: Plan, options: QuantizeOptions) -> 
         raise UsageError(f"calibrate_layers {options.calibrate_layers!r} is not known; use {known}")
     if not options.independent:
         return
-    require_known(config, "--calibrate-layers independently", "calibrate in order")
     if options.calibration is None and not plan.uses_gptq:
         raise UsageError(
             "--calibrate-layers independently: nothing is calibrated; use --method gptq or give a "

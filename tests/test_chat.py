@@ -11,6 +11,7 @@ from transformers import PreTrainedTokenizerFast
 
 from uq.chat import ChatTemplate, Message
 from uq.errors import BundleError, UsageError
+from uq.sandbox import answer
 
 # What real templates use: white space control, loop controls, filters, tests, errors.
 TEMPLATE = """{{ bos_token }}
@@ -120,6 +121,84 @@ def test_a_conversation_renders_as_in_transformers(tiny_checkpoint: Callable[...
     )
     with ChatTemplate.from_assets(config(TEMPLATE)) as template:
         assert [template.render(CONVERSATION) for _ in range(2)] == [expected] * 2
+
+
+# What templates of the newer families use besides: macros, namespaces, tools, dates, JSON.
+TOOLS_TEMPLATE = """
+{%- macro call(tool, depth=0) -%}
+    {%- set seen = namespace(names=[], first=true) -%}
+    {%- for key, value in tool['function']['parameters']['properties'] | dictsort -%}
+        {%- if loop.index > 2 -%}{%- break -%}{%- endif -%}
+        {%- set seen.names = seen.names + [key | upper] -%}
+        {%- set seen.first = false -%}
+    {%- endfor -%}
+    {{ '  ' * depth }}{{ tool['function']['name'] }}({{ seen.names | join(', ') }})
+{%- endmacro -%}
+{{ bos_token }}{{ strftime_now('%Y') | length }}
+{%- if tools is not none and tools -%}
+    {%- for tool in tools %}
+{{ call(tool, depth=1) }} {{ tool | tojson }} {{ tool | tojson(indent=2, sort_keys=true) }}
+    {%- endfor -%}
+{%- endif -%}
+{%- for message in messages -%}
+    {%- if (message['role'] == 'user') != (loop.index0 % 2 == 0) -%}
+        {{ raise_exception('roles must alternate') }}
+    {%- endif -%}
+    {%- set content = message['content'] -%}
+    {%- if content is iterable and content is not string -%}
+        {%- set texts = content | selectattr('type', 'equalto', 'text') -%}
+        {%- set content = texts | map(attribute='text') | join -%}
+    {%- endif %}
+<|turn>{{ message['role'] }}
+{% generation %}{{ content | trim | replace('<', '\\u003c') }}{% endgeneration %}
+{%- if message.get('tool_calls') %} {{ message.tool_calls[0].function.arguments | tojson(true) }}
+{%- endif -%}
+    <turn|>
+{%- endfor -%}
+{{ '<|turn>model\n' if add_generation_prompt }}"""
+TOOL = {
+    "type": "function",
+    "function": {
+        "name": "weather",
+        "description": "of a <city>, 世é",
+        "parameters": {"type": "object", "properties": {"place": {}, "day": {}, "unit": {}}},
+    },
+}
+ARGUMENTS = {"place": "Zürich", "day": 1}
+TOOL_MESSAGES = [
+    {"role": "user", "content": [{"type": "text", "text": text} for text in (" How is ", "it?")]},
+    {
+        "role": "assistant",
+        "content": "<b> I ask ",
+        "tool_calls": [{"function": {"name": "weather", "arguments": ARGUMENTS}}],
+    },
+    {"role": "user", "content": "go on"},
+]
+
+
+@pytest.mark.parametrize("tools", [None, [TOOL]])
+def test_what_newer_templates_use_renders_as_in_transformers(
+    tiny_checkpoint: Callable[..., Path], tools: list[dict[str, object]] | None
+) -> None:
+    oracle = PreTrainedTokenizerFast(
+        tokenizer_file=str(tiny_checkpoint() / "tokenizer.json"), bos_token="<bos>"
+    )
+    expected = oracle.apply_chat_template(
+        TOOL_MESSAGES,
+        tools=tools,
+        chat_template=TOOLS_TEMPLATE,
+        tokenize=False,
+        add_generation_prompt=True,
+    )
+    variables = {"messages": TOOL_MESSAGES, "tools": tools, "add_generation_prompt": True}
+    assert answer(TOOLS_TEMPLATE, {**variables, "bos_token": "<bos>"}) == {"text": expected}
+    assert ("weather(DAY, PLACE)" in expected) == (tools is not None)
+
+
+def test_a_template_that_asks_for_tools_finds_none() -> None:
+    source = "{{ 'no' if tools is none and documents is none else 'some' }} tools"
+    with ChatTemplate.from_assets(config(source)) as template:
+        assert template.render(user("hello")) == "no tools"
 
 
 @pytest.mark.parametrize(

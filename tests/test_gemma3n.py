@@ -101,8 +101,9 @@ def test_config_saved_by_transformers_reads_back_the_same(keys: dict[str, Any]) 
     assert parse_config(transformers_config(found).to_dict()) == parse_config(found)
 
 
-def test_names_and_shapes_of_a_published_size() -> None:
-    found = {"model_type": "gemma3n_text", **copy.deepcopy(E2B)}
+@pytest.mark.parametrize("keys", [E2B, E4B])
+def test_names_and_shapes_of_the_published_sizes(keys: dict[str, Any]) -> None:
+    found = {"model_type": "gemma3n_text", **copy.deepcopy(keys)}
     ours = {
         name.removesuffix(".weight"): shape
         for name, shape in expected_shapes(parse_config(found)).items()

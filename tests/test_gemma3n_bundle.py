@@ -17,6 +17,8 @@ from uq.formats.checkpoint import open_checkpoint
 from uq.formats.config import PER_LAYER_EMBEDDING, layer_tensor
 from uq.kernels.backends import open_session
 from uq.kernels.reference import ReferenceSession
+from uq.progress import SilentProgress
+from uq.quantize.devices import open_engine
 from uq.quantize.pipeline import QuantizeOptions, quantize
 from uq.validate.validate import ValidateOptions, validate
 
@@ -69,6 +71,34 @@ def test_report_names_every_kind(bundle: Bundle, tmp_path: Path) -> None:
 def test_a_device_says_what_it_cannot_compute(bundle: Bundle) -> None:
     with pytest.raises(DeviceError, match="does not compute .* [(]gemma3n[)]; use --device"):
         open_session(bundle, "npu-emulator", max_context=64)
+
+
+def test_layers_that_read_each_other_are_calibrated_in_order_and_here(
+    tiny_gemma3n: Callable[..., Path], tmp_path: Path
+) -> None:
+    checkpoint = open_checkpoint(tiny_gemma3n("plain"))
+    options = replace(CALIBRATED, calibrate_layers="independently")
+    with pytest.raises(DeviceError, match="independently does not compute .*; calibrate them in"):
+        quantize(checkpoint, tmp_path / "out", options)
+    with pytest.raises(DeviceError, match="on a GPU does not compute .*; use --device cpu"):
+        open_engine("vulkan", checkpoint.config, 8, 128, SilentProgress(), spill=tmp_path)
+
+
+def test_a_broken_run_goes_on_to_the_same_bytes(
+    tiny_gemma3n: Callable[..., Path], tmp_path: Path
+) -> None:
+    class Breaks(SilentProgress):
+        def advance(self, step: str, **figures: float) -> None:
+            if step == "layer 2":
+                raise KeyboardInterrupt
+
+    checkpoint = open_checkpoint(tiny_gemma3n("plain"))
+    options = replace(CALIBRATED, calibration_tokens=128, group=32)
+    whole = open_bundle(quantize(checkpoint, tmp_path / "whole", options))
+    with pytest.raises(KeyboardInterrupt):
+        quantize(checkpoint, tmp_path / "broken", options, Breaks())
+    again = open_bundle(quantize(checkpoint, tmp_path / "broken", options))
+    assert again.sha256 == whole.sha256
 
 
 def test_gptq_loses_less_than_rounding(tiny_gemma3n: Callable[..., Path], tmp_path: Path) -> None:

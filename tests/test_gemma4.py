@@ -158,6 +158,7 @@ def test_a_quarter_of_a_full_head_turns() -> None:
     [
         ("gemma4_text", E2B),
         ("gemma4_text", E4B),
+        ("gemma4_text", DENSE),
         ("gemma4_text", A4B),
         ("gemma4_unified_text", UNIFIED),
     ],

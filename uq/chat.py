@@ -97,7 +97,8 @@ class ChatTemplate:
         """
         self.start()
         assert self._pipe is not None
-        variables = {"messages": messages, "add_generation_prompt": reply, **self._tokens}
+        absent = {"tools": None, "documents": None}  # as templates that ask for them expect it
+        variables = {"messages": messages, "add_generation_prompt": reply, **absent, **self._tokens}
         try:
             self._pipe.send_bytes(json.dumps(variables).encode())
             if not self._pipe.poll(self._seconds):

@@ -11,11 +11,14 @@ import contextlib
 import json
 import sys
 from datetime import datetime
-from functools import cache, partial
+from functools import cache
 from multiprocessing.connection import Connection
 from typing import Any, NoReturn
 
 from jinja2 import Template, TemplateError
+from jinja2.ext import Extension
+from jinja2.nodes import Node
+from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 MEMORY = 512 << 20  # bytes of address space; Python and jinja2 take some 30 MB
@@ -44,12 +47,35 @@ def answer(source: str, variables: dict[str, Any]) -> dict[str, str]:
 def compiled(source: str) -> Template:
     """The template among the functions that Hugging Face's `apply_chat_template` offers."""
     environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
+        trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols", Generation]
     )
-    environment.filters["tojson"] = partial(json.dumps, ensure_ascii=False)
+    environment.filters["tojson"] = tojson
     environment.globals["raise_exception"] = refuse
     environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
     return environment.from_string(source)
+
+
+class Generation(Extension):
+    """`{% generation %}` marks what the model wrote, for training; here it is what is in it."""
+
+    tags = {"generation"}  # noqa: RUF012, a name of jinja2's
+
+    def parse(self, parser: Parser) -> list[Node]:
+        next(parser.stream)
+        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+
+
+def tojson(
+    x: object,
+    ensure_ascii: bool = False,
+    indent: int | None = None,
+    separators: tuple[str, str] | None = None,
+    sort_keys: bool = False,
+) -> str:
+    """JSON as text: Jinja's own filter would escape it for HTML."""
+    return json.dumps(
+        x, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys
+    )
 
 
 def refuse(message: str) -> NoReturn:
