@@ -7,16 +7,21 @@ import math
 from typing import Any
 
 import pytest
+import torch
 from transformers import (
     Gemma2Config,
     Gemma3Config,
     Gemma3TextConfig,
     GemmaConfig,
     VaultGemmaConfig,
+    VaultGemmaForCausalLM,
 )
 
 from uq.errors import CheckpointError
+from uq.formats.checkpoint.checkpoint import expected_shapes
 from uq.formats.checkpoint.hf_config import parse_config
+from uq.formats.checkpoint.opening import canonical_names
+from uq.formats.families.registry import FAMILIES
 
 LAYERS_34 = {"num_hidden_layers": 34, "hidden_size": 2560, "intermediate_size": 10240}
 GEMMA3_27B = {
@@ -34,6 +39,14 @@ NEW_ROPE = {
     "full_attention": {"rope_type": "linear", "factor": 4.0, "rope_theta": 2e6},
     "sliding_attention": {"rope_type": "default", "rope_theta": 2e4},
 }
+VAULTGEMMA_1B = {
+    "hidden_size": 1152,
+    "intermediate_size": 6912,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 4,
+    "max_position_embeddings": 1024,
+    "sliding_window": 512,
+}
 SPARSE: list[tuple[str, dict[str, Any]]] = [
     ("gemma", {}),
     ("gemma", {"hidden_act": "gelu", "rope_theta": 5e4, "num_key_value_heads": 1}),
@@ -45,6 +58,7 @@ SPARSE: list[tuple[str, dict[str, Any]]] = [
     ("gemma2", {"rope_parameters": {"rope_type": "default", "rope_theta": 3e4}}),
     ("gemma2", {"sliding_window": 128, "layer_types": ["full_attention"] * 26}),
     ("vaultgemma", {}),
+    ("vaultgemma", VAULTGEMMA_1B),
     ("vaultgemma", {"sliding_window": 512, "attn_logit_softcapping": None}),
     ("gemma3_text", {}),
     ("gemma3_text", GEMMA3_27B),
@@ -113,6 +127,15 @@ def test_config_saved_by_transformers_reads_back_the_same() -> None:
     sparse = parse_config({"model_type": "gemma3_text", **copy.deepcopy(GEMMA3_27B)})
     saved = Gemma3TextConfig(**copy.deepcopy(GEMMA3_27B)).to_dict()
     assert parse_config(saved) == sparse
+
+
+def test_names_and_shapes_of_vaultgemma() -> None:
+    config = parse_config({"model_type": "vaultgemma", **VAULTGEMMA_1B})
+    with torch.device("meta"):
+        theirs = VaultGemmaForCausalLM(VaultGemmaConfig(**VAULTGEMMA_1B)).state_dict()
+    del theirs["lm_head.weight"]  # the embedding's
+    named = canonical_names(theirs, FAMILIES["vaultgemma"].stored_names)
+    assert {name: tuple(value.shape) for name, value in named.items()} == expected_shapes(config)
 
 
 def test_sliding_window_is_that_of_the_config() -> None:
