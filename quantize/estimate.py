@@ -26,13 +26,9 @@ from uq.formats.towers import stored_bytes
 from uq.quantize.calibrate import STAGES
 from uq.quantize.factor import factorize
 from uq.quantize.gptq import Statistics, quantize_gptq
+from uq.quantize.job import fitted_plan, recognised_plan, worker_threads
 from uq.quantize.memory import layer_kinds
-from uq.quantize.pipeline import (
-    QuantizeOptions,
-    fitted_plan,
-    recognised_plan,
-    worker_threads,
-)
+from uq.quantize.pipeline import QuantizeOptions
 from uq.quantize.plan import Plan, TensorPlan, WorkSizes
 from uq.quantize.probes import (
     CANDIDATES,

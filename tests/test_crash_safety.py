@@ -22,7 +22,8 @@ from uq.formats.config import layer_tensor
 from uq.formats.journal import JOURNAL, Journal
 from uq.formats.writer import ArrayEntry, BundleWriter
 from uq.progress import SilentProgress
-from uq.quantize.pipeline import QuantizeOptions, quantize, recognised_plan
+from uq.quantize.job import recognised_plan
+from uq.quantize.pipeline import QuantizeOptions, quantize
 
 Tiny = Callable[..., Path]
 RTN = QuantizeOptions(method="rtn")

@@ -19,11 +19,12 @@ from uq.formats.spec import QuantTensor
 from uq.kernels.reference import embed
 from uq.kernels.weights import CheckpointWeights
 from uq.progress import SilentProgress
-from uq.quantize import pipeline
+from uq.quantize import job
 from uq.quantize.calibrate import Calibration
+from uq.quantize.job import plan_of
 from uq.quantize.layers import LayerQuantizer
 from uq.quantize.memory import Fitted, Footprint
-from uq.quantize.pipeline import QuantizeOptions, plan_of, quantize
+from uq.quantize.pipeline import QuantizeOptions, quantize
 from uq.quantize.text import read_text, token_sequences
 
 OPTIONS = QuantizeOptions(
@@ -83,7 +84,7 @@ def test_bytes_are_the_same_when_the_text_waits_on_the_disk(
     model: Path, bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     needed = Footprint(1 << 20, 1 << 20)
-    monkeypatch.setattr(pipeline, "fit", lambda _, plan, *__: Fitted(plan, needed, spills=True))
+    monkeypatch.setattr(job, "fit", lambda _, plan, *__: Fitted(plan, needed, spills=True))
     assert contents(quantize(open_checkpoint(model), tmp_path / "b", OPTIONS)) == contents(bundle)
 
 

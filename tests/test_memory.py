@@ -16,8 +16,9 @@ from uq.formats.bundle import Bundle, open_bundle
 from uq.formats.checkpoint import open_checkpoint
 from uq.formats.config import GemmaConfig
 from uq.quantize.estimate import estimate
+from uq.quantize.job import plan_of
 from uq.quantize.memory import LADDER, Fitted, Load, fit, footprint
-from uq.quantize.pipeline import QuantizeOptions, plan_of, quantize
+from uq.quantize.pipeline import QuantizeOptions, quantize
 from uq.quantize.plan import Plan, WorkSizes
 
 Tiny = Callable[..., Path]
@@ -45,7 +46,7 @@ def always_spilled(config: GemmaConfig, plan: Plan, load: Load, limit: int | Non
 
 @pytest.fixture
 def no_memory(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("uq.quantize.pipeline.fit", always_spilled)
+    monkeypatch.setattr("uq.quantize.job.fit", always_spilled)
 
 
 def made(source: Path, out: Path, options: QuantizeOptions) -> Bundle:
@@ -65,7 +66,7 @@ def usual(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
 def test_spilling_changes_no_byte_and_leaves_no_file(
     source: Path, usual: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("uq.quantize.pipeline.fit", always_spilled)
+    monkeypatch.setattr("uq.quantize.job.fit", always_spilled)
     spilled = made(source, tmp_path / "b", FEW)
     assert spilled.sha256 == usual.sha256
     listed = {*spilled.manifest.files, "manifest.json", "manifest.sha256"}
@@ -157,7 +158,7 @@ def test_a_limit_that_nothing_fits_is_refused_before_any_work(
 def test_an_estimate_shows_what_waits_on_the_disk(
     tiny_checkpoint: Tiny, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("uq.quantize.pipeline.fit", always_spilled)
+    monkeypatch.setattr("uq.quantize.job.fit", always_spilled)
     found = estimate(open_checkpoint(tiny_checkpoint()), QuantizeOptions(method="gptq", group=32))
     assert found.spilled > 0 and "during calibration" in str(found)
 

@@ -50,7 +50,7 @@ def mixed_plan(config: GemmaConfig, options: QuantizeOptions) -> Plan:
 
 @pytest.fixture(autouse=True)
 def recipe(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("uq.quantize.pipeline.plan_of", mixed_plan)
+    monkeypatch.setattr("uq.quantize.job.plan_of", mixed_plan)
 
 
 @pytest.fixture(scope="module")

@@ -16,7 +16,8 @@ from uq.formats.bundle import open_bundle
 from uq.formats.checkpoint import open_checkpoint
 from uq.formats.spec import QuantTensor, Spec
 from uq.progress import SilentProgress
-from uq.quantize.pipeline import QuantizeOptions, quantize, recognised_plan
+from uq.quantize.job import recognised_plan
+from uq.quantize.pipeline import QuantizeOptions, quantize
 from uq.quantize.recover import recover
 
 Array = NDArray[np.float32]

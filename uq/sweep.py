@@ -27,7 +27,8 @@ from uq.formats.disk import replace_file
 from uq.instruct import chat_render
 from uq.progress import Progress, SilentProgress
 from uq.quantize.farm import Farm
-from uq.quantize.pipeline import QuantizeOptions, plan_of, quantize
+from uq.quantize.job import plan_of
+from uq.quantize.pipeline import QuantizeOptions, quantize
 from uq.text import duration, size, table
 from uq.validate.validate import ValidateOptions, validate
 

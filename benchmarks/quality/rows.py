@@ -10,7 +10,7 @@ from uq.cli import Parser
 from uq.commands import quantize as command
 from uq.errors import UsageError
 from uq.formats.config import GemmaConfig
-from uq.quantize.pipeline import plan_of
+from uq.quantize.job import plan_of
 from uq.quantize.plan import RECIPES
 
 UQ, LLAMA, AUTO_ROUND, HQQ, GPTQ = "uq", "llama.cpp", "AutoRound", "HQQ", "GPTQModel"

@@ -168,7 +168,7 @@ def open_farm(
         ToolMissing: Dask is not installed.
         DeviceError: no scheduler answers, or it has no worker that can take part.
     """
-    from uq.quantize.pipeline import plan_of
+    from uq.quantize.job import plan_of
 
     if scheduler is None:
         return nullcontext()
@@ -209,7 +209,7 @@ def calibration_engine(
 ) -> CalibrationEngine | None:
     """The GPU that calibrates, if there is one and something to calibrate; `spill` as there."""
     from uq.quantize.devices import open_engine
-    from uq.quantize.pipeline import plan_of
+    from uq.quantize.job import plan_of
 
     if not plan_of(checkpoint.config, options).calibrated:
         return None
@@ -232,7 +232,7 @@ def calibration_render(
     args: argparse.Namespace, checkpoint: Checkpoint, options: QuantizeOptions
 ) -> AbstractContextManager[Render | None]:
     """The chat template for the calibration text, if there is to be a text and a chat."""
-    from uq.quantize.pipeline import plan_of
+    from uq.quantize.job import plan_of
 
     if not plan_of(checkpoint.config, options).calibrated:
         return nullcontext()

@@ -25,28 +25,19 @@ UNUSED = "[PAD{}]"
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """One entry for each row of the embedding.
-
-    Attributes:
-        merges: the best first, `left right`; of use where no scores are.
-    """
+    """One entry for each row of the embedding."""
 
     tokens: list[str]
     scores: list[float]
     types: list[int]
     unknown: int
-    merges: list[str]
 
 
-def vocabulary(data: bytes, size: int, *, scored: bool) -> Vocabulary:
+def vocabulary(data: bytes, size: int) -> Vocabulary:
     """The vocabulary in a tokenizer.json, filled up to `size` with tokens that are never used.
 
-    Args:
-        scored: tokens have scores in the place of merges.
-
     Raises:
-        BundleError: the order of its merges cannot be said by scores, a merge has a blank, or it
-            has too many tokens.
+        BundleError: the order of its merges cannot be said by scores, or it has too many tokens.
     """
     document = json.loads(data)
     model: dict[str, Any] = document["model"]
@@ -57,22 +48,14 @@ def vocabulary(data: bytes, size: int, *, scored: bool) -> Vocabulary:
             f"tokenizer.json: has token {max(ids.values())}, but the embedding {size} rows; GGUF "
             "cannot hold this model"
         )
-    merges = [pair(merge) for merge in model["merges"]]
-    scores = _scores(merges, added) if scored else {}
+    scores = _scores([pair(merge) for merge in model["merges"]], added)
     tokens = [UNUSED.format(index) for index in range(size)]
     values, types = [NO_MERGE] * size, [int(TokenType.UNUSED)] * size
     for token, index in ids.items():
         tokens[index] = token
         values[index] = scores.get(token, NO_MERGE)
         types[index] = int(_type(token, added, model["unk_token"]))
-    joined = [] if scored else [_joined(*merge) for merge in merges]
-    return Vocabulary(tokens, values, types, ids[model["unk_token"]], joined)
-
-
-def _joined(left: str, right: str) -> str:
-    if " " in left + right:
-        raise BundleError(f"tokenizer.json: GGUF has no merge of {printable(left + right)}")
-    return f"{left} {right}"
+    return Vocabulary(tokens, values, types, ids[model["unk_token"]])
 
 
 def _scores(merges: list[tuple[str, str]], added: Mapping[str, Any]) -> dict[str, float]:

@@ -24,7 +24,8 @@ from tests.conftest import (
 from uq.formats.checkpoint import open_checkpoint
 from uq.formats.config import GemmaConfig, layer_tensor
 from uq.progress import SilentProgress
-from uq.quantize.pipeline import QuantizeOptions, plan_of, quantize
+from uq.quantize.job import plan_of
+from uq.quantize.pipeline import QuantizeOptions, quantize
 from uq.quantize.plan import Plan
 
 HERE = Path(__file__).parent
@@ -59,7 +60,7 @@ def write_checkpoint(folder: Path) -> None:
 def write_bundle(model: Path, out: Path) -> None:
     """With its journal, `journal.json`, beside it."""
     checkpoint, options = open_checkpoint(model), QuantizeOptions(method="rtn", group=32)
-    with patch("uq.quantize.pipeline.plan_of", plan_with_steps):
+    with patch("uq.quantize.job.plan_of", plan_with_steps):
         try:
             quantize(checkpoint, out, options, Stop())
         except KeyboardInterrupt:
