@@ -200,7 +200,7 @@ def test_linear_scaling_and_window_pattern_are_read(tmp_path: Path) -> None:
 
 REFUSED: list[tuple[str, dict[str, Any], str]] = [
     ("llama", {}, "architecture 'llama' is not supported; supported are: gemma, gemma2, gemma3"),
-    ("gemma3n", {}, "architecture 'gemma3n' is not supported"),
+    ("gemma5", {}, "architecture 'gemma5' is not supported; the nearest is gemma"),
     ("gemma3", {"rope.scaling.type": "yarn"}, "RoPE scaling 'yarn'"),
     ("gemma2", {"rope.scaling.factor": 4.0}, "RoPE scaling 'linear' by 4 is not supported"),
     ("gemma3", {"attention.head_count_kv": 3}, "4 attention heads do not divide by 3"),

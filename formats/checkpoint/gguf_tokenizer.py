@@ -1,7 +1,8 @@
 """Vocabulary of a GGUF file -> tokenizer.json.
 
 GGUF keeps SentencePiece's tokens and scores: the encoder merges the neighbours whose concatenation
-has the best score, the leftmost of equals. A tokenizer.json has a list of merges instead.
+has the best score, the leftmost of equals. A tokenizer.json has a list of merges instead, and so
+have files of gemma4.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from uq.formats.decode import shown
 
 UNKNOWN, CONTROL, USER_DEFINED = 2, 3, 4
 SPACE = "▁"
+KINDS = ("llama", "gemma4")
 UNKNOWN_KEY = "tokenizer.ggml.unknown_token_id"
 # Gemma's markup tokens that converters store as plain user-defined ones.
 TURNS = ("<start_of_turn>", "<end_of_turn>")
@@ -33,7 +35,8 @@ def vocabulary_key(file: GgufFile) -> str:
     """
     raw, scores, types = _vocabulary(file)
     lengths = np.array([len(token) for token in raw], "<i8")
-    parts = (lengths.tobytes(), b"".join(raw), scores.tobytes(), types.tobytes())
+    merges = b"\0".join(_listed_merges(file) or [])
+    parts = (lengths.tobytes(), b"".join(raw), scores.tobytes(), types.tobytes(), merges)
     digest = hashlib.sha256(str(file.metadata.get(UNKNOWN_KEY)).encode())
     for part in parts:
         digest.update(part)
@@ -47,8 +50,10 @@ def tokenizer_json(file: GgufFile) -> bytes:
         CheckpointError: the file has no vocabulary, or one of another kind than Gemma's.
     """
     raw, scores, types = _vocabulary(file)
+    listed = _listed_merges(file)
     try:
         tokens = [token.decode() for token in raw]
+        pairs = None if listed is None else [merge.decode().split(" ") for merge in listed]
     except UnicodeDecodeError as error:
         raise CheckpointError(f"{file.path.name}: a token is not UTF-8: {error}") from error
     unknown = file.metadata.get(UNKNOWN_KEY, 3)
@@ -83,7 +88,7 @@ def tokenizer_json(file: GgufFile) -> bytes:
             "byte_fallback": True,
             "ignore_merges": False,
             "vocab": {token: index for index, token in enumerate(tokens)},
-            "merges": _merges(raw, scores, types),
+            "merges": _merges(raw, scores, types) if pairs is None else pairs,
         },
     }
     return json.dumps(document, ensure_ascii=False, separators=(",", ":")).encode()
@@ -91,10 +96,10 @@ def tokenizer_json(file: GgufFile) -> bytes:
 
 def _vocabulary(file: GgufFile) -> tuple[list[bytes], NDArray[np.float32], NDArray[np.int32]]:
     kind = file.metadata.get("tokenizer.ggml.model")
-    if kind != "llama":
+    if kind not in KINDS:
         raise CheckpointError(
             f"{file.path.name}: tokenizer {shown(kind)} is not supported; Gemma's is 'llama' "
-            "(SentencePiece)"
+            "(SentencePiece) or 'gemma4' (merges)"
         )
     try:
         tokens, scores, types = (
@@ -113,6 +118,16 @@ def _vocabulary(file: GgufFile) -> tuple[list[bytes], NDArray[np.float32], NDArr
             "types; expected as many of each"
         )
     return tokens, np.asarray(scores, np.float32), np.asarray(types, np.int32)
+
+
+def _listed_merges(file: GgufFile) -> list[bytes] | None:
+    """Pairs of tokens, best first, of a file that has them; None where scores stand for them."""
+    if file.metadata.get("tokenizer.ggml.model") != "gemma4":
+        return None
+    merges = file.metadata.get("tokenizer.ggml.merges")
+    if not isinstance(merges, list) or any(merge.count(b" ") != 1 for merge in merges):
+        raise CheckpointError(f"{file.path.name}: the merges are no list of pairs of tokens")
+    return merges
 
 
 def _added_tokens(tokens: list[str], types: NDArray[np.int32]) -> list[dict[str, Any]]:

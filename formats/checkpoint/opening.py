@@ -13,7 +13,7 @@ from uq.formats.checkpoint.cache import kept
 from uq.formats.checkpoint.checkpoint import TOKENIZER, Checkpoint, Source
 from uq.formats.checkpoint.compact import without_unused_merges
 from uq.formats.checkpoint.demo import DEMO, demo_gguf, demo_licences
-from uq.formats.checkpoint.gguf_config import gguf_config, gguf_names
+from uq.formats.checkpoint.gguf_config import gguf_config, gguf_tensors
 from uq.formats.checkpoint.gguf_file import GgufFile, read_gguf
 from uq.formats.checkpoint.gguf_tokenizer import tokenizer_json, vocabulary_key
 from uq.formats.checkpoint.hf_config import parse_config, read_json
@@ -147,8 +147,7 @@ def _open_gguf(
 ) -> Checkpoint:
     file = read_gguf(path)
     config = gguf_config(file)
-    names = gguf_names(config)
-    tensors = {name: file.tensors[own] for name, own in names.items() if own in file.tensors}
+    tensors = gguf_tensors(file, config)
     return Checkpoint(
         source,
         config,
