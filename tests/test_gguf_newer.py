@@ -20,6 +20,8 @@ from safetensors.numpy import load_file
 
 from uq.errors import CheckpointError
 from uq.formats.checkpoint import Checkpoint, open_checkpoint
+from uq.formats.checkpoint.gguf_file import GgufFile
+from uq.formats.checkpoint.gguf_metadata import end_tokens
 from uq.formats.config import SLIDING, GemmaConfig
 
 Tensors = dict[str, NDArray[np.float32]]
@@ -169,6 +171,12 @@ def test_merges_of_a_gemma4_file_are_its_tokenizers(folder: Callable[..., Path])
     ours = open_checkpoint(write(source, "gemma4", unchanged)).tokenizer()
     text = "the city of the year, and 世\n\n  more"
     assert ours.encode(text) == open_checkpoint(source).tokenizer().encode(text)
+
+
+@pytest.mark.parametrize("turn", [b"<end_of_turn>", b"<turn|>"])
+def test_the_end_of_a_turn_ends_a_text(turn: bytes) -> None:
+    metadata = {"tokenizer.ggml.eos_token_id": 1, "tokenizer.ggml.tokens": [b"a", b"<eos>", turn]}
+    assert end_tokens(GgufFile(Path("m.gguf"), metadata, {})) == (1, 2)
 
 
 def without(name: str) -> Callable[[GGUFWriter, Tensors], None]:

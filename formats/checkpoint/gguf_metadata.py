@@ -18,7 +18,7 @@ from uq.formats.families.family import GgufDefaults
 from uq.formats.families.keys import MAX_NUMBER
 from uq.formats.families.reading import pattern_types
 
-END_OF_TURN = b"<end_of_turn>"
+ENDS_OF_TURN = (b"<end_of_turn>", b"<turn|>")  # the second is gemma4's
 
 
 @dataclass(frozen=True)
@@ -93,7 +93,7 @@ def common(meta: Metadata) -> dict[str, Any]:
         "tied_head": "output.weight" not in file.tensors,
         "max_position_embeddings": meta.integer("context_length"),
         "bos_token_id": _token(file, "bos", 2),
-        "eos_token_ids": _eos(file),
+        "eos_token_ids": end_tokens(file),
         "pad_token_id": _token(file, "padding", 0),
     }
 
@@ -147,12 +147,12 @@ def _token(file: GgufFile, name: str, default: int) -> int:
     return value
 
 
-def _eos(file: GgufFile) -> tuple[int, ...]:
+def end_tokens(file: GgufFile) -> tuple[int, ...]:
     """End of text, and of a turn where the vocabulary has one, as llama.cpp stops at both."""
     eos = [_token(file, "eos", 1)]
     if "tokenizer.ggml.eot_token_id" in file.metadata:
         eos.append(_token(file, "eot", 1))
     tokens = file.metadata.get("tokenizer.ggml.tokens")
-    if isinstance(tokens, list) and END_OF_TURN in tokens:
-        eos.append(tokens.index(END_OF_TURN))
+    if isinstance(tokens, list):
+        eos += [tokens.index(end) for end in ENDS_OF_TURN if end in tokens]
     return tuple(dict.fromkeys(eos))
