@@ -106,10 +106,10 @@ def test_multimodal_text_part_is_read(tiny_checkpoint: Tiny, prefix: str, tied: 
 
 
 @pytest.mark.parametrize("prefix", MULTIMODAL)
-def test_vision_part_is_named_as_left_out(tiny_checkpoint: Tiny, prefix: str) -> None:
+def test_towers_are_named_as_left_out(tiny_checkpoint: Tiny, prefix: str) -> None:
     (sentence,) = open_checkpoint(tiny_checkpoint(prefix=prefix)).left_out
     values = 8 + 4 * 8 + 8 * 4
-    assert sentence == f"vision tower and projector: 3 tensors, {values * 2} bytes"
+    assert sentence == f"towers and projectors: 3 tensors, {values * 2} bytes"
 
 
 def test_untied_head_is_read(tiny_checkpoint: Tiny) -> None:

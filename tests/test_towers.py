@@ -14,6 +14,7 @@ from numpy.testing import assert_array_equal
 from safetensors import safe_open
 
 from tests.conftest import tokenizer_of
+from tests.test_publish import report_of
 from uq.cli import main
 from uq.errors import BundleError, UqError
 from uq.export.export import ExportOptions, export
@@ -24,6 +25,7 @@ from uq.formats.checkpoint.tensors import read_rows
 from uq.formats.manifest import TOWERS
 from uq.formats.towers import from_int8, to_int8
 from uq.progress import SilentProgress
+from uq.publish.card import card_data, render_card
 from uq.quantize.pipeline import QuantizeOptions, quantize
 
 PREFIX = "model.language_model."
@@ -251,4 +253,14 @@ def test_dry_run_and_inspect_count_the_towers(
     nbytes = sum(info.nbytes for n, info in folder_tensors(source).items() if PREFIX not in n)
     assert json.loads(capsys.readouterr().out)["towers"] == nbytes
     assert main(["inspect", str(kept.path)]) == 0
-    assert f"towers: 4 tensors, {nbytes} B, as in the source" in capsys.readouterr().out
+    told = capsys.readouterr().out
+    assert f"towers and projectors: 4 tensors, {nbytes} B, as in the source" in told
+
+
+def test_the_model_card_names_the_towers(kept: Bundle, rounded: Bundle) -> None:
+    for bundle, how in ((kept, "as they are"), (rounded, "2 of them in INT8")):
+        report = report_of(bundle.path)
+        data = card_data(bundle, report, "google/gemma", "gemma")
+        card = render_card(bundle, report, data, "me/mm", {})
+        assert f"holds the 4 tensors of the source's towers and projectors, {how}" in card
+        assert "uq export me/mm --format hf" in card

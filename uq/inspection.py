@@ -79,7 +79,7 @@ class Contents:
         what: `checkpoint` or `bundle`.
         plan: recipe and options of a bundle, empty for a checkpoint.
         provenance: where the weights came from, and with what a bundle was made.
-        left_out: one sentence for each part of the source that is not read.
+        left_out: one sentence for each part of the source that a bundle does not hold.
     """
 
     what: str
@@ -121,7 +121,8 @@ def _checkpoint_contents(checkpoint: Checkpoint) -> Contents:
         config=checkpoint.config.to_json(),
         plan={},
         provenance=asdict(checkpoint.source) | {"dtype": checkpoint.dtype, "files": files},
-        left_out=checkpoint.left_out,
+        left_out=(),
+        towers=_checkpoint_towers(checkpoint),
     )
 
 
@@ -137,11 +138,17 @@ def _bundle_contents(bundle: Bundle) -> Contents:
         plan={"recipe": manifest.recipe} | dict(manifest.options),
         provenance=provenance | {"sha256": bundle.sha256},
         left_out=manifest.left_out,
-        towers=_bundle_towers(bundle),
+        towers=bundle_towers(bundle),
     )
 
 
-def _bundle_towers(bundle: Bundle) -> Towers | None:
+def _checkpoint_towers(checkpoint: Checkpoint) -> Towers | None:
+    towers = checkpoint.towers.values()
+    return Towers(len(towers), 0, sum(info.nbytes for info in towers)) if towers else None
+
+
+def bundle_towers(bundle: Bundle) -> Towers | None:
+    """What a bundle holds beside the text model; no weights are read."""
     if TOWERS not in bundle.manifest.files:
         return None
     towers = open_towers(bundle.path / TOWERS).values()

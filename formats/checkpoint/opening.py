@@ -38,7 +38,6 @@ PROCESSOR = (  # what prepares images and sound for the towers
     "processor_config.json",
     "video_preprocessor_config.json",
 )
-VISION = ("vision_tower.", "multi_modal_projector.")
 ASSETS = (
     TOKENIZER,
     "tokenizer_config.json",
@@ -129,15 +128,15 @@ def _open_folder(
     )
     stored = folder_tensors(folder) if stored is None else stored
     family = FAMILIES[config.family]
-    tensors = canonical_names(stored, family.stored_names)
+    tensors, towers = canonical_names(stored, family.stored_names), tower_tensors(stored)
     return Checkpoint(
         source,
         config,
         tensors,
         dtype=_describe_dtype(tensors.values()),
         norm_offset=family.norm_offset,
-        left_out=_left_out(stored.values()),
-        towers=tower_tensors(stored),
+        left_out=_left_out(towers.values()),
+        towers=towers,
         load_assets=lambda: _folder_assets(folder),
     )
 
@@ -202,12 +201,11 @@ def _canonical(name: str, roles: Mapping[str, str]) -> str:
     return ".".join(["model", *place, roles.get(role, role), "weight"])
 
 
-def _left_out(stored: Iterable[TensorInfo]) -> tuple[str, ...]:
-    vision = [info for info in stored if info.name.removeprefix("model.").startswith(VISION)]
-    if not vision:
+def _left_out(towers: Collection[TensorInfo]) -> tuple[str, ...]:
+    if not towers:
         return ()
-    size = sum(info.nbytes for info in vision)
-    return (f"vision tower and projector: {len(vision)} tensors, {size} bytes",)
+    size = sum(info.nbytes for info in towers)
+    return (f"towers and projectors: {len(towers)} tensors, {size:,} bytes",)
 
 
 def _describe_dtype(tensors: Iterable[TensorInfo]) -> str:

@@ -9,7 +9,7 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from uq.inspection import Contents, Towers
+    from uq.inspection import Contents
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -62,19 +62,21 @@ def describe(contents: Contents) -> str:
         table(_model(contents.config)),
         _kinds(contents),
         table(_flat(contents.plan | contents.provenance)),
-        _towers(contents.towers),
+        _towers(contents),
         "\n".join(f"left out: {part}" for part in contents.left_out),
     ]
     return "\n\n".join(filter(None, sections))
 
 
-def _towers(towers: Towers | None) -> str:
+def _towers(contents: Contents) -> str:
     from uq.text import size
 
+    towers = contents.towers
     if towers is None:
         return ""
-    how = f", {towers.int8} of them INT8" if towers.int8 else ", as in the source"
-    return f"towers: {towers.tensors} tensors, {size(towers.nbytes)}{how}"
+    kept = "as in the source" if contents.what == "bundle" else "which uq quantize keeps"
+    how = f"{towers.int8} of them INT8" if towers.int8 else kept
+    return f"towers and projectors: {towers.tensors} tensors, {size(towers.nbytes)}, {how}"
 
 
 def _kinds(contents: Contents) -> str:

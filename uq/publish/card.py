@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from uq.chat import CHAT_FILES
+from uq.inspection import bundle_towers
 from uq.validate.html import provenance, tiles
 
 if TYPE_CHECKING:
@@ -102,6 +103,7 @@ def render_card(
         base_model=data.base_model,
         report=report,
         chat=is_chat(bundle),
+        towers=describe_towers(bundle),
         tiles=tiles(report),
         plots={name: spoken(svg) for name, svg in plots.items()},
         provenance=provenance(report),
@@ -110,6 +112,15 @@ def render_card(
         notice=NOTICE,
     )
     return str(ModelCard(text).content)
+
+
+def describe_towers(bundle: Bundle) -> str:
+    """What lies beside the text model, if anything does."""
+    towers = bundle_towers(bundle)
+    if towers is None:
+        return ""
+    how = f"{towers.int8} of them in INT8" if towers.int8 else "as they are"
+    return f"the {towers.tensors} tensors of the source's towers and projectors, {how}"
 
 
 def spoken(svg: str) -> str:
