@@ -1,6 +1,7 @@
 #version 460
 #extension GL_GOOGLE_include_directive : require
-// Attention of one token to the KV cache: QK-norm, RoPE, the new row of the cache, softmax(Q K^T) V.
+// Attention of one token to the KV cache: norms of queries, keys and values, RoPE, the new row of the
+// cache, softmax(Q K^T) V.
 //
 // Workgroup (split, block of QUERIES heads that share a key head, column). Each split takes a run of
 // keys and keeps its maximum, sum and weighted values; the last one to finish joins them.
@@ -21,6 +22,8 @@ layout(constant_id = 12) const float SCALE = 1.0;
 layout(constant_id = 13) const float CAP = 0.0;
 layout(constant_id = 14) const uint PARTS = 1;  // (part, column, stride) of qkv, whose sum counts
 layout(constant_id = 15) const uint RUN = 1;    // keys of a split at least, and a tile
+layout(constant_id = 16) const bool VALUE_NORM = false;  // without a gain
+layout(constant_id = 17) const bool OWNS_KEYS = true;    // otherwise they are an earlier layer's
 #include "activations.glsl"
 #include "cache.glsl"
 
@@ -173,6 +176,19 @@ void turn_rows(uint count) {
     barrier();
 }
 
+// Norm of the new value.
+void norm_value() {
+    float total = 0.0;
+    [[unroll]] for (uint i = lane % 8; i < QUADS; i += 8) {
+        total += dot(new_value[i], new_value[i]);
+    }
+    float factor = inversesqrt(team_sum(total, 8) / float(DIM) + EPS);
+    barrier();
+    for (uint i = lane; i < QUADS; i += LANES) {
+        new_value[i] *= factor;
+    }
+}
+
 // The new key and value, where no other token of the window lies. They stay in shared memory as the
 // cache has them: nobody reads them from there in this dispatch.
 void append() {
@@ -299,6 +315,9 @@ void prepare(uint block, bool appends) {
     }
     load_rows(block, appends);
     barrier();
+    if (VALUE_NORM && appends) {
+        norm_value();
+    }
     if (MODE != ATTEND) {
         turn_rows(appends ? QUERIES + 1 : QUERIES);
     }
@@ -332,7 +351,7 @@ void main() {
         return;
     }
     uint begin = first + split * run, stop = min(begin + run, position + 1);
-    bool appends = MODE != ATTEND && split + 1 == splits;
+    bool appends = OWNS_KEYS && MODE != ATTEND && split + 1 == splits;
     uint fresh = appends ? position : 0xFFFFFFFFu;  // others hold no key or value of it
     float peak = -1e30, sum = 0.0;
     vec4 low[QUERIES], high[QUERIES];

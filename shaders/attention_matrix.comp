@@ -25,6 +25,7 @@ layout(constant_id = 8) const uint SLOTS = 1;
 layout(constant_id = 9) const float SCALE = 1.0;
 layout(constant_id = 10) const float CAP = 0.0;
 layout(constant_id = 11) const uint SUBGROUPS = 4;
+layout(constant_id = 12) const uint PIECES = 1;  // workgroups of a run
 #include "activations.glsl"
 #include "cache.glsl"
 
@@ -38,6 +39,7 @@ layout(push_constant) uniform Push {
 };
 
 const uint SHARING = HEADS / KV_HEADS;
+const uint TOKENS = ROWS / SHARING;  // of a workgroup, at most
 const uint QUADS = DIM / 4;
 const uint VECTORS = DIM / 8;  // of 8 channels in a row of the cache
 const uint LOADS = (KEYS * VECTORS + LANES - 1) / LANES;  // of a lane for a step
@@ -156,11 +158,12 @@ void store() {
 void main() {
     lane = lane_index();
     head = gl_WorkGroupID.y;
-    if (gl_WorkGroupID.x >= state.run_count) {
+    uint run = gl_WorkGroupID.x / PIECES, skipped = gl_WorkGroupID.x % PIECES * TOKENS;
+    if (run >= state.run_count || skipped >= state.run_tokens[run]) {
         return;
     }
-    first_token = state.run_columns[gl_WorkGroupID.x];
-    tokens = state.run_tokens[gl_WorkGroupID.x];
+    first_token = state.run_columns[run] + skipped;
+    tokens = min(state.run_tokens[run] - skipped, TOKENS);
     first_position = state.positions[first_token];
     first_row = state.slots[first_token] * KV_HEADS;
     last = first_position + tokens - 1;

@@ -2,7 +2,7 @@
 #extension GL_GOOGLE_include_directive : require
 // Causal attention of many tokens to the KV cache, whose rows are there already: softmax(Q K^T) V.
 //
-// Workgroup (run of up to TOKENS tokens of one sequence, kv head): all query heads of the tokens that
+// Workgroup (piece of a run: up to TOKENS tokens of one sequence, kv head): all query heads of the tokens that
 // share the key head read each key once (Dao et al., FlashAttention: running maximum and sum). K and V
 // are (sequence, kv head, slot, DIM), a token's slot is its position modulo SLOTS; SLOTS is at
 // least WINDOW and the tokens of the pass, so no key that is still seen has been overwritten.
@@ -18,6 +18,7 @@ layout(constant_id = 7) const uint WINDOW = 0;  // keys that a token sees, 0: al
 layout(constant_id = 8) const uint SLOTS = 1;
 layout(constant_id = 9) const float SCALE = 1.0;
 layout(constant_id = 10) const float CAP = 0.0;
+layout(constant_id = 12) const uint PIECES = 1;  // workgroups of a run
 #include "activations.glsl"
 #include "cache.glsl"
 
@@ -173,11 +174,12 @@ void store() {
 void main() {
     lane = lane_index();
     head = gl_WorkGroupID.y;
-    if (gl_WorkGroupID.x >= state.run_count) {
+    uint run = gl_WorkGroupID.x / PIECES, skipped = gl_WorkGroupID.x % PIECES * TOKENS;
+    if (run >= state.run_count || skipped >= state.run_tokens[run]) {
         return;
     }
-    first_token = state.run_columns[gl_WorkGroupID.x];
-    tokens = state.run_tokens[gl_WorkGroupID.x];
+    first_token = state.run_columns[run] + skipped;
+    tokens = min(state.run_tokens[run] - skipped, TOKENS);
     first_position = state.positions[first_token];
     first_row = state.slots[first_token] * KV_HEADS;
     [[unroll]] for (uint r = 0; r < VALUE_ROWS; r++) {

@@ -38,6 +38,7 @@ layout(push_constant) uniform Push {
     Uints next;  // activations of the next product; CHOOSE: Candidates
     State state;
     uint blocks, tiles, stride, rows, counter;  // NORMS: the sum is stored where `counter` is 1
+    float scale;                                // NORMS: of the sum
 };
 
 const uint SLICES = LANES / 64;
@@ -76,7 +77,7 @@ void hold_quad(uint quad, vec4 v) {
 }
 
 void make_input() {
-    float factor = join_column();
+    float factor = join_column(scale);
     [[unroll]] for (uint i = 0; i < ITEMS; i++) {
         uint quad = i * LANES + lane_index();
         if (quad < 32 * HIDDEN_TILES) {  // the padding too: it meets weights of zero

@@ -1,7 +1,7 @@
 #version 460
 #extension GL_GOOGLE_include_directive : require
-// hidden += norm(branch); x = activations of norm(hidden), or the same as float16. One workgroup for
-// each column.
+// joined = scale * (hidden + norm(branch)); x = activations of norm(joined), or the same as float16. One
+// workgroup for each column.
 #include "common.glsl"
 layout(constant_id = 1) const bool FLOAT_X = false;
 layout(constant_id = 2) const bool KEEP_NORMED = false;  // also as float32, for the caller
@@ -15,6 +15,7 @@ layout(push_constant) uniform Push {
     Uints x;
     Uints half_x;  // (columns, channels) float16
     Floats units;  // (columns) the power of two that they were divided by
+    float scale;
 };
 
 void store_halves(uint column, float factor) {
@@ -38,7 +39,7 @@ void store_halves(uint column, float factor) {
 void main() {
     uint column = gl_WorkGroupID.x;
     load_column(hidden, branch, branch_gain, gain, column, gl_NumWorkGroups.x);
-    float factor = join_column();
+    float factor = join_column(scale);
     [[unroll]] for (uint i = 0; i < ITEMS; i++) {
         uint quad = i * LANES + lane_index();
         if (quad < HIDDEN_QUADS) {

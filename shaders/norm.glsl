@@ -1,4 +1,4 @@
-// The residual stream: hidden += norm(branch), then norm(hidden).
+// The residual stream: hidden = scale * (hidden + norm(branch)), then norm(hidden).
 //
 // A workgroup holds a column in registers, ITEMS vectors of four channels in each invocation. Sums go
 // by runs of 32 channels, in an order that does not depend on LANES, and nothing is fused
@@ -10,6 +10,7 @@ layout(constant_id = 6) const float EPS = 1e-6;
 layout(constant_id = 7) const bool POST_NORM = false;  // the branch has a norm of its own
 layout(constant_id = 8) const bool HAS_BRANCH = false;
 layout(constant_id = 9) const uint PARTS = 1;  // whose sum the branch is
+layout(constant_id = 18) const bool PLAIN = false;  // x is the sum itself, without a norm
 
 const uint HIDDEN_QUADS = HIDDEN / 4;
 const uint HIDDEN_TILES = (HIDDEN + 127) / 128;
@@ -74,8 +75,8 @@ void add_squares(vec4 v, uint quad, uint place) {
     }
 }
 
-// h += norm(branch), or + branch; then 1 / RMS of h.
-float join_column() {
+// h += norm(branch), or + branch, all of it times `scale`; then 1 / RMS of h.
+float join_column(float scale) {
     if (HAS_BRANCH) {
         float factor = 1.0;
         if (POST_NORM) {
@@ -92,8 +93,12 @@ float join_column() {
                 sum = sum * branch_gains[i];
             }
             sum = h[i] + sum;
+            sum = sum * scale;
             h[i] = sum;
         }
+    }
+    if (PLAIN) {
+        return 1.0;
     }
     [[unroll]] for (uint i = 0; i < ITEMS; i++) {
         add_squares(h[i], i * LANES + lane_index(), 1);
@@ -103,7 +108,10 @@ float join_column() {
 }
 
 vec4 normed_quad(uint i, float factor) {
-    precise vec4 y = h[i] * factor;
-    y = y * gains[i];
+    precise vec4 y = h[i];
+    if (!PLAIN) {
+        y = y * factor;
+        y = y * gains[i];
+    }
     return y;
 }

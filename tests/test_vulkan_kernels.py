@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from tests.vulkan_lab import Floats, Lab, no_messages, product  # noqa: F401
 from uq.formats.spec import SPECS, QuantTensor, Spec
 from uq.kernels.vulkan.arithmetic import run
-from uq.kernels.vulkan.push import addresses, words
+from uq.kernels.vulkan.push import addresses, floats, words
 from uq.kernels.vulkan.state import CHOOSE_COUNTER, blank, views
 from uq.kernels.vulkan.tuning import CHOOSE, GEGLU
 from uq.kernels.vulkan.weights import Kind, tiles_of
@@ -135,11 +135,11 @@ def test_joining_the_residual_stream(lab: Lab, size: int, lanes: int, post: bool
     given = [lab.put(values) for values in (branch, hidden)]
     gains = [lab.put(values[0]) for values in (branch_gain, gain)]
     sum_, normed, x = lab.room(2 * size), lab.room(2 * size), lab.room(2 * 72 * size)
-    push = addresses(*given, sum_, *gains, normed, x)
+    push = addresses(*given, sum_, *gains, normed, x, x, x) + floats(0.75)
     how = {"HAS_BRANCH": True, "KEEP_NORMED": True, "POST_NORM": post}
     lab.run("norm", push, 2, **how, **norm_sizes(size, lanes))
     joined = branch.astype(np.float64)
-    joined = hidden + (rms_norm(joined, branch_gain[0]) if post else joined)
+    joined = 0.75 * (hidden + (rms_norm(joined, branch_gain[0]) if post else joined))
     np.testing.assert_allclose(lab.get(sum_, np.float32, 2, size), joined, rtol=3e-6, atol=3e-6)
     expected = rms_norm(joined, gain[0])
     np.testing.assert_allclose(lab.get(normed, np.float32, 2, size), expected, rtol=1e-5, atol=1e-5)
@@ -169,7 +169,8 @@ def norm_sizes(size: int, lanes: int) -> dict[str, int | float]:
 def test_a_product_makes_the_same_norm(
     lab: Lab, size: int, lanes: int, branches: bool, kind: str
 ) -> None:
-    """Bit for bit what a product of the norm's own output is, whatever the lanes."""
+    """Bit for bit what a product of the norm's own output is, whatever the lanes; without branches
+    there is no norm either."""
     weight = random_tensor(64, size, Spec(8, 32))
     is_float = kind == "f32"
     values = weight.dequantize() if is_float else weight
@@ -177,14 +178,14 @@ def test_a_product_makes_the_same_norm(
     branch, hidden, branch_gain, gain = (lab.put(normal(size, seed=i)) for i in range(4))
     joined, again, normed = (lab.room(size) for _ in range(3))
     x, y, fused = lab.room(128 * tiles_of(size)), lab.room(64), lab.room(64)
-    how = {"HAS_BRANCH": branches, "POST_NORM": branches}
-    push = addresses(branch, hidden, joined, branch_gain, gain, normed, x)
+    how = {"HAS_BRANCH": branches, "POST_NORM": branches, "PLAIN": not branches}
+    push = addresses(branch, hidden, joined, branch_gain, gain, normed, x, x, x) + floats(1.25)
     lab.run("norm", push, 1, FLOAT_X=is_float, **how, **norm_sizes(size, 64))
     shape = {"GROUP": 32, "BLOCKS": 2}
     push = addresses(tiles, tiles, x, y, *[y] * 6) + words(4, tiles_of(size), 64, 64, 0)
     lab.run(f"gemv_{kind}", push, 2, LANES=lanes, **shape)
     push = addresses(tiles, tiles, branch, fused, hidden, again, branch_gain, gain, y, y)
-    push += words(4, tiles_of(size), 64, 64, 1)
+    push += words(4, tiles_of(size), 64, 64, 1) + floats(1.25)
     how |= {"NORMS": True}
     lab.run(f"gemv_{kind}", push, 2, **shape, **how, **norm_sizes(size, lanes))
     np.testing.assert_array_equal(lab.get(fused, np.float32, 64), lab.get(y, np.float32, 64))

@@ -27,7 +27,13 @@ from uq.kernels.vulkan.dense.products import (
 from uq.kernels.vulkan.memory import Arena, Span, Transfers
 from uq.kernels.vulkan.model import Work, load_model, work_sizes
 from uq.kernels.vulkan.pipelines import Constants, Pipelines
-from uq.kernels.vulkan.prefill import attention_constants, gemm_constants, gemm_module
+from uq.kernels.vulkan.prefill import (
+    AttentionCut,
+    Heads,
+    attention_constants,
+    gemm_constants,
+    gemm_module,
+)
 from uq.kernels.vulkan.runs import WIDTHS
 from uq.kernels.vulkan.stages import Stages
 from uq.kernels.vulkan.state import MOST_SEQUENCES, MOST_TOKENS
@@ -130,8 +136,11 @@ def prefill_cases(config: GemmaConfig, kinds: Iterable[Kind]) -> Iterator[Case]:
             yield Case(module, tuple(sorted(constants.items())))
     yield Case("gemm_half", (("LANES", 256),))
     for layer, slots in enumerate(cache_size(config).slots):
-        attention = attention_constants(config, layer, slots, WAVE, SHARED_BYTES)
-        attention["FLOAT_X"] = False
+        heads = Heads.of(config, layer)
+        cut = AttentionCut.of(heads, WAVE, SHARED_BYTES)
+        assert cut is not None
+        attention = attention_constants(config, layer, slots) | cut.constants(heads)
+        attention |= {"FLOAT_X": False, "PIECES": 1}
         for module in ("attention_prefill", "attention_prefill_int8"):
             yield Case(module, tuple(sorted(attention.items())))
 

@@ -37,7 +37,7 @@ class CacheSize:
 
     @property
     def slots(self) -> tuple[int, ...]:
-        """Tokens that each layer keeps of a sequence."""
+        """Tokens that each layer keeps of a sequence, or that the one keeps whose keys it reads."""
         # Tokens that were generated in vain may be taken back.
         more = self.tokens + MOST_STEPS
         windows = map(self.config.window, range(self.config.num_layers))
@@ -46,27 +46,26 @@ class CacheSize:
             for window in windows
         )
 
-    @property
-    def row_bytes(self) -> int:
-        """Of a token's keys, or values, without scales."""
-        return self.config.kv_size * (1 if self.is_int8 else 2)
-
-    @property
-    def scale_bytes(self) -> int:
-        """Of a token's keys, or values."""
-        return 4 * self.config.kv_size // GROUP if self.is_int8 else 0
+    def plane_bytes(self, layer: int) -> tuple[int, int]:
+        """Of a layer's keys, or values, and of their scales; of no layer that reads another's."""
+        if self.config.kv_source(layer) != layer:
+            return 0, 0
+        size = self.config.layer_kv_size(layer)
+        rows = self.sequences * self.slots[layer]
+        return rows * size * (1 if self.is_int8 else 2), rows * (4 * size // GROUP) * self.is_int8
 
     @property
     def nbytes(self) -> int:
         """Device bytes of all keys and values."""
-        tokens = self.sequences * sum(self.slots)
-        return 2 * tokens * (self.row_bytes + self.scale_bytes)
+        return 2 * sum(sum(self.plane_bytes(layer)) for layer in range(self.config.num_layers))
 
     @property
     def arena_bytes(self) -> int:
         """With the tables of angles and the padding."""
-        tables = 2 * aligned(turn_bytes(self.config, self.capacity))
-        return self.nbytes + tables + 4 * aligned(1) * self.config.num_layers
+        layers = self.config.num_layers
+        most = max(map(self.config.layer_head_dim, range(layers)))
+        tables = 2 * aligned(turn_bytes(most, self.capacity))
+        return self.nbytes + tables + 4 * aligned(1) * layers
 
     def holds(self, length: int, written: int) -> bool:
         """Whether all that a token at `length` sees is there, when `written` tokens have been."""
@@ -79,7 +78,8 @@ class CacheSize:
 
 @dataclass(frozen=True)
 class Cache:
-    """Keys and values, (sequence, kv head, slot, dim) for each layer.
+    """Keys and values, (sequence, kv head, slot, dim) for each layer that has some; the others have
+    those of the layer that they read.
 
     Attributes:
         key_scales, value_scales: (sequence, kv head, slot, dim / 32); where there are none, the
@@ -104,14 +104,15 @@ class Cache:
                 turns[sliding] = arena.take(table.nbytes)
                 transfers.write(turns[sliding], table)
 
-        def planes(nbytes: int) -> tuple[Span, ...]:
-            return tuple(arena.take(nbytes * size.sequences * count) for count in size.slots)
+        rows, scales = zip(*map(size.plane_bytes, range(config.num_layers)), strict=True)
 
-        keys, values = planes(size.row_bytes), planes(size.row_bytes)
-        scales = (keys, values)
-        if size.is_int8:
-            scales = planes(size.scale_bytes), planes(size.scale_bytes)
-        return cls(size, keys, values, *scales, turns)
+        def planes(sizes: tuple[int, ...]) -> tuple[Span, ...]:
+            own = {layer: arena.take(nbytes) for layer, nbytes in enumerate(sizes) if nbytes}
+            return tuple(own[config.kv_source(layer)] for layer in range(config.num_layers))
+
+        keys, values = planes(rows), planes(rows)
+        spans = (planes(scales), planes(scales)) if size.is_int8 else (keys, values)
+        return cls(size, keys, values, *spans, turns)
 
     @property
     def suffix(self) -> str:
@@ -157,18 +158,21 @@ def longest(size: CacheSize, room: int) -> int:
     return capacities[max(0, bisect_right(capacities, room, key=bytes_of) - 1)]
 
 
-def turn_bytes(config: GemmaConfig, capacity: int) -> int:
-    return 4 * (256 + capacity // 256 + 1) * config.head_dim
+def turn_bytes(head_dim: int, capacity: int) -> int:
+    return 4 * (256 + capacity // 256 + 1) * head_dim
 
 
 def turn_table(config: GemmaConfig, layer: int, capacity: int) -> NDArray[np.float32]:
     """(cos, sin) of positions 0 .. 255, then of 0, 256, 512, ...: (rows, dim / 2, 2).
 
+    Pairs that do not turn have the angle 0.
+
     A position's angle is the sum of two rows' angles. Angles are float64: float32 would lose a
     radian's fourth digit at a few thousand tokens (Su et al., RoFormer).
     """
-    half = config.head_dim // 2
+    half = config.layer_head_dim(layer) // 2
     frequency = config.theta(layer) ** (-np.arange(half) / half) * config.position_scale(layer)
+    frequency[config.rotary_pairs(layer) :] = 0
     coarse = 256 * np.arange(capacity // 256 + 1)
     angle = np.outer(np.concatenate([np.arange(256), coarse]), frequency)
     return np.stack([np.cos(angle), np.sin(angle)], axis=-1).astype(np.float32)

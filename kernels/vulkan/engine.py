@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import weakref
+from collections.abc import Iterator
 from contextlib import ExitStack, closing, suppress
 from dataclasses import replace
 from pathlib import Path
@@ -12,7 +13,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from uq.errors import DeviceError, UsageError
-from uq.formats.config import EMBEDDING, GemmaConfig
+from uq.formats.config import (
+    EMBEDDING,
+    FULL_HEADS,
+    LAYER_SCALAR,
+    MLP_WIDTHS,
+    SHARED_KEYS,
+    VALUE_NORM,
+    GemmaConfig,
+)
 from uq.kernels.numerics import ACTIVATIONS, FLOAT, KV, Numerics
 from uq.kernels.session import require_known
 from uq.kernels.vulkan.autotune import tune
@@ -32,12 +41,16 @@ from uq.kernels.vulkan.model import (
     work_sizes,
 )
 from uq.kernels.vulkan.pipelines import Pipelines
+from uq.kernels.vulkan.prefill import head_shapes
 from uq.kernels.vulkan.runs import Runs, fitting
-from uq.kernels.vulkan.stages import Stages
+from uq.kernels.vulkan.stages import MOST_HEAD_DIM, Stages
 from uq.kernels.vulkan.state import MOST_BLOCKS, MOST_TOKENS, one_token
 from uq.kernels.vulkan.tuning import Tuning, read_measured, write_measured
 from uq.kernels.vulkan.weights import Loader, Source, padded_rows, weight_bytes
 from uq.kernels.vulkan.wide import Abilities, fits_tiles
+
+# What `GemmaConfig.extensions` names and the kernels compute.
+COMPUTED = frozenset({FULL_HEADS, VALUE_NORM, SHARED_KEYS, MLP_WIDTHS, LAYER_SCALAR})
 
 
 class Closable(Protocol):
@@ -79,7 +92,9 @@ class Engine:
         is_float = source.weight(EMBEDDING).kind.is_float
         check_numerics(config, numerics, is_float=is_float)
         self.config, self._is_int8 = config, numerics.kv is not None
-        self.widest = widest = widest if fits_tiles(config) else min(widest, COLUMNS)
+        abilities = Abilities.of(physical)
+        many = widest if fits_tiles(config, abilities) else COLUMNS
+        self.widest = widest = min(widest, many)
         weights = weight_bytes(source, weight_names(config))
         tokens, rows = max(widest, COLUMNS, slots), max(COLUMNS, slots)
         sizes = work_sizes(config, tokens, rows, is_float=is_float)
@@ -107,7 +122,7 @@ class Engine:
             self.work,
             self.pipelines,
             tuning,
-            Abilities.of(physical),
+            abilities,
             columns=1,
         )
 
@@ -199,23 +214,32 @@ def check_sizes(config: GemmaConfig) -> None:
         DeviceError: a size is no multiple of what a lane holds, or a layer has parts that the
             kernels do not compute.
     """
-    require_known(config, "the Vulkan engine", "use --device cpu")
+    require_known(config, "the Vulkan engine", "use --device cpu", COMPUTED)
     if config.num_heads > MOST_BLOCKS:
         raise DeviceError(
             f"the Vulkan kernels take up to {MOST_BLOCKS} heads, not {config.num_heads}; "
             "use --device cpu"
         )
-    for name, size, unit in (
-        ("head_dim", config.head_dim, 8),
-        ("hidden_size", config.hidden_size, 32),
-        ("intermediate_size", config.intermediate_size, 32),
-        ("query size", config.q_size, 32),
-    ):
+    if (largest := max(head.dim for head in head_shapes(config))) > MOST_HEAD_DIM:
+        raise DeviceError(
+            f"the Vulkan kernels take heads of up to {MOST_HEAD_DIM} channels, not {largest}; "
+            "use --device cpu"
+        )
+    for name, size, unit in _sizes(config):
         if size % unit:
             raise DeviceError(
                 f"the Vulkan kernels need a {name} that divides by {unit}, not {size}; "
                 "use --device cpu"
             )
+
+
+def _sizes(config: GemmaConfig) -> Iterator[tuple[str, int, int]]:
+    """What must divide by what: name, size, unit."""
+    yield "hidden_size", config.hidden_size, 32
+    for layer in range(config.num_layers):
+        yield "head_dim", config.layer_head_dim(layer), 8
+        yield "intermediate_size", config.layer_intermediate_size(layer), 32
+        yield "query size", config.layer_q_size(layer), 32
 
 
 def check_numerics(config: GemmaConfig, numerics: Numerics, *, is_float: bool) -> None:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 
 from uq.formats.config import EMBEDDING, FINAL_NORM, HEAD, GemmaConfig, layer_tensor
 from uq.formats.manifest import gain_name
@@ -29,6 +30,9 @@ class Layer:
         columns: rows of the joint output at which q, k and v begin, and its length.
         next_gain: of the norm behind this layer: the next layer's first, or the final one.
         window: keys that a token sees, 0 for all.
+        head_dim, kv_heads: of its attention.
+        owns_keys: it writes keys and values; otherwise it reads an earlier layer's.
+        scale: of its output.
     """
 
     index: int
@@ -45,6 +49,10 @@ class Layer:
     branch_gain: Span | None
     next_gain: Span
     window: int
+    head_dim: int
+    kv_heads: int
+    owns_keys: bool
+    scale: float
 
     @property
     def matrices(self) -> tuple[Matrix, ...]:
@@ -92,23 +100,35 @@ def _layer(config: GemmaConfig, loader: Loader, index: int) -> Layer:
     behind = FINAL_NORM if last else layer_tensor(index + 1, "input_layernorm")
     # gemma calls the norm in front of the MLP by what it stands behind.
     mlp = "pre_feedforward_layernorm" if config.post_norms else "post_attention_layernorm"
-    q, kv = padded_rows(config.q_size), padded_rows(config.kv_size)
+    owns_keys, present = config.kv_source(index) == index, config.linear_shapes(index)
+    projections = [role for x in "qkv" if (role := f"self_attn.{x}_proj") in present]
     return Layer(
         index=index,
-        qkv=loader.matrices([name(f"self_attn.{x}_proj") for x in "qkv"]),
-        columns=(0, q, q + kv, q + 2 * kv),
+        qkv=loader.matrices([name(role) for role in projections]),
+        columns=_columns([present[role][0] for role in projections]),
         out=loader.matrix(name("self_attn.o_proj")),
         gate=loader.matrix(name("mlp.gate_proj")),
         up=loader.matrix(name("mlp.up_proj")),
         down=loader.matrix(name("mlp.down_proj")),
         q_gain=gain("self_attn.q_norm", config.qk_norm),
-        k_gain=gain("self_attn.k_norm", config.qk_norm),
+        k_gain=gain("self_attn.k_norm", config.qk_norm and owns_keys),
         attention_gain=gain("post_attention_layernorm", config.post_norms),
         mlp_gain=loader.gain(gain_name(name(mlp))),
         branch_gain=gain("post_feedforward_layernorm", config.post_norms),
         next_gain=loader.gain(gain_name(behind)),
         window=config.window(index) or 0,
+        head_dim=config.layer_head_dim(index),
+        kv_heads=config.layer_kv_heads(index),
+        owns_keys=owns_keys,
+        scale=float(loader.source.array(name("layer_scalar"))[0]) if config.layer_scalar else 1.0,
     )
+
+
+def _columns(rows: Sequence[int]) -> tuple[int, int, int, int]:
+    """`Layer.columns` of projections of so many rows: one may be key and value, or there is none
+    of either."""
+    *begins, end = accumulate(map(padded_rows, rows), initial=0)
+    return begins[0], begins[min(1, len(begins) - 1)], begins[-1], end
 
 
 @dataclass(frozen=True)
@@ -156,9 +176,9 @@ class Work:
         return list(vars(self).values())
 
 
-def split_count(config: GemmaConfig) -> int:
+def split_count(kv_heads: int) -> int:
     """Parts of the context that attention works on at the same time, for each key head."""
-    return next((few for few in (16, 32) if few * config.num_kv_heads >= WORKGROUPS), 64)
+    return next((few for few in (16, 32) if few * kv_heads >= WORKGROUPS), 64)
 
 
 def work_sizes(
@@ -168,7 +188,10 @@ def work_sizes(
 
     Both are `COLUMNS` at least.
     """
-    hidden, q, mlp = config.hidden_size, config.q_size, config.intermediate_size
+    layers, hidden = range(config.num_layers), config.hidden_size
+    q, kv = max(map(config.layer_q_size, layers)), max(map(config.layer_kv_size, layers))
+    mlp = max(map(config.layer_intermediate_size, layers))
+    splits = max(split_count(config.layer_kv_heads(layer)) for layer in layers)
     vocab = padded_rows(config.vocab_size)
     unit = 512 if is_float else 288  # of 128 channels
     value, summed = 4 * tokens, 4 * max(tokens, min(tokens, MOST_SPLIT) * MOST_PARTS)
@@ -178,13 +201,13 @@ def work_sizes(
         "joined": value * hidden,
         "branch": max(summed, value * MANY_PARTS) * padded_rows(hidden),
         "normed": value * hidden,
-        "qkv": summed * (padded_rows(q) + 2 * padded_rows(config.kv_size)),
+        "qkv": summed * (padded_rows(q) + 2 * padded_rows(kv)),
         "wide": summed * 2 * padded_rows(mlp),
         "logits": 4 * vocab * sequences,
         "peaks": 4 * -(-vocab // PEAK_LOGITS) * sequences,
         "scores": value * min(vocab, HEAD_ROWS),
-        "partials": 4 * sequences * config.num_heads * split_count(config) * config.head_dim,
-        "split_stats": 8 * sequences * config.num_heads * split_count(config),
+        "partials": 4 * sequences * q * splits,
+        "split_stats": 8 * sequences * config.num_heads * splits,
         "candidates": 8 * vocab // 16,
         "x": tokens * tiles_of(hidden) * unit,
         "context": tokens * tiles_of(q) * unit,

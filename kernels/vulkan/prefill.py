@@ -7,16 +7,16 @@ RADV's compiler (docs/amd.md). Which of them is fastest was not measured.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import product
 from math import lcm
 
-from uq.errors import DeviceError
 from uq.formats.config import GemmaConfig
 from uq.kernels.vulkan.variants import VARIANTS
 from uq.kernels.vulkan.weights import Kind
 
 Constants = dict[str, int | float]
 
-ATTENTION_ROWS = 16  # queries of a workgroup, about
+ATTENTION_ROWS = (16, 8)  # queries of a workgroup, about
 ATTENTION_LANES = (256, 128, 64)  # about
 KEYS = (32, 16, 8)  # of a step
 MATRIX_ROWS = (64, 32)  # queries of a workgroup, with matrix instructions
@@ -114,6 +114,23 @@ def gemm_constants(
 
 
 @dataclass(frozen=True)
+class Heads:
+    """Of a layer: `dim` channels each, `sharing` query heads for each key head."""
+
+    dim: int
+    sharing: int
+
+    @classmethod
+    def of(cls, config: GemmaConfig, layer: int) -> Heads:
+        return cls(config.layer_head_dim(layer), config.num_heads // config.layer_kv_heads(layer))
+
+
+def head_shapes(config: GemmaConfig) -> set[Heads]:
+    """Of all layers."""
+    return {Heads.of(config, layer) for layer in range(config.num_layers)}
+
+
+@dataclass(frozen=True)
 class AttentionCut:
     """Sizes of `attention_prefill.comp`: `rows` queries of a workgroup, `keys` of a step."""
 
@@ -126,35 +143,32 @@ class AttentionCut:
         rows = self.rows * (4 * dim + 4 * self.keys + 12)
         return rows + 2 * self.keys * dim + 1024
 
+    def constants(self, heads: Heads) -> Constants:
+        return {"LANES": self.lanes, "TOKENS": self.rows // heads.sharing, "KEYS": self.keys}
+
     @classmethod
-    def of(cls, dim: int, sharing: int, subgroup: int, shared_bytes: int) -> AttentionCut:
-        """The largest that fits.
+    def of(cls, heads: Heads, subgroup: int, shared_bytes: int) -> AttentionCut | None:
+        """The largest that fits, if one does.
 
         Args:
-            sharing: query heads of a key head.
+            subgroup: invocations of a subgroup, at most.
             shared_bytes: that a workgroup may have.
-
-        Raises:
-            DeviceError: nothing fits.
         """
-        for wanted in ATTENTION_LANES:
-            for keys in KEYS:
-                cut = cls._cut(dim // 8, sharing, lcm(subgroup, keys), wanted, keys)
-                if cut.shared_bytes(dim) <= shared_bytes:
-                    return cut
-        raise DeviceError(
-            f"heads of {dim} do not fit the {shared_bytes} bytes of the GPU's shared memory; "
-            "use --device cpu"
-        )
+        for rows, lanes, keys in product(ATTENTION_ROWS, ATTENTION_LANES, KEYS):
+            cut = cls._cut(heads, rows, lcm(subgroup, keys), lanes, keys)
+            if cut.shared_bytes(heads.dim) <= shared_bytes:
+                return cut
+        return None
 
     @classmethod
-    def _cut(cls, vectors: int, sharing: int, unit: int, wanted: int, keys: int) -> AttentionCut:
+    def _cut(cls, heads: Heads, rows: int, unit: int, wanted: int, keys: int) -> AttentionCut:
         """About `wanted` lanes that come out even: over the subgroup, the keys and a row's vectors,
-        and over rows in both ways of dealing them out."""
+        and over about `rows` in both ways of dealing them out."""
+        vectors = heads.dim // 8
         unit = lcm(unit, vectors)
         lanes = unit * max(1, wanted // unit)
-        even = lcm(lanes // keys, lanes // vectors, sharing)
-        return cls(lanes, even * max(1, ATTENTION_ROWS // even), keys)
+        even = lcm(lanes // keys, lanes // vectors, heads.sharing)
+        return cls(lanes, even * max(1, rows // even), keys)
 
 
 @dataclass(frozen=True)
@@ -170,44 +184,33 @@ class MatrixAttentionCut:
         halves = (self.rows + self.keys) * (dim + 8) + self.rows * (self.keys + 8)
         return 2 * halves + 4 * self.rows * (self.keys + 17) + 1024
 
+    def constants(self, subgroup: int) -> Constants:
+        """`subgroup`: invocations of a subgroup."""
+        lanes, own = subgroup * self.subgroups, {"ROWS": self.rows, "SUBGROUPS": self.subgroups}
+        return {"LANES": lanes, "KEYS": self.keys, **own}
+
     @classmethod
-    def of(
-        cls, dim: int, sharing: int, subgroup: int, shared_bytes: int
-    ) -> MatrixAttentionCut | None:
+    def of(cls, heads: Heads, subgroup: int, shared_bytes: int) -> MatrixAttentionCut | None:
         """The largest that fits, if one does; arguments as of `AttentionCut.of`."""
         cuts = map(cls, MATRIX_ROWS)
-        return next((cut for cut in cuts if cut._fits(dim, sharing, subgroup, shared_bytes)), None)
+        return next((cut for cut in cuts if cut._fits(heads, subgroup, shared_bytes)), None)
 
-    def _fits(self, dim: int, sharing: int, subgroup: int, shared_bytes: int) -> bool:
+    def _fits(self, heads: Heads, subgroup: int, shared_bytes: int) -> bool:
         """A lane or more for each row, a row or more for each head, heads that come out even."""
+        dim = heads.dim
         even = dim % (16 * self.subgroups) == 0 and dim * self.rows <= MATRIX_SUMS
         lanes = subgroup * self.subgroups
-        return even and sharing <= self.rows <= lanes and self.shared_bytes(dim) <= shared_bytes
+        return (
+            even and heads.sharing <= self.rows <= lanes and self.shared_bytes(dim) <= shared_bytes
+        )
 
 
-def matrix_attention_constants(
-    config: GemmaConfig, layer: int, slots: int, subgroup: int, cut: MatrixAttentionCut
-) -> Constants:
-    """Of a layer whose cache has `slots` tokens, by subgroups of so many invocations."""
-    own = {"LANES": subgroup * cut.subgroups, "ROWS": cut.rows, "SUBGROUPS": cut.subgroups}
-    return {**_attention_constants(config, layer, slots), **own, "KEYS": cut.keys}
-
-
-def attention_constants(
-    config: GemmaConfig, layer: int, slots: int, subgroup: int, shared_bytes: int
-) -> Constants:
-    """Of a layer whose cache has `slots` tokens; the rest as in `AttentionCut.of`."""
-    sharing = config.num_heads // config.num_kv_heads
-    cut = AttentionCut.of(config.head_dim, sharing, subgroup, shared_bytes)
-    own = {"LANES": cut.lanes, "TOKENS": cut.rows // sharing, "KEYS": cut.keys}
-    return {**_attention_constants(config, layer, slots), **own}
-
-
-def _attention_constants(config: GemmaConfig, layer: int, slots: int) -> Constants:
+def attention_constants(config: GemmaConfig, layer: int, slots: int) -> Constants:
+    """Of a layer whose cache has `slots` tokens, however it is cut."""
     return {
-        "DIM": config.head_dim,
+        "DIM": config.layer_head_dim(layer),
         "HEADS": config.num_heads,
-        "KV_HEADS": config.num_kv_heads,
+        "KV_HEADS": config.layer_kv_heads(layer),
         "WINDOW": config.window(layer) or 0,
         "SLOTS": slots,
         "SCALE": float(config.attention_scale),

@@ -10,7 +10,7 @@ from uq.kernels.vulkan.commands import Recorder
 from uq.kernels.vulkan.memory import Span
 from uq.kernels.vulkan.model import COLUMNS, Model, Work
 from uq.kernels.vulkan.pipelines import Pipelines
-from uq.kernels.vulkan.push import addresses, words
+from uq.kernels.vulkan.push import addresses, floats, words
 from uq.kernels.vulkan.tuning import BRANCH, CHOOSE, GEGLU, STORE, Shape, Tuning
 from uq.kernels.vulkan.weights import Matrix
 from uq.kernels.vulkan.wide import Abilities, Wide
@@ -20,20 +20,34 @@ FEW_ALONE = 4  # sequences up to which a GEMV is faster than matrix instructions
 
 @dataclass(frozen=True)
 class Joining:
-    """What stands in front of a product: joined = hidden + norm(branch), x = norm(joined).
+    """What stands in front of a product: joined = scale (hidden + norm(branch)), x = norm(joined).
 
     Attributes:
         branch: None where nothing joins: x = norm(hidden).
         parts: whose sum the branch is.
         branch_gain: None where the branch has no norm of its own.
+        gain: None where x is joined itself.
     """
 
     branch: Span | None
     hidden: Span
     joined: Span
     branch_gain: Span | None
-    gain: Span
+    gain: Span | None
     parts: int = 1
+    scale: float = 1.0
+
+    @property
+    def spans(self) -> tuple[Span, Span, Span, Span, Span]:
+        """Branch, hidden, joined, both gains; what there is none of is anything."""
+        gain = self.gain or self.hidden
+        return (
+            self.branch or self.hidden,
+            self.hidden,
+            self.joined,
+            self.branch_gain or gain,
+            gain,
+        )
 
 
 @dataclass(frozen=True)
@@ -124,13 +138,14 @@ class Products:
         push = addresses(matrix.span, matrix.span) + self.input_addresses(x, y, norm)
         push += addresses(self.work.x, self.work.state)
         push += words(matrix.blocks, matrix.tiles, stride, matrix.rows, int(stores))
+        push += floats(norm.scale if norm else 1.0)
         self.gemv(recorder, matrix, shape, BRANCH if like == BRANCH else STORE, push, norm, CAP=cap)
 
     def input_addresses(self, x: Span, y: Span, norm: Joining | None) -> bytes:
         if norm is None:
             return addresses(x, y, *[self.work.hidden] * 4)
-        gains = (norm.branch_gain or norm.gain, norm.gain)
-        return addresses(norm.branch or norm.hidden, y, norm.hidden, norm.joined, *gains)
+        branch, *others = norm.spans
+        return addresses(branch, y, *others)
 
     def gemv(
         self,
@@ -169,6 +184,7 @@ class Products:
             "HAS_BRANCH": norm.branch is not None,
             "POST_NORM": norm.branch_gain is not None,
             "PARTS": norm.parts,
+            "PLAIN": norm.gain is None,
         }
 
     def run(

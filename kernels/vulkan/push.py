@@ -13,3 +13,7 @@ def addresses(*spans: Span) -> bytes:
 
 def words(*values: int) -> bytes:
     return struct.pack(f"<{len(values)}I", *values)
+
+
+def floats(*values: float) -> bytes:
+    return struct.pack(f"<{len(values)}f", *values)

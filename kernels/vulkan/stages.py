@@ -7,12 +7,14 @@ conversion of activations are done by whoever produces their input.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from uq.kernels.vulkan.cache import Cache
 from uq.kernels.vulkan.commands import Recorder
 from uq.kernels.vulkan.memory import Span
 from uq.kernels.vulkan.model import PEAK_LOGITS, Layer, split_count
 from uq.kernels.vulkan.products import Joining, Products
-from uq.kernels.vulkan.push import addresses, words
+from uq.kernels.vulkan.push import addresses, floats, words
 from uq.kernels.vulkan.state import ATTENTION_COUNTER, CHOOSE_COUNTER
 from uq.kernels.vulkan.tuning import BRANCH, CHOOSE, GEGLU
 from uq.kernels.vulkan.weights import Matrix, padded_rows
@@ -22,6 +24,7 @@ WHOLE, PREPARE, ATTEND = range(3)  # parts of attention, as in shaders/attention
 ROW_LANES = 256  # of a workgroup that holds a token
 NORM_LANES = 512  # of one that makes its norm
 ATTENTION_LANES = 256
+MOST_HEAD_DIM = 2 * ATTENTION_LANES  # a lane turns two channels
 SAMPLE_LANES = 512
 MANY_BLOCKS = 64  # of heads, that keep a large GPU busy without splits of the context
 MOST_QUERIES = 2  # heads that read a key together: their sums are registers
@@ -51,6 +54,7 @@ class Stages(Products):
             recorder.label = "down"
             self.branch(recorder, layer.down, work.gated)
             joining = self._behind(joining, layer.down, layer.branch_gain, layer.next_gain)
+            joining = replace(joining, scale=layer.scale)
         self.norm(recorder, joining, keep=True)
 
     def _behind(
@@ -126,6 +130,7 @@ class Stages(Products):
             push += self.input_addresses(work.x, work.wide, norm)
             push += addresses(work.gated, work.state)
             push += words(gate.blocks, gate.tiles, 0, gate.rows, 1)
+            push += floats(norm.scale if norm else 1.0)
             self.gemv(recorder, gate, shape, GEGLU, push, norm)
         else:
             self._wide_gate(recorder, gate, up, norm)
@@ -134,18 +139,18 @@ class Stages(Products):
     def norm(
         self, recorder: Recorder, joining: Joining, *, keep: bool = False, halved: bool = False
     ) -> None:
-        """joined = hidden + norm(branch); x = norm(joined), with `keep` also as float32.
+        """joined = scale (hidden + norm(branch)); x = norm(joined), with `keep` also as float32.
 
         Args:
             halved: float16, in `work.half`.
         """
         before, recorder.label = recorder.label, "norm"
-        work, gains = self.work, (joining.branch_gain or joining.gain, joining.gain)
+        work = self.work
         constants = self.norm_constants(NORM_LANES, joining)
         constants |= {"LANES": NORM_LANES, "FLOAT_X": self.float_x}
         pipeline = self.pipelines.get("norm", KEEP_NORMED=keep, HALF_OUT=halved, **constants)
-        spans = (joining.branch or work.branch, joining.hidden, joining.joined, *gains)
-        push = addresses(*spans, work.normed, work.x, work.half, work.units)
+        push = addresses(*joining.spans, work.normed, work.x, work.half, work.units)
+        push += floats(joining.scale)
         self.run(recorder, pipeline, push, (self.columns, 1, 1))
         recorder.barrier()
         recorder.label = before
@@ -237,7 +242,7 @@ class Stages(Products):
 
     def _attention(self, recorder: Recorder, layer: Layer, cache: Cache, mode: int) -> None:
         config, work, index = self.config, self.work, layer.index
-        queries = shared_queries(config.num_heads // config.num_kv_heads)
+        queries = shared_queries(config.num_heads // layer.kv_heads)
         blocks = config.num_heads // queries
         run = self._least_run(blocks)
         pipeline = self.pipelines.get(
@@ -245,14 +250,16 @@ class Stages(Products):
             LANES=ATTENTION_LANES,
             FLOAT_X=self.float_x,
             MODE=mode,
-            DIM=config.head_dim,
+            DIM=layer.head_dim,
             HEADS=config.num_heads,
-            KV_HEADS=config.num_kv_heads,
+            KV_HEADS=layer.kv_heads,
             QUERIES=queries,
             WINDOW=layer.window,
             SLOTS=cache.size.slots[index],
-            SPLITS=split_count(config),
+            SPLITS=split_count(layer.kv_heads),
             QK_NORM=config.qk_norm,
+            VALUE_NORM=config.value_norm,
+            OWNS_KEYS=layer.owns_keys,
             EPS=float(config.rms_norm_eps),
             SCALE=float(config.attention_scale),
             CAP=float(config.attn_softcap or 0.0),
@@ -267,7 +274,7 @@ class Stages(Products):
         push += words(stride, k, v, ATTENTION_COUNTER)
         capacity = cache.size.capacity
         seen = min(layer.window or capacity, capacity)
-        splits = 1 if mode == PREPARE else min(split_count(config), -(-seen // run))
+        splits = 1 if mode == PREPARE else min(split_count(layer.kv_heads), -(-seen // run))
         self.run(recorder, pipeline, push, (splits, blocks, self.columns))
 
     def _least_run(self, blocks: int) -> int:

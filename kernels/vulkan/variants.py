@@ -62,11 +62,13 @@ def _table(*rows: Variant) -> Mapping[str, Variant]:
 
 
 _NORM = ("ITEMS", "HIDDEN", "EPS", "POST_NORM", "HAS_BRANCH", "PARTS")
+_PLAIN_PLACE = 18  # constant_id of PLAIN (shaders/norm.glsl)
 _FLOATS = ("f16", "bf16", "f32")
 # constant_id of what all weights share (shaders/weights.glsl), and all inputs of linears
 # (shaders/activations.glsl)
 _SCALE_PLACE, _X_PLACE = 19, 20
 _OF_WEIGHTS = ("gemv.comp", "embed.comp", "gemm.comp", "gemm_matrix.comp")
+_WITH_NORM = ("gemv.comp", "norm.comp")
 # They have no inputs of linears.
 _WITHOUT_X = ("read.comp", "arithmetic.comp", "peaks.comp", "sample.comp")
 
@@ -89,8 +91,8 @@ def _decode_kernels() -> Iterator[Variant]:
     for name in ("peaks", "sample"):
         yield _kernel(name, f"{name}.comp", constants=("LANES", "CAP"))
     shape = ("DIM", "HEADS", "KV_HEADS", "QUERIES", "WINDOW", "SLOTS", "SPLITS")
-    scores = ("QK_NORM", "EPS", "SCALE", "CAP")
-    attention = ("LANES", "FLOAT_X", "MODE", *shape, *scores, "PARTS", "RUN")
+    scores, keys = ("QK_NORM", "EPS", "SCALE", "CAP"), ("VALUE_NORM", "OWNS_KEYS")
+    attention = ("LANES", "FLOAT_X", "MODE", *shape, *scores, "PARTS", "RUN", *keys)
     for name, macros in _caches("attention"):
         yield _kernel(name, "attention.comp", macros, constants=attention)
 
@@ -117,6 +119,8 @@ def _kernel(
     features: tuple[str, ...] = (),
     constants: tuple[str, ...] = (),
 ) -> Variant:
+    if source in _WITH_NORM:
+        constants = (*constants, *["-"] * (_PLAIN_PLACE - len(constants)), "PLAIN")
     if source not in _WITHOUT_X:
         scales = "SCALE_BITS" if source in _OF_WEIGHTS else "-"
         constants = (*constants, *["-"] * (_SCALE_PLACE - len(constants)), scales, "INT8_X")
@@ -138,11 +142,11 @@ def _prefill_kernels() -> Iterator[Variant]:
             yield replace(row, subgroup=32)
     yield _kernel("gemm_half", "gemm_half.comp", constants=("LANES", "FLOAT_X"))
     shape = ("DIM", "HEADS", "KV_HEADS", "TOKENS", "KEYS", "WINDOW", "SLOTS", "SCALE", "CAP")
-    attention = ("LANES", "FLOAT_X", *shape)
+    attention = ("LANES", "FLOAT_X", *shape, "-", "PIECES")
     for name, macros in _caches("attention_prefill"):
         yield _kernel(name, "attention_prefill.comp", macros, constants=attention)
     sizes = ("DIM", "HEADS", "KV_HEADS", "ROWS", "KEYS", "WINDOW", "SLOTS", "SCALE", "CAP")
-    blocks = ("LANES", "FLOAT_X", *sizes, "SUBGROUPS")
+    blocks = ("LANES", "FLOAT_X", *sizes, "SUBGROUPS", "PIECES")
     for name, macros in _caches("attention_matrix"):
         needs = ("fp16", "coopmat")
         row = _kernel(name, "attention_matrix.comp", macros, needs, blocks)

@@ -16,11 +16,12 @@ from uq.kernels.vulkan.pipelines import Pipelines
 from uq.kernels.vulkan.prefill import (
     AttentionCut,
     Constants,
+    Heads,
     MatrixAttentionCut,
     attention_constants,
     gemm_constants,
     gemm_module,
-    matrix_attention_constants,
+    head_shapes,
 )
 from uq.kernels.vulkan.push import addresses, words
 from uq.kernels.vulkan.variants import VARIANTS
@@ -81,9 +82,15 @@ def slices(channels: int) -> int:
     return -(-channels // (4 * SLICE))
 
 
-def fits_tiles(config: GemmaConfig) -> bool:
-    """Whether the heads that share a key head are whole runs of the 32 channels with one scale."""
-    return config.q_size // config.num_kv_heads % 32 == 0
+def fits_tiles(config: GemmaConfig, abilities: Abilities) -> bool:
+    """Whether attention of many tokens fits: the heads that share a key head are whole runs of the
+    32 channels with one scale, and a workgroup has room for them."""
+    for heads in head_shapes(config):
+        if heads.dim * heads.sharing % 32:
+            return False
+        if AttentionCut.of(heads, abilities.subgroup[2], abilities.shared_bytes) is None:
+            return False
+    return True
 
 
 @dataclass(frozen=True)
@@ -157,41 +164,40 @@ class Wide:
     def attention(self, recorder: Recorder, layer: Layer, cache: Cache, *, is_float: bool) -> None:
         """context = softmax(Q K^T) V; queries behind their norm and RoPE, keys in the cache."""
         index, work = layer.index, self.work
-        module, constants = self._attention(index, cache.size.slots[index])
+        module, constants, pieces = self._attention(index, cache.size.slots[index])
         push = addresses(work.qkv, *cache.spans(index), work.context, work.state)
         push += words(layer.columns[-1])
         whole = -(-self.columns // self.tile)
-        groups = min(self.columns, whole + cache.size.sequences - 1), self.config.num_kv_heads
-        pipeline = self.pipelines.get(f"{module}{cache.suffix}", **constants, FLOAT_X=is_float)
-        recorder.dispatch(pipeline, self.pipelines.layout, push, (*groups, 1))
+        runs = min(self.columns, whole + cache.size.sequences - 1)
+        groups = runs * pieces, layer.kv_heads, 1
+        constants = {**constants, "FLOAT_X": is_float, "PIECES": pieces}
+        pipeline = self.pipelines.get(f"{module}{cache.suffix}", **constants)
+        recorder.dispatch(pipeline, self.pipelines.layout, push, groups)
 
-    def _attention(self, layer: int, slots: int) -> tuple[str, Constants]:
-        """Module and sizes; a layer's cache has `slots` tokens of a sequence."""
-        config, abilities = self.config, self.abilities
-        if cut := self._attention_blocks:
-            lanes = self._block_lanes
-            return "attention_matrix", matrix_attention_constants(config, layer, slots, lanes, cut)
-        most, shared = abilities.subgroup[2], abilities.shared_bytes
-        return "attention_prefill", attention_constants(config, layer, slots, most, shared)
+    def _attention(self, layer: int, slots: int) -> tuple[str, Constants, int]:
+        """Module, sizes, workgroups of a run; a layer's cache has `slots` tokens of a sequence."""
+        heads = Heads.of(self.config, layer)
+        own, cut = attention_constants(self.config, layer, slots), self._attention_cut(heads)
+        if isinstance(cut, MatrixAttentionCut):
+            module, own = "attention_matrix", own | cut.constants(self._block_lanes)
+        else:
+            module, own = "attention_prefill", own | cut.constants(heads)
+        return module, own, -(-self.tile // (cut.rows // heads.sharing))
 
     @property
     def tile(self) -> int:
-        """Tokens that a workgroup of attention takes at a time."""
-        config, abilities = self.config, self.abilities
-        sharing = config.num_heads // config.num_kv_heads
-        if cut := self._attention_blocks:
-            return cut.rows // sharing
-        most, shared = abilities.subgroup[2], abilities.shared_bytes
-        return AttentionCut.of(config.head_dim, sharing, most, shared).rows // sharing
+        """Tokens of a run: the most that a workgroup of attention takes, in any layer."""
+        shapes = head_shapes(self.config)
+        return max(self._attention_cut(heads).rows // heads.sharing for heads in shapes)
 
-    @property
-    def _attention_blocks(self) -> MatrixAttentionCut | None:
-        """How matrix instructions make attention, where they do."""
-        config, shared = self.config, self.abilities.shared_bytes
-        if not (self.halves and self.abilities.matrix):
-            return None
-        sharing = config.num_heads // config.num_kv_heads
-        return MatrixAttentionCut.of(config.head_dim, sharing, self._block_lanes, shared)
+    def _attention_cut(self, heads: Heads) -> AttentionCut | MatrixAttentionCut:
+        """By matrix instructions, where they make it."""
+        abilities, cut = self.abilities, None
+        if self.halves and abilities.matrix:
+            cut = MatrixAttentionCut.of(heads, self._block_lanes, abilities.shared_bytes)
+        found = cut or AttentionCut.of(heads, abilities.subgroup[2], abilities.shared_bytes)
+        assert found is not None  # by `fits_tiles`
+        return found
 
     @property
     def _block_lanes(self) -> int:
