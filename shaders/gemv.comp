@@ -18,6 +18,9 @@ layout(constant_id = 10) const bool NORMS = false;  // one column: x = norm(hidd
 layout(constant_id = 11) const uint EPILOGUE = 0;
 layout(constant_id = 12) const float CAP = 0.0;  // of the logits
 layout(constant_id = 13) const uint ROUNDS = 1;  // of one column, each of other blocks
+// Experts that each column has chosen: workgroup z is the product of one of them, for one column. GEGLU
+// gives all experts of a column the same x, otherwise each has its own. 0: the weight has no experts.
+layout(constant_id = 16) const uint ACTIVE = 0;
 #include "weights.glsl"
 #include "norm.glsl"
 
@@ -34,11 +37,12 @@ layout(buffer_reference, std430, buffer_reference_align = 8) coherent buffer Can
 layout(push_constant) uniform Push {
     Words weights, second, x;  // NORMS: x is the branch
     Floats y;
-    Quads hidden, joined, branch_gain, gain;
+    Quads hidden, joined, branch_gain, gain;  // ACTIVE: the first are the chosen experts, Uints
     Uints next;  // activations of the next product; CHOOSE: Candidates
     State state;
-    uint blocks, tiles, stride, rows, counter;  // NORMS: the sum is stored where `counter` is 1
-    float scale;                                // NORMS: of the sum
+    // `counter`, NORMS: the sum is stored where it is 1; ACTIVE: blocks from an expert to the next.
+    uint blocks, tiles, stride, rows, counter;
+    float scale;  // NORMS: of the sum
 };
 
 const uint SLICES = LANES / 64;
@@ -55,6 +59,7 @@ shared uvec4 held[NORMS ? HIDDEN_TILES * INPUT_VECTORS : 1];  // activations, wh
 
 float total[COLUMNS * BLOCKS];
 uint first_tile, last_tile;  // of this part
+uint expert_block = 0;       // at which the chosen expert's rows begin
 Piece pieces[BLOCKS];  // of a tile on its way
 float units[BLOCKS];
 
@@ -92,14 +97,14 @@ void make_input() {
 
 void load_units(uint first, uint lane) {
     [[unroll]] for (uint b = 0; b < BLOCKS; b++) {
-        uint block = min(first + b % STEP, blocks - 1);
+        uint block = expert_block + min(first + b % STEP, blocks - 1);
         units[b] = load_unit(b < STEP ? weights : second, block, tiles, lane / 4);
     }
 }
 
 void load_tile(uint first, uint tile, uint lane) {
     [[unroll]] for (uint b = 0; b < BLOCKS; b++) {
-        uint block = min(first + b % STEP, blocks - 1);
+        uint block = expert_block + min(first + b % STEP, blocks - 1);
         pieces[b] = load_piece(b < STEP ? weights : second, block, tiles, tile, lane, units[b]);
     }
 }
@@ -107,6 +112,9 @@ void load_tile(uint first, uint tile, uint lane) {
 // With AHEAD the first tile is on its way.
 void accumulate(uint first, uint lane, uint slice) {
     uint column = EPILOGUE == CHOOSE ? state.count - 1 : 0;  // the first one that is read
+    if (ACTIVE > 0) {
+        column = gl_WorkGroupID.z / (EPILOGUE == GEGLU ? ACTIVE : 1);
+    }
     [[unroll]] for (uint i = 0; i < COLUMNS * BLOCKS; i++) {
         total[i] = 0.0;
     }
@@ -168,7 +176,8 @@ void store_rows(uint first) {
     for (uint i = lane_index(); i < ROWS * COLUMNS; i += LANES) {
         uint row = 16 * first + i % ROWS;
         if (row < rows) {
-            y.at[(gl_WorkGroupID.y * COLUMNS + i / ROWS) * stride + row] = result(i);
+            uint part = gl_WorkGroupID.z * gl_NumWorkGroups.y + gl_WorkGroupID.y;
+            y.at[(part * COLUMNS + i / ROWS) * stride + row] = result(i);
         }
     }
 }
@@ -184,7 +193,8 @@ void store_gated(uint first) {
         }
         uint quad = 4 * first + i % quads;
         if (4 * quad < rows) {
-            store_activations(next, i / quads * column_words((rows + 127) / 128), quad, v);
+            uint column = gl_WorkGroupID.z + i / quads;
+            store_activations(next, column * column_words((rows + 127) / 128), quad, v);
         }
     }
 }
@@ -260,6 +270,12 @@ void main() {
     first_tile = gl_WorkGroupID.y * part_tiles;
     last_tile = min(first_tile + part_tiles, tiles);
     bool has_tiles = first_tile + slice < last_tile;
+    if (ACTIVE > 0) {
+        if (gl_WorkGroupID.z / ACTIVE >= state.count) {
+            return;
+        }
+        expert_block = Uints(hidden).at[gl_WorkGroupID.z] * counter;
+    }
     if (NORMS) {
         load_column(hidden, Quads(x), branch_gain, gain, 0, 1);
     }

@@ -15,9 +15,11 @@ from numpy.typing import NDArray
 from uq.errors import DeviceError, UsageError
 from uq.formats.config import (
     EMBEDDING,
+    EXPERTS,
     FULL_HEADS,
     LAYER_SCALAR,
     MLP_WIDTHS,
+    PER_LAYER,
     SHARED_KEYS,
     VALUE_NORM,
     GemmaConfig,
@@ -28,14 +30,16 @@ from uq.kernels.vulkan.autotune import tune
 from uq.kernels.vulkan.cache import Cache, CacheSize, check_memory
 from uq.kernels.vulkan.commands import Recorder, Submission
 from uq.kernels.vulkan.device import Gpu, PhysicalGpu
-from uq.kernels.vulkan.imports import Placement, open_imports
+from uq.kernels.vulkan.imports import SHARING, Placement, open_imports
 from uq.kernels.vulkan.mailbox import Mailbox
-from uq.kernels.vulkan.memory import Arena, Span, Transfers, aligned
+from uq.kernels.vulkan.memory import HOST, Arena, Span, Transfers, aligned
 from uq.kernels.vulkan.model import (
     COLUMNS,
     HEAD_ROWS,
     Model,
     Work,
+    host_names,
+    kept_bytes,
     load_model,
     weight_names,
     work_sizes,
@@ -50,7 +54,9 @@ from uq.kernels.vulkan.weights import Loader, Source, padded_rows, weight_bytes
 from uq.kernels.vulkan.wide import Abilities, fits_tiles
 
 # What `GemmaConfig.extensions` names and the kernels compute.
-COMPUTED = frozenset({FULL_HEADS, VALUE_NORM, SHARED_KEYS, MLP_WIDTHS, LAYER_SCALAR})
+COMPUTED = frozenset(
+    {FULL_HEADS, VALUE_NORM, SHARED_KEYS, MLP_WIDTHS, LAYER_SCALAR, PER_LAYER, EXPERTS}
+)
 
 
 class Closable(Protocol):
@@ -95,7 +101,9 @@ class Engine:
         abilities = Abilities.of(physical)
         many = widest if fits_tiles(config, abilities) else COLUMNS
         self.widest = widest = min(widest, many)
-        weights = weight_bytes(source, weight_names(config))
+        weights = weight_bytes(source, weight_names(config)) + kept_bytes(config)
+        if physical.kind in SHARING:
+            weights += weight_bytes(source, host_names(config))
         tokens, rows = max(widest, COLUMNS, slots), max(COLUMNS, slots)
         sizes = work_sizes(config, tokens, rows, is_float=is_float)
         small = sum(map(aligned, sizes.values()))
@@ -133,8 +141,11 @@ class Engine:
         if imports:
             self._keep(imports)
             copied = [name for name in copied if not imports.holds(source.weight(name).mapped)]
-        arena = self._keep(Arena(self.gpu, weight_bytes(source, copied)))
-        model = load_model(self.config, Loader(source, arena, self.transfers, imports))
+        kept = kept_bytes(self.config)
+        arena = self._keep(Arena(self.gpu, weight_bytes(source, copied) + kept))
+        on_host = weight_bytes(source, host_names(self.config))
+        host = self._keep(Arena(self.gpu, on_host, HOST))
+        model = load_model(self.config, Loader(source, arena, self.transfers, imports, host))
         in_files, refusal = (imports.nbytes, imports.refusal) if imports else (0, "")
         self.placement = Placement(in_files, arena.nbytes, refusal)
         return model
@@ -240,6 +251,10 @@ def _sizes(config: GemmaConfig) -> Iterator[tuple[str, int, int]]:
         yield "head_dim", config.layer_head_dim(layer), 8
         yield "intermediate_size", config.layer_intermediate_size(layer), 32
         yield "query size", config.layer_q_size(layer), 32
+    if config.per_layer:
+        yield "hidden_size_per_layer_input", config.per_layer.size, 16
+    if config.experts:
+        yield "moe_intermediate_size", config.experts.intermediate_size, 32
 
 
 def check_numerics(config: GemmaConfig, numerics: Numerics, *, is_float: bool) -> None:
@@ -259,6 +274,8 @@ def check_numerics(config: GemmaConfig, numerics: Numerics, *, is_float: bool) -
         )
     if is_float and numerics.activations is not None:
         raise UsageError("INT8 activations need weights of integers; leave them float")
+    if config.experts and numerics.activations is not None:
+        raise UsageError("INT8 activations are not made for experts; leave them float")
     numerics.check(config)
 
 

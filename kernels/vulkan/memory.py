@@ -78,11 +78,15 @@ class Slab:
 
 
 class Arena:
-    """Device-local memory, handed out from the front of slabs, never given back one by one."""
+    """Memory, handed out from the front of slabs, never given back one by one."""
 
-    def __init__(self, gpu: Gpu, expected: int) -> None:
-        """`expected`: bytes that will be taken, about; decides how large a slab is."""
-        self._gpu = gpu
+    def __init__(self, gpu: Gpu, expected: int, properties: tuple[str, ...] = LOCAL) -> None:
+        """
+        Args:
+            expected: bytes that will be taken, about; decides how large a slab is.
+            properties: of the memory; the usual one is the device's own.
+        """
+        self._gpu, self._properties = gpu, properties
         self._expected = aligned(expected)  # of what was not taken yet
         self._slabs: list[Slab] = []
         self._used = 0
@@ -96,7 +100,7 @@ class Arena:
         size = aligned(nbytes)
         if not self._slabs or self._used + size > self._slabs[-1].span.nbytes:
             fresh = max(size, min(self._expected, SLAB), LEAST_SLAB)
-            self._slabs.append(Slab(self._gpu, fresh, LOCAL))
+            self._slabs.append(Slab(self._gpu, fresh, self._properties))
             self._used = 0
         span = self._slabs[-1].span.part(self._used, nbytes)
         self._used += size

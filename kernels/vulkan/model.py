@@ -6,11 +6,27 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 
-from uq.formats.config import EMBEDDING, FINAL_NORM, HEAD, GemmaConfig, layer_tensor
+from uq.formats.config import (
+    EMBEDDING,
+    FINAL_NORM,
+    HEAD,
+    PER_LAYER_EMBEDDING,
+    Experts,
+    GemmaConfig,
+    layer_tensor,
+)
 from uq.formats.manifest import gain_name
+from uq.kernels.vulkan.beside import (
+    Mixture,
+    PerLayerTable,
+    Told,
+    load_mixture,
+    load_table,
+    load_told,
+)
 from uq.kernels.vulkan.memory import Arena, Span
 from uq.kernels.vulkan.state import STATE_BYTES
-from uq.kernels.vulkan.weights import Loader, Matrix, padded_rows, tiles_of
+from uq.kernels.vulkan.weights import Kind, Loader, Matrix, padded_rows, tiles_of
 
 COLUMNS = 16  # of a GEMV; more tokens of a pass are a GEMM
 MOST_PARTS = 8  # of a product, summed by who reads it
@@ -33,6 +49,7 @@ class Layer:
         head_dim, kv_heads: of its attention.
         owns_keys: it writes keys and values; otherwise it reads an earlier layer's.
         scale: of its output.
+        told, mixture: what it has besides.
     """
 
     index: int
@@ -53,10 +70,15 @@ class Layer:
     kv_heads: int
     owns_keys: bool
     scale: float
+    told: Told | None
+    mixture: Mixture | None
 
     @property
     def matrices(self) -> tuple[Matrix, ...]:
-        return (*(matrix for matrix, _ in self.qkv), self.out, self.gate, self.up, self.down)
+        """Those that a token meets; an expert's stand for those of each that it chooses."""
+        found = [*(matrix for matrix, _ in self.qkv), self.out, self.gate, self.up, self.down]
+        found += (self.told.gate, self.told.projection) if self.told else ()
+        return (*found, *(self.mixture.matrices if self.mixture else ()))
 
 
 @dataclass(frozen=True)
@@ -65,28 +87,46 @@ class Model:
     head: Matrix
     first_gain: Span
     layers: tuple[Layer, ...]
+    per_layer: PerLayerTable | None
+
+    @property
+    def matrices(self) -> list[Matrix]:
+        """Those of all layers that a token meets."""
+        found = [matrix for layer in self.layers for matrix in layer.matrices]
+        return found + ([self.per_layer.projection] if self.per_layer else [])
 
     @property
     def product_bytes(self) -> int:
-        """Bytes of every linear and of the head."""
-        linears = sum(matrix.nbytes for layer in self.layers for matrix in layer.matrices)
-        return linears + self.head.nbytes
+        """Bytes of every linear that a token meets, and of the head."""
+        return sum(matrix.nbytes for matrix in self.matrices) + self.head.nbytes
 
 
 def weight_names(config: GemmaConfig) -> list[str]:
-    """Every weight of a model."""
+    """Every weight of a model that is quantized, and that lies in the device's own memory."""
     tables = [EMBEDDING] if config.tied_head else [EMBEDDING, HEAD]
     layers = range(config.num_layers)
     return tables + [layer_tensor(i, role) for i in layers for role in config.linear_shapes(i)]
+
+
+def host_names(config: GemmaConfig) -> list[str]:
+    """Weights that lie in memory of the host."""
+    return [PER_LAYER_EMBEDDING] if config.per_layer else []
+
+
+def kept_bytes(config: GemmaConfig) -> int:
+    """Device bytes of the weights that are never quantized, at most."""
+    shapes = [*config.model_kept().values()]
+    for layer in range(config.num_layers):
+        shapes += config.kept_shapes(layer).values()
+    return sum(Kind("f32").tiled_bytes(*shape) for shape in shapes if len(shape) == 2)
 
 
 def load_model(config: GemmaConfig, loader: Loader) -> Model:
     table = loader.matrix(EMBEDDING)
     head = table if config.tied_head else loader.matrix(HEAD)
     first = loader.gain(gain_name(layer_tensor(0, "input_layernorm")))
-    return Model(
-        table, head, first, tuple(_layer(config, loader, i) for i in range(config.num_layers))
-    )
+    layers = tuple(_layer(config, loader, index) for index in range(config.num_layers))
+    return Model(table, head, first, layers, load_table(config, loader))
 
 
 def _layer(config: GemmaConfig, loader: Loader, index: int) -> Layer:
@@ -121,6 +161,8 @@ def _layer(config: GemmaConfig, loader: Loader, index: int) -> Layer:
         kv_heads=config.layer_kv_heads(index),
         owns_keys=owns_keys,
         scale=float(loader.source.array(name("layer_scalar"))[0]) if config.layer_scalar else 1.0,
+        told=load_told(config, loader, index),
+        mixture=load_mixture(config, loader, index),
     )
 
 
@@ -143,6 +185,11 @@ class Work:
         logits: behind the last token, or behind each column's. `peaks`: of neighbours among them.
         scores: logits of many tokens for some rows of the head.
         wide: projections of the MLP where they are joined later: gate's half and up's.
+        plain: an input of linears of floating point, of `hidden_size` channels.
+        projected, told: the per-layer inputs as they are made; told_gate, told_x: what one layer
+            makes of its own.
+        expert_x, expert_gated, expert_out: of the experts; router_scores, chosen, shares: which
+            those are; mixed: what they and the MLP give together.
         partials, split_stats: of attention, from each split.
         candidates: (value, id) from each workgroup.
     """
@@ -165,6 +212,18 @@ class Work:
     gated: Span
     half: Span
     units: Span
+    plain: Span
+    projected: Span
+    told: Span
+    told_gate: Span
+    told_x: Span
+    expert_x: Span
+    expert_gated: Span
+    expert_out: Span
+    router_scores: Span
+    chosen: Span
+    shares: Span
+    mixed: Span
 
     @classmethod
     def take(cls, arena: Arena, sizes: Mapping[str, int]) -> Work:
@@ -195,7 +254,7 @@ def work_sizes(
     vocab = padded_rows(config.vocab_size)
     unit = 512 if is_float else 288  # of 128 channels
     value, summed = 4 * tokens, 4 * max(tokens, min(tokens, MOST_SPLIT) * MOST_PARTS)
-    return {
+    common = {
         "state": STATE_BYTES,
         "hidden": value * hidden,
         "joined": value * hidden,
@@ -215,3 +274,30 @@ def work_sizes(
         "half": tokens * tiles_of(max(hidden, q, mlp)) * 256,
         "units": value,
     }
+    return common | _extra_sizes(config, tokens, unit)
+
+
+def _extra_sizes(config: GemmaConfig, tokens: int, unit: int) -> dict[str, int]:
+    """Of what only some models need; a word where there is none.
+
+    Args:
+        unit: bytes of 128 channels of activations.
+    """
+    told = config.per_layer.size if config.per_layer else 0
+    experts = config.experts or Experts(0, 0, 0)
+    hidden, chosen, value = config.hidden_size, tokens * experts.active, 4 * tokens
+    sizes = {
+        "plain": tokens * tiles_of(hidden) * 512 if told or experts.count else 0,
+        "projected": value * told * config.num_layers,
+        "told": value * told * config.num_layers,
+        "told_gate": value * padded_rows(told),
+        "told_x": tokens * tiles_of(told) * 512,
+        "expert_x": tokens * tiles_of(hidden) * unit if experts.count else 0,
+        "expert_gated": chosen * tiles_of(experts.intermediate_size) * unit,
+        "expert_out": 4 * chosen * hidden,
+        "router_scores": value * padded_rows(experts.count),
+        "chosen": 4 * chosen,
+        "shares": 4 * chosen,
+        "mixed": value * hidden if experts.count else 0,
+    }
+    return {name: max(4, nbytes) for name, nbytes in sizes.items()}

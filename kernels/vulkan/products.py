@@ -155,9 +155,15 @@ class Products:
         epilogue: int,
         push: bytes,
         norm: Joining | None = None,
+        *,
+        products: int = 1,
         **constants: int | float,
     ) -> None:
-        """One column has all rounds of `shape`; the head's is the last one."""
+        """One column has all rounds of `shape`; the head's is the last one.
+
+        Args:
+            products: with experts, each of another column or expert.
+        """
         columns = 1 if epilogue == CHOOSE else self.columns
         if norm:
             constants |= {"NORMS": True, **self.norm_constants(shape.lanes, norm)}
@@ -173,7 +179,7 @@ class Products:
         )
         step = shape.blocks // 2 if epilogue == GEGLU else shape.blocks
         groups = -(-matrix.blocks // (step * shape.rounds))
-        self.run(recorder, pipeline, push, (groups, shape.parts, 1))
+        self.run(recorder, pipeline, push, (groups, shape.parts, products))
 
     def norm_constants(self, lanes: int, norm: Joining) -> dict[str, int | float]:
         hidden = self.config.hidden_size

@@ -165,7 +165,7 @@ class Runs:
 
     def _record_rows(self, recorder: Recorder, columns: int) -> None:
         stages = replace(self._stages, columns=columns)
-        stages.quantize(recorder)
+        stages.convert(recorder, stages.work.normed, stages.work.x)
         stages.heads(recorder)
         stages.choose(recorder, advances=False)
 

@@ -194,8 +194,9 @@ class VulkanSession:
     @property
     def operations_per_token(self) -> int:
         """Inputs of 16 bits meet the integer dot product as two of 8 bits."""
-        linears = [matrix for layer in self._engine.model.layers for matrix in layer.matrices]
-        product = Abilities.of(self._physical).module(linears[-1].kind)
+        linears = self._engine.model.matrices
+        kind = self._engine.model.layers[0].down.kind
+        product = Abilities.of(self._physical).module(kind)
         passes = 2 if product.endswith("_dot") and not self._numerics.activations else 1
         return 2 * passes * sum(matrix.rows * matrix.cols for matrix in linears)
 

@@ -11,18 +11,17 @@ from dataclasses import replace
 
 from uq.kernels.vulkan.cache import Cache
 from uq.kernels.vulkan.commands import Recorder
-from uq.kernels.vulkan.memory import Span
+from uq.kernels.vulkan.extras import Extras
 from uq.kernels.vulkan.model import PEAK_LOGITS, Layer, split_count
-from uq.kernels.vulkan.products import Joining, Products
+from uq.kernels.vulkan.products import Joining
 from uq.kernels.vulkan.push import addresses, floats, words
+from uq.kernels.vulkan.residual import ROW_LANES
 from uq.kernels.vulkan.state import ATTENTION_COUNTER, CHOOSE_COUNTER
-from uq.kernels.vulkan.tuning import BRANCH, CHOOSE, GEGLU
+from uq.kernels.vulkan.tuning import CHOOSE, GEGLU
 from uq.kernels.vulkan.weights import Matrix, padded_rows
 from uq.kernels.vulkan.wide import slices
 
 WHOLE, PREPARE, ATTEND = range(3)  # parts of attention, as in shaders/attention.comp
-ROW_LANES = 256  # of a workgroup that holds a token
-NORM_LANES = 512  # of one that makes its norm
 ATTENTION_LANES = 256
 MOST_HEAD_DIM = 2 * ATTENTION_LANES  # a lane turns two channels
 SAMPLE_LANES = 512
@@ -30,7 +29,7 @@ MANY_BLOCKS = 64  # of heads, that keep a large GPU busy without splits of the c
 MOST_QUERIES = 2  # heads that read a key together: their sums are registers
 
 
-class Stages(Products):
+class Stages(Extras):
     """Records stages of one model for passes of `columns` tokens."""
 
     @property
@@ -40,6 +39,8 @@ class Stages(Products):
     def layers(self, recorder: Recorder, cache: Cache) -> None:
         """From the embedding to the final norm's output."""
         work = self.work
+        if self.model.per_layer:
+            self.per_layer_inputs(recorder, self.model.per_layer)
         joining = Joining(None, work.hidden, work.hidden, None, self.model.first_gain)
         for layer in self.model.layers:
             recorder.label = "q, k, v"
@@ -48,24 +49,36 @@ class Stages(Products):
             self.attention(recorder, layer, cache)
             recorder.label = "attention output"
             self.branch(recorder, layer.out, work.context)
-            joining = self._behind(joining, layer.out, layer.attention_gain, layer.mlp_gain)
-            recorder.label = "gate, up"
-            self.gate(recorder, layer, joining)
-            recorder.label = "down"
-            self.branch(recorder, layer.down, work.gated)
-            joining = self._behind(joining, layer.down, layer.branch_gain, layer.next_gain)
+            joining = self.behind(joining, layer.out, layer.attention_gain, layer.mlp_gain)
+            joining = self.mlp(recorder, layer, joining)
+            if layer.told:
+                joining = self.tell(recorder, layer.index, layer.told, joining)
             joining = replace(joining, scale=layer.scale)
         self.norm(recorder, joining, keep=True)
+        recorder.barrier()
 
-    def _behind(
-        self, before: Joining, matrix: Matrix, branch_gain: Span | None, gain: Span
-    ) -> Joining:
-        """The next joining: each leaves the residual stream where the one before did not."""
-        hidden = before.joined
-        other = self.work.joined if hidden == self.work.hidden else self.work.hidden
-        shape = self.tuning.shape(matrix, self.columns, BRANCH)
-        parts = self.wide.parts([matrix]) if self.wide else shape.parts
-        return Joining(self.work.branch, hidden, other, branch_gain, gain, parts)
+    def mlp(self, recorder: Recorder, layer: Layer, joining: Joining) -> Joining:
+        """branch = the MLP, or what MLP and experts give together."""
+        mixture, halved = layer.mixture, self.halves(layer.gate, layer.up)
+        recorder.label = "gate, up"
+        norm = None
+        if mixture:
+            self.norm(recorder, joining, halved=halved)
+            self.expert_inputs(recorder, mixture, joining)
+            recorder.barrier()
+            self.router_scores(recorder, mixture)
+        else:
+            norm = self.norm_inside(recorder, joining, halved=halved)
+        self.gate(recorder, layer, norm)
+        recorder.label = "down"
+        if mixture:
+            self.route(recorder, mixture)
+        self.branch(recorder, layer.down, self.work.gated)
+        joining = self.behind(joining, layer.down, layer.branch_gain, layer.next_gain)
+        if mixture:
+            self.experts(recorder, mixture)
+            joining = self.mix(recorder, mixture, joining)
+        return joining
 
     def embed(self, recorder: Recorder, *, decode: bool) -> None:
         recorder.label = "embedding"
@@ -84,7 +97,7 @@ class Stages(Products):
 
     def qkv(self, recorder: Recorder, layer: Layer, joining: Joining) -> None:
         halved = self.halves(*(matrix for matrix, _ in layer.qkv))
-        norm = self._norm_inside(recorder, joining, halved)
+        norm = self.norm_inside(recorder, joining, halved=halved)
         qkv, stride = self.work.qkv, layer.columns[-1]
         outputs = [(matrix, qkv.part(4 * row, qkv.nbytes - 4 * row)) for matrix, row in layer.qkv]
         self.products(
@@ -113,17 +126,9 @@ class Stages(Products):
                 self._attention(recorder, layer, cache, ATTEND)
         recorder.barrier()
 
-    def branch(self, recorder: Recorder, matrix: Matrix, x: Span) -> None:
-        """branch = matrix x, in parts."""
-        outputs, stride = [(matrix, self.work.branch)], self.config.hidden_size
-        parts = self.wide.parts([matrix]) if self.wide else 1
-        self.products(recorder, x, outputs, stride=stride, like=BRANCH, parts=parts)
-        recorder.barrier()
-
-    def gate(self, recorder: Recorder, layer: Layer, joining: Joining) -> None:
-        """gated = gelu(gate x) * (up x)."""
+    def gate(self, recorder: Recorder, layer: Layer, norm: Joining | None) -> None:
+        """gated = gelu(gate x) * (up x); `norm` makes x, where that is not done."""
         work, gate, up = self.work, layer.gate, layer.up
-        norm = self._norm_inside(recorder, joining, self.halves(gate, up))
         if gate.kind == up.kind and not self.wide:
             shape = self.tuning.shape(gate, self.columns, GEGLU)
             push = addresses(gate.span, up.span)
@@ -135,32 +140,6 @@ class Stages(Products):
         else:
             self._wide_gate(recorder, gate, up, norm)
         recorder.barrier()
-
-    def norm(
-        self, recorder: Recorder, joining: Joining, *, keep: bool = False, halved: bool = False
-    ) -> None:
-        """joined = scale (hidden + norm(branch)); x = norm(joined), with `keep` also as float32.
-
-        Args:
-            halved: float16, in `work.half`.
-        """
-        before, recorder.label = recorder.label, "norm"
-        work = self.work
-        constants = self.norm_constants(NORM_LANES, joining)
-        constants |= {"LANES": NORM_LANES, "FLOAT_X": self.float_x}
-        pipeline = self.pipelines.get("norm", KEEP_NORMED=keep, HALF_OUT=halved, **constants)
-        push = addresses(*joining.spans, work.normed, work.x, work.half, work.units)
-        push += floats(joining.scale)
-        self.run(recorder, pipeline, push, (self.columns, 1, 1))
-        recorder.barrier()
-        recorder.label = before
-
-    def _norm_inside(self, recorder: Recorder, joining: Joining, halved: bool) -> Joining | None:
-        """What the products behind it have to do themselves; None: it is done."""
-        if self.columns == 1 and self.tuning.makes_norm(self.config.hidden_size):
-            return joining
-        self.norm(recorder, joining, halved=halved)
-        return None
 
     def head(self, recorder: Recorder) -> None:
         """Logits of the last of the columns that are tokens, and the likeliest token."""
@@ -203,18 +182,9 @@ class Stages(Products):
 
     def scores(self, recorder: Recorder, rows: Matrix) -> None:
         """Logits of some rows of the head for all columns of `normed`, not soft-capped."""
-        self.quantize(recorder)
+        self.convert(recorder, self.work.normed, self.work.x)
         outputs = [(rows, self.work.scores)]
         self.products(recorder, self.work.x, outputs, stride=padded_rows(rows.rows))
-
-    def quantize(self, recorder: Recorder) -> None:
-        """x = activations of `normed`."""
-        pipeline = self.pipelines.get(
-            "quantize", LANES=ROW_LANES, FLOAT_X=self.float_x, CHANNELS=self.config.hidden_size
-        )
-        push = addresses(self.work.normed, self.work.x)
-        self.run(recorder, pipeline, push, (self.columns, 1, 1))
-        recorder.barrier()
 
     def _wide_gate(
         self, recorder: Recorder, gate: Matrix, up: Matrix, norm: Joining | None

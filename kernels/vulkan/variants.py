@@ -67,25 +67,33 @@ _FLOATS = ("f16", "bf16", "f32")
 # constant_id of what all weights share (shaders/weights.glsl), and all inputs of linears
 # (shaders/activations.glsl)
 _SCALE_PLACE, _X_PLACE = 19, 20
-_OF_WEIGHTS = ("gemv.comp", "embed.comp", "gemm.comp", "gemm_matrix.comp")
-_WITH_NORM = ("gemv.comp", "norm.comp")
+_OF_WEIGHTS = ("gemv.comp", "embed.comp", "per_layer.comp", "gemm.comp", "gemm_matrix.comp")
+_WITH_NORM = ("gemv.comp", "norm.comp", "mixture.comp")
 # They have no inputs of linears.
-_WITHOUT_X = ("read.comp", "arithmetic.comp", "peaks.comp", "sample.comp")
+_WITHOUT_X = (
+    *("read.comp", "arithmetic.comp", "peaks.comp", "sample.comp"),
+    *("route.comp", "mixture.comp"),
+)
 
 
 def _decode_kernels() -> Iterator[Variant]:
     """Of the decode path; no constant is called "-"."""
-    what = ("NORMS", "EPILOGUE", "CAP", "ROUNDS")
+    what = ("NORMS", "EPILOGUE", "CAP", "ROUNDS", "-", "-", "ACTIVE")
     gemv = ("LANES", "GROUP", "COLUMNS", "BLOCKS", *_NORM, *what)
     embed = ("LANES", "GROUP", "DECODE", "SCALE", "HIDDEN")
+    per_layer = ("LANES", "GROUP", "SIZE", "ROWS", "EPS", "SCALE")
     for kind, macros in _weights().items():
         yield _kernel(f"gemv_{kind}", "gemv.comp", macros, constants=gemv)
         yield _kernel(f"embed_{kind}", "embed.comp", macros, constants=embed)
+        yield _kernel(f"per_layer_{kind}", "per_layer.comp", macros, constants=per_layer)
         if kind not in _FLOATS:
             dotted: dict[str, str | int] = {**macros, "INTEGER_DOT": 1}
             yield _kernel(f"gemv_{kind}_dot", "gemv.comp", dotted, ("int8dot",), gemv)
     norm = ("LANES", "FLOAT_X", "KEEP_NORMED", "HALF_OUT", *_NORM)
     yield _kernel("norm", "norm.comp", constants=norm)
+    yield _kernel("route", "route.comp", constants=("LANES", "COUNT", "ACTIVE"))
+    mixture = ("LANES", "ACTIVE", "-", "-", *_NORM)
+    yield _kernel("mixture", "mixture.comp", constants=mixture)
     for name in ("quantize", "geglu"):
         yield _kernel(name, f"{name}.comp", constants=("LANES", "FLOAT_X", "CHANNELS"))
     for name in ("peaks", "sample"):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import numpy as np
@@ -123,12 +123,17 @@ def padded_rows(rows: int) -> int:
 
 @dataclass(frozen=True)
 class Loader:
-    """Puts weights of a source into an arena, or finds them in `imports`."""
+    """Puts weights of a source into an arena, or finds them in `imports`.
+
+    Attributes:
+        host: an arena of the host's memory, of models that need it.
+    """
 
     source: Source
     arena: Arena
     transfers: Transfers
     imports: Imports | None = None
+    host: Arena | None = None
 
     def matrices(self, names: Sequence[str]) -> list[tuple[Matrix, int]]:
         """Weights that multiply the same input: those of one kind next to each other become one.
@@ -148,10 +153,17 @@ class Loader:
         return self._load([name])
 
     def gain(self, name: str) -> Span:
-        values = np.ascontiguousarray(self.source.array(name), np.float32)
+        return self.put(np.ascontiguousarray(self.source.array(name), np.float32))
+
+    def put(self, values: NDArray[Any]) -> Span:
         span = self.arena.take(values.nbytes)
         self.transfers.write(span, values)
         return span
+
+    def host_matrix(self, name: str) -> Matrix:
+        """A weight of which a kernel reads little, in memory of the host."""
+        assert self.host is not None
+        return replace(self, arena=self.host).matrix(name)
 
     def _runs(self, names: Sequence[str]) -> list[list[str]]:
         runs: list[list[str]] = []
