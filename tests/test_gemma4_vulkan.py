@@ -14,20 +14,18 @@ from tests.vulkan_lab import no_messages  # noqa: F401
 from uq.formats.bundle import Bundle, open_bundle
 from uq.formats.checkpoint import open_checkpoint
 from uq.kernels.cpu import open_cpu
+from uq.kernels.reference import ReferenceSession
 from uq.kernels.session import Sampling, Session
 from uq.kernels.vulkan.device import choose
 from uq.kernels.vulkan.session import VulkanSession
-from uq.kernels.vulkan.sources import BundleSource
+from uq.kernels.vulkan.sources import BundleSource, CheckpointSource
 from uq.quantize.pipeline import QuantizeOptions, quantize
 
 GREEDY = Sampling()
-TRUE_HEADS = {"head_dim": 256, "global_head_dim": 512, "num_hidden_layers": 2}
-# Of E2B's sharing: the first layers have keys of their own, of both kinds.
-SHARED = {"hidden_size_per_layer_input": 0, "sliding_window": 9}
+TRUE_HEADS = {"head_dim": 256, "global_head_dim": 512, "num_hidden_layers": 2, "layer_types": None}
 MODELS: dict[str, tuple[str, dict[str, Any]]] = {
-    "full layers without values": ("large", {"sliding_window": 40}),
     "heads of 256 and 512": ("large", TRUE_HEADS),
-    "shared keys": ("small", SHARED),
+    "all": ("all", {"sliding_window": 9}),
 }
 
 
@@ -76,15 +74,24 @@ def test_a_model_answers_like_on_the_cpu(
     vulkan.close()
 
 
-@pytest.mark.parametrize("name", ["shared keys"])
-def test_tokens_one_by_one(bundle: Callable[[str], Bundle], cache: Path, name: str) -> None:
+def test_tokens_one_by_one(bundle: Callable[[str], Bundle], cache: Path) -> None:
     """What a pass of many and steps of one make of a text, up to rounding."""
-    session = on_vulkan(bundle(name), cache, max_context=40)
+    session = on_vulkan(bundle("all"), cache, max_context=100)
     tokens = np.arange(2, 32, dtype=np.int32)[None] * 7 % 512
     together = session.logits(session.score(tokens)[0], 0, 512)
     for token, expected in zip(tokens[0].tolist(), together, strict=True):
         session.prefill([token])
         assert np.abs(session.next_logits - expected).max() <= 2e-3 * np.abs(expected).max()
+    session.close()
+
+
+def test_a_checkpoint_in_floating_point(tiny_gemma4: Callable[..., Path], cache: Path) -> None:
+    checkpoint = open_checkpoint(tiny_gemma4("all"))
+    source, config = CheckpointSource(checkpoint, "f32"), checkpoint.config
+    session = VulkanSession(config, source, choose(), pipeline_cache=cache, max_context=100)
+    tokens = np.arange(2, 32, dtype=np.int32)[None] * 7 % 512
+    actual, expected = session.score(tokens), ReferenceSession(checkpoint).score(tokens)
+    assert np.linalg.norm(actual - expected) <= 1e-3 * np.linalg.norm(expected)
     session.close()
 
 

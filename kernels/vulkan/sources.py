@@ -9,7 +9,7 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from uq.formats.config import EMBEDDING, FINAL_NORM, HEAD, GemmaConfig, layer_tensor
+from uq.formats.config import EMBEDDING, FINAL_NORM, HEAD, PER_LAYER_EMBEDDING, layer_tensor
 from uq.formats.layouts import LAYOUTS, TILE
 from uq.formats.manifest import gain_name
 from uq.formats.spec import Spec
@@ -23,6 +23,7 @@ from uq.kernels.vulkan.weights import (
     padded_rows,
     tiles_of,
 )
+from uq.kernels.weights import WeightSource
 
 Array = NDArray[np.float32]
 
@@ -70,40 +71,29 @@ def _igpu_tiles(raw: NDArray[np.uint8], record: Record) -> NDArray[np.uint8]:
     return TILE.tile(LAYOUTS[record.layout].untile(raw, record.shape, record.spec))
 
 
-class Floats(Protocol):
-    """A checkpoint, or what answers like one."""
-
-    @property
-    def config(self) -> GemmaConfig: ...
-
-    def layer(self, layer: int) -> Mapping[str, Array]: ...
-
-    def embedding(self, start: int, stop: int) -> Array: ...
-
-    def head(self, start: int, stop: int) -> Array: ...
-
-    def final_norm(self) -> Array: ...
-
-
 class CheckpointSource:
     """A checkpoint as f16, bf16 or f32; the layer that was read last is kept."""
 
-    def __init__(self, checkpoint: Floats, kind: str) -> None:
+    def __init__(self, checkpoint: WeightSource, kind: str) -> None:
         self._checkpoint, self._kind = checkpoint, Kind(kind)
-        config = checkpoint.config
-        table = (config.vocab_size, config.hidden_size)
+        config = self._config = checkpoint.config
         self._tables: dict[str, Callable[[int, int], Array]] = {
             EMBEDDING: checkpoint.embedding,
             HEAD: checkpoint.head,
+            PER_LAYER_EMBEDDING: checkpoint.per_layer_embedding,
         }
-        self._shapes = dict.fromkeys((EMBEDDING, HEAD), table)
+        self._shapes = {HEAD: (config.vocab_size, config.hidden_size), **config.table_shapes()}
         self._places: dict[str, tuple[int, str]] = {}
+        self._whole = {gain_name(name): name for name in config.model_norms()}
+        self._whole |= {name: name for name in config.model_kept()}
         for layer in range(config.num_layers):
             for role, shape in config.linear_shapes(layer).items():
                 self._shapes[layer_tensor(layer, role)] = shape
                 self._places[layer_tensor(layer, role)] = layer, role
             for role in config.norm_shapes(layer):
                 self._places[gain_name(layer_tensor(layer, role))] = layer, role
+            for role in config.kept_shapes(layer):
+                self._places[layer_tensor(layer, role)] = layer, role
         self._latest: tuple[int, Mapping[str, Array]] = (-1, {})
 
     def weight(self, name: str) -> Weight:
@@ -112,12 +102,24 @@ class CheckpointSource:
     def array(self, name: str) -> Array:
         if name == gain_name(FINAL_NORM):
             return self._checkpoint.final_norm()
+        if name in self._whole:
+            return self._checkpoint.whole(self._whole[name])
         return self._of_layer(*self._places[name])
 
     def _tiles(self, name: str) -> NDArray[np.uint8]:
         if rows := self._tables.get(name):
             return self._table(rows, *self._shapes[name])
-        return float_tiles(self._of_layer(*self._places[name]), self._kind.name)
+        layer, role = self._places[name]
+        if role in self._config.expert_roles(layer):
+            return self._experts(layer, role)
+        return float_tiles(self._of_layer(layer, role), self._kind.name)
+
+    def _experts(self, layer: int, role: str) -> NDArray[np.uint8]:
+        """Tiles of a stack, of which an expert's rows fill whole ones."""
+        assert self._config.experts is not None
+        numbers = range(self._config.experts.count)
+        stack = (self._checkpoint.expert(layer, role, number) for number in numbers)
+        return np.concatenate([float_tiles(expert, self._kind.name) for expert in stack])
 
     def _table(self, rows: Callable[[int, int], Array], count: int, cols: int) -> NDArray[np.uint8]:
         """Tiles of a table, made of some rows at a time: all of it in float32 is gigabytes."""
