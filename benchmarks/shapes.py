@@ -1,8 +1,17 @@
-"""The shapes of the Gemma 3 models, for benchmarks whose weights are made up."""
+"""The shapes of Gemma 3 and 4 models, for benchmarks whose weights are made up."""
 
 from __future__ import annotations
 
-from uq.formats.config import FULL, SLIDING, GemmaConfig
+from dataclasses import replace
+
+from uq.formats.config import (
+    FULL,
+    SLIDING,
+    Experts,
+    FullLayers,
+    GemmaConfig,
+    PerLayerEmbedding,
+)
 
 # layers, hidden, intermediate, heads, KV heads, head size, window
 SHAPES = {
@@ -12,7 +21,13 @@ SHAPES = {
     "12b": (48, 3840, 15360, 16, 8, 256, 1024),
     "27b": (62, 5376, 21504, 32, 16, 128, 1024),
 }
+# The same, and a full layer comes so often; with heads of 512, a quarter of which turns.
+SHAPES_4 = {
+    "e2b": (35, 1536, 6144, 8, 1, 256, 512, 5),
+    "26b-a4b": (30, 2816, 2112, 16, 8, 256, 1024, 6),
+}
 VOCABULARY = 262144
+SHARED = 20 / 35  # layers of the E2B without keys of their own
 
 
 def shape_config(name: str, layers: int | None = None, vocabulary: int = VOCABULARY) -> GemmaConfig:
@@ -44,4 +59,40 @@ def shape_config(name: str, layers: int | None = None, vocabulary: int = VOCABUL
         bos_token_id=2,
         eos_token_ids=(1,),
         pad_token_id=0,
+    )
+
+
+def gemma4_config(name: str, layers: int | None = None) -> GemmaConfig:
+    """The text model `name` of Gemma 4; fewer layers share as many of their keys in proportion."""
+    sizes = SHAPES_4[name]
+    layers = layers or sizes[0]
+    _, hidden, intermediate, heads, kv_heads, dim, window, period = sizes
+    base = replace(
+        shape_config("1b", layers),
+        family="gemma4",
+        hidden_size=hidden,
+        intermediate_size=intermediate,
+        num_heads=heads,
+        num_kv_heads=kv_heads,
+        head_dim=dim,
+        query_pre_attn_scalar=1.0,
+        sliding_window=window,
+        layer_types=tuple(FULL if (i + 1) % period == 0 else SLIDING for i in range(layers)),
+        final_softcap=30.0,
+        value_norm=True,
+        layer_scalar=True,
+    )
+    if name == "e2b":
+        shared = round(layers * SHARED)
+        return replace(
+            base,
+            full=FullLayers(2 * dim, kv_heads, rotary_pairs=dim // 4, key_is_value=False),
+            intermediate_sizes=(intermediate,) * (layers - shared) + (2 * intermediate,) * shared,
+            kv_shared_layers=shared,
+            per_layer=PerLayerEmbedding(VOCABULARY, 256),
+        )
+    return replace(
+        base,
+        full=FullLayers(2 * dim, 2, rotary_pairs=dim // 4, key_is_value=True),
+        experts=Experts(count=128, active=8, intermediate_size=704),
     )

@@ -1,9 +1,9 @@
 """Decode and prefill rates of the Vulkan engine, on a bundle or on random weights of true shapes.
 
-    python -m benchmarks.vulkan_speed 270m 1b 4b 27b [--device NAME] [--prompt 512] [--generate 256]
+    python -m benchmarks.vulkan_speed 270m 1b 4b 27b e2b 26b-a4b [--device NAME] [--generate 256]
     python -m benchmarks.vulkan_speed BUNDLE
 
-A shape is Gemma 3 of that size with random codes: INT4 in groups of 32, the embedding INT8, as many
+A shape is Gemma 3 or 4 of that size with random codes: INT4 in groups of 32, the embedding INT8, as many
 bytes as llama.cpp's Q4_0 with its Q8_0 embedding. Prints one JSON object a model: tokens per second
 (median and range of the repeats, after one that does not count), the time of a step's stages, the
 read bandwidth of the device measured in the same run, and the share of it that decoding reaches.
@@ -27,9 +27,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from benchmarks.shapes import SHAPES, shape_config
-from uq.formats.config import GemmaConfig
+from benchmarks.shapes import SHAPES, SHAPES_4, gemma4_config, shape_config
+from uq.formats.config import GemmaConfig, layer_tensor
 from uq.formats.layouts import LAYOUTS
+from uq.formats.manifest import gain_name
 from uq.formats.row_scales import round_scales
 from uq.formats.spec import QuantTensor, Spec
 from uq.kernels.profile import by_label
@@ -42,29 +43,41 @@ from uq.kernels.vulkan.weights import Kind, Source, Weight
 
 BODY, TABLE = Spec(4, 32, scale_bits=8), Spec(8, 32, scale_bits=8)
 PATTERN = 64  # rows that repeat
+NAMES = (*SHAPES, *SHAPES_4)
 
 
 class RandomWeights:
-    """Random codes of a model's shapes; rows repeat, so that no time is lost in making them."""
+    """Random codes of a model's shapes; rows repeat, so that no time is lost in making them. Norms
+    and other vectors are ones.
+    """
 
     def __init__(self, config: GemmaConfig) -> None:
-        self._config = config
+        self._tables, self._linears = config.table_shapes(), dict[str, tuple[int, int]]()
+        self._arrays: dict[str, tuple[int, ...]] = dict(config.model_kept())
+        self._arrays |= {gain_name(name): shape for name, shape in config.model_norms().items()}
+        for layer in range(config.num_layers):
+            named = partial(layer_tensor, layer)
+            self._linears |= {named(x): y for x, y in config.linear_shapes(layer).items()}
+            self._arrays |= {named(x): y for x, y in config.kept_shapes(layer).items()}
+            norms = config.norm_shapes(layer)
+            self._arrays |= {gain_name(named(x)): y for x, y in norms.items()}
 
     def weight(self, name: str) -> Weight:
-        config, role = self._config, role_of(name)
-        shape = config.linear_shapes(0).get(role, (config.vocab_size, config.hidden_size))
-        spec = BODY if role in config.linear_shapes(0) else TABLE
+        spec = BODY if name in self._linears else TABLE
+        shape = self._linears.get(name) or self._tables[name]
         return Weight(Kind.of(spec), shape, partial(random_tiles, shape, spec))
 
     def array(self, name: str) -> NDArray[np.float32]:
-        role = role_of(name.replace(".gain", ".weight"))
-        shape = self._config.norm_shapes(0).get(role, (self._config.hidden_size,))
-        return np.ones(shape, np.float32)
+        shape = self._arrays[name]
+        return np.ones(shape, np.float32) if len(shape) == 1 else random_kept(shape)
 
 
-def role_of(name: str) -> str:
-    """`self_attn.q_proj` of `model.layers.3.self_attn.q_proj.weight`; "" outside of the layers."""
-    return name.removesuffix(".weight").partition("layers.")[2].partition(".")[2]
+@cache
+def random_kept(shape: tuple[int, ...]) -> NDArray[np.float32]:
+    """Values that bfloat16 holds."""
+    values = np.random.default_rng(sum(shape)).standard_normal(shape, np.float32)
+    values *= np.float32(shape[-1] ** -0.5)
+    return (values.view(np.uint32) & 0xFFFF0000).view(np.float32)
 
 
 @cache
@@ -80,8 +93,8 @@ def random_tiles(shape: tuple[int, int], spec: Spec) -> NDArray[np.uint8]:
 
 
 def open_model(name: str) -> tuple[GemmaConfig, Source]:
-    if name in SHAPES:
-        config = shape_config(name)
+    if name in NAMES:
+        config = shape_config(name) if name in SHAPES else gemma4_config(name)
         return config, RandomWeights(config)
     from uq.formats.bundle import open_bundle
 
@@ -141,7 +154,7 @@ def measure(name: str, args: argparse.Namespace, bandwidth: float) -> dict[str, 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("models", nargs="+", metavar="MODEL", help=f"{', '.join(SHAPES)}, a bundle")
+    parser.add_argument("models", nargs="+", metavar="MODEL", help=f"{', '.join(NAMES)}, a bundle")
     parser.add_argument("--device", default="", help="number or part of the name")
     parser.add_argument("--prompt", type=int, default=512)
     parser.add_argument("--generate", type=int, default=256)

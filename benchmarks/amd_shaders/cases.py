@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from benchmarks.shapes import SHAPES, shape_config
-from benchmarks.vulkan_speed import role_of
+from benchmarks.shapes import SHAPES, SHAPES_4, VOCABULARY, gemma4_config, shape_config
+from benchmarks.vulkan_speed import RandomWeights
 from uq.formats.config import GemmaConfig
 from uq.formats.spec import GROUPS, SCALE_BITS, SPECS, Spec
 from uq.kernels.vulkan.cache import Cache, CacheSize
@@ -24,6 +24,7 @@ from uq.kernels.vulkan.dense.products import (
     cut_constants,
     systems_cut,
 )
+from uq.kernels.vulkan.extras import TOLD_LANES
 from uq.kernels.vulkan.memory import Arena, Span, Transfers
 from uq.kernels.vulkan.model import Work, load_model, work_sizes
 from uq.kernels.vulkan.pipelines import Constants, Pipelines
@@ -80,10 +81,13 @@ ALONE = (
 
 
 def cases() -> list[Case]:
-    """Gemma 3 of every size as `uq quantize` makes it; in the 4B every kind of weight, and INT8
-    activations with and without zero points; and what calibrates the 4B and the 27B."""
+    """Gemma 3 of every size as `uq quantize` makes it, and two of Gemma 4; in Gemma 3's 4B every kind
+    of weight, and INT8 activations with and without zero points; and what calibrates the 4B and the
+    27B."""
     found: dict[Case, None] = {}
-    for config in (shape_config(name, LAYERS) for name in SHAPES):
+    configs = [shape_config(name, LAYERS) for name in SHAPES]
+    configs += [gemma4_config(name, LAYERS) for name in SHAPES_4]
+    for config in configs:
         found |= dict.fromkeys(session_cases(config, *USUAL))
         found |= dict.fromkeys(prefill_cases(config, [*USUAL, *OTHERS]))
     config = shape_config("4b", LAYERS)
@@ -91,6 +95,7 @@ def cases() -> list[Case]:
         found |= dict.fromkeys(session_cases(config, kind, kind))
     for kinds in (USUAL, (INT4Z, INT4Z)):
         found |= dict.fromkeys(session_cases(config, *kinds, int8_x=True))
+    found |= dict.fromkeys(map(per_layer_case, [*USUAL, *OTHERS]))
     for name in ("4b", "27b"):
         found |= dict.fromkeys(calibration_cases(shape_config(name)))
     return list(found | dict.fromkeys(ALONE))
@@ -101,7 +106,8 @@ def session_cases(
 ) -> Iterator[Case]:
     inventory = Inventory({"INT8_X": True} if int8_x else {})
     arena, transfers, recorder = Nowhere(), NoTransfers(), Silent()
-    model = load_model(config, Loader(NoWeights(config, body, table), arena, transfers))
+    loader = Loader(NoWeights(config, body, table), arena, transfers, host=arena)
+    model = load_model(config, loader)
     sizes = work_sizes(config, MOST_TOKENS, MOST_SEQUENCES, is_float=table.is_float)
     work = Work.take(arena, sizes)
     sizes_of_caches = [cache_size(config, is_int8=is_int8) for is_int8 in (False, True)]
@@ -120,6 +126,12 @@ def session_cases(
     stages.head(recorder)
     stages.choose(recorder, advances=True)
     yield from inventory.cases
+
+
+def per_layer_case(kind: Kind) -> Case:
+    """E2B's per-layer embedding as this kind."""
+    sizes = {"LANES": TOLD_LANES, "SIZE": 256, "ROWS": VOCABULARY, "EPS": 1e-6, "SCALE": 1536**-0.5}
+    return _case(f"per_layer_{kind.name}", {**sizes, **kind.constants})
 
 
 def cache_size(config: GemmaConfig, *, is_int8: bool = False) -> CacheSize:
@@ -222,17 +234,14 @@ class NoTransfers(Transfers):
         pass
 
 
-class NoWeights:
+class NoWeights(RandomWeights):
     """Shapes and kinds of a model's weights."""
 
     def __init__(self, config: GemmaConfig, body: Kind, table: Kind) -> None:
-        self._config, self._body, self._table = config, body, table
+        super().__init__(config)
+        self._body, self._table = body, table
 
     def weight(self, name: str) -> Weight:
-        shapes, role = self._config.linear_shapes(0), role_of(name)
-        shape = shapes.get(role, (self._config.vocab_size, self._config.hidden_size))
-        kind = self._body if role in shapes else self._table
+        shape = self._linears.get(name) or self._tables[name]
+        kind = self._body if name in self._linears else self._table
         return Weight(kind, shape, partial(np.empty, 0, np.uint8))
-
-    def array(self, name: str) -> NDArray[np.float32]:
-        return np.empty(0, np.float32)
