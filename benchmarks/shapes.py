@@ -83,7 +83,7 @@ def gemma4_config(name: str, layers: int | None = None) -> GemmaConfig:
         layer_scalar=True,
     )
     if name == "e2b":
-        shared = round(layers * SHARED)
+        shared = min(round(layers * SHARED), layers - period)
         return replace(
             base,
             full=FullLayers(2 * dim, kv_heads, rotary_pairs=dim // 4, key_is_value=False),

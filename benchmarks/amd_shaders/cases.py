@@ -45,6 +45,7 @@ from uq.kernels.vulkan.wide import Abilities
 
 CONTEXT = 8192  # tokens of the KV cache
 LAYERS = 7  # the first, sliding and full ones, and one behind a full one: the rest repeats these
+LAYERS_4 = 10  # layers of either kind with keys of their own, and without
 WAVE, SHARED_BYTES = 64, 65536  # what RADV says of the chips: a subgroup, shared memory
 # Of the layers, of the embedding.
 USUAL = tuple(Kind.of(Spec(bits, 32, scale_bits=8)) for bits in (4, 8))
@@ -81,12 +82,11 @@ ALONE = (
 
 
 def cases() -> list[Case]:
-    """Gemma 3 of every size as `uq quantize` makes it, and two of Gemma 4; in Gemma 3's 4B every kind
-    of weight, and INT8 activations with and without zero points; and what calibrates the 4B and the
-    27B."""
+    """Gemma 3 and 4 as `uq quantize` makes them; in Gemma 3's 4B every kind of weight, and INT8
+    activations with and without zero points; and what calibrates the 4B and the 27B."""
     found: dict[Case, None] = {}
     configs = [shape_config(name, LAYERS) for name in SHAPES]
-    configs += [gemma4_config(name, LAYERS) for name in SHAPES_4]
+    configs += [gemma4_config(name, LAYERS_4) for name in SHAPES_4]
     for config in configs:
         found |= dict.fromkeys(session_cases(config, *USUAL))
         found |= dict.fromkeys(prefill_cases(config, [*USUAL, *OTHERS]))
