@@ -4,7 +4,7 @@
     python -m benchmarks.vulkan_speed BUNDLE
 
 A shape is Gemma 3 or 4 of that size with random codes: INT4 in groups of 32, the embedding INT8, as
-many bytes as llama.cpp's Q4_0 with its Q8_0 embedding. Prints a JSON object a model: tokens a second
+many bytes as llama.cpp's Q4_0 with its Q8_0 embedding. Prints JSON of each model: tokens a second
 (median and range of the repeats, after one that does not count), the time of a step's stages, the
 read bandwidth of the device measured in the same run, and the share of it that decoding reaches.
 
