@@ -14,6 +14,7 @@ from numpy.testing import assert_array_equal
 from safetensors import safe_open
 
 from tests.conftest import tokenizer_of
+from tests.gemma4 import SMALL as GEMMA4
 from tests.test_publish import report_of
 from uq.cli import main
 from uq.errors import BundleError, UqError
@@ -165,6 +166,58 @@ def tiny_multimodal(folder: Path) -> Path:
     tokenizer_of(512).save(str(folder / "tokenizer.json"))
     (folder / "preprocessor_config.json").write_text("{}")
     return folder
+
+
+@pytest.mark.parametrize("form", ["hf", "compressed-tensors"])
+def test_gemma4_sees_images_through_an_export(
+    multimodal_gemma4: Bundle, tmp_path: Path, form: str
+) -> None:
+    """The tokens of an image see each other, which the text model alone does not do."""
+    import torch
+    from transformers import Gemma4ForConditionalGeneration
+
+    bundle = multimodal_gemma4
+    out = export(bundle, tmp_path / form, ExportOptions(form)).path
+    source = bundle.manifest.provenance.id
+    expected = Gemma4ForConditionalGeneration.from_pretrained(source, dtype=torch.float32).eval()
+    found = Gemma4ForConditionalGeneration.from_pretrained(out, dtype=torch.float32).eval()
+    with torch.no_grad():
+        for name, weight in expected.model.language_model.named_parameters():
+            if f"model.{name}" in bundle.manifest.tensors:
+                weight.copy_(torch.from_numpy(bundle.quant(f"model.{name}").dequantize()))
+        ids = torch.tensor([[2, 300, 509, 511, 511, 511, 511, 510, 301, 302]])
+        places = torch.tensor([[[x, y] for y in range(4) for x in range(4)]])
+        patches = torch.rand((1, 16, 48), generator=torch.Generator().manual_seed(0))
+        inputs = {"input_ids": ids, "image_position_ids": places}
+        inputs |= {"mm_token_type_ids": (ids == 511).long(), "pixel_values": patches}
+        wanted, logits = expected(**inputs).logits, found(**inputs).logits
+        blind = found(**inputs | {"pixel_values": patches * 0}).logits
+    assert (logits - wanted).abs().max() <= 1e-5 * wanted.abs().max()
+    assert (blind - wanted).abs().max() > 1e-2 * wanted.abs().max()
+
+
+@pytest.fixture(scope="module")
+def multimodal_gemma4(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+    """A random Gemma 4 with a vision tower of one layer, as transformers saves it."""
+    import torch
+    from transformers import Gemma4Config, Gemma4ForConditionalGeneration
+
+    folder = tmp_path_factory.mktemp("gemma4") / "source"
+    vision = {
+        "model_type": "gemma4_vision", "hidden_size": 32, "intermediate_size": 64,
+        "num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 2, "head_dim": 16,
+        "global_head_dim": 16, "patch_size": 4, "pooling_kernel_size": 2,
+        "position_embedding_size": 16, "default_output_length": 4,
+    }  # fmt: skip
+    ids = {"image_token_id": 511, "boi_token_id": 509, "eoi_token_id": 510, "video_token_id": 508}
+    sound = {"audio_token_id": 507, "boa_token_id": 506, "eoa_token_index": 505}
+    text = GEMMA4 | {"use_bidirectional_attention": "vision"}
+    torch.manual_seed(0)
+    config = Gemma4Config(text_config=text, vision_config=vision, **ids, **sound)
+    Gemma4ForConditionalGeneration(config).save_pretrained(folder)
+    tokenizer_of(512).save(str(folder / "tokenizer.json"))
+    (folder / "processor_config.json").write_text("{}")
+    return made(folder, folder.with_name("bundle"))
 
 
 def test_a_gguf_says_that_it_has_no_towers(kept: Bundle, tmp_path: Path) -> None:

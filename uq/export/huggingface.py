@@ -12,6 +12,7 @@ from uq.formats.bundle import Bundle
 from uq.formats.checkpoint.checkpoint import TOKENIZER
 from uq.formats.config import GemmaConfig
 from uq.formats.decode import parse_json
+from uq.formats.families.keys import Keys
 from uq.formats.manifest import SHARD_SUFFIX, TOWERS
 
 CONFIG, GENERATION, TOKENIZER_CONFIG = (
@@ -19,6 +20,7 @@ CONFIG, GENERATION, TOKENIZER_CONFIG = (
     "generation_config.json",
     "tokenizer_config.json",
 )
+IMAGE_KEYS = ("use_bidirectional_attention",)  # of no effect on text
 
 
 def folder_assets(bundle: Bundle, dtype: str, extra: Mapping[str, Any]) -> dict[str, bytes]:
@@ -48,10 +50,12 @@ def folder_assets(bundle: Bundle, dtype: str, extra: Mapping[str, Any]) -> dict[
 
 
 def _multimodal_config(source: bytes, text: dict[str, Any], config: GemmaConfig) -> dict[str, Any]:
-    """The source's config.json around that of the text model."""
-    outer = parse_json(source, CONFIG)
+    """The source's config.json around that of the text model, which keeps how it sees images."""
+    outer = Keys(CONFIG, parse_json(source, CONFIG))
     inner = {key: value for key, value in text.items() if key != "architectures"}
-    found = {key: value for key, value in outer.items() if key != "torch_dtype"}
+    before = outer.object("text_config")
+    inner |= {key: before[key] for key in IMAGE_KEYS if key in before}
+    found = {key: value for key, value in outer.data.items() if key != "torch_dtype"}
     tied = {"tie_word_embeddings": config.tied_head}
     return found | {"text_config": inner, "dtype": text["dtype"]} | tied
 
