@@ -93,7 +93,7 @@ def test_a_broken_run_goes_on_to_the_same_bytes(
                 raise KeyboardInterrupt
 
     checkpoint = open_checkpoint(tiny_gemma3n("plain"))
-    options = replace(CALIBRATED, calibration_tokens=128, group=32)
+    options = replace(CALIBRATED, calibration_tokens=128)
     whole = open_bundle(quantize(checkpoint, tmp_path / "whole", options))
     with pytest.raises(KeyboardInterrupt):
         quantize(checkpoint, tmp_path / "broken", options, Breaks())
