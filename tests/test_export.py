@@ -242,7 +242,7 @@ def test_merges_that_no_scores_can_say_are_refused(mixed: Bundle) -> None:
         ["▁tt", "he"],
     ]
     with pytest.raises(Exception, match="▁tthe do not stand together"):
-        vocabulary(json.dumps(document).encode(), 512)
+        vocabulary(json.dumps(document).encode(), 512, scored=True)
 
 
 def test_an_existing_folder_is_not_touched(mixed: Bundle, tmp_path: Path) -> None:

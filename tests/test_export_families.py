@@ -2,22 +2,27 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
+from tests.test_export import assert_llama_cpp_agrees
 from tests.test_reference import all_logits, random_tokens
 from uq.cli import main
+from uq.errors import UqError
 from uq.export.compressed import quantization_config
 from uq.export.export import ExportOptions, export
+from uq.export.gguf_model import require_known
 from uq.export.packed import Scheme
 from uq.formats.bundle import Bundle, open_bundle
 from uq.formats.checkpoint import open_checkpoint
-from uq.formats.config import layer_tensor
+from uq.formats.config import PerLayerEmbedding, layer_tensor
 from uq.kernels.reference import ReferenceSession
 from uq.kernels.weights import BundleWeights
 from uq.quantize.pipeline import QuantizeOptions, quantize
@@ -44,7 +49,8 @@ def bundles(
 
     def made(name: str) -> Bundle:
         family, _, variant = name.partition(" ")
-        folder = write[family](variant) if variant else tiny_checkpoint(family=family)
+        text = {"num_kv_shared_layers": 2} if name == "gemma4 small" else {}  # as llama.cpp can
+        folder = write[family](variant, text=text) if variant else tiny_checkpoint(family=family)
         return open_bundle(quantize(open_checkpoint(folder), root / name, options))
 
     return {name: made(name) for name in MODELS}
@@ -111,3 +117,57 @@ def test_the_command_says_what_takes_more_bits(
         command = ["export", str(tiny_bundle(bits=bits)), "--format", "compressed-tensors"]
         assert main([*command, "-o", str(out)]) == 0
         assert ("wider: 14 of 14 linears take 8 bits" in capsys.readouterr().out) == told
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(None, 0.1), ("float32", 0.01)])
+@pytest.mark.parametrize("name", ["gemma4 small", "gemma4 experts"])
+def test_llama_cpp_runs_gemma4(
+    bundles: Mapping[str, Bundle], tmp_path: Path, name: str, dtype: str | None, tolerance: float
+) -> None:
+    """It rounds inputs of quantized matrices to 8 bits, and GELU and the cache to float16."""
+    made = export(bundles[name], tmp_path / "m.gguf", ExportOptions("gguf", dtype=dtype))
+    assert made.rounded == ()
+    assert_llama_cpp_agrees(bundles[name], made.path, tolerance)
+
+
+def test_llama_cpp_splits_texts_as_gemma4_does(
+    bundles: Mapping[str, Bundle], tmp_path: Path
+) -> None:
+    import gguf
+
+    bundle = bundles["gemma4 small"]
+    path = export(bundle, tmp_path / "m.gguf", ExportOptions("gguf")).path
+    fields = gguf.GGUFReader(path).fields
+    merges = json.loads(bundle.asset("tokenizer.json"))["model"]["merges"]
+    assert fields["tokenizer.ggml.model"].contents() == "gemma4"
+    assert fields["tokenizer.ggml.merges"].contents() == [" ".join(merge) for merge in merges]
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"kv_shared_layers": 3}, r"layers 1 \(sliding\) and 2 \(full\), .* those of \[1, 2\]"),
+        ({"per_layer": PerLayerEmbedding(500, 32)}, "per_layer.weight: has 500 rows"),
+        ({"rope_scaling": 8.0}, "scaled RoPE"),
+    ],
+)
+def test_a_gemma4_that_llama_cpp_would_run_otherwise_is_refused(
+    bundles: Mapping[str, Bundle], change: dict[str, Any], reason: str
+) -> None:
+    with pytest.raises(UqError, match=reason):
+        require_known(replace(bundles["gemma4 small"].config, **change))
+
+
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [
+        ("gemma3n plain", "blk.3.attn_k.weight to blk.4.attn_v.weight"),
+        ("vaultgemma", "no such architecture"),
+    ],
+)
+def test_what_llama_cpp_cannot_run_is_refused(
+    bundles: Mapping[str, Bundle], tmp_path: Path, name: str, reason: str
+) -> None:
+    with pytest.raises(UqError, match=f"to GGUF is not offered: .*{reason}"):
+        export(bundles[name], tmp_path / "m.gguf", ExportOptions("gguf"))
+    assert not list(tmp_path.iterdir())

@@ -20,7 +20,8 @@ from uq.export.compressed import (
     widening,
 )
 from uq.export.folder import FloatTensors, Shards, shards, write_folder
-from uq.export.gguf_file import require_known, write_gguf
+from uq.export.gguf_file import write_gguf
+from uq.export.gguf_model import require_known
 from uq.export.gguf_tensors import Storage, gguf_tensors
 from uq.export.huggingface import folder_assets
 from uq.export.multimodal import tower_modules, with_towers

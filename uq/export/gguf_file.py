@@ -17,20 +17,19 @@ from gguf import (
     GGUFType,
     GGUFWriter,
     LlamaFileType,
-    RopeScalingType,
 )
 
 from uq.chat import CHAT_FILES, find_template
 from uq.errors import BundleError, UsageError
+from uq.export.gguf_model import add_model, architecture, takes_merges
 from uq.export.gguf_vocabulary import vocabulary
 from uq.export.stored import StoredTensor
 from uq.formats.bundle import Bundle
 from uq.formats.checkpoint.checkpoint import TOKENIZER
 from uq.formats.checkpoint.gguf_config import ARCHITECTURES, gguf_config
 from uq.formats.checkpoint.gguf_file import read_gguf
-from uq.formats.config import FULL, SLIDING, GemmaConfig
+from uq.formats.config import SLIDING, GemmaConfig
 from uq.formats.disk import write_file
-from uq.formats.families.reading import pattern_types
 from uq.progress import Progress
 
 ALIGNMENT = 32
@@ -48,7 +47,9 @@ def write_gguf(
     """
     header = _header(work / "header", bundle, tensors)
     total = len(header) + sum(map(_padded, (tensor.nbytes for tensor in tensors)))
-    _require_same_model(work / "header", total, bundle.config)
+    if bundle.config.family in ARCHITECTURES:  # that uq reads
+        _require_same_model(work / "header", total, bundle.config)
+    (work / "header").unlink()
     progress.start(len(list(_parts(tensors))), "export")
     path = work / "model.gguf"
     write_file(path, _contents(header, tensors, progress), total)
@@ -56,30 +57,14 @@ def write_gguf(
     return path
 
 
-def require_known(config: GemmaConfig) -> None:
-    """Refuse a model that llama.cpp has no architecture for.
-
-    Raises:
-        UsageError: says what it has none for.
-    """
-    if config.family not in ARCHITECTURES:
-        raise UsageError(
-            f"export of {config.family} to GGUF is not offered; it is of {', '.join(ARCHITECTURES)}"
-        )
-    if not config.tied_head and config.family != "gemma3":
-        raise UsageError(
-            f"llama.cpp has no {config.family} with a head of its own; use another format"
-        )
-
-
 def _header(path: Path, bundle: Bundle, tensors: Sequence[StoredTensor]) -> bytes:
     """Everything in front of the data."""
-    writer = GGUFWriter(path, bundle.config.family)
+    writer = GGUFWriter(path, architecture(bundle.config))
     writer.add_type(GGUFType.MODEL)
     writer.add_name(bundle.name)
     writer.add_quantization_version(GGML_QUANT_VERSION)
     writer.add_file_type(_file_type(tensors))
-    _add_model(writer, bundle.config)
+    add_model(writer, bundle.config)
     _add_vocabulary(writer, bundle)
     for tensor in tensors:
         kind = GGMLQuantizationType[tensor.kind]
@@ -99,42 +84,15 @@ def _file_type(tensors: Sequence[StoredTensor]) -> LlamaFileType:
     return LlamaFileType.ALL_F32 if kind == "F32" else LlamaFileType[f"MOSTLY_{kind}"]
 
 
-def _add_model(writer: GGUFWriter, config: GemmaConfig) -> None:
-    writer.add_context_length(config.max_position_embeddings)
-    writer.add_embedding_length(config.hidden_size)
-    writer.add_block_count(config.num_layers)
-    writer.add_feed_forward_length(config.intermediate_size)
-    writer.add_head_count(config.num_heads)
-    writer.add_head_count_kv(config.num_kv_heads)
-    writer.add_key_length(config.head_dim)
-    writer.add_value_length(config.head_dim)
-    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
-    writer.add_rope_freq_base(config.rope_theta)
-    if config.rope_scaling != 1:
-        writer.add_rope_scaling_type(RopeScalingType.LINEAR)
-        writer.add_rope_scaling_factor(config.rope_scaling)
-    if SLIDING in config.layer_types:
-        _add_windows(writer, config)
-    if config.attn_softcap is not None:
-        writer.add_attn_logit_softcapping(config.attn_softcap)
-    if config.final_softcap is not None:
-        writer.add_final_logit_softcapping(config.final_softcap)
-
-
-def _add_windows(writer: GGUFWriter, config: GemmaConfig) -> None:
-    writer.add_sliding_window(config.sliding_window)
-    writer.add_rope_freq_base_swa(config.rope_local_theta)
-    defaults = ARCHITECTURES[config.family].gguf
-    usual = pattern_types(defaults.pattern, config.num_layers) if defaults else ()
-    if config.layer_types != usual:
-        writer.add_sliding_window_pattern([kind != FULL for kind in config.layer_types])
-
-
 def _add_vocabulary(writer: GGUFWriter, bundle: Bundle) -> None:
     config = bundle.config
-    words = vocabulary(bundle.asset(TOKENIZER), config.vocab_size)
-    writer.add_tokenizer_model("llama")
-    writer.add_tokenizer_pre("default")
+    by_merges = takes_merges(config)
+    words = vocabulary(bundle.asset(TOKENIZER), config.vocab_size, scored=not by_merges)
+    writer.add_tokenizer_model(architecture(config) if by_merges else "llama")
+    if by_merges:
+        writer.add_token_merges(words.merges)
+    else:
+        writer.add_tokenizer_pre("default")
     writer.add_token_list(words.tokens)
     writer.add_token_scores(words.scores)
     writer.add_token_types(words.types)
@@ -158,7 +116,6 @@ def _require_same_model(header: Path, total: int, config: GemmaConfig) -> None:
     with header.open("r+b") as file:
         file.truncate(total)  # takes no room: there is nothing in it
     found = gguf_config(read_gguf(header)).to_json()
-    header.unlink()
     without_windows = (
         set() if SLIDING in config.layer_types else {"sliding_window", "rope_local_theta"}
     )

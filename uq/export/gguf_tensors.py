@@ -19,9 +19,11 @@ from uq.export.gguf_blocks import (
     stored_values,
     to_blocks,
 )
+from uq.export.gguf_model import tensor_names
 from uq.export.stored import ITEM_BYTES, SAFETENSORS, Losses, StoredTensor, rounded
 from uq.formats.bundle import Bundle
-from uq.formats.checkpoint.gguf_config import gguf_names
+from uq.formats.checkpoint.checkpoint import expected_shapes
+from uq.formats.config import GemmaConfig
 from uq.formats.manifest import gain_name
 from uq.formats.spec import QuantTensor
 
@@ -41,11 +43,26 @@ class Storage:
 
 def gguf_tensors(bundle: Bundle, losses: Losses, storage: Storage) -> list[StoredTensor]:
     """All tensors of the file, in its order."""
+    manifest, found = bundle.manifest, []
+    for name, stored_name in tensor_names(bundle.config).items():
+        if name in manifest.tensors:
+            found.append(_matrix(bundle, name, stored_name, losses, storage))
+        else:
+            array = name if name in manifest.arrays else gain_name(name)
+            found.append(_array(bundle, array, stored_name))
+    return [*_rope_factors(bundle.config), *found]
+
+
+def _rope_factors(config: GemmaConfig) -> list[StoredTensor]:
+    """What the full layers of gemma4 divide angles by: pairs that do not turn by very much."""
+    if config.full is None:
+        return []
+    factors = np.full(config.full.head_dim // 2, 1e30, np.float32)
+    factors[: config.full.rotary_pairs] = 1
     return [
-        _matrix(bundle, name, stored_name, losses, storage)
-        if name in bundle.manifest.tensors
-        else _gain(bundle, gain_name(name), stored_name)
-        for name, stored_name in gguf_names(bundle.config).items()
+        StoredTensor(
+            "rope_freqs.weight", "F32", factors.shape, factors.nbytes, lambda: iter([factors])
+        )
     ]
 
 
@@ -60,7 +77,7 @@ def _matrix(
 
 
 def _blocks(bundle: Bundle, name: str, stored_name: str, kind: str, losses: Losses) -> StoredTensor:
-    rows, cols = bundle.manifest.tensors[name].shape
+    shape = expected_shapes(bundle.config)[name]  # experts are a stack
 
     def chunks() -> Iterator[Any]:
         for piece in bundle.pieces(name):
@@ -69,14 +86,14 @@ def _blocks(bundle: Bundle, name: str, stored_name: str, kind: str, losses: Loss
                 losses.add(name, piece.dequantize(), stored_values(piece, kind))
             yield to_blocks(piece, kind)
 
-    nbytes = rows * (cols // BLOCK) * BLOCK_BYTES[kind]
-    return StoredTensor(stored_name, kind, (rows, cols), nbytes, chunks)
+    nbytes = int(np.prod(shape)) // BLOCK * BLOCK_BYTES[kind]
+    return StoredTensor(stored_name, kind, shape, nbytes, chunks)
 
 
 def _floats(
     bundle: Bundle, name: str, stored_name: str, dtype: str, losses: Losses
 ) -> StoredTensor:
-    shape = bundle.manifest.tensors[name].shape
+    shape = expected_shapes(bundle.config)[name]
 
     def chunks() -> Iterator[Any]:
         for piece in bundle.pieces(name):
@@ -86,7 +103,7 @@ def _floats(
     return StoredTensor(stored_name, SAFETENSORS[dtype], shape, nbytes, chunks)
 
 
-def _gain(bundle: Bundle, name: str, stored_name: str) -> StoredTensor:
+def _array(bundle: Bundle, name: str, stored_name: str) -> StoredTensor:
     shape = bundle.manifest.arrays[name].shape
     nbytes = 4 * int(np.prod(shape))
     return StoredTensor(stored_name, "F32", shape, nbytes, lambda: iter([bundle.array(name)]))

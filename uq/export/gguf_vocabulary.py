@@ -25,19 +25,28 @@ UNUSED = "[PAD{}]"
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """One entry for each row of the embedding."""
+    """One entry for each row of the embedding.
+
+    Attributes:
+        merges: the best first, `left right`; of use where no scores are.
+    """
 
     tokens: list[str]
     scores: list[float]
     types: list[int]
     unknown: int
+    merges: list[str]
 
 
-def vocabulary(data: bytes, size: int) -> Vocabulary:
+def vocabulary(data: bytes, size: int, *, scored: bool) -> Vocabulary:
     """The vocabulary in a tokenizer.json, filled up to `size` with tokens that are never used.
 
+    Args:
+        scored: tokens have scores in the place of merges.
+
     Raises:
-        BundleError: the order of its merges cannot be said by scores, or it has too many tokens.
+        BundleError: the order of its merges cannot be said by scores, a merge has a blank, or it
+            has too many tokens.
     """
     document = json.loads(data)
     model: dict[str, Any] = document["model"]
@@ -48,14 +57,22 @@ def vocabulary(data: bytes, size: int) -> Vocabulary:
             f"tokenizer.json: has token {max(ids.values())}, but the embedding {size} rows; GGUF "
             "cannot hold this model"
         )
-    scores = _scores([pair(merge) for merge in model["merges"]], added)
+    merges = [pair(merge) for merge in model["merges"]]
+    scores = _scores(merges, added) if scored else {}
     tokens = [UNUSED.format(index) for index in range(size)]
     values, types = [NO_MERGE] * size, [int(TokenType.UNUSED)] * size
     for token, index in ids.items():
         tokens[index] = token
         values[index] = scores.get(token, NO_MERGE)
         types[index] = int(_type(token, added, model["unk_token"]))
-    return Vocabulary(tokens, values, types, ids[model["unk_token"]])
+    joined = [] if scored else [_joined(*merge) for merge in merges]
+    return Vocabulary(tokens, values, types, ids[model["unk_token"]], joined)
+
+
+def _joined(left: str, right: str) -> str:
+    if " " in left + right:
+        raise BundleError(f"tokenizer.json: GGUF has no merge of {printable(left + right)}")
+    return f"{left} {right}"
 
 
 def _scores(merges: list[tuple[str, str]], added: Mapping[str, Any]) -> dict[str, float]:
