@@ -53,6 +53,8 @@ def allocate(
                 offer[taken:] = totals[: len(totals) - taken] + choices[spec]
         picks.append((specs, np.argmin(offers, axis=0).astype(np.int8)))
         totals = offers.min(axis=0)
+    if not np.isfinite(totals[-1]):  # sizes in whole units are a little more than the budget
+        return {name: min(choices, key=choices.__getitem__) for name, choices in sizes.items()}
     return _trace(list(costs), picks, sizes, unit, len(totals) - 1)
 
 

@@ -248,9 +248,20 @@ def make_plan(
 def _within(config: GemmaConfig, plan: Plan, bpw: float) -> Plan:
     if not plan.uses_gptq:
         raise UsageError("--bpw measures on calibration text; it does not go with --method rtn")
-    arrays = sum(map(math.prod, expected_tensors(config)[1].values()))
-    nbytes = int(bpw * config.num_parameters() / 8) - 4 * arrays
+    shapes, arrays = expected_tensors(config)
+    floats, weights = 4 * sum(map(math.prod, arrays.values())), config.num_parameters()
+    nbytes = int(bpw * weights / 8) - floats
+    least = sum(_least_bytes(*shapes[name], tensor.layout) for name, tensor in plan.tensors.items())
+    if nbytes < least:
+        needed = math.ceil(800 * (least + floats) / weights) / 100
+        raise UsageError(f"--bpw {bpw:g}: the smallest grids take {needed:g}; use that or more")
     return replace(plan, recipe=f"bpw{bpw:g}", budget=Budget(nbytes, tables=True))
+
+
+def _least_bytes(rows: int, cols: int, layout: str) -> int:
+    """Of a tensor on the smallest grid that fits it."""
+    groups = (group for group in GROUPS if cols % group == 0)
+    return min(LAYOUTS[layout].nbytes(rows, cols, Spec(4, g, scale_bits=8)) for g in groups)
 
 
 def _linear_bytes(config: GemmaConfig, spec: Spec, layout: str) -> int:

@@ -52,3 +52,12 @@ def test_a_budget_of_many_units_still_holds() -> None:
     budget = 10_000_000
     found = allocate(random_costs(1), sizes, budget)
     assert sum(sizes[name][spec] for name, spec in found.items()) <= budget
+
+
+def test_a_budget_that_only_the_smallest_grids_fit() -> None:
+    """In the units of the dynamic programme they are a little more than it."""
+    small, large = Spec(4, 64), Spec(8, 64)
+    names = ("a", "b", "c")
+    costs = {name: {large: 1.0, small: 2.0} for name in names}
+    sizes = {name: {large: 140_001, small: 70_001} for name in names}
+    assert allocate(costs, sizes, 210_003) == dict.fromkeys(names, small)

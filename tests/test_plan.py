@@ -87,6 +87,15 @@ def test_bits_per_weight_need_a_calibration() -> None:
         make_plan(CONFIG, bpw=6.0, method="rtn")
 
 
+def test_too_few_bits_are_refused_before_anything_is_measured() -> None:
+    with pytest.raises(
+        UsageError, match=r"--bpw 3: the smallest grids take 4[.]\d+; use that"
+    ) as no:
+        make_plan(CONFIG, bpw=3.0)
+    enough = float(str(no.value).split("take ")[1].split(";")[0])
+    assert make_plan(CONFIG, bpw=enough).budget is not None
+
+
 def test_embedding_follows_the_group_when_its_own_does_not_divide() -> None:
     plan = make_plan(replace(CONFIG, hidden_size=96), group=32)
     assert plan.tensors[EMBEDDING].spec == Spec(8, 32)
