@@ -112,11 +112,16 @@ def matches(group: Mapping[str, Any], name: str) -> list[str]:
 def test_the_command_says_what_takes_more_bits(
     tiny_bundle: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    for bits, told in ((4, False), (6, True)):
-        out = tmp_path / f"{bits}"
-        command = ["export", str(tiny_bundle(bits=bits)), "--format", "compressed-tensors"]
-        assert main([*command, "-o", str(out)]) == 0
-        assert ("wider: 14 of 14 linears take 8 bits" in capsys.readouterr().out) == told
+    for bits in (4, 6):
+        bundle = str(tiny_bundle(bits=bits))
+        for form, what in (
+            ("compressed-tensors", "14 of 14 linears"),
+            ("gguf", "15 of 15 tensors"),
+        ):
+            out = tmp_path / f"{form}-{bits}"
+            assert main(["export", bundle, "--format", form, "-o", str(out)]) == 0
+            told = f"wider: {what} take 8 bits" in capsys.readouterr().out
+            assert told == (bits == 6)
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(None, 0.1), ("float32", 0.01)])

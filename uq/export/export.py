@@ -23,6 +23,7 @@ from uq.export.folder import FloatTensors, Shards, shards, write_folder
 from uq.export.gguf_file import write_gguf
 from uq.export.gguf_model import require_known
 from uq.export.gguf_tensors import Storage, gguf_tensors
+from uq.export.gguf_tensors import widening as widened_blocks
 from uq.export.huggingface import folder_assets
 from uq.export.multimodal import tower_modules, with_towers
 from uq.export.stored import DTYPES, Losses, StoredTensor
@@ -173,11 +174,14 @@ def draft_compressed(bundle: Bundle, options: ExportOptions, losses: Losses) -> 
 def draft_gguf(bundle: Bundle, options: ExportOptions, losses: Losses) -> Draft:
     """GGML blocks, or floats."""
     require_known(bundle.config)
-    tensors = gguf_tensors(bundle, losses, Storage(options.dtype, options.allow_rounding))
+    storage = Storage(options.dtype, options.allow_rounding)
+    tensors = gguf_tensors(bundle, losses, storage)
     left_out = () if TOWERS not in bundle.manifest.files else (TOWERS_LEFT,)
-    return Draft(
-        tensors, lambda work, progress: write_gguf(work, bundle, tensors, progress), left_out
-    )
+
+    def write(work: Path, progress: Progress) -> Path:
+        return write_gguf(work, bundle, tensors, progress)
+
+    return Draft(tensors, write, left_out, widened_blocks(bundle, tensors))
 
 
 DRAFTS = {"hf": draft_hf, "compressed-tensors": draft_compressed, "gguf": draft_gguf}

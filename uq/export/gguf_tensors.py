@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,6 +12,7 @@ from uq.errors import BundleError
 from uq.export.gguf_blocks import (
     BLOCK,
     BLOCK_BYTES,
+    WITH_MINIMA,
     block_type,
     half,
     has_float16_minima,
@@ -51,6 +52,19 @@ def gguf_tensors(bundle: Bundle, losses: Losses, storage: Storage) -> list[Store
             array = name if name in manifest.arrays else gain_name(name)
             found.append(_array(bundle, array, stored_name))
     return [*_rope_factors(bundle.config), *found]
+
+
+def widening(bundle: Bundle, tensors: Sequence[StoredTensor]) -> str | None:
+    """What to tell the user of matrices in 8 bits that the bundle has in fewer."""
+    names, kinds = tensor_names(bundle.config), {tensor.name: tensor.kind for tensor in tensors}
+    specs = {name: record.spec for name, record in bundle.manifest.tensors.items()}
+    wider = [name for name in specs if specs[name].bits < 8 and kinds[names[name]] == "Q8_0"]
+    if not wider:
+        return None
+    told = f"{len(wider)} of {len(specs)} tensors take 8 bits, which hold zero points and 6 bits"
+    if any(specs[name].zero_point and specs[name].bits in WITH_MINIMA for name in wider):
+        told += "; --allow-rounding keeps 4 and 5 bits with zero points"
+    return told
 
 
 def _rope_factors(config: GemmaConfig) -> list[StoredTensor]:
