@@ -13,28 +13,43 @@ from uq.kernels.elementwise import FAST, kernel
 
 Array = NDArray[np.float32]
 
+ROWS = 4
 SMALL = 1 << 14  # weights below this are multiplied before the other threads have woken up
 
 
 @kernel(parallel=True, fastmath=FAST)
 def _on_all_threads(x: Array, weight: Array, out: Array) -> None:
-    for row in prange(weight.shape[0]):
-        _one_row(x, weight, row, out)
+    for block in prange(-(-weight.shape[0] // ROWS)):
+        _block(x, weight, block * ROWS, out)
 
 
 @kernel(fastmath=FAST)
 def _on_one_thread(x: Array, weight: Array, out: Array) -> None:
-    for row in range(weight.shape[0]):
-        _one_row(x, weight, row, out)
+    for block in range(-(-weight.shape[0] // ROWS)):
+        _block(x, weight, block * ROWS, out)
 
 
 @kernel(fastmath=FAST)
-def _one_row(x: Array, weight: Array, row: int, out: Array) -> None:
+def _block(x: Array, weight: Array, row: int, out: Array) -> None:
+    """`ROWS` rows together: each number of x is loaded once for all of them."""
+    zero, rest = np.float32(0.0), weight.shape[0] - row
     for token in range(x.shape[0]):
-        total = np.float32(0.0)
+        if rest < ROWS:
+            for other in range(row, row + rest):
+                total = zero
+                for i in range(weight.shape[1]):
+                    total += x[token, i] * weight[other, i]
+                out[token, other] = total
+            continue
+        a, b, c, d = zero, zero, zero, zero
         for i in range(weight.shape[1]):
-            total += x[token, i] * weight[row, i]
-        out[token, row] = total
+            value = x[token, i]
+            a += value * weight[row, i]
+            b += value * weight[row + 1, i]
+            c += value * weight[row + 2, i]
+            d += value * weight[row + 3, i]
+        out[token, row], out[token, row + 1] = a, b
+        out[token, row + 2], out[token, row + 3] = c, d
 
 
 def float_linear(x: Array, weight: Array, out: Array) -> None:
