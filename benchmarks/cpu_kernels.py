@@ -11,13 +11,14 @@ from __future__ import annotations
 import argparse
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numba
 import numpy as np
 from numpy.typing import NDArray
 
 from uq.formats.layouts import LAYOUTS
+from uq.formats.row_scales import round_scales
 from uq.formats.spec import SPECS, QuantTensor, Spec
 from uq.kernels.cpu.elementwise import Activations, quantize_rows
 from uq.kernels.cpu.gemm import gemm, gemm_scratch
@@ -36,7 +37,12 @@ SHAPES = {
     "270m head in 6 bits": (262144, 640, Spec(6, 32)),
     "4b gate, up": (20480, 2560, Spec(4, 64)),
     "4b down": (2560, 10240, Spec(4, 128)),
-} | {f"4b gate, up, {spec}": (20480, 2560, spec) for spec in SPECS if spec.group < 128}
+} | {
+    f"4b gate, up, {spec}": (20480, 2560, spec)
+    for grid in SPECS
+    for spec in (grid, replace(grid, scale_bits=8))
+    if grid.group < 128
+}
 
 
 @dataclass(frozen=True)
@@ -65,9 +71,9 @@ def random_source(rows: int, cols: int, spec: Spec) -> Repeated:
     codes = rng.integers(spec.qmin, spec.qmax + 1, (rows, cols), dtype=np.int8)
     groups = (rows, cols // spec.group)
     zeros = rng.integers(-8, 8, groups, dtype=np.int8) * np.int8(spec.zero_step)
-    tensor = QuantTensor(
-        codes, rng.random(groups).astype("f2"), spec, zeros if spec.zero_point else None
-    )
+    scales = rng.random(groups).astype("f2")
+    scales = round_scales(scales) if spec.row_step else scales
+    tensor = QuantTensor(codes, scales, spec, zeros if spec.zero_point else None)
     tiled = LAYOUTS["igpu"].tile(tensor)
     return Repeated(tiled, Record((rows, cols), spec))
 

@@ -102,27 +102,6 @@ class LaneLayout(Layout):
             steps=("<f2", (self.rows * spec.row_step,)),
         )
 
-    def tile_scales(self, blocks: Blocks) -> Halves:
-        """(blocks, tiles, rows, groups of a tile) float16 scales of row blocks."""
-        steps = blocks["steps"][:, None, :, None]
-        return _half_scales(blocks["tiles"]["scales"], steps)
-
-    def expanded(self, data: NDArray[np.uint8], cols: int, spec: Spec) -> NDArray[np.uint8]:
-        """The bytes of a tiled weight with its scales stored as they are; codes are not unpacked.
-
-        Args:
-            data: (blocks, bytes of a block) uint8; may be read-only.
-
-        Returns:
-            (blocks, bytes of a block) uint8.
-        """
-        blocks: Blocks = data.reshape(-1).view(self.block(cols, spec))
-        wide = np.empty(len(blocks), self.block(cols, spec.expanded))
-        for plane in ("codes", "high", "zeros"):
-            wide["tiles"][plane] = blocks["tiles"][plane]
-        wide["tiles"]["scales"] = self.tile_scales(blocks)
-        return wide.view(np.uint8).reshape(len(wide), -1)
-
     def _fill(self, blocks: Blocks, tensor: QuantTensor) -> None:
         tiles, spec = blocks["tiles"], tensor.spec  # (blocks, tiles)
         shape = (len(tiles), self.rows, tiles.shape[1])
@@ -145,7 +124,8 @@ class LaneLayout(Layout):
         if spec.high_bits:
             words = tiles["high"].transpose(0, 2, 1, 3, 4).reshape(rows, -1)
             join_planes(codes, unpack_fields(words, spec.high_bits), spec.high_bits)
-        scales = self.tile_scales(blocks)  # (blocks, tiles, rows, groups)
+        steps = blocks["steps"][:, None, :, None]
+        scales = _half_scales(tiles["scales"], steps)  # (blocks, tiles, rows, groups)
         zeros = _unpack_zeros(tiles["zeros"], spec, self.rows * scales.shape[3])
         if zeros is not None:
             zeros = _by_row(zeros.reshape(scales.shape))

@@ -24,8 +24,8 @@ class Spec:
     on, 16 values, so that four bits store it.
 
     Scales are stored as they are (`scale_bits` 16), or as whole multiples of a float16 step of
-    their row (8): see `row_scales.py`. Either way they are float16 numbers, so kernels need not
-    know.
+    their row (8): see `row_scales.py`. Either way they are float16 numbers: what is
+    computed with them does not depend on it.
 
     `str(spec)` is its short name: `int4 g32`, `int4z g32` with zero points, `int4 g32 s8` with
     scales of 8 bits.

@@ -138,15 +138,34 @@ def test_every_layout_opens_to_the_same_bytes(layout: str, spec: Spec) -> None:
     np.testing.assert_array_equal(arena.data[:end], expected.data[:end])
 
 
-def test_scales_of_8_bits_open_to_the_same_bytes() -> None:
-    exact = random_weight(40, 320, Spec(5, 32, zero_point=True))
-    exact = replace(exact, scales=round_scales(exact.scales))
-    stored = replace(exact, spec=replace(exact.spec, scale_bits=8))
-    arena, linear = packed(stored)
-    expected, expanded = packed(exact)
-    end = linear.parts[0, SCALES] + 3 * 10 * linear.parts[0, GROUP_BYTES]  # row blocks, groups
-    np.testing.assert_array_equal(arena.data[:end], expected.data[:end])
-    assert linear.nbytes == expanded.nbytes
+NARROW = [Spec(4, 32), Spec(5, 64, zero_point=True), Spec(6, 128), Spec(8, 32)]
+
+
+def narrow_weight(spec: Spec) -> QuantTensor:
+    weight = random_weight(75, 640, replace(spec, scale_bits=8))
+    return replace(weight, scales=round_scales(weight.scales))
+
+
+@pytest.mark.parametrize("spec", NARROW, ids=str)
+def test_scales_of_8_bits_give_the_bits_of_the_same_in_16(spec: Spec) -> None:
+    weight, x = narrow_weight(spec), quantized(activations(TOKENS, 640))
+    (arena, linear), expanded = packed(weight), packed(weight.expanded())
+    for product in (by_gemm, by_gemv):
+        found = product(arena, linear, x)
+        np.testing.assert_array_equal(found, product(*expanded, x))
+        part, row = linear.rows(40, 60)
+        assert (row, part.width) == (32, 32)
+        np.testing.assert_array_equal(product(arena, part, x), found[:, 32:64])
+    assert linear.nbytes == weight.spec.nbytes(*weight.shape) < expanded[1].nbytes
+
+
+@pytest.mark.parametrize("spec", NARROW, ids=str)
+def test_embedding_rows_with_scales_of_8_bits_are_exact(spec: Spec) -> None:
+    weight, tokens = narrow_weight(spec), np.array([0, 74, 16], np.int32)
+    arena, linear = packed(weight)
+    out = np.empty((3, 640), np.float32)
+    embed(tokens, arena.data, linear.parts, np.float32(2), out)
+    np.testing.assert_array_equal(out, 2 * weight.dequantize()[tokens])
 
 
 def test_the_layout_is_the_documented_one() -> None:

@@ -9,14 +9,16 @@ from numba import prange
 from numpy.typing import NDArray
 
 from uq.kernels.cpu.elementwise import per_token
-from uq.kernels.cpu.intrinsics import address, load_half
+from uq.kernels.cpu.gemv import has_zeros
+from uq.kernels.cpu.intrinsics import address, load_byte, load_half
 from uq.kernels.cpu.layout import (
     BITS,
     CHUNKS_PER_GROUP,
     CODES,
     GROUP_BYTES,
-    SCALE_BYTES,
     SCALES,
+    STEP_BYTES,
+    ZERO_BYTES,
 )
 from uq.kernels.cpu.llvm import CHUNK, LANES
 from uq.kernels.elementwise import kernel
@@ -44,9 +46,18 @@ def _stored_zero(group: NDArray[np.uint8], bits: int, lane: int) -> Any:
     """What `_stored_code` gives for a weight of zero."""
     if bits == 8:
         return 0
-    if group.size == SCALE_BYTES:
+    if not has_zeros(group.size):
         return 1 << (bits - 1)
-    return (np.int64(group[SCALE_BYTES + lane // 2]) >> 4 * (lane % 2) & 15) << (bits - 4)
+    zeros = group[group.size - ZERO_BYTES :]
+    return (np.int64(zeros[lane // 2]) >> 4 * (lane % 2) & 15) << (bits - 4)
+
+
+@kernel()
+def _stored_scale(group: int, steps: int, lane: int) -> Any:
+    """A scale of the group at `group`; `steps`: where those of the row block lie, 0 without."""
+    if steps:
+        return load_byte(group + lane) * load_half(steps + 2 * lane)
+    return load_half(group + 2 * lane)
 
 
 @per_token
@@ -59,15 +70,19 @@ def embed(
 ) -> None:
     """hidden (tokens, cols) = embedding rows * factor."""
     part = parts[0]
-    bits, per_group, group_bytes = part[BITS], part[CHUNKS_PER_GROUP], part[GROUP_BYTES]
+    bits, per_group = part[BITS], part[CHUNKS_PER_GROUP]
+    group_bytes, step_bytes = part[GROUP_BYTES], part[STEP_BYTES]
     chunks, size = hidden.shape[1] // CHUNK, bits * LINE
     for index in prange(tokens.size):
         block, lane = tokens[index] // LANES, tokens[index] % LANES
         at = part[CODES] + block * chunks * size
-        group_at = part[SCALES] + block * (chunks // per_group) * group_bytes
+        steps_at = part[SCALES] + block * (step_bytes + chunks // per_group * group_bytes)
+        steps = address(data) + steps_at if step_bytes else 0
         for chunk in range(chunks):
-            group = data[group_at + chunk // per_group * group_bytes :][:group_bytes]
-            scale, zero = load_half(address(group) + 2 * lane), _stored_zero(group, bits, lane)
+            group_at = steps_at + step_bytes + chunk // per_group * group_bytes
+            group = data[group_at:][:group_bytes]
+            scale = _stored_scale(address(group), steps, lane)
+            zero = _stored_zero(group, bits, lane)
             codes = data[at + chunk * size :][:size]
             for channel in range(CHUNK):
                 level = np.float32(_stored_code(codes, bits, lane, channel) - zero)

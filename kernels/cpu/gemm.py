@@ -12,7 +12,7 @@ from numba import get_thread_id, prange
 from numpy.typing import NDArray
 
 from uq.kernels.cpu.codes import LINE, chunk_unpack
-from uq.kernels.cpu.gemv import X_CHUNK, find_part, load_zeros
+from uq.kernels.cpu.gemv import X_CHUNK, find_part, load_scales, load_zeros
 from uq.kernels.cpu.intrinsics import address, load_halves, store_floats
 from uq.kernels.cpu.layout import (
     BITS,
@@ -21,6 +21,7 @@ from uq.kernels.cpu.layout import (
     FIRST_BLOCK,
     GROUP_BYTES,
     SCALES,
+    STEP_BYTES,
 )
 from uq.kernels.cpu.llvm import CHUNK, LANES
 from uq.kernels.cpu.tiles import TILE_LANES, TILE_ROWS, chunk_tile
@@ -52,10 +53,14 @@ def _unpack(
     out_scale: int,
 ) -> None:
     """Chunks `first:last` of a row block: codes as int16, the scale of each chunk as float32."""
-    bits, per_group, group_bytes = part[BITS], part[CHUNKS_PER_GROUP], part[GROUP_BYTES]
+    bits, per_group = part[BITS], part[CHUNKS_PER_GROUP]
+    group_bytes, step_bytes = part[GROUP_BYTES], part[STEP_BYTES]
     inner = block - part[FIRST_BLOCK]
     codes = address(data) + part[CODES] + (inner * chunks + first) * bits * LINE
-    groups = address(data) + part[SCALES] + inner * (chunks // per_group) * group_bytes
+    size = step_bytes + chunks // per_group * group_bytes
+    groups = address(data) + part[SCALES] + inner * size
+    steps = load_halves(groups)
+    groups += step_bytes
     for chunk in range(first, last):
         group = groups + chunk // per_group * group_bytes
         zeros = load_zeros(group, group_bytes, bits)
@@ -67,7 +72,7 @@ def _unpack(
             _int6(codes, zeros, out)
         else:
             _int8(codes, zeros, out)
-        store_floats(out_scale, load_halves(group))
+        store_floats(out_scale, load_scales(group, steps, step_bytes))
         codes, out, out_scale = codes + bits * LINE, out + CHUNK_TILE, out_scale + 4 * TILE_LANES
 
 

@@ -20,6 +20,7 @@ from uq.kernels.cpu.intrinsics import (
     address,
     eighth,
     load_halves,
+    load_multiples,
     load_nibbles,
     multiply,
     scaled,
@@ -37,8 +38,8 @@ from uq.kernels.cpu.layout import (
     CODES,
     FIRST_BLOCK,
     GROUP_BYTES,
-    SCALE_BYTES,
     SCALES,
+    STEP_BYTES,
     ZERO_BYTES,
 )
 from uq.kernels.cpu.llvm import LANES
@@ -57,25 +58,48 @@ def find_part(parts: NDArray[np.int64], block: int) -> int:
 
 
 @kernel()
+def has_zeros(group_bytes: int) -> bool:
+    """Whether there are zero points behind the scales of a group."""
+    return group_bytes % LANES != 0
+
+
+@kernel()
 def load_zeros(group: int, group_bytes: int, bits: int) -> Any:
     """Zero points of 16 rows, counted from `qmin`, out of a group's scales and zero points."""
-    if group_bytes == SCALE_BYTES:
+    if not has_zeros(group_bytes):
         return splat_int(1 << (bits - 1))
-    return load_nibbles(group + SCALE_BYTES, bits - 4)
+    return load_nibbles(group + group_bytes - ZERO_BYTES, bits - 4)
+
+
+@kernel()
+def load_scales(group: int, steps: Any, step_bytes: int) -> Any:
+    """Scales of 16 rows. Those of 8 bits are exactly float16 numbers, too: see `row_scales`."""
+    if step_bytes:
+        return load_multiples(group, steps)
+    return load_halves(group)
 
 
 def _loop_kernel(bits: int, zero_point: bool) -> Any:
     """16 rows times one token, for codes of one kind."""
     dot, step, eights = chunk_dot(bits), bits * LINE, (1 << (bits - 1)) // 8
-    group_bytes = SCALE_BYTES + ZERO_BYTES * zero_point
 
     @kernel(cache=False)  # part of `gemv`, which is kept
     def loop(
-        codes: int, group: int, groups: int, per_group: int, x: int, x_scale: int, offset: int
+        codes: int,
+        group: int,
+        group_bytes: int,
+        step_bytes: int,
+        groups: int,
+        per_group: int,
+        x: int,
+        x_scale: int,
+        offset: int,
     ) -> Any:
-        total = zero_floats()
+        total, steps = zero_floats(), load_halves(group)  # of scales of 16 bits: not used
+        group += step_bytes
         for _ in range(groups):
-            scale, zeros = load_halves(group), load_zeros(group, group_bytes, bits)
+            scale = load_scales(group, steps, step_bytes)
+            zeros = load_zeros(group, group_bytes, bits)
             for _ in range(per_group):
                 start = zero_ints()
                 if zero_point:
@@ -98,16 +122,16 @@ def _block_kernel(bits: int) -> Any:
     def block(
         codes: int,
         group: int,
-        group_bytes: int,
+        sizes: tuple[int, int],
         groups: int,
         per_group: int,
         x: int,
         x_scale: int,
         offset: int,
     ) -> Any:
-        if group_bytes == SCALE_BYTES:
-            return symmetric(codes, group, groups, per_group, x, x_scale, offset)
-        return with_zeros(codes, group, groups, per_group, x, x_scale, offset)
+        if has_zeros(sizes[0]):
+            return with_zeros(codes, group, *sizes, groups, per_group, x, x_scale, offset)
+        return symmetric(codes, group, *sizes, groups, per_group, x, x_scale, offset)
 
     return block
 
@@ -135,16 +159,17 @@ def gemv(
     x, x_scale, offset = address(codes), address(scales), address(offsets)
     for block in prange(out.shape[1] // LANES):
         part = parts[find_part(parts, block)]
-        bits, per_group, group_bytes = part[BITS], part[CHUNKS_PER_GROUP], part[GROUP_BYTES]
+        bits, per_group = part[BITS], part[CHUNKS_PER_GROUP]
+        sizes = part[GROUP_BYTES], part[STEP_BYTES]
         groups, inner = chunks // per_group, block - part[FIRST_BLOCK]
         at = address(data) + part[CODES] + inner * chunks * bits * LINE
-        group = address(data) + part[SCALES] + inner * groups * group_bytes
+        group = address(data) + part[SCALES] + inner * (sizes[1] + groups * sizes[0])
         if bits == 4:
-            total = _int4(at, group, group_bytes, groups, per_group, x, x_scale, offset)
+            total = _int4(at, group, sizes, groups, per_group, x, x_scale, offset)
         elif bits == 5:
-            total = _int5(at, group, group_bytes, groups, per_group, x, x_scale, offset)
+            total = _int5(at, group, sizes, groups, per_group, x, x_scale, offset)
         elif bits == 6:
-            total = _int6(at, group, group_bytes, groups, per_group, x, x_scale, offset)
+            total = _int6(at, group, sizes, groups, per_group, x, x_scale, offset)
         else:
-            total = _int8(at, group, group_bytes, groups, per_group, x, x_scale, offset)
+            total = _int8(at, group, sizes, groups, per_group, x, x_scale, offset)
         store_floats(address(out) + block * LINE, total)

@@ -83,6 +83,27 @@ def load_halves(typing: Any, at: Any) -> Any:
 
 
 @intrinsic
+def load_multiples(typing: Any, at: Any, steps: Any) -> Any:
+    """16 signed bytes, each times the step of its lane."""
+
+    def emit(context: Any, b: Any, signature: Any, args: Any) -> ir.Value:
+        at, steps = args
+        return b.fmul(b.sitofp(llvm.load(b, llvm.BYTES, at), llvm.FLOATS), steps)
+
+    return float32x16(types.int64, float32x16), emit
+
+
+@intrinsic
+def load_byte(typing: Any, at: Any) -> Any:
+    """One signed byte, as float32."""
+
+    def emit(context: Any, b: Any, signature: Any, args: Any) -> ir.Value:
+        return b.sitofp(llvm.load(b, llvm.BYTE, args[0], 1), llvm.FLOAT)
+
+    return types.float32(types.int64), emit
+
+
+@intrinsic
 def load_nibbles(typing: Any, at: Any, shift: Any) -> Any:
     """16 unsigned nibbles, as int32 times 2^shift."""
 

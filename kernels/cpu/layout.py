@@ -11,10 +11,10 @@ loading a bundle is a transposition of words:
 
 Codes but INT8's are stored less `qmin`, so that they need no sign extension. A row block is its
 chunks one after the other. Its groups lie apart: 16 float16 scales and, where there are zero
-points, 16 nibbles of them, each plus 8.
+points, 16 nibbles of them, each plus 8. Scales of 8 bits are 16 signed bytes instead, and in front
+of a row block's groups lie the 16 float16 steps of its rows.
 
-All weights share one array: large pages, and one argument for any number of weights. Scales that a
-bundle stores in 8 bits lie here as float16, too.
+All weights share one array: large pages, and one argument for any number of weights.
 """
 
 from __future__ import annotations
@@ -43,11 +43,12 @@ FLIPS = {
     6: (np.uint32(0), np.uint32(0xAAAAAAAA)),
     8: (np.uint32(0), np.uint32(0)),
 }
-SCALE_BYTES = 2 * LANES  # of a group in a row block
+SCALE_BYTES = 2 * LANES  # of a group in a row block, or of a row block's steps
+NARROW_BYTES = LANES  # of a group's scales of 8 bits
 ZERO_BYTES = LANES // 2
 
-# Columns of a `Linear`'s table of parts, one row for each weight.
-CODES, SCALES, FIRST_BLOCK, BLOCKS, BITS, CHUNKS_PER_GROUP, GROUP_BYTES = range(7)
+# Columns of a `Linear`'s table of parts, one row for each weight. STEP_BYTES: 0 or SCALE_BYTES.
+CODES, SCALES, FIRST_BLOCK, BLOCKS, BITS, CHUNKS_PER_GROUP, GROUP_BYTES, STEP_BYTES = range(8)
 
 
 class Record(Protocol):
@@ -84,7 +85,7 @@ class Linear:
     """Weights that multiply the same input in one call; their outputs lie one after the other.
 
     Attributes:
-        parts: (weights, 7) int64, columns as named above; offsets are bytes in the arena.
+        parts: (weights, 8) int64, columns as named above; offsets are bytes in the arena.
         cols: input channels.
         columns: of each weight, where its output begins; every weight fills whole blocks.
         width: of the output, padding included.
@@ -103,7 +104,8 @@ class Linear:
         part = self.parts[:1].copy()
         chunks = self.cols // CHUNK
         part[0, CODES] += first * chunks * chunk_bytes(int(part[0, BITS]))
-        part[0, SCALES] += first * chunks // part[0, CHUNKS_PER_GROUP] * part[0, GROUP_BYTES]
+        groups = chunks // part[0, CHUNKS_PER_GROUP]
+        part[0, SCALES] += first * (part[0, STEP_BYTES] + groups * part[0, GROUP_BYTES])
         part[0, BLOCKS] = last - first
         nbytes = self.nbytes * (last - first) // int(self.parts[0, BLOCKS])
         return Linear(part, self.cols, (0,), (last - first) * LANES, nbytes), first * LANES
@@ -135,11 +137,24 @@ class Place:
         return self.blocks, self.record.shape[1] // CHUNK, words, LANES
 
     @property
-    def halves(self) -> tuple[int, int, int]:
-        """Shape of scales and zero points, two bytes each: (blocks, groups, lanes and more)."""
+    def group_bytes(self) -> int:
         spec = self.record.spec
-        group_bytes = SCALE_BYTES + ZERO_BYTES * spec.zero_point
-        return self.blocks, self.record.shape[1] // spec.group, group_bytes // 2
+        return (NARROW_BYTES if spec.row_step else SCALE_BYTES) + ZERO_BYTES * spec.zero_point
+
+    @property
+    def step_bytes(self) -> int:
+        return SCALE_BYTES * self.record.spec.row_step
+
+    @property
+    def block(self) -> np.dtype[np.void]:
+        """Steps, scales and zero points of a row block."""
+        spec = self.record.spec
+        scales = ("u1" if spec.row_step else "<u2", LANES)
+        group = np.dtype(
+            [("scales", *scales), ("zeros", "u1", ZERO_BYTES * spec.zero_point)],
+        )
+        groups = self.record.shape[1] // spec.group
+        return np.dtype([("steps", "<u2", self.step_bytes // 2), ("groups", group, groups)])
 
     @property
     def scales(self) -> int:
@@ -148,7 +163,7 @@ class Place:
     @property
     def end(self) -> int:
         """Behind the scales, at the next cache line."""
-        return -(-(self.scales + 2 * math.prod(self.halves)) // ALIGNMENT) * ALIGNMENT
+        return -(-(self.scales + self.blocks * self.block.itemsize) // ALIGNMENT) * ALIGNMENT
 
 
 def chunk_bytes(bits: int) -> int:
@@ -178,8 +193,9 @@ def _linear(places: Sequence[Place]) -> Linear:
     parts, columns, first = [], [], 0
     for place in places:
         spec = place.record.spec
-        counts = (first, place.blocks, spec.bits, spec.group // CHUNK, 2 * place.halves[2])
-        parts.append([place.codes, place.scales, *counts])
+        counts = (first, place.blocks, spec.bits, spec.group // CHUNK)
+        sizes = (place.group_bytes, place.step_bytes)
+        parts.append([place.codes, place.scales, *counts, *sizes])
         columns.append(first * LANES)
         first += place.blocks
     return Linear(
@@ -187,7 +203,7 @@ def _linear(places: Sequence[Place]) -> Linear:
         cols=places[0].record.shape[1],
         columns=tuple(columns),
         width=first * LANES,
-        nbytes=sum(place.record.spec.expanded.nbytes(*place.record.shape) for place in places),
+        nbytes=sum(place.record.spec.nbytes(*place.record.shape) for place in places),
     )
 
 
@@ -203,11 +219,14 @@ def _pack_one(raw: NDArray[np.uint8], place: Place, data: NDArray[np.uint8]) -> 
     if spec.high_bits:
         fields = tiles["high"].reshape(*tiles.shape, 1, LANES, -1)  # one panel
         _transpose_words(_frozen(fields), FLIPS[spec.bits][1], high)
-    stop = place.scales + 2 * math.prod(place.halves)
-    halves = data[place.scales : stop].view(np.uint16).reshape(place.halves)
-    _transpose_scales(_frozen(TILE.tile_scales(row_blocks).view("<u2")), halves)
+    stop = place.scales + place.blocks * place.block.itemsize
+    blocks = data[place.scales : stop].view(place.block)
+    blocks["steps"] = row_blocks["steps"].view("<u2")
+    groups = blocks["groups"]  # (blocks, groups)
+    _transpose_scales(_frozen(tiles["scales"].view(groups["scales"].dtype)), groups["scales"])
     if spec.zero_point:
-        _transpose_zeros(_frozen(tiles["zeros"]), TILE_CHUNKS * CHUNK // spec.group, halves)
+        per_tile = TILE_CHUNKS * CHUNK // spec.group
+        _transpose_zeros(_frozen(tiles["zeros"]), per_tile, groups["zeros"])
 
 
 def _aligned(nbytes: int) -> NDArray[np.uint8]:
@@ -248,25 +267,25 @@ def _transpose_words(tiles: NDArray[np.uint32], flip: np.uint32, words: NDArray[
 
 
 @kernel(parallel=True)
-def _transpose_scales(tiles: NDArray[np.uint16], halves: NDArray[np.uint16]) -> None:
-    """(blocks, tiles, rows, groups of a tile) -> (blocks, groups, rows and more)."""
-    blocks, groups, _ = halves.shape
+def _transpose_scales(tiles: NDArray[Any], scales: NDArray[Any]) -> None:
+    """(blocks, tiles, rows, groups of a tile) -> (blocks, groups, rows), of one type."""
+    blocks, groups, _ = scales.shape
     per_tile = tiles.shape[3]
     for block in prange(blocks):
         for group in range(groups):
             for row in range(LANES):
-                halves[block, group, row] = tiles[block, group // per_tile, row, group % per_tile]
+                scales[block, group, row] = tiles[block, group // per_tile, row, group % per_tile]
 
 
 @kernel(parallel=True)
-def _transpose_zeros(tiles: NDArray[np.uint8], per_tile: int, halves: NDArray[np.uint16]) -> None:
-    """Nibbles (blocks, tiles, rows * groups of a tile) -> 4 in each number behind the scales."""
-    blocks, groups, _ = halves.shape
+def _transpose_zeros(tiles: NDArray[np.uint8], per_tile: int, zeros: NDArray[np.uint8]) -> None:
+    """Nibbles (blocks, tiles, rows * groups of a tile) -> (blocks, groups, rows / 2)."""
+    blocks, groups, _ = zeros.shape
     for block in prange(blocks):
         for group in range(groups):
-            halves[block, group, LANES:] = 0
+            zeros[block, group] = 0
             for row in range(LANES):
                 number = row * per_tile + group % per_tile
                 byte = tiles[block, group // per_tile, number // 2]
                 nibble = (byte >> 4 * (number % 2) & 15) ^ 8  # two's complement to nibble + 8
-                halves[block, group, LANES + row // 4] |= nibble << 4 * (row % 4)
+                zeros[block, group, row // 2] |= nibble << 4 * (row % 2)

@@ -19,6 +19,7 @@ BYTE, SHORT, INT, LONG = (ir.IntType(bits) for bits in (8, 16, 32, 64))
 HALF, FLOAT = ir.HalfType(), ir.FloatType()
 FLOATS, INTS = ir.VectorType(FLOAT, LANES), ir.VectorType(INT, LANES)
 HALVES, SHORTS = ir.VectorType(HALF, LANES), ir.VectorType(SHORT, 2 * LANES)
+BYTES = ir.VectorType(ir.IntType(8), LANES)
 CHUNK_FLOATS, CHUNK_INTS = ir.VectorType(FLOAT, CHUNK), ir.VectorType(INT, CHUNK)
 
 
