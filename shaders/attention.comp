@@ -78,6 +78,7 @@ const uint WEIGHTS = QUERIES * TILE > JOINED_HEADS * SPLITS ? QUERIES * TILE : J
 // channels each find neighbours.
 shared vec4 rows[(QUERIES + 1) * QUADS];  // the queries, then the new key
 shared vec4 new_value[QUADS];
+shared STORED fresh_key[QUADS], fresh_value[QUADS];  // as the cache has them
 shared float factors[QUERIES + 1];
 shared float weights[WEIGHTS];
 shared float correction[QUERIES];
@@ -127,12 +128,14 @@ void measure_rows(uint count) {
         float total = 0.0;
         if (row < count) {
             [[unroll]] for (uint i = lane % 8; i < QUADS; i += 8) {
-                total += dot(rows[row * QUADS + i], rows[row * QUADS + i]);
+                total = dot_onto(rows[row * QUADS + i], rows[row * QUADS + i], total);
             }
         }
         total = team_sum(total, 8);
         if (row < count && lane % 8 == 0) {
-            factors[row] = inversesqrt(total / float(DIM) + EPS);
+            precise float mean = total / float(DIM);
+            mean = mean + EPS;
+            factors[row] = inversesqrt(mean);
         }
     }
     barrier();
@@ -156,7 +159,8 @@ void load_turns() {
 // a position is that of its multiple of 256 and that of the rest.
 void turn_rows(uint count) {
     uint pair = lane % PAIRS;
-    float c = fine.x * coarse.x - fine.y * coarse.y, s = fine.y * coarse.x + fine.x * coarse.y;
+    precise float c = fine.x * coarse.x - fine.y * coarse.y;
+    precise float s = fine.y * coarse.x + fine.x * coarse.y;
     if (QK_NORM) {
         measure_rows(count);
     }
@@ -164,14 +168,15 @@ void turn_rows(uint count) {
     [[dont_unroll]] for (uint row = lane / PAIRS; row < rows_end; row += TURN_ROWS) {
         uint low_at = row * QUADS + quad_place(pair / 4);
         uint high_at = row * QUADS + quad_place((pair + PAIRS) / 4);
-        float low = rows[low_at][pair % 4], high = rows[high_at][pair % 4];
+        precise float low = rows[low_at][pair % 4], high = rows[high_at][pair % 4];
         if (QK_NORM) {
             vec2 gain = row < QUERIES ? pair_gains.xy : pair_gains.zw;
             low *= factors[row] * gain.x;
             high *= factors[row] * gain.y;
         }
-        rows[low_at][pair % 4] = low * c - high * s;
-        rows[high_at][pair % 4] = high * c + low * s;
+        precise vec2 turned = vec2(low * c - high * s, high * c + low * s);
+        rows[low_at][pair % 4] = turned.x;
+        rows[high_at][pair % 4] = turned.y;
     }
     barrier();
 }
@@ -180,9 +185,11 @@ void turn_rows(uint count) {
 void norm_value() {
     float total = 0.0;
     [[unroll]] for (uint i = lane % 8; i < QUADS; i += 8) {
-        total += dot(new_value[i], new_value[i]);
+        total = dot_onto(new_value[i], new_value[i], total);
     }
-    float factor = inversesqrt(team_sum(total, 8) / float(DIM) + EPS);
+    precise float mean = team_sum(total, 8) / float(DIM);
+    mean = mean + EPS;
+    float factor = inversesqrt(mean);
     barrier();
     for (uint i = lane; i < QUADS; i += LANES) {
         new_value[i] *= factor;
@@ -195,8 +202,8 @@ void append() {
     uint row = first_row + position % SLOTS;
     for (uint i = lane; i < QUADS; i += LANES) {
         uint at = quad_place(i), key_at = QUERIES * QUADS + at;
-        rows[key_at] = store_quad(keys, key_scales, row, i, rows[key_at]);
-        new_value[at] = store_quad(values, value_scales, row, i, new_value[at]);
+        fresh_key[at] = store_quad(keys, key_scales, row, i, rows[key_at]);
+        fresh_value[at] = store_quad(values, value_scales, row, i, new_value[at]);
     }
     barrier();
 }
@@ -238,12 +245,12 @@ void score(uint first, uint stop, uint fresh) {
             vec4 low, high;
             unpack(key_parts[i], low, high);
             if (key == fresh) {
-                low = rows[QUERIES * QUADS + vector];
-                high = rows[QUERIES * QUADS + VECTORS + vector];
+                low = stored_quad(fresh_key[vector]);
+                high = stored_quad(fresh_key[VECTORS + vector]);
             }
             [[unroll]] for (uint q = 0; q < QUERIES; q++) {
-                total[q] += dot(low, rows[q * QUADS + vector]);
-                total[q] += dot(high, rows[q * QUADS + VECTORS + vector]);
+                total[q] = dot_onto(low, rows[q * QUADS + vector], total[q]);
+                total[q] = dot_onto(high, rows[q * QUADS + VECTORS + vector], total[q]);
             }
         }
     }
@@ -274,7 +281,8 @@ void renormalize(inout float peak, inout float sum) {
             total += w;
         }
         float factor = exp(peak - best);
-        sum = sum * factor + team_sum(total, 8);
+        precise float both = fma(sum, factor, team_sum(total, 8));
+        sum = both;
         peak = best;
         correction[query] = factor;
     }
@@ -293,13 +301,14 @@ void mix(uint first, uint fresh, inout vec4 low[QUERIES], inout vec4 high[QUERIE
             vec4 a, b;
             unpack(value_parts[i], a, b);
             if (first + at >= fresh) {  // weights behind it are 0, but what lies there is anything
-                a = new_value[vector];
-                b = new_value[VECTORS + vector];
+                a = stored_quad(fresh_value[vector]);
+                b = stored_quad(fresh_value[VECTORS + vector]);
             }
             [[unroll]] for (uint q = 0; q < QUERIES; q++) {
                 float w = weights[q * TILE + at];
-                low[q] += w * a;
-                high[q] += w * b;
+                precise vec4 front = fma(vec4(w), a, low[q]), back = fma(vec4(w), b, high[q]);
+                low[q] = front;
+                high[q] = back;
             }
         }
     }

@@ -52,7 +52,10 @@ void weigh_splits(uint first_head, uint splits) {
             vec2 one = stats.at[place + s * QUERIES];
             vec2 two = s + 8 < splits ? stats.at[place + (s + 8) * QUERIES] : vec2(-1e30, 0.0);
             float peak = max(best, max(one.x, two.x));
-            total = total * exp(best - peak) + one.y * exp(one.x - peak) + two.y * exp(two.x - peak);
+            precise float sum = total * exp(best - peak);
+            sum = fma(one.y, exp(one.x - peak), sum);
+            sum = fma(two.y, exp(two.x - peak), sum);
+            total = sum;
             best = peak;
             weights[h * SPLITS + s] = one.x;
             weights[h * SPLITS + s + 8] = two.x;
@@ -77,7 +80,8 @@ void join(uint first_head, uint splits) {
             // Behind the last split lies what an earlier pass left.
             [[unroll]] for (uint s = 0; s < AT_ONCE; s++) {
                 vec4 part = partials.at[place + (first + s) * QUERIES * QUADS];
-                total += weights[h * SPLITS + first + s] * part;
+                precise vec4 sum = fma(vec4(weights[h * SPLITS + first + s]), part, total);
+                total = sum;
             }
         }
         store_activations(x, gl_WorkGroupID.z * words, first_head * QUADS + i, total);

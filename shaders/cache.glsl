@@ -15,6 +15,14 @@ layout(buffer_reference, std430, buffer_reference_align = 4) readonly restrict b
     float at[];
 };
 
+// Four channels as the cache has them, for who does not wait for it. They stay in this form until they
+// are used: a driver may take the way from float32 to float16 and back for none at all.
+#if KV_INT8
+#define STORED vec4
+#else
+#define STORED uvec2
+#endif
+
 #if KV_INT8
 // Eight channels of a row, as they are stored.
 struct Channels {
@@ -32,9 +40,9 @@ void unpack(Channels from, out vec4 low, out vec4 high) {
     high = vec4(unpack_bytes(from.codes.y)) * from.scale;
 }
 
-// Channels 4 * quad .. 4 * quad + 3, and what was kept of them. The eight lanes that share 32
+// Channels 4 * quad .. 4 * quad + 3; what was kept of them. The eight lanes that share 32
 // channels call it together.
-vec4 store_quad(Uints cache, Floats scales, uint row, uint quad, vec4 v) {
+STORED store_quad(Uints cache, Floats scales, uint row, uint quad, vec4 v) {
     vec4 size = abs(v);
     float peak = team_max(max(max(size.x, size.y), max(size.z, size.w)), 8);
     float scale = unpackHalf2x16(packHalf2x16(vec2(peak / 127.0, 0.0))).x;
@@ -44,6 +52,10 @@ vec4 store_quad(Uints cache, Floats scales, uint row, uint quad, vec4 v) {
         scales.at[row * (DIM / 32) + quad / 8] = scale;
     }
     return vec4(code) * scale;
+}
+
+vec4 stored_quad(STORED v) {
+    return v;
 }
 #else
 struct Channels {
@@ -59,11 +71,15 @@ void unpack(Channels from, out vec4 low, out vec4 high) {
     high = vec4(unpackHalf2x16(from.halves.z), unpackHalf2x16(from.halves.w));
 }
 
-vec4 store_quad(Uints cache, Floats scales, uint row, uint quad, vec4 v) {
+STORED store_quad(Uints cache, Floats scales, uint row, uint quad, vec4 v) {
     uvec2 halves = uvec2(packHalf2x16(v.xy), packHalf2x16(v.zw));
     cache.at[row * (DIM / 2) + 2 * quad] = halves.x;
     cache.at[row * (DIM / 2) + 2 * quad + 1] = halves.y;
-    return vec4(unpackHalf2x16(halves.x), unpackHalf2x16(halves.y));
+    return halves;
+}
+
+vec4 stored_quad(STORED v) {
+    return vec4(unpackHalf2x16(v.x), unpackHalf2x16(v.y));
 }
 #endif
 

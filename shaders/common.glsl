@@ -49,6 +49,15 @@ float team_max(float value, uint lanes) {
     return value;
 }
 
+// sum + a . b in fused steps, one after the other: no compiler may choose others.
+float dot_onto(vec4 a, vec4 b, float sum) {
+    precise float total = fma(a.x, b.x, sum);
+    total = fma(a.y, b.y, total);
+    total = fma(a.z, b.z, total);
+    total = fma(a.w, b.w, total);
+    return total;
+}
+
 // Sum over the workgroup, known to all of it. Every invocation must call it. The order depends on LANES
 // alone, not on the size of a subgroup: drivers choose that for each pipeline.
 float workgroup_sum(float value) {

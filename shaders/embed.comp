@@ -24,9 +24,9 @@ void main() {
         state.generated[column * MAX_STEPS + state.made[column]] = token;
     }
     for (uint quad = lane_index(); quad < QUADS; quad += LANES) {
-        uint block = token / 16, row = token % 16;
-        float unit = load_unit(table, block, TILES, row);
-        Piece piece = load_piece(table, block, TILES, quad / 32, row * 4 + quad / 8 % 4, unit);
+        uint64_t rows = block_address(table, token / 16, TILES);
+        float unit = load_unit(rows, TILES, token % 16);
+        Piece piece = load_piece(rows, quad / 32, token % 16 * 4 + quad / 8 % 4, unit);
         hidden.at[column * QUADS + quad] = SCALE * values(piece, quad % 8);
     }
 }

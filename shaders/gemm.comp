@@ -47,7 +47,7 @@ float total[TM * TN];
 // x of a token; those behind the last one repeat it and are not stored.
 void stage_x(uint i, uint tile, uint piece) {
     uint column = min(gl_WorkGroupID.y * BM + i, count - 1);
-    Input v = load_input(x, column * tiles + tile, piece);
+    Input v = load_input(column_address(x, column, tiles), tile, piece);
 #ifdef INTEGER_DOT
     x_packs[i] = v.high[0];
     x_packs[BM + i] = v.high[1];
@@ -76,8 +76,9 @@ void stage_x(uint i, uint tile, uint piece) {
 
 void stage_weight(uint i, uint tile, uint piece) {
     uint row = min(gl_WorkGroupID.x * BN + i, rows - 1);
-    float unit = load_unit(weights, row / 16, tiles, row % 16);
-    Piece w = load_piece(weights, row / 16, tiles, tile, row % 16 * 4 + piece, unit);
+    uint64_t rows_at = block_address(weights, row / 16, tiles);
+    float unit = load_unit(rows_at, tiles, row % 16);
+    Piece w = load_piece(rows_at, tile, row % 16 * 4 + piece, unit);
 #ifdef INTEGER_DOT
     w_packs[i] = codes(w, 0);
     w_packs[BN + i] = codes(w, 1);

@@ -54,7 +54,7 @@ uint row_of(uint i, uint lane) {
 void fetch_units(uint lane) {
     [[unroll]] for (uint i = 0; i < W_LOADS; i++) {
         uint row = row_of(i, lane);
-        w_units[i] = load_unit(weights, row / 16, tiles, row % 16);
+        w_units[i] = load_unit(block_address(weights, row / 16, tiles), tiles, row % 16);
     }
 }
 
@@ -67,8 +67,8 @@ void fetch(uint step, uint lane) {
     [[unroll]] for (uint i = 0; i < W_LOADS; i++) {
         uint load = min(i * LANES + lane, W_PIECES - 1), pieces = STEP / 32;
         uint row = row_of(i, lane), piece = step % STEPS * pieces + load % pieces;
-        uint at = row % 16 * 4 + piece;
-        w_next[i] = load_piece(weights, row / 16, tiles, step / STEPS, at, w_units[i]);
+        uint64_t rows_at = block_address(weights, row / 16, tiles);
+        w_next[i] = load_piece(rows_at, step / STEPS, row % 16 * 4 + piece, w_units[i]);
     }
 }
 

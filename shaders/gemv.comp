@@ -60,7 +60,8 @@ shared uvec4 held[NORMS ? HIDDEN_TILES * INPUT_VECTORS : 1];  // activations, wh
 float total[COLUMNS * BLOCKS];
 uint first_tile, last_tile;  // of this part
 uint expert_block = 0;       // at which the chosen expert's rows begin
-Piece pieces[BLOCKS];  // of a tile on its way
+Piece pieces[(AHEAD ? 2 : 1) * BLOCKS];  // of tiles on their way
+uint64_t rows_at[BLOCKS];  // where the row blocks lie
 float units[BLOCKS];
 
 void hold_quad(uint quad, vec4 v) {
@@ -95,53 +96,72 @@ void make_input() {
     barrier();
 }
 
-void load_units(uint first, uint lane) {
+void begin_rows(uint first, uint lane) {
     [[unroll]] for (uint b = 0; b < BLOCKS; b++) {
         uint block = expert_block + min(first + b % STEP, blocks - 1);
-        units[b] = load_unit(b < STEP ? weights : second, block, tiles, lane / 4);
+        rows_at[b] = block_address(b < STEP ? weights : second, block, tiles);
+        units[b] = load_unit(rows_at[b], tiles, lane / 4);
     }
 }
 
-void load_tile(uint first, uint tile, uint lane) {
+// Into `pieces` from `at` on.
+void load_tile(uint at, uint tile, uint lane) {
     [[unroll]] for (uint b = 0; b < BLOCKS; b++) {
-        uint block = expert_block + min(first + b % STEP, blocks - 1);
-        pieces[b] = load_piece(b < STEP ? weights : second, block, tiles, tile, lane, units[b]);
+        pieces[at + b] = load_piece(rows_at[b], tile, lane, units[b]);
     }
 }
 
-// With AHEAD the first tile is on its way.
-void accumulate(uint first, uint lane, uint slice) {
-    uint column = EPILOGUE == CHOOSE ? state.count - 1 : 0;  // the first one that is read
+Input input_of(uint column, uint tile, uint lane) {
+    uint first = EPILOGUE == CHOOSE ? state.count - 1 : 0, piece = lane % 4;  // the first one that is read
     if (ACTIVE > 0) {
-        column = gl_WorkGroupID.z / (EPILOGUE == GEGLU ? ACTIVE : 1);
+        first = gl_WorkGroupID.z / (EPILOGUE == GEGLU ? ACTIVE : 1);
     }
+    if (NORMS) {
+        return INPUT(held, tile * INPUT_VECTORS, piece);
+    }
+    return load_input(column_address(x, first + column, tiles), tile, piece);
+}
+
+// `pieces` from `at` on times `v` of a column.
+void multiply_pieces(uint at, uint column, Input v) {
+    [[unroll]] for (uint b = 0; b < BLOCKS; b++) {
+        precise float sum = total[column * BLOCKS + b] + multiply(pieces[at + b], v);
+        total[column * BLOCKS + b] = sum;
+    }
+}
+
+// The first tile is on its way, and then always the next one, in either half of `pieces` by turns:
+// nothing is copied from one to the other and nothing is loaded under a condition, so no compiler waits
+// for a tile before it is needed. The input is asked for first, since loads come back in their order.
+// Behind the last tile it is loaded again.
+void accumulate_ahead(uint lane, uint slice) {
+    uint last = last_tile - 1;
+    for (uint tile = first_tile + slice; tile < last_tile; tile += SLICES) {
+        Input v = input_of(0, tile, lane);
+        load_tile(BLOCKS, min(tile + SLICES, last), lane);
+        multiply_pieces(0, 0, v);
+        tile += SLICES;
+        if (tile >= last_tile) {
+            break;
+        }
+        v = input_of(0, tile, lane);
+        load_tile(0, min(tile + SLICES, last), lane);
+        multiply_pieces(BLOCKS, 0, v);
+    }
+}
+
+void accumulate(uint lane, uint slice) {
     [[unroll]] for (uint i = 0; i < COLUMNS * BLOCKS; i++) {
         total[i] = 0.0;
     }
+    if (AHEAD) {
+        accumulate_ahead(lane, slice);
+        return;
+    }
     for (uint tile = first_tile + slice; tile < last_tile; tile += SLICES) {
-        if (!AHEAD) {
-            load_tile(first, tile, lane);
-        }
-        Piece now[BLOCKS];
-        [[unroll]] for (uint b = 0; b < BLOCKS; b++) {
-            now[b] = pieces[b];
-        }
-        if (AHEAD && tile + SLICES < last_tile) {
-            load_tile(first, tile + SLICES, lane);
-        }
+        load_tile(0, tile, lane);
         [[unroll]] for (uint c = 0; c < COLUMNS; c++) {
-            uint base = ((column + c) * tiles + tile) * INPUT_VECTORS;
-            uint piece = lane % 4;
-            Input v;
-            if (NORMS) {
-                v = INPUT(held, base, piece);
-            } else {
-                v = INPUT(x.at, base, piece);
-            }
-            [[unroll]] for (uint b = 0; b < BLOCKS; b++) {
-                precise float sum = total[c * BLOCKS + b] + multiply(now[b], v);
-                total[c * BLOCKS + b] = sum;
-            }
+            multiply_pieces(0, c, input_of(c, tile, lane));
         }
     }
 }
@@ -279,19 +299,19 @@ void main() {
     if (NORMS) {
         load_column(hidden, Quads(x), branch_gain, gain, 0, 1);
     }
-    load_units(first, lane);
+    begin_rows(first, lane);
     if (AHEAD && has_tiles) {
-        load_tile(first, first_tile + slice, lane);
+        load_tile(0, first_tile + slice, lane);
     }
     if (NORMS) {
         make_input();
     }
     [[dont_unroll]] for (uint round = 0; round < ROUNDS; round++) {  // behind the last block: it again
-        accumulate(first, lane, slice);
+        accumulate(lane, slice);
         if (round + 1 < ROUNDS) {
-            load_units(first + step, lane);
+            begin_rows(first + step, lane);
             if (AHEAD && has_tiles) {
-                load_tile(first + step, first_tile + slice, lane);
+                load_tile(0, first_tile + slice, lane);
             }
         }
         gather(lane, slice);

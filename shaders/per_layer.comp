@@ -21,9 +21,10 @@ layout(push_constant) uniform Push {
 const uint QUADS = SIZE / 4;
 
 vec4 row_quad(uint token, uint quad) {
-    uint tiles = (gl_NumWorkGroups.x * QUADS + 31) / 32, block = token / 16, row = token % 16;
-    float unit = load_unit(table, block, tiles, row);
-    Piece piece = load_piece(table, block, tiles, quad / 32, row * 4 + quad / 8 % 4, unit);
+    uint tiles = (gl_NumWorkGroups.x * QUADS + 31) / 32, row = token % 16;
+    uint64_t rows = block_address(table, token / 16, tiles);
+    float unit = load_unit(rows, tiles, row);
+    Piece piece = load_piece(rows, quad / 32, row * 4 + quad / 8 % 4, unit);
     return values(piece, quad % 8);
 }
 

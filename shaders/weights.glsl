@@ -16,6 +16,8 @@
 #define ZERO_POINT 0
 #endif
 
+#extension GL_EXT_shader_explicit_arithmetic_types_int64 : require
+
 #if WEIGHT <= INT8
 #include "layouts.glsl"
 layout(constant_id = 19) const uint SCALE_BITS = 16;
@@ -66,44 +68,57 @@ layout(buffer_reference, std430, buffer_reference_align = 4) readonly restrict b
     uint at[];
 };
 
-// Place of the first tile of a row block of `tiles`, in vectors.
-uint block_place(uint block, uint tiles) {
-    return block * (tiles * TILE_VECTORS + STEP_VECTORS);
+// A place that all lanes share and the bytes by which each is behind it: two registers of 64 bits and
+// one of 32, where an index would be made 64 bits wide and be multiplied in every lane.
+Words behind(uint64_t base, uint bytes) {
+    return Words(base + uint64_t(bytes));
 }
 
-// `unit` of the pieces of a row, 0 .. 15, of a row block.
-float load_unit(Words weights, uint block, uint tiles, uint row) {
+Singles singles_behind(uint64_t base, uint bytes) {
+    return Singles(base + uint64_t(bytes));
+}
+
+// Address of a row block of `tiles` tiles.
+uint64_t block_address(Words weights, uint block, uint tiles) {
+    return uint64_t(weights) + uint64_t(block) * uint64_t(16 * (tiles * TILE_VECTORS + STEP_VECTORS));
+}
+
+// `unit` of the pieces of a row, 0 .. 15, of the row block at `rows`.
+float load_unit(uint64_t rows, uint tiles, uint row) {
 #if WEIGHT > INT8
     return 1.0;
 #else
     if (SCALE_BITS == 16) {
         return UNIT;
     }
-    uint steps = block_place(block, tiles) + tiles * TILE_VECTORS;
-    return unpackHalf2x16(Singles(weights).at[4 * steps + row / 2] >> 16 * (row % 2)).x * UNIT;
+    uint steps = singles_behind(rows, 16 * tiles * TILE_VECTORS + row / 2 * 4).at[0];
+    return unpackHalf2x16(steps >> 16 * (row % 2)).x * UNIT;
 #endif
 }
 
-// `lane` of a tile of a row block; `unit` is its row's.
-Piece load_piece(Words weights, uint block, uint tiles, uint tile, uint lane, float unit) {
+// `lane` of a tile of the row block at `rows`; `unit` is its row's.
+Piece load_piece(uint64_t rows, uint tile, uint lane, float unit) {
     Piece piece;
-    uint base = block_place(block, tiles) + tile * TILE_VECTORS;
     piece.unit = unit;
+    uint place = 16 * TILE_VECTORS * tile;
+    Words codes_ = behind(rows, place + 16 * lane);
     [[unroll]] for (uint i = 0; i < PANELS; i++) {
-        piece.panel[i] = weights.at[base + 64 * i + lane];
+        piece.panel[i] = codes_.at[64 * i];
     }
 #if WEIGHT == INT5
-    piece.high.x = Singles(weights).at[4 * (base + HIGH_VECTORS) + lane];
+    piece.high.x = singles_behind(rows, place + 4 * lane).at[4 * HIGH_VECTORS];
 #elif WEIGHT == INT6
-    uint first = 4 * (base + HIGH_VECTORS) + 2 * lane;
-    piece.high = uvec2(Singles(weights).at[first], Singles(weights).at[first + 1]);
+    Singles high = singles_behind(rows, place + 8 * lane);
+    piece.high = uvec2(high.at[4 * HIGH_VECTORS], high.at[4 * HIGH_VECTORS + 1]);
 #endif
 #if WEIGHT <= INT8
     piece.group = lane / (GROUP / 32);
-    piece.scales = Singles(weights).at[4 * (base + SCALE_VECTORS) + piece.group / WORD_SCALES];
+    uint scales = 4 * (piece.group / WORD_SCALES);
+    piece.scales = singles_behind(rows, place + scales).at[4 * SCALE_VECTORS];
 #endif
 #if ZERO_POINT
-    piece.zeros = Singles(weights).at[4 * (base + ZERO_VECTORS) + piece.group / 8];
+    uint zeros = 4 * (piece.group / 8);
+    piece.zeros = singles_behind(rows, place + zeros).at[4 * ZERO_VECTORS];
 #endif
     return piece;
 }
@@ -165,6 +180,16 @@ const uint LOW_AT = INT8_X ? 0 : LOW_WORDS / 4, SCALE_AT = SCALE_WORDS / 4;
     uintBitsToFloat(at[base + SCALE_AT][piece]), int(at[base + SCALE_AT + 1][piece]))
 const uint INPUT_VECTORS = X_WORDS / 4;  // of a tile
 
+// Piece 0 .. 3 of tile `tile` of the column of activations at `column`.
+Input load_input(uint64_t column, uint tile, uint piece) {
+    Words bytes = behind(column, 16 * (tile * INPUT_VECTORS + piece));
+    Singles scale = singles_behind(column, 16 * tile * INPUT_VECTORS + 4 * piece);
+    return Input(
+        uvec4[2](bytes.at[0], bytes.at[4]),
+        uvec4[2](bytes.at[LOW_AT], bytes.at[LOW_AT + 4]),
+        uintBitsToFloat(scale.at[4 * SCALE_AT]), int(scale.at[4 * SCALE_AT + 4]));
+}
+
 int dot_vectors(uvec4 a, uvec4 b) {
     return dot_bytes(a.x, b.x) + dot_bytes(a.y, b.y) + dot_bytes(a.z, b.z) + dot_bytes(a.w, b.w);
 }
@@ -193,6 +218,11 @@ struct Input {
     at[base + 8 * piece + 6], at[base + 8 * piece + 7]))
 const uint INPUT_VECTORS = 32;  // of a tile
 
+Input load_input(uint64_t column, uint tile, uint piece) {
+    Words x = behind(column, 16 * (tile * INPUT_VECTORS + 8 * piece));
+    return INPUT(x.at, 0, 0);
+}
+
 // Channels 4 * i .. 4 * i + 3 of the piece.
 vec4 values(Piece piece, uint i) {
 #if WEIGHT == F32
@@ -217,7 +247,7 @@ float multiply(Piece piece, Input y) {
 }
 #endif
 
-Input load_input(Words x, uint tile, uint piece) {
-    uint base = tile * INPUT_VECTORS;
-    return INPUT(x.at, base, piece);
+// Address of a column of activations with `tiles` tiles.
+uint64_t column_address(Words x, uint column, uint tiles) {
+    return uint64_t(x) + uint64_t(column) * uint64_t(16 * tiles * INPUT_VECTORS);
 }

@@ -19,7 +19,7 @@ from uq.kernels.vulkan.memory import Span
 from uq.kernels.vulkan.push import addresses, words
 from uq.kernels.vulkan.spirv import load
 from uq.kernels.vulkan.state import blank, views
-from uq.kernels.vulkan.variants import VARIANTS
+from uq.kernels.vulkan.variants import VARIANTS, Variant
 from uq.kernels.vulkan.weights import Kind, tiles_of
 
 Doubles = NDArray[np.float64]
@@ -107,7 +107,7 @@ def emulated(lab: Lab) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         rows = {
             name.replace("_matrix", "_emulated"): replace(
-                row, macros={**row.macros, "EMULATED": 1}, features=emulated_features(name)
+                row, macros={**row.macros, "EMULATED": 1}, features=emulated_features(row)
             )
             for name, row in VARIANTS.items()
             if row.source in ("gemm_matrix.comp", "attention_matrix.comp")
@@ -118,9 +118,10 @@ def emulated(lab: Lab) -> Iterator[None]:
         yield
 
 
-def emulated_features(name: str) -> tuple[str, ...]:
+def emulated_features(row: Variant) -> tuple[str, ...]:
     """Of a module without its matrix instructions: weights of float16 are only copied."""
-    return ("subgroup",) if name == "gemm_f16_matrix" else ("fp16", "subgroup")
+    lost = ("coopmat", *["fp16"] * (row.name == "gemm_f16_matrix"))
+    return tuple(name for name in row.features if name not in lost)
 
 
 def matrix_modules(lab: Lab, name: str) -> list[str]:

@@ -42,7 +42,15 @@ WANTED = {
     "PhysicalDeviceShaderIntegerDotProductFeatures": ("shaderIntegerDotProduct",),
     "PhysicalDeviceCooperativeMatrixFeaturesKHR": ("cooperativeMatrix",),
 }
-REQUIRED = ("bufferDeviceAddress", "computeFullSubgroups", "maintenance4", "subgroupSizeControl")
+CORE = "PhysicalDeviceFeatures"
+CORE_WANTED = ("shaderInt64",)
+REQUIRED = (
+    "bufferDeviceAddress",
+    "computeFullSubgroups",
+    "maintenance4",
+    "shaderInt64",
+    "subgroupSizeControl",
+)
 EXTENSION_OF = {
     "PhysicalDeviceCooperativeMatrixFeaturesKHR": "VK_KHR_cooperative_matrix",
 }
@@ -96,10 +104,14 @@ class PhysicalGpu:
         structures = {kind: new(kind) for kind in self._structures()}
         chain(list(structures.values()))
         first = next(iter(structures.values()))
-        call("GetPhysicalDeviceFeatures2", self.handle, new("PhysicalDeviceFeatures2", pNext=first))
+        every = new("PhysicalDeviceFeatures2", pNext=first)
+        call("GetPhysicalDeviceFeatures2", self.handle, every)
         return {
-            kind: frozenset(name for name in WANTED[kind] if getattr(made, name))
-            for kind, made in structures.items()
+            kind: frozenset(name for name in wanted if getattr(made, name))
+            for kind, made, wanted in (
+                *((kind, made, WANTED[kind]) for kind, made in structures.items()),
+                (CORE, every.features, CORE_WANTED),
+            )
         }
 
     def has(self, switch: str) -> bool:
@@ -266,10 +278,14 @@ class Gpu:
 
 def _device_info(physical: PhysicalGpu, family: int, extensions: Sequence[str]) -> Any:
     structures = [
-        new(kind, **{name: 1 for name in names}) for kind, names in physical.switches.items()
+        new(kind, **{name: 1 for name in names})
+        for kind, names in physical.switches.items()
+        if kind != CORE
     ]
     chain(structures)
     features = new("PhysicalDeviceFeatures2", pNext=structures[0])
+    for name in physical.switches[CORE]:
+        setattr(features.features, name, 1)
     queue = new(
         "DeviceQueueCreateInfo",
         queueFamilyIndex=family,

@@ -132,7 +132,8 @@ def _kernel(
     if source not in _WITHOUT_X:
         scales = "SCALE_BITS" if source in _OF_WEIGHTS else "-"
         constants = (*constants, *["-"] * (_SCALE_PLACE - len(constants)), scales, "INT8_X")
-    return Variant(name, source, macros, ("subgroup", *features), constants, "vulkan1.3")
+    features = ("subgroup", *["int64"] * (source in _OF_WEIGHTS), *features)
+    return Variant(name, source, macros, features, constants, "vulkan1.3")
 
 
 def _prefill_kernels() -> Iterator[Variant]:
