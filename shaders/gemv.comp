@@ -49,7 +49,7 @@ const uint SLICES = LANES / 64;
 const uint HALF = BLOCKS > 1 ? BLOCKS / 2 : 1;
 const uint STEP = EPILOGUE == GEGLU ? HALF : BLOCKS;  // blocks of one weight
 const uint ROWS = 16 * BLOCKS;
-const bool AHEAD = COLUMNS == 1;
+const bool AHEAD = COLUMNS == 1 && WEIGHT != F32;  // two tiles of float32 are too many registers
 
 // Sums of all slices beside each other, or, where these are too many, of one after the other.
 const uint SETS = SLICES * ROWS * COLUMNS <= 4096 ? SLICES : 1;

@@ -68,8 +68,8 @@ layout(buffer_reference, std430, buffer_reference_align = 4) readonly restrict b
     uint at[];
 };
 
-// A place that all lanes share and the bytes by which each is behind it: two registers of 64 bits and
-// one of 32, where an index would be made 64 bits wide and be multiplied in every lane.
+// An address that all lanes share, and the bytes by which each is behind it: instructions add the two,
+// where an index would become 64 bits wide in every lane, and be multiplied and added there.
 Words behind(uint64_t base, uint bytes) {
     return Words(base + uint64_t(bytes));
 }

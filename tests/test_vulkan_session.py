@@ -218,7 +218,8 @@ def emulated(name: str) -> bytes:
     if row.source not in ("gemm_matrix.comp", "attention_matrix.comp"):
         return load(name)
     macros = {**row.macros, "EMULATED": 1}
-    return compile_variant(replace(row, macros=macros, features=("fp16", "subgroup")))
+    features = tuple(name for name in row.features if name != "coopmat")
+    return compile_variant(replace(row, macros=macros, features=features))
 
 
 def test_a_bundle_of_another_layout_is_permuted(
