@@ -70,8 +70,18 @@ class GptqSolver(Protocol):
     Weights are those of the layer; where the statistics were `rescaled`, their columns are, too.
     """
 
-    def quantize(self, weight: Array, spec: Spec, options: GptqOptions) -> QuantTensor:
-        """GPTQ of one linear, weight (rows, n) finite. A scale beyond float16 is for the caller."""
+    def quantize(
+        self,
+        weight: Array,
+        spec: Spec,
+        options: GptqOptions,
+        blocks: Sequence[Array] | None = None,
+    ) -> QuantTensor:
+        """GPTQ of one linear, weight (rows, n) finite. A scale beyond float16 is for the caller.
+
+        Args:
+            blocks: `Curvature.blocks` of the linear, where an engine uses them.
+        """
         ...
 
     def output_error(self, weight: Array, quantized: QuantTensor) -> float:

@@ -24,9 +24,10 @@ from uq.formats.manifest import expected_tensors
 from uq.formats.spec import Spec
 from uq.formats.towers import stored_bytes
 from uq.quantize.calibrate import STAGES
+from uq.quantize.curvature import EVERY, STATES, VOCABULARY
 from uq.quantize.factor import factorize
-from uq.quantize.gptq import Statistics, quantize_gptq
-from uq.quantize.job import fitted_plan, recognised_plan, worker_threads
+from uq.quantize.gptq import OUTPUTS, Statistics, quantize_gptq
+from uq.quantize.job import curvature_on_disk, fitted_plan, recognised_plan, worker_threads
 from uq.quantize.memory import layer_kinds
 from uq.quantize.pipeline import QuantizeOptions
 from uq.quantize.plan import Plan, TensorPlan, WorkSizes
@@ -41,6 +42,7 @@ from uq.quantize.probes import (
 )
 from uq.quantize.scales import quantize_rtn
 from uq.quantize.sensitivity import SAMPLE_ROWS
+from uq.quantize.two_sided import ROUNDS, STEPS, SWEEPS
 from uq.text import duration, size, table
 
 TOKENIZER_SECONDS = 4e-6  # per token, likewise
@@ -120,6 +122,7 @@ def estimate(checkpoint: Checkpoint, options: QuantizeOptions) -> Estimate:
     seconds = TOKENIZER_SECONDS * config.vocab_size + seconds / threads
     if plan.calibrated:
         seconds += _layers_seconds(config, plan, options)
+        seconds += _together_seconds(config, plan, options)
     if plan.budget is not None:
         seconds += _measuring_seconds(config, plan)
     return Estimate(
@@ -129,7 +132,7 @@ def estimate(checkpoint: Checkpoint, options: QuantizeOptions) -> Estimate:
         bits_per_weight=8 * nbytes / config.num_parameters(),
         peak_memory=checkpoint.buffered + fitted.resident,
         towers=stored_bytes(checkpoint.towers, options.towers),
-        spilled=fitted.spilled,
+        spilled=fitted.spilled + curvature_on_disk(config, plan, options),
         sizes="" if plan.gptq.work == WorkSizes() else str(plan.gptq.work),
         free_memory=psutil.virtual_memory().available,
         seconds=seconds,
@@ -236,6 +239,20 @@ def _layer_seconds(
     products = GPTQ_PRODUCTS * sum(rows * cols**2 for rows, cols in linears.values())
     products += sum(width**3 for width in widths)
     return (forward + moments) / single + products / double + weights * per_weight
+
+
+def _together_seconds(config: GemmaConfig, plan: Plan, options: QuantizeOptions) -> float:
+    """Gradients of the outputs, and the rounding of rows together."""
+    if not plan.bends:
+        return 0.0
+    tokens = options.calibration_tokens // EVERY
+    products = 2 * config.hidden_size * (2 * tokens * VOCABULARY + 2 * STATES * config.vocab_size)
+    for layer in range(config.num_layers):
+        for rows, cols in config.linear_shapes(layer).values():
+            block = min(rows, OUTPUTS)
+            products += 2 * tokens * rows * (round(3 * OVERHEAD) * cols + block)
+            products += 2 * ROUNDS * (SWEEPS + STEPS + 1) * rows * cols * (block + cols)
+    return products / _rates(plan)[0]
 
 
 def _measuring_seconds(config: GemmaConfig, plan: Plan) -> float:

@@ -4,7 +4,8 @@ Frantar et al., "GPTQ" (2022), Algorithm 1, with the scales fixed beforehand (st
 columns in order of falling importance. Around it, all optional: a damped correction of the weights
 towards the outputs of the floating-point path (the idea of Qronos and GPTAQ in closed form) and
 towards what the residual stream has lost before; a least-squares refit of the scales once the codes
-are known; and coordinate descent on the codes (`descent.py`).
+are known; coordinate descent on the codes (`descent.py`); and both once more for all rows together
+(`two_sided.py`).
 
 Index spaces: `col` counts a weight's own columns, `place` counts columns in the order of rounding,
 `order[place] == col`.
@@ -12,8 +13,10 @@ Index spaces: `col` counts a weight's own columns, `place` counts columns in the
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
+from itertools import repeat
 
 import numpy as np
 from numba import njit, prange
@@ -24,8 +27,10 @@ from uq.quantize.descent import damped, descend
 from uq.quantize.factor import Factor, Matrix, factorize, unusable
 from uq.quantize.plan import GptqOptions, WorkSizes
 from uq.quantize.refit import refit_scales
-from uq.quantize.scales import quantize_rtn, stored_scales
+from uq.quantize.scales import quantize_rtn, stacked, stored_scales
+from uq.quantize.two_sided import round_together
 
+OUTPUTS = 2048  # rows of a linear whose outputs are taken together, at most
 BLOCK = 128  # columns rounded before the columns behind them are updated in one product
 
 
@@ -85,10 +90,14 @@ class FactorizedStatistics:
     factor: Factor
 
     def quantize(
-        self, weight: NDArray[np.float32], spec: Spec, options: GptqOptions
+        self,
+        weight: NDArray[np.float32],
+        spec: Spec,
+        options: GptqOptions,
+        blocks: Sequence[NDArray[np.float32]] | None = None,
     ) -> QuantTensor:
         weight = self._behind(weight)
-        return quantize_gptq(weight, spec, self.statistics, self.factor, options)
+        return quantize_gptq(weight, spec, self.statistics, self.factor, options, blocks)
 
     def output_error(self, weight: NDArray[np.float32], quantized: QuantTensor) -> float:
         hessian, numbers = self.statistics.hessian, self.statistics.row_numbers
@@ -106,19 +115,24 @@ def quantize_gptq(
     statistics: Statistics,
     factor: Factor,
     options: GptqOptions,
+    outputs: Sequence[NDArray[np.float32]] | None = None,
 ) -> QuantTensor:
-    """Quantize one linear, `row_numbers` weights at a time: rows are independent.
+    """Quantize one linear, `row_numbers` weights at a time: the parts are independent.
 
     Args:
         weight: (rows, n) float32, finite.
         factor: of `statistics.hessian`.
+        outputs: (rows, rows) curvature of the outputs of each part, which then are those of
+            `output_blocks`; rows are independent without.
     """
     hessian = statistics.hessian.astype(np.float32, copy=False)
+    numbers = options.work.row_numbers
+    rows = list((row_blocks if outputs is None else output_blocks)(weight.shape, numbers))
     parts = [
-        _quantize_rows(weight[rows], spec, statistics.of_rows(rows), hessian, factor, options)
-        for rows in row_blocks(weight.shape, options.work.row_numbers)
+        _quantize_rows(weight[here], spec, statistics.of_rows(here), hessian, factor, options, bent)
+        for here, bent in zip(rows, outputs or repeat(None, len(rows)), strict=True)
     ]
-    return parts[0] if len(parts) == 1 else _stacked(parts)
+    return parts[0] if len(parts) == 1 else stacked(parts)
 
 
 def _quantize_rows(
@@ -128,8 +142,31 @@ def _quantize_rows(
     hessian: NDArray[np.float32],
     factor: Factor,
     options: GptqOptions,
+    outputs: NDArray[np.float32] | None,
 ) -> QuantTensor:
     target = _target(weight.astype(statistics.hessian.dtype), statistics, factor, options)
+    alone = partial(
+        _round_rows,
+        spec=spec,
+        statistics=statistics,
+        hessian=hessian,
+        factor=factor,
+        options=options,
+    )
+    if outputs is None:
+        return alone(target)
+    return round_together(target, hessian, outputs, alone, options)
+
+
+def _round_rows(
+    target: Matrix,
+    spec: Spec,
+    statistics: Statistics,
+    hessian: NDArray[np.float32],
+    factor: Factor,
+    options: GptqOptions,
+) -> QuantTensor:
+    """Each row for itself."""
     importance = scale_importance(statistics, factor.left)
     goal = target.astype(np.float32, copy=False)
     found = quantize_rtn(goal, spec, importance)
@@ -152,14 +189,9 @@ def row_blocks(shape: tuple[int, ...], numbers: int) -> Iterator[slice]:
     return (slice(start, start + step) for start in range(0, shape[0], step))
 
 
-def _stacked(parts: list[QuantTensor]) -> QuantTensor:
-    zeros = [part.zeros for part in parts if part.zeros is not None]
-    return QuantTensor(
-        np.concatenate([part.codes for part in parts]),
-        np.concatenate([part.scales for part in parts]),
-        parts[0].spec,
-        np.concatenate(zeros) if zeros else None,
-    )
+def output_blocks(shape: tuple[int, ...], numbers: int) -> Iterator[slice]:
+    """The rows of a linear whose outputs are taken together."""
+    return row_blocks(shape, min(numbers, OUTPUTS * shape[1]))
 
 
 def scale_importance(statistics: Statistics, left: NDArray[np.float64]) -> NDArray[np.float32]:

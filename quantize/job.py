@@ -22,11 +22,12 @@ from uq.kernels.session import require_known
 from uq.progress import Progress
 from uq.quantize.calibrate import FOLLOWED
 from uq.quantize.calibration_engine import CalibrationEngine
+from uq.quantize.curvature import curvature_bytes
 from uq.quantize.farm import Farm
 from uq.quantize.memory import Fitted, Load, fit
 from uq.quantize.mixing import mixed_plan
 from uq.quantize.options import CALIBRATE_LAYERS, QuantizeOptions
-from uq.quantize.plan import Plan, WorkSizes, make_plan
+from uq.quantize.plan import CURVATURE_DAMPING, Plan, WorkSizes, make_plan
 from uq.quantize.record import identity_of, manifest_of, tools_of
 from uq.quantize.recover import recognise
 from uq.quantize.shards import shard_bytes
@@ -85,7 +86,8 @@ class Job:
         """Raises DeviceError: the disk is too full for what is left to do."""
         left = shard_bytes(self.checkpoint.config, self.plan)[self.done(writer) :]
         towers = stored_bytes(self.checkpoint.towers, self.options.towers)
-        require_free(out, self.spill + towers + sum(left))
+        beside = self.spill + curvature_on_disk(self.checkpoint.config, self.plan, self.options)
+        require_free(out, beside + towers + sum(left))
 
     def tokens(self) -> NDArray[np.int32] | None:
         """(sequences, length) of the calibration; None without a text.
@@ -154,6 +156,8 @@ def prepared(
     _tell_kept(plan, progress)
     if engine is not None and options.independent:
         raise UsageError("--calibrate-layers independently runs on CPUs only; add --device cpu")
+    if engine is not None and plan.bends:
+        raise UsageError("--curvature is measured on the CPU only; add --device cpu")
     spill = 0
     if engine is None:
         fitted = fitted_plan(checkpoint, plan, options)
@@ -192,6 +196,9 @@ def plan_of(config: GemmaConfig, options: QuantizeOptions) -> Plan:
     if options.independent:
         require_known(config, "--calibrate-layers independently", "calibrate them in order")
     _check_layers(plan, options)
+    if options.curvature:
+        _check_curvature(config, plan, options)
+        plan = replace(plan, gptq=replace(plan.gptq, outputs=CURVATURE_DAMPING))
     if options.calibration is None or plan.uses_gptq:
         return plan
     if all(tensor.spec.bits == 8 for tensor in plan.tensors.values()):
@@ -212,6 +219,14 @@ def _check_layers(plan: Plan, options: QuantizeOptions) -> None:
             "--calibrate-layers independently: nothing is calibrated; use --method gptq or give a "
             "--calibration text"
         )
+
+
+def _check_curvature(config: GemmaConfig, plan: Plan, options: QuantizeOptions) -> None:
+    if not plan.uses_gptq:
+        raise UsageError("--curvature is for --method gptq; leave it out")
+    if options.independent:
+        raise UsageError("--curvature needs layers calibrated in order; leave it out")
+    require_known(config, "--curvature", "leave it out")
 
 
 def recognised_plan(checkpoint: Checkpoint, options: QuantizeOptions) -> Plan:
@@ -235,6 +250,12 @@ def fitted_plan(checkpoint: Checkpoint, plan: Plan, options: QuantizeOptions) ->
         options.independent,
     )
     return fit(checkpoint.config, plan, load, options.max_memory)
+
+
+def curvature_on_disk(config: GemmaConfig, plan: Plan, options: QuantizeOptions) -> int:
+    """Bytes that wait while the run lasts."""
+    numbers = plan.gptq.work.row_numbers
+    return curvature_bytes(config, options.calibration_tokens, numbers) if plan.bends else 0
 
 
 def worker_threads(options: QuantizeOptions) -> int:

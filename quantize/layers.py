@@ -30,6 +30,7 @@ from uq.quantize.calibration_engine import (
     StageStatistics,
 )
 from uq.quantize.committed import CommittedLayer
+from uq.quantize.curvature import Curvature
 from uq.quantize.equalize import channel_scale
 from uq.quantize.expert_rounding import ExpertStack
 from uq.quantize.plan import GptqOptions, Plan
@@ -66,6 +67,7 @@ class CalibratedLayers:
         engine: CalibrationEngine,
         progress: Progress,
         contents: MutableMapping[str, str],
+        curvature: Curvature | None = None,
     ) -> None:
         """Begin in front of layer 0.
 
@@ -73,11 +75,12 @@ class CalibratedLayers:
             tokens: (sequences, length) int32.
             engine: where the tokens go through the layers, and GPTQ is run.
             contents: the hashes of the layers that are quantized are entered here.
+            curvature: of the outputs of all linears.
         """
         self._checkpoint = checkpoint
         self._plan = plan
         self._progress = progress
-        self._quantizer = LayerQuantizer(checkpoint, plan, progress, contents)
+        self._quantizer = LayerQuantizer(checkpoint, plan, progress, contents, curvature)
         self._read: Callable[[int], dict[str, Array]] = partial(checkpoint.layer, contents=contents)
         if engine.elsewhere:
             self._read = LayersAhead(checkpoint, contents)
@@ -108,8 +111,10 @@ class LayerQuantizer:
         plan: Plan,
         progress: Progress,
         contents: MutableMapping[str, str],
+        curvature: Curvature | None = None,
     ) -> None:
         """`contents`: the hashes of experts, which are read one by one, are entered here."""
+        self._curvature = curvature
         self._checkpoint = checkpoint
         self._plan = plan
         self._progress = progress
@@ -216,14 +221,21 @@ class LayerQuantizer:
     ) -> tuple[QuantTensor, str, str | None]:
         """The quantized tensor, the method, and why it is not the planned one."""
         spec, method = self._plan.tensors[name].spec, self._plan.tensors[name].method
+        gptq = self._plan.gptq
         if method == "grid":
             found, fits = recover(weight * scale, spec, self._checkpoint.tensors[name].dtype)
             return found, method, misfit(int(fits.sum()), fits.size)
         if isinstance(solver, str):
             return quantize_rtn(weight * scale, spec), "rtn", f"{solver}; rounded to nearest"
         if method == "gptq":
-            return solver.quantize(weight, spec, self._plan.gptq), method, None
+            return solver.quantize(weight, spec, gptq, self._outputs(name, weight)), method, None
         return quantize_rtn(weight * scale, spec, importance), method, None
+
+    def _outputs(self, name: str, weight: NDArray[np.float32]) -> list[Array] | None:
+        """Curvature of a linear's outputs."""
+        if self._curvature is None:
+            return None
+        return self._curvature.blocks(name, weight.shape, self._plan.gptq.work.row_numbers)
 
 
 def options_of(plan: Plan) -> GptqOptions:

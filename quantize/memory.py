@@ -17,6 +17,9 @@ from uq.errors import UsageError
 from uq.formats.checkpoint.content import BLOCK
 from uq.formats.config import GemmaConfig, layer_tensor
 from uq.quantize.calibrate import STAGES, Stage, token_bytes
+from uq.quantize.curvature import EVERY, VOCABULARY
+from uq.quantize.curvature import POSITIONS as POSITIONS_AT_ONCE
+from uq.quantize.gptq import OUTPUTS
 from uq.quantize.moments import WIDE
 from uq.quantize.plan import Plan, WorkSizes
 from uq.quantize.probes import (
@@ -35,6 +38,9 @@ COMPILED = 30 << 20  # kernels and libraries that a run loads beside what it has
 TOKENIZER_BYTES = 700  # per token, while a tokenizer.json is put together
 ROW_COPIES = 7  # of a block of rows in work, in the Hessian's type; and in float32:
 ROW_FLOATS = 5
+CURVATURE_COPIES, MISSED_COPIES = 4, 5  # of the outputs' curvature, of what weights miss
+GRADIENT_COPIES = 8  # of the widest activations of a batch
+LOGIT_COPIES = 5  # of logits, in float32; sums of them are float64
 BATCH_COPIES = 3  # of the inputs of a batch: weighted, and less the other path's
 Shapes = tuple[tuple[str, tuple[int, int]], ...]
 
@@ -148,6 +154,8 @@ def footprint(config: GemmaConfig, plan: Plan, load: Load) -> Footprint:
         for shapes in layer_kinds(config)
         for stage in STAGES
     ]
+    if plan.bends:
+        moments.append(_gradient_bytes(config, load, plan.gptq.work, batch))
     if plan.budget is not None:
         moments.append(_probing_bytes(config, plan.gptq.work, batch))
     kept = paths * load.tokens * _beside_bytes(config) + _stack_bytes(config, plan)
@@ -207,8 +215,31 @@ def _stage_bytes(config: GemmaConfig, plan: Plan, linears: Shapes, stage: Stage,
     largest = max(shapes[role][0] for role in stage.roles if role in shapes) * n
     block = min(largest, plan.gptq.work.row_numbers) * (ROW_COPIES * item + ROW_FLOATS * 4)
     single = 4 * n * n if item == 8 else 0
-    rounding = kept + hessian + single + block + 8 * REFIT_NUMBERS + 5 * largest
+    together = _together_bytes(shapes, stage, plan) if plan.bends else 0
+    rounding = kept + hessian + single + block + 8 * REFIT_NUMBERS + 5 * largest + together
     return sum(_held(shapes, stage)) + max(taking, factorizing, rounding)
+
+
+def _together_bytes(shapes: Mapping[str, tuple[int, int]], stage: Stage, plan: Plan) -> int:
+    """While rows are rounded together: their curvature, its factor, copies of what they miss."""
+    most = 0
+    for role in (role for role in stage.roles if role in shapes):
+        rows, cols = shapes[role]
+        rows = min(rows, OUTPUTS, max(1, plan.gptq.work.row_numbers // cols))
+        most = max(most, 4 * rows * (CURVATURE_COPIES * rows + MISSED_COPIES * cols))
+    return most
+
+
+def _gradient_bytes(config: GemmaConfig, load: Load, work: WorkSizes, batch: int) -> int:
+    """While gradients are taken: all tokens' streams and slopes, a layer, and a batch in it."""
+    tokens = 2 * 4 * (load.tokens // EVERY) * config.hidden_size
+    shapes = config.linear_shapes(0).values()
+    layer = 4 * sum(rows * cols for rows, cols in shapes)
+    sums = 4 * sum(rows * min(rows, OUTPUTS) for rows, _ in shapes)
+    widest = max(max(shape) for shape in shapes)
+    walk = layer + sums + 4 * batch * (GRADIENT_COPIES * widest + 8 * config.hidden_size)
+    head = 4 * VOCABULARY * (config.hidden_size + LOGIT_COPIES * POSITIONS_AT_ONCE)
+    return tokens + max(walk, head)
 
 
 def _held(shapes: Mapping[str, tuple[int, int]], stage: Stage) -> Iterator[int]:

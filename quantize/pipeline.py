@@ -19,6 +19,7 @@ from uq.progress import Progress, SilentProgress
 from uq.quantize.background import in_background
 from uq.quantize.calibrate import NumpyEngine
 from uq.quantize.calibration_engine import CalibrationEngine
+from uq.quantize.curvature import measure_curvature
 from uq.quantize.farm import Farm, Threads
 from uq.quantize.independent import IndependentLayers
 from uq.quantize.job import Job, prepared, worker_threads
@@ -120,7 +121,13 @@ def _source(
         calibrated = IndependentLayers(farm, plan, tokens, layers, here, progress, contents)
     elif tokens is not None and first < job.shards:
         engine = engine or NumpyEngine(spill)
-        calibrated = CalibratedLayers(checkpoint, plan, tokens, engine, progress, contents)
+        curvature = None
+        if plan.bends:
+            folder = work_folder(out)
+            curvature = measure_curvature(checkpoint, tokens, plan.gptq.work, folder, progress)
+        calibrated = CalibratedLayers(
+            checkpoint, plan, tokens, engine, progress, contents, curvature
+        )
     todo = range(first, job.shards)
     return ShardSource(checkpoint, plan, calibrated, todo, farm, progress, contents)
 

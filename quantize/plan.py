@@ -25,6 +25,9 @@ LAYOUT_OF_TARGET = {
 }
 
 
+CURVATURE_DAMPING = 1.0  # `GptqOptions.outputs`, where the curvature is asked for
+
+
 @dataclass(frozen=True)
 class WorkSizes:
     """How much of a calibrated layer is in work at once.
@@ -65,6 +68,8 @@ class GptqOptions:
             the weights behind it; 0 moves nothing.
         descents: rounds of coordinate descent on the codes.
         refit: the scales are fitted once more whenever the codes have changed.
+        outputs: added to the diagonal of the curvature of the outputs, in units of its mean; None
+            leaves it out, and rows are rounded each for itself.
         work: how much of it is done at once.
     """
 
@@ -75,6 +80,7 @@ class GptqOptions:
     equalize: float = 0.25
     descents: int = 2
     refit: bool = True
+    outputs: float | None = None
     work: WorkSizes = WorkSizes()
 
     @property
@@ -169,6 +175,11 @@ class Plan:
     @property
     def uses_gptq(self) -> bool:
         return any(tensor.method == "gptq" for tensor in self.tensors.values())
+
+    @property
+    def bends(self) -> bool:
+        """The curvature of the outputs is measured."""
+        return self.uses_gptq and self.gptq.outputs is not None
 
     @property
     def calibrated(self) -> bool:

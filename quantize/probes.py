@@ -144,7 +144,7 @@ class Probes:
         self._models = {}
         unused = np.zeros(states.shape[1], np.int32)
         sums = [Sums(unused) for _ in names]
-        kept = self._likeliest(states[0])
+        kept = likeliest(self._config, self._source, states[0], LIKELIEST)
         for start in range(0, len(kept), VOCAB_BLOCK):
             head = self._source.head_rows(kept[start : start + VOCAB_BLOCK])
             reference, *logits = soft_cap(self._config, linear(states, head))
@@ -158,33 +158,40 @@ class Probes:
         counted = np.ascontiguousarray(hidden[:, POSITIONS])
         return flat(rms_norm(counted, self._source.final_norm, self._config.rms_norm_eps))
 
-    def _likeliest(self, states: Array) -> NDArray[np.intp]:
-        """Ids, rising, of the tokens with the largest sum of probabilities; states (n, hidden).
-
-        Twice over the vocabulary, a block at a time: what normalizes, then the probabilities.
-        """
-        most = np.full((len(states), 1), -np.inf, np.float32)
-        mass = np.zeros((len(states), 1))
-        for logits in self._logits(states):
-            peak = np.maximum(most, logits.max(axis=1, keepdims=True))
-            mass = mass * np.exp(most - peak) + np.exp(logits - peak).sum(axis=1, keepdims=True)
-            most = peak
-        blocks = [(np.exp(logits - most) / mass).sum(axis=0) for logits in self._logits(states)]
-        return np.sort(np.argsort(-np.concatenate(blocks), kind="stable")[:LIKELIEST])
-
-    def _logits(self, states: Array) -> Iterator[Array]:
-        """(n, TOKEN_BLOCK or fewer) for one block of the vocabulary after the other."""
-        vocab = self._config.vocab_size
-        for start in range(0, vocab, TOKEN_BLOCK):
-            head = self._source.head(start, min(start + TOKEN_BLOCK, vocab))
-            yield soft_cap(self._config, linear(states, head))
-
     def _table_logits(self, name: str, head: Array, states: Array, logits: Array) -> Array:
         """`logits`, or those of the rounded head where that is the probed tensor."""
         if name != (EMBEDDING if self._config.tied_head else HEAD):
             return logits
         rounded = quantize_rtn(head, probe_spec(TABLE_PROBE, head.shape[1])).dequantize()
         return soft_cap(self._config, linear(states, rounded))
+
+
+def likeliest(
+    config: GemmaConfig, source: CheckpointWeights, states: Array, count: int
+) -> NDArray[np.intp]:
+    """Ids, rising, of the `count` tokens with the largest sum of probabilities.
+
+    Twice over the vocabulary, a block at a time: what normalizes, then the probabilities.
+
+    Args:
+        states: (n, hidden) in front of the head.
+    """
+    most = np.full((len(states), 1), -np.inf, np.float32)
+    mass = np.zeros((len(states), 1))
+    for logits in _logits(config, source, states):
+        peak = np.maximum(most, logits.max(axis=1, keepdims=True))
+        mass = mass * np.exp(most - peak) + np.exp(logits - peak).sum(axis=1, keepdims=True)
+        most = peak
+    blocks = _logits(config, source, states)
+    total = np.concatenate([(np.exp(logits - most) / mass).sum(axis=0) for logits in blocks])
+    return np.sort(np.argsort(-total, kind="stable")[:count])
+
+
+def _logits(config: GemmaConfig, source: CheckpointWeights, states: Array) -> Iterator[Array]:
+    """(n, TOKEN_BLOCK or fewer) for one block of the vocabulary after the other."""
+    for start in range(0, config.vocab_size, TOKEN_BLOCK):
+        head = source.head(start, min(start + TOKEN_BLOCK, config.vocab_size))
+        yield soft_cap(config, linear(states, head))
 
 
 def table_names(config: GemmaConfig) -> tuple[str, ...]:

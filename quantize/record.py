@@ -62,6 +62,7 @@ def recorded(options: QuantizeOptions, checkpoint: Checkpoint) -> dict[str, obje
         "calibrate_layers",
     )
     found = {name: getattr(options, name) for name in names}
+    found |= {"curvature": True} if options.curvature else {}
     return found | ({"towers": options.towers} if checkpoint.towers else {})
 
 

@@ -7,6 +7,7 @@ stored before any code is computed: to float16, or to multiples of a step of the
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -94,6 +95,17 @@ def _on_row_steps(weight: NDArray[np.float32], found: QuantTensor, spec: Spec) -
 def stored_scales(scales: NDArray[np.float16], spec: Spec) -> NDArray[np.float16]:
     """The nearest scales (rows, groups) that a spec can store."""
     return round_scales(scales) if spec.row_step else scales
+
+
+def stacked(parts: Sequence[QuantTensor]) -> QuantTensor:
+    """The rows of tensors of one spec, in one."""
+    zeros = [part.zeros for part in parts if part.zeros is not None]
+    return QuantTensor(
+        np.concatenate([part.codes for part in parts]),
+        np.concatenate([part.scales for part in parts]),
+        parts[0].spec,
+        np.concatenate(zeros) if zeros else None,
+    )
 
 
 def squared_error(weight: NDArray[np.float32], quantized: QuantTensor) -> NDArray[np.float64]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -196,8 +197,14 @@ class DeviceSolver:
         self._quantizer = Quantizer(*workshop.tools)
         self._errors: dict[int, float] = {}  # id of a tensor that was made here
 
-    def quantize(self, weight: Array, spec: Spec, options: GptqOptions) -> QuantTensor:
-        """As `quantize_gptq`."""
+    def quantize(
+        self,
+        weight: Array,
+        spec: Spec,
+        options: GptqOptions,
+        blocks: Sequence[Array] | None = None,
+    ) -> QuantTensor:
+        """As `quantize_gptq`; the curvature of the outputs is not used."""
         quantizer, curvature = self._quantizer, self._curvature
         with self._phase("upload"):
             placed, unit = self._placed(weight)

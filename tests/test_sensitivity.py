@@ -85,11 +85,10 @@ def test_the_likeliest_tokens_are_found_block_by_block(
     tiny_checkpoint: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(probes, "TOKEN_BLOCK", 100)
-    monkeypatch.setattr(probes, "LIKELIEST", 40)
     checkpoint = open_checkpoint(tiny_checkpoint())
     source = CheckpointWeights(checkpoint, resident=False)
     states = np.random.default_rng(0).standard_normal((7, 128)).astype(np.float32)
-    found = Probes(checkpoint.config, source, TOKENS, tables=False)._likeliest(3 * states)
+    found = probes.likeliest(checkpoint.config, source, 3 * states, 40)
     logits = 3.0 * states.astype(np.float64) @ source.head(0, 512).T
     chances = np.exp(logits - np.logaddexp.reduce(logits, axis=1, keepdims=True))
     assert found.tolist() == sorted(np.argsort(-chances.sum(axis=0))[:40])

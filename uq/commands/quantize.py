@@ -96,6 +96,11 @@ def configure(parser: argparse.ArgumentParser) -> None:
         help="in-order (default): each on what the quantized layers before it make of the text, "
         "whose losses it makes up for in part; independently: workers of --scheduler share them",
     )  # fmt: skip
+    add(
+        "--curvature", action="store_true",
+        help="round the rows of a linear together, by the gradients of the model's loss at its "
+        "outputs: loses less, takes longer; on the CPU",
+    )  # fmt: skip
     add("--target", type=names(TARGETS), default=("igpu",), metavar="T,T", help="default: igpu")
     add(
         "--towers", choices=("keep", "int8", "drop"), default="keep",
@@ -193,6 +198,7 @@ def read_options(args: argparse.Namespace) -> QuantizeOptions:
         calibration_seed=args.calibration_seed,
         calibration_length=args.calibration_length,
         calibrate_layers=args.calibrate_layers,
+        curvature=args.curvature,
         max_memory=args.max_memory,
         threads=args.threads,
         towers=args.towers,
@@ -213,7 +219,7 @@ def calibration_engine(
 
     if not plan_of(checkpoint.config, options).calibrated:
         return None
-    if options.independent and device == "auto":
+    if (options.independent or options.curvature) and device == "auto":
         return None
     length = min(options.calibration_length, options.calibration_tokens)
     sequences = options.calibration_tokens // length
