@@ -14,13 +14,16 @@ from numpy.typing import NDArray
 
 from uq.errors import DeviceError, UsageError
 from uq.formats.config import (
+    ALTUP,
     EMBEDDING,
     EXPERTS,
     FULL_HEADS,
+    LAUREL,
     LAYER_SCALAR,
     MLP_WIDTHS,
     PER_LAYER,
     SHARED_KEYS,
+    SPARSITY,
     VALUE_NORM,
     GemmaConfig,
 )
@@ -50,12 +53,16 @@ from uq.kernels.vulkan.runs import Runs, fitting
 from uq.kernels.vulkan.stages import MOST_HEAD_DIM, Stages
 from uq.kernels.vulkan.state import MOST_BLOCKS, MOST_TOKENS, one_token
 from uq.kernels.vulkan.tuning import Tuning, read_measured, write_measured
+from uq.kernels.vulkan.updates import MOST_STREAMS
 from uq.kernels.vulkan.weights import Loader, Source, padded_rows, weight_bytes
 from uq.kernels.vulkan.wide import Abilities, fits_tiles
 
 # What `GemmaConfig.extensions` names and the kernels compute.
 COMPUTED = frozenset(
-    {FULL_HEADS, VALUE_NORM, SHARED_KEYS, MLP_WIDTHS, LAYER_SCALAR, PER_LAYER, EXPERTS}
+    {
+        *(FULL_HEADS, VALUE_NORM, SHARED_KEYS, MLP_WIDTHS, LAYER_SCALAR, PER_LAYER, EXPERTS),
+        *(ALTUP, LAUREL, SPARSITY),
+    }
 )
 
 
@@ -230,6 +237,11 @@ def check_sizes(config: GemmaConfig) -> None:
         raise DeviceError(
             f"the Vulkan kernels take up to {MOST_BLOCKS} heads, not {config.num_heads}; "
             "use --device cpu"
+        )
+    if config.altup and config.altup.streams > MOST_STREAMS:
+        raise DeviceError(
+            f"the Vulkan kernels take up to {MOST_STREAMS} residual streams, not "
+            f"{config.altup.streams}; use --device cpu"
         )
     if (largest := max(head.dim for head in head_shapes(config))) > MOST_HEAD_DIM:
         raise DeviceError(

@@ -42,15 +42,21 @@ class Extras(Residual):
         self.run(recorder, pipeline, push, (config.num_layers, self.columns, 1))
         recorder.barrier()
 
-    def tell(self, recorder: Recorder, layer: int, told: Told, joining: Joining) -> Joining:
-        """branch = projection (gelu(gate h) * told) of the residual stream h behind `joining`.
+    def join_told(self, recorder: Recorder, layer: int, told: Told, joining: Joining) -> Joining:
+        """`tell` of the residual stream behind `joining`.
 
         Returns:
-            How it joins; the norm behind that is the one of `joining`.
+            How that joins; the norm behind it is the one of `joining`.
         """
-        recorder.label, work, size = "per-layer gate", self.work, told.gate.rows
         plain = replace(joining, gain=None)
-        norm = self.norm_inside(recorder, plain, x=work.plain, is_float=True)
+        norm = self.norm_inside(recorder, plain, x=self.work.plain, is_float=True)
+        self.tell(recorder, layer, told, norm)
+        return self.behind(plain, told.projection, told.gain, joining.gain)
+
+    def tell(self, recorder: Recorder, layer: int, told: Told, norm: Joining | None) -> None:
+        """branch = projection (gelu(gate plain) * told); `norm` makes `plain`, where that is not
+        done."""
+        recorder.label, work, size = "per-layer gate", self.work, told.gate.rows
         outputs = [(told.gate, work.told_gate)]
         self.products(recorder, work.plain, outputs, stride=size, norm=norm)
         recorder.barrier()
@@ -62,7 +68,6 @@ class Extras(Residual):
         recorder.barrier()
         recorder.label = "per-layer projection"
         self.branch(recorder, told.projection, work.told_x)
-        return self.behind(plain, told.projection, told.gain, joining.gain)
 
     def expert_inputs(self, recorder: Recorder, mixture: Mixture, joining: Joining) -> None:
         """What the experts and their router are given, beside the MLP's own norm."""

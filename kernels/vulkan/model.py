@@ -5,6 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
+from statistics import NormalDist
+
+import numpy as np
 
 from uq.formats.config import (
     EMBEDDING,
@@ -26,6 +29,16 @@ from uq.kernels.vulkan.beside import (
 )
 from uq.kernels.vulkan.memory import Arena, Span
 from uq.kernels.vulkan.state import STATE_BYTES
+from uq.kernels.vulkan.updates import (
+    Laurel,
+    Updates,
+    Ways,
+    load_laurel,
+    load_updates,
+    load_ways,
+    share,
+    stream_sizes,
+)
 from uq.kernels.vulkan.weights import Kind, Loader, Matrix, padded_rows, tiles_of
 
 COLUMNS = 16  # of a GEMV; more tokens of a pass are a GEMM
@@ -49,7 +62,8 @@ class Layer:
         head_dim, kv_heads: of its attention.
         owns_keys: it writes keys and values; otherwise it reads an earlier layer's.
         scale: of its output.
-        told, mixture: what it has besides.
+        told, mixture, laurel, updates: what it has besides.
+        quantile: of the normal distribution, by which its gate is thinned; None where it is not.
     """
 
     index: int
@@ -72,12 +86,16 @@ class Layer:
     scale: float
     told: Told | None
     mixture: Mixture | None
+    laurel: Laurel | None
+    updates: Updates | None
+    quantile: float | None
 
     @property
     def matrices(self) -> tuple[Matrix, ...]:
         """Those that a token meets; an expert's stand for those of each that it chooses."""
         found = [*(matrix for matrix, _ in self.qkv), self.out, self.gate, self.up, self.down]
         found += (self.told.gate, self.told.projection) if self.told else ()
+        found += (self.laurel.left, self.laurel.right) if self.laurel else ()
         return (*found, *(self.mixture.matrices if self.mixture else ()))
 
 
@@ -88,11 +106,13 @@ class Model:
     first_gain: Span
     layers: tuple[Layer, ...]
     per_layer: PerLayerTable | None
+    ways: Ways | None
 
     @property
     def matrices(self) -> list[Matrix]:
-        """Those of all layers that a token meets."""
+        """All that a token meets but the head."""
         found = [matrix for layer in self.layers for matrix in layer.matrices]
+        found += (*self.ways.into, *self.ways.out) if self.ways else ()
         return found + ([self.per_layer.projection] if self.per_layer else [])
 
     @property
@@ -126,7 +146,8 @@ def load_model(config: GemmaConfig, loader: Loader) -> Model:
     head = table if config.tied_head else loader.matrix(HEAD)
     first = loader.gain(gain_name(layer_tensor(0, "input_layernorm")))
     layers = tuple(_layer(config, loader, index) for index in range(config.num_layers))
-    return Model(table, head, first, layers, load_table(config, loader))
+    ways = load_ways(config, loader)
+    return Model(table, head, first, layers, load_table(config, loader), ways)
 
 
 def _layer(config: GemmaConfig, loader: Loader, index: int) -> Layer:
@@ -140,6 +161,7 @@ def _layer(config: GemmaConfig, loader: Loader, index: int) -> Layer:
     behind = FINAL_NORM if last else layer_tensor(index + 1, "input_layernorm")
     # gemma calls the norm in front of the MLP by what it stands behind.
     mlp = "pre_feedforward_layernorm" if config.post_norms else "post_attention_layernorm"
+    sparsity = config.sparsity(index)
     owns_keys, present = config.kv_source(index) == index, config.linear_shapes(index)
     projections = [role for x in "qkv" if (role := f"self_attn.{x}_proj") in present]
     return Layer(
@@ -152,7 +174,7 @@ def _layer(config: GemmaConfig, loader: Loader, index: int) -> Layer:
         down=loader.matrix(name("mlp.down_proj")),
         q_gain=gain("self_attn.q_norm", config.qk_norm),
         k_gain=gain("self_attn.k_norm", config.qk_norm and owns_keys),
-        attention_gain=gain("post_attention_layernorm", config.post_norms),
+        attention_gain=_attention_gain(config, loader, index) if config.post_norms else None,
         mlp_gain=loader.gain(gain_name(name(mlp))),
         branch_gain=gain("post_feedforward_layernorm", config.post_norms),
         next_gain=loader.gain(gain_name(behind)),
@@ -163,7 +185,16 @@ def _layer(config: GemmaConfig, loader: Loader, index: int) -> Layer:
         scale=float(loader.source.array(name("layer_scalar"))[0]) if config.layer_scalar else 1.0,
         told=load_told(config, loader, index),
         mixture=load_mixture(config, loader, index),
+        laurel=load_laurel(config, loader, index),
+        updates=load_updates(config, loader, index),
+        quantile=NormalDist().inv_cdf(sparsity) if sparsity else None,
     )
+
+
+def _attention_gain(config: GemmaConfig, loader: Loader, layer: int) -> Span:
+    """Times the share that attention's output has in the residual stream."""
+    gain = loader.source.array(gain_name(layer_tensor(layer, "post_attention_layernorm")))
+    return loader.put((gain * np.float32(share(config))).astype(np.float32))
 
 
 def _columns(rows: Sequence[int]) -> tuple[int, int, int, int]:
@@ -190,6 +221,8 @@ class Work:
             makes of its own.
         expert_x, expert_gated, expert_out: of the experts; router_scores, chosen, shares: which
             those are; mixed: what they and the MLP give together.
+        streams: the residual streams, where there are several; low, low_x, laurel: of the product
+            of low rank.
         partials, split_stats: of attention, from each split.
         candidates: (value, id) from each workgroup.
     """
@@ -224,6 +257,10 @@ class Work:
     chosen: Span
     shares: Span
     mixed: Span
+    streams: Span
+    low: Span
+    low_x: Span
+    laurel: Span
 
     @classmethod
     def take(cls, arena: Arena, sizes: Mapping[str, int]) -> Work:
@@ -288,6 +325,7 @@ def _extra_sizes(config: GemmaConfig, tokens: int, unit: int) -> dict[str, int]:
     hidden, chosen, value = config.hidden_size, tokens * experts.active, 4 * tokens
     sizes = {
         "plain": tokens * tiles_of(hidden) * 512 if told or experts.count else 0,
+        **stream_sizes(config, tokens),
         "projected": value * told * config.num_layers,
         "told": value * told * config.num_layers,
         "told_gate": value * padded_rows(told),

@@ -81,11 +81,17 @@ class Residual(Products):
         return None
 
     def convert(
-        self, recorder: Recorder, values: Span, x: Span, *, is_float: bool | None = None
+        self,
+        recorder: Recorder,
+        values: Span,
+        x: Span,
+        *,
+        is_float: bool | None = None,
+        channels: int | None = None,
     ) -> None:
-        """x = activations of float32 hidden states; `is_float` as of `norm`."""
+        """x = activations of float32 values, usually of hidden states; `is_float` as of `norm`."""
         is_float = self.float_x if is_float is None else is_float
-        channels = self.config.hidden_size
+        channels = channels or self.config.hidden_size
         how = {"LANES": ROW_LANES, "FLOAT_X": is_float, "CHANNELS": channels}
         pipeline = self.pipelines.get("quantize", **how)
         self.run(recorder, pipeline, addresses(values, x), (self.columns, 1, 1))

@@ -11,12 +11,12 @@ from dataclasses import replace
 
 from uq.kernels.vulkan.cache import Cache
 from uq.kernels.vulkan.commands import Recorder
-from uq.kernels.vulkan.extras import Extras
 from uq.kernels.vulkan.model import PEAK_LOGITS, Layer, split_count
 from uq.kernels.vulkan.products import Joining
 from uq.kernels.vulkan.push import addresses, floats, words
 from uq.kernels.vulkan.residual import ROW_LANES
 from uq.kernels.vulkan.state import ATTENTION_COUNTER, CHOOSE_COUNTER
+from uq.kernels.vulkan.streams import Streams
 from uq.kernels.vulkan.tuning import CHOOSE, GEGLU
 from uq.kernels.vulkan.weights import Matrix, padded_rows
 from uq.kernels.vulkan.wide import slices
@@ -29,7 +29,7 @@ MANY_BLOCKS = 64  # of heads, that keep a large GPU busy without splits of the c
 MOST_QUERIES = 2  # heads that read a key together: their sums are registers
 
 
-class Stages(Extras):
+class Stages(Streams):
     """Records stages of one model for passes of `columns` tokens."""
 
     @property
@@ -42,7 +42,10 @@ class Stages(Extras):
         if self.model.per_layer:
             self.per_layer_inputs(recorder, self.model.per_layer)
         joining = Joining(None, work.hidden, work.hidden, None, self.model.first_gain)
+        self.enter_streams(recorder)
         for layer in self.model.layers:
+            if layer.laurel:
+                self.add_laurel(recorder, layer.laurel, joining)
             recorder.label = "q, k, v"
             self.qkv(recorder, layer, joining)
             recorder.label = "attention"
@@ -51,8 +54,10 @@ class Stages(Extras):
             self.branch(recorder, layer.out, work.context)
             joining = self.behind(joining, layer.out, layer.attention_gain, layer.mlp_gain)
             joining = self.mlp(recorder, layer, joining)
-            if layer.told:
-                joining = self.tell(recorder, layer.index, layer.told, joining)
+            if layer.updates:
+                joining = self.leave_layer(recorder, layer, joining)
+            elif layer.told:
+                joining = self.join_told(recorder, layer.index, layer.told, joining)
             joining = replace(joining, scale=layer.scale)
         self.norm(recorder, joining, keep=True)
         recorder.barrier()
@@ -97,7 +102,7 @@ class Stages(Extras):
 
     def qkv(self, recorder: Recorder, layer: Layer, joining: Joining) -> None:
         halved = self.halves(*(matrix for matrix, _ in layer.qkv))
-        norm = self.norm_inside(recorder, joining, halved=halved)
+        norm = None if layer.laurel else self.norm_inside(recorder, joining, halved=halved)
         qkv, stride = self.work.qkv, layer.columns[-1]
         outputs = [(matrix, qkv.part(4 * row, qkv.nbytes - 4 * row)) for matrix, row in layer.qkv]
         self.products(
@@ -129,7 +134,7 @@ class Stages(Extras):
     def gate(self, recorder: Recorder, layer: Layer, norm: Joining | None) -> None:
         """gated = gelu(gate x) * (up x); `norm` makes x, where that is not done."""
         work, gate, up = self.work, layer.gate, layer.up
-        if gate.kind == up.kind and not self.wide:
+        if gate.kind == up.kind and not self.wide and layer.quantile is None:
             shape = self.tuning.shape(gate, self.columns, GEGLU)
             push = addresses(gate.span, up.span)
             push += self.input_addresses(work.x, work.wide, norm)
@@ -138,7 +143,7 @@ class Stages(Extras):
             push += floats(norm.scale if norm else 1.0)
             self.gemv(recorder, gate, shape, GEGLU, push, norm)
         else:
-            self._wide_gate(recorder, gate, up, norm)
+            self._wide_gate(recorder, gate, up, norm, layer.quantile)
         recorder.barrier()
 
     def head(self, recorder: Recorder) -> None:
@@ -187,7 +192,12 @@ class Stages(Extras):
         self.products(recorder, self.work.x, outputs, stride=padded_rows(rows.rows))
 
     def _wide_gate(
-        self, recorder: Recorder, gate: Matrix, up: Matrix, norm: Joining | None
+        self,
+        recorder: Recorder,
+        gate: Matrix,
+        up: Matrix,
+        norm: Joining | None,
+        quantile: float | None,
     ) -> None:
         work, stride = self.work, padded_rows(gate.rows)
         half = work.wide.nbytes // 2
@@ -205,7 +215,12 @@ class Stages(Extras):
         )
         recorder.barrier()
         pipeline = self.pipelines.get(
-            "geglu", LANES=ROW_LANES, FLOAT_X=self.float_x, CHANNELS=gate.rows
+            "geglu",
+            LANES=ROW_LANES,
+            FLOAT_X=self.float_x,
+            CHANNELS=gate.rows,
+            SPARSE=quantile is not None,
+            QUANTILE=quantile or 0.0,
         )
         push = addresses(*halves, work.gated) + words(stride, parts)
         self.run(recorder, pipeline, push, (self.columns, slices(gate.rows), 1))

@@ -68,11 +68,11 @@ _FLOATS = ("f16", "bf16", "f32")
 # (shaders/activations.glsl)
 _SCALE_PLACE, _X_PLACE = 19, 20
 _OF_WEIGHTS = ("gemv.comp", "embed.comp", "per_layer.comp", "gemm.comp", "gemm_matrix.comp")
-_WITH_NORM = ("gemv.comp", "norm.comp", "mixture.comp")
+_WITH_NORM = ("gemv.comp", "norm.comp", "mixture.comp", "altup.comp", "laurel.comp")
 # They have no inputs of linears.
 _WITHOUT_X = (
     *("read.comp", "arithmetic.comp", "peaks.comp", "sample.comp"),
-    *("route.comp", "mixture.comp"),
+    *("route.comp", "mixture.comp", "altup.comp", "laurel.comp"),
 )
 
 
@@ -94,8 +94,12 @@ def _decode_kernels() -> Iterator[Variant]:
     yield _kernel("route", "route.comp", constants=("LANES", "COUNT", "ACTIVE"))
     mixture = ("LANES", "ACTIVE", "-", "-", *_NORM)
     yield _kernel("mixture", "mixture.comp", constants=mixture)
-    for name in ("quantize", "geglu"):
-        yield _kernel(name, f"{name}.comp", constants=("LANES", "FLOAT_X", "CHANNELS"))
+    streams = ("LANES", "STREAMS", "ACTIVE", "MODE", *_NORM)
+    yield _kernel("altup", "altup.comp", constants=streams)
+    yield _kernel("laurel", "laurel.comp", constants=("LANES", "-", "-", "-", *_NORM))
+    channels = ("LANES", "FLOAT_X", "CHANNELS")
+    yield _kernel("quantize", "quantize.comp", constants=channels)
+    yield _kernel("geglu", "geglu.comp", constants=(*channels, "SPARSE", "QUANTILE"))
     for name in ("peaks", "sample"):
         yield _kernel(name, f"{name}.comp", constants=("LANES", "CAP"))
     shape = ("DIM", "HEADS", "KV_HEADS", "QUERIES", "WINDOW", "SLOTS", "SPLITS")
