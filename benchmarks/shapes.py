@@ -1,4 +1,4 @@
-"""The shapes of Gemma 3 and 4 models, for benchmarks whose weights are made up."""
+"""The shapes of Gemma 3, 3n and 4 models, for benchmarks whose weights are made up."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from dataclasses import replace
 from uq.formats.config import (
     FULL,
     SLIDING,
+    AltUp,
     Experts,
     FullLayers,
     GemmaConfig,
@@ -26,6 +27,7 @@ SHAPES_4 = {
     "e2b": (35, 1536, 6144, 8, 1, 256, 512, 5),
     "26b-a4b": (30, 2816, 2112, 16, 8, 256, 1024, 6),
 }
+LAYERS_3N, SHARED_3N = 30, 10  # of Gemma 3n's E2B
 VOCABULARY = 262144
 SHARED = 20 / 35  # layers of the E2B without keys of their own
 
@@ -95,4 +97,26 @@ def gemma4_config(name: str, layers: int | None = None) -> GemmaConfig:
         base,
         full=FullLayers(2 * dim, 2, rotary_pairs=dim // 4, key_is_value=True),
         experts=Experts(count=128, active=8, intermediate_size=704),
+    )
+
+
+def gemma3n_config(layers: int = LAYERS_3N) -> GemmaConfig:
+    """The text model of Gemma 3n's E2B; fewer layers share as many of their keys in proportion."""
+    sparse = layers // 3
+    return replace(
+        shape_config("1b", layers),
+        family="gemma3n",
+        hidden_size=2048,
+        intermediate_size=8192,
+        num_heads=8,
+        num_kv_heads=2,
+        query_pre_attn_scalar=1.0,
+        layer_types=tuple(SLIDING if (i + 1) % 5 else FULL for i in range(layers)),
+        final_softcap=30.0,
+        value_norm=True,
+        kv_shared_layers=layers * SHARED_3N // LAYERS_3N,
+        per_layer=PerLayerEmbedding(VOCABULARY, 256),
+        altup=AltUp(streams=4, active=0, scaled=True),
+        laurel_rank=64,
+        activation_sparsity=(0.95,) * sparse + (0.0,) * (layers - sparse),
     )

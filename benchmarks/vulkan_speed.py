@@ -1,12 +1,13 @@
 """Decode and prefill rates of the Vulkan engine, on a bundle or on random weights of true shapes.
 
-    python -m benchmarks.vulkan_speed 270m 1b 4b 27b e2b 26b-a4b [--device NAME] [--generate 256]
+    python -m benchmarks.vulkan_speed 270m 1b 4b 27b e2b 26b-a4b 3n-e2b [--device NAME]
     python -m benchmarks.vulkan_speed BUNDLE
 
-A shape is Gemma 3 or 4 of that size with random codes: INT4 in groups of 32, the embedding INT8, as
-many bytes as llama.cpp's Q4_0 with its Q8_0 embedding. Prints JSON of each model: tokens a second
-(median and range of the repeats, after one that does not count), the time of a step's stages, the
-read bandwidth of the device measured in the same run, and the share of it that decoding reaches.
+A shape is Gemma 3, 3n or 4 of that size with random codes: INT4 in groups of 32, the embedding
+INT8, as many bytes as llama.cpp's Q4_0 with its Q8_0 embedding. Prints JSON of each model: tokens
+a second (median and range of the repeats, after one that does not count), the time of a step's
+stages, the read bandwidth of the device measured in the same run, and the share of it that decoding
+reaches.
 
 Needs numpy, the package `vulkan` and the compiled shaders (python -m uq.kernels.vulkan.compile).
 """
@@ -27,7 +28,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from benchmarks.shapes import SHAPES, SHAPES_4, gemma4_config, shape_config
+from benchmarks.shapes import SHAPES, SHAPES_4, gemma3n_config, gemma4_config, shape_config
 from uq.formats.config import GemmaConfig, layer_tensor
 from uq.formats.layouts import LAYOUTS
 from uq.formats.manifest import gain_name
@@ -43,7 +44,7 @@ from uq.kernels.vulkan.weights import Kind, Source, Weight
 
 BODY, TABLE = Spec(4, 32, scale_bits=8), Spec(8, 32, scale_bits=8)
 PATTERN = 64  # rows that repeat
-NAMES = (*SHAPES, *SHAPES_4)
+NAMES = (*SHAPES, *SHAPES_4, "3n-e2b")
 
 
 class RandomWeights:
@@ -92,9 +93,16 @@ def random_tiles(shape: tuple[int, int], spec: Spec) -> NDArray[np.uint8]:
     return np.resize(pattern, (-(-rows // 16), pattern.shape[1]))
 
 
+def shape(name: str) -> GemmaConfig:
+    """One of `NAMES`."""
+    if name == "3n-e2b":
+        return gemma3n_config()
+    return shape_config(name) if name in SHAPES else gemma4_config(name)
+
+
 def open_model(name: str) -> tuple[GemmaConfig, Source]:
     if name in NAMES:
-        config = shape_config(name) if name in SHAPES else gemma4_config(name)
+        config = shape(name)
         return config, RandomWeights(config)
     from uq.formats.bundle import open_bundle
 

@@ -1,19 +1,26 @@
-"""The Vulkan kernels of experts and of the per-layer embedding against their float64 twins."""
+"""The Vulkan kernels of what layers have beside attention and MLP, against slow twins."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
+from statistics import NormalDist
 
 import numpy as np
 import pytest
 
+from benchmarks.shapes import shape_config
 from tests.test_vulkan_kernels import norm_sizes, normal, random_tensor, rms_norm
 from tests.vulkan_lab import Lab, no_messages  # noqa: F401
-from uq.formats.config import Experts
+from uq.formats.config import AltUp, Experts
 from uq.formats.spec import Spec
+from uq.kernels.altup import correct, predict
+from uq.kernels.elementwise import gelu_product
 from uq.kernels.experts import choose
+from uq.kernels.laurel import keep_largest
 from uq.kernels.vulkan.push import addresses, words
 from uq.kernels.vulkan.state import blank, views
+from uq.kernels.vulkan.streams import GATHER, LEAVE, TELL_AND_ENTER
 from uq.kernels.vulkan.tuning import BRANCH
 from uq.kernels.vulkan.weights import Kind
 
@@ -101,3 +108,79 @@ def test_what_layers_are_told_of_a_token(lab: Lab, kind: str) -> None:
     expected = (rms_norm(parts, gain) + 8 * told_rows) / np.sqrt(2)
     found = lab.get(told, np.float32, layers, 4, size)
     np.testing.assert_allclose(found.swapaxes(0, 1), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_streams_around_a_layer(lab: Lab) -> None:
+    """What a layer leaves, what the streams are told, and what the next layer finds."""
+    size, columns, streams, parts, active = 160, 2, 3, 2, 1
+    altup = AltUp(streams, active, scaled=True)
+    own, hidden = normal(columns, streams, size), normal(columns, size, seed=1)
+    branch, branch_gain = normal(parts, columns, size, seed=2), normal(size, seed=3)
+    weights = {
+        "altup.router_norm": normal(size, seed=4),
+        "altup.modality_router": size**0.5 * normal(streams, size, seed=5),
+        "altup.prediction_coefs": 0.3 * normal(streams**2, streams, seed=6),
+        "altup.correction_coefs": 0.3 * normal(streams, streams, seed=7),
+    }
+    scale, plain = normal(size, seed=8), lab.room(columns * 256)
+    spans = {name: lab.put(value) for name, value in weights.items()}
+    stored = lab.put(np.ascontiguousarray(own.swapaxes(0, 1)))
+    state = lab.put(hidden)
+    push = addresses(stored, state, lab.put(branch), lab.put(branch_gain))
+    push += addresses(spans["altup.router_norm"], spans["altup.modality_router"])
+    ends = addresses(lab.put(scale), plain)
+    sizes = {**norm_sizes(size, 64), "STREAMS": streams, "ACTIVE": active, "PARTS": parts}
+    correction, prediction = (spans[f"altup.{x}_coefs"] for x in ("correction", "prediction"))
+    lab.run("altup", push + addresses(correction) + ends, columns, MODE=LEAVE, **sizes)
+    left = lab.get(stored, np.float32, streams, columns, size).swapaxes(0, 1).copy()
+    lab.run("altup", push + addresses(prediction) + ends, columns, MODE=TELL_AND_ENTER, **sizes)
+    found = lab.get(stored, np.float32, streams, columns, size).swapaxes(0, 1)
+
+    config = replace(shape_config("270m"), hidden_size=size, altup=altup)
+    expected = correct(config, altup, weights, own, hidden)
+    np.testing.assert_allclose(left, expected, atol=2e-5)
+    told = lab.get(plain, np.float32, columns, 256)[:, :size]
+    np.testing.assert_allclose(told, expected[:, active] * scale, atol=2e-5)
+    expected[:, 1:] += rms_norm(branch.astype(np.float64).sum(axis=0), branch_gain)[:, None]
+    expected = predict(config, altup, weights, expected)
+    np.testing.assert_allclose(found, expected, atol=5e-5)
+    np.testing.assert_array_equal(lab.get(state, np.float32, columns, size), found[:, active])
+
+
+def test_streams_are_brought_to_one_size_and_gathered(lab: Lab) -> None:
+    size, columns, streams = 96, 2, 3
+    own = np.exp(normal(streams, 1, 1)) * normal(streams, columns, size, seed=1)
+    hidden, stored = lab.room(columns * size), lab.put(own.astype(np.float32))
+    sizes = {**norm_sizes(size, 64), "STREAMS": streams, "MODE": GATHER}
+    lab.run("altup", addresses(stored, hidden, *[stored] * 7), columns, **sizes)
+    root = np.sqrt(np.square(own.astype(np.float64)).mean(axis=-1, keepdims=True))
+    expected = (own * root[0] / root).mean(axis=0)
+    np.testing.assert_allclose(lab.get(hidden, np.float32, columns, size), expected, atol=1e-5)
+
+
+def test_a_product_of_low_rank_joins(lab: Lab) -> None:
+    size, columns = 160, 2
+    hidden, x, low = (normal(columns, size, seed=i) for i in range(3))
+    gain, joined = normal(size, seed=3), lab.put(hidden)
+    push = addresses(joined, lab.put(x), lab.put(low), lab.put(gain))
+    lab.run("laurel", push, columns, **norm_sizes(size, 64))
+    expected = (hidden + x + rms_norm(low.astype(np.float64), gain)) / np.sqrt(2)
+    np.testing.assert_allclose(lab.get(joined, np.float32, columns, size), expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("sparsity", [0.5, 0.95])
+def test_a_sparse_gate_keeps_what_exceeds_its_threshold(lab: Lab, sparsity: float) -> None:
+    """Two parts of a gate, of a token in two slices; the reference's threshold."""
+    columns, size, parts = 2, 192, 2
+    gate, up = normal(parts, columns, size), normal(parts, columns, size, seed=1)
+    x = lab.room(columns * 256)
+    push = addresses(lab.put(gate), lab.put(up), x) + words(size, parts)
+    quantile = NormalDist().inv_cdf(sparsity)
+    how = {"FLOAT_X": True, "CHANNELS": size, "SPARSE": True, "QUANTILE": quantile}
+    lab.run("geglu", push, columns, 2, LANES=64, **how)
+    expected = gate.sum(axis=0)
+    keep_largest(expected, sparsity)
+    gelu_product(expected, up.sum(axis=0))
+    found = lab.get(x, np.float32, columns, 256)[:, :size]
+    assert (found == 0).mean() > 0.9 * sparsity
+    np.testing.assert_allclose(found, expected, atol=1e-5)

@@ -11,7 +11,14 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from benchmarks.shapes import SHAPES, SHAPES_4, VOCABULARY, gemma4_config, shape_config
+from benchmarks.shapes import (
+    SHAPES,
+    SHAPES_4,
+    VOCABULARY,
+    gemma3n_config,
+    gemma4_config,
+    shape_config,
+)
 from benchmarks.vulkan_speed import RandomWeights
 from uq.formats.config import GemmaConfig
 from uq.formats.spec import GROUPS, SCALE_BITS, SPECS, Spec
@@ -82,11 +89,11 @@ ALONE = (
 
 
 def cases() -> list[Case]:
-    """Gemma 3 and 4 as `uq quantize` makes them; in Gemma 3's 4B every kind of weight, and INT8
+    """Gemma 3, 3n and 4 as `uq quantize` makes them; in Gemma 3's 4B every kind of weight, and INT8
     activations with and without zero points; and what calibrates the 4B and the 27B."""
     found: dict[Case, None] = {}
     configs = [shape_config(name, LAYERS) for name in SHAPES]
-    configs += [gemma4_config(name, LAYERS_4) for name in SHAPES_4]
+    configs += [gemma4_config(name, LAYERS_4) for name in SHAPES_4] + [gemma3n_config(LAYERS_4)]
     for config in configs:
         found |= dict.fromkeys(session_cases(config, *USUAL))
         found |= dict.fromkeys(prefill_cases(config, [*USUAL, *OTHERS]))
