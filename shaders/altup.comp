@@ -38,6 +38,28 @@ const float LEAST_SQUARE = 1e-5;
 vec4 own[STREAMS * ITEMS];
 vec4 state_of[ITEMS];  // the layer's hidden state
 float modality[STREAMS];
+float of_streams[STREAMS];  // what `sum_streams` adds up
+shared float stream_totals[STREAMS * LANES / 8];
+
+// Sums of `of_streams` over the workgroup, known to all of it. Every invocation must call it.
+void sum_streams() {
+    const uint teams = LANES / 8;
+    [[unroll]] for (uint s = 0; s < STREAMS; s++) {
+        float total = team_sum(of_streams[s], 8);
+        if (lane_index() % 8 == 0) {
+            stream_totals[s * teams + lane_index() / 8] = total;
+        }
+    }
+    barrier();
+    [[unroll]] for (uint s = 0; s < STREAMS; s++) {
+        float total = 0.0;
+        for (uint i = lane_index() % 8; i < teams; i += 8) {
+            total += stream_totals[s * teams + i];
+        }
+        of_streams[s] = team_sum(total, 8);
+    }
+    barrier();
+}
 
 uint stream_place(uint stream, uint quad) {
     return (stream * gl_NumWorkGroups.x + gl_WorkGroupID.x) * HIDDEN_QUADS + quad;
@@ -95,8 +117,11 @@ void find_modalities() {
             vec4 x = state_of[i] * quad_or_zero(router_gain, 0, quad_of(i));
             total += factor * dot(x, quad_or_zero(router, s * HIDDEN_QUADS, quad_of(i)));
         }
-        float v = workgroup_sum(total);
-        modality[s] = 1.0 - 2.0 / (exp(2.0 * v) + 1.0);  // tanh, without an overflow
+        of_streams[s] = total;
+    }
+    sum_streams();
+    [[unroll]] for (uint s = 0; s < STREAMS; s++) {
+        modality[s] = 1.0 - 2.0 / (exp(2.0 * of_streams[s]) + 1.0);  // tanh, without an overflow
     }
 }
 
@@ -164,12 +189,15 @@ void leave() {
 // The streams behind the first one get the size of `state_of`.
 void bring_to_size() {
     float size = squares() / float(HIDDEN);
-    [[unroll]] for (uint s = 1; s < STREAMS; s++) {
-        float total = 0.0;
+    [[unroll]] for (uint s = 0; s < STREAMS; s++) {
+        of_streams[s] = 0.0;
         [[unroll]] for (uint i = 0; i < ITEMS; i++) {
-            total += dot(own[s * ITEMS + i], own[s * ITEMS + i]);
+            of_streams[s] += dot(own[s * ITEMS + i], own[s * ITEMS + i]);
         }
-        float square = max(workgroup_sum(total) / float(HIDDEN), LEAST_SQUARE);
+    }
+    sum_streams();
+    [[unroll]] for (uint s = 1; s < STREAMS; s++) {
+        float square = max(of_streams[s] / float(HIDDEN), LEAST_SQUARE);
         [[unroll]] for (uint i = 0; i < ITEMS; i++) {
             own[s * ITEMS + i] *= sqrt(size / square);
         }
