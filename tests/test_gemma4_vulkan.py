@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,21 +12,29 @@ import pytest
 from numpy.typing import NDArray
 
 from tests.vulkan_lab import no_messages  # noqa: F401
+from uq.errors import DeviceError, UsageError
 from uq.formats.bundle import Bundle, open_bundle
 from uq.formats.checkpoint import open_checkpoint
 from uq.kernels.cpu import open_cpu
+from uq.kernels.numerics import ACTIVATIONS, Numerics
 from uq.kernels.reference import ReferenceSession
-from uq.kernels.session import Sampling, Session
+from uq.kernels.session import Piece, Sampling, Session
+from uq.kernels.vulkan import autotune
+from uq.kernels.vulkan.batch import VulkanBatch
 from uq.kernels.vulkan.device import choose
+from uq.kernels.vulkan.engine import check_sizes
 from uq.kernels.vulkan.session import VulkanSession
 from uq.kernels.vulkan.sources import BundleSource, CheckpointSource
+from uq.kernels.vulkan.tuning import product_key
 from uq.quantize.pipeline import QuantizeOptions, quantize
 
 GREEDY = Sampling()
-TRUE_HEADS = {"head_dim": 256, "global_head_dim": 512, "num_hidden_layers": 2, "layer_types": None}
+LENGTH = 48  # of texts and contexts: passes and steps of all tests share their kernels
+LARGE_HEADS = {"global_head_dim": 512, "num_hidden_layers": 1}
+OTHER_HEADS = {"sliding_window": 9, "num_key_value_heads": 2}  # than the full layers
 MODELS: dict[str, tuple[str, dict[str, Any]]] = {
-    "heads of 256 and 512": ("large", TRUE_HEADS),
-    "all": ("all", {"sliding_window": 9}),
+    "heads of 512": ("large", LARGE_HEADS),
+    "all": ("all", OTHER_HEADS),
 }
 
 
@@ -63,21 +72,21 @@ def test_a_model_answers_like_on_the_cpu(
 ) -> None:
     """Of every token of a text, in passes of many, and of greedy text behind it."""
     model = bundle(name)
-    vulkan, cpu = on_vulkan(model, cache, max_context=100), open_cpu(model, max_context=100)
-    tokens = np.random.default_rng(0).integers(0, 512, (1, 70), dtype=np.int32)
+    vulkan, cpu = on_vulkan(model, cache, max_context=LENGTH), open_cpu(model, max_context=LENGTH)
+    tokens = np.random.default_rng(0).integers(0, 512, (1, LENGTH), dtype=np.int32)
     assert divergence(log_probabilities(cpu, tokens), log_probabilities(vulkan, tokens)) <= 1e-6
     for session in (vulkan, cpu):
-        session.prefill(tokens[0].tolist())
+        session.prefill(tokens[0, :-12].tolist())
     error = np.abs(vulkan.next_logits - cpu.next_logits).max()
     assert error <= 2e-3 * np.abs(cpu.next_logits).max()
-    assert list(vulkan.decode(20, GREEDY)) == list(cpu.decode(20, GREEDY))
+    assert list(vulkan.decode(12, GREEDY)) == list(cpu.decode(12, GREEDY))
     vulkan.close()
 
 
 def test_tokens_one_by_one(bundle: Callable[[str], Bundle], cache: Path) -> None:
     """What a pass of many and steps of one make of a text, up to rounding."""
-    session = on_vulkan(bundle("all"), cache, max_context=100)
-    tokens = np.arange(2, 32, dtype=np.int32)[None] * 7 % 512
+    session = on_vulkan(bundle("all"), cache, max_context=LENGTH)
+    tokens = np.arange(2, 2 + LENGTH, dtype=np.int32)[None] * 7 % 512
     together = session.logits(session.score(tokens)[0], 0, 512)
     for token, expected in zip(tokens[0].tolist(), together, strict=True):
         session.prefill([token])
@@ -85,11 +94,52 @@ def test_tokens_one_by_one(bundle: Callable[[str], Bundle], cache: Path) -> None
     session.close()
 
 
+def test_sequences_together(bundle: Callable[[str], Bundle], cache: Path) -> None:
+    """Each has experts, keys and per-layer inputs of its own."""
+    model, texts = bundle("all"), ([2, 40, 41, 77, 300], [9, 100, 511])
+    batch = VulkanBatch(
+        model.config,
+        BundleSource(model),
+        choose(),
+        slots=2,
+        pipeline_cache=cache,
+        max_context=LENGTH,
+    )
+    batch.extend([Piece(slot, text[:-1]) for slot, text in enumerate(texts)])
+    pieces = [Piece(slot, text[-1:]) for slot, text in enumerate(texts)]
+    written = batch.write(pieces, 8, GREEDY).tolist()
+    cpu = open_cpu(model, max_context=LENGTH)
+    for text, found in zip(texts, written, strict=True):
+        cpu.reset()
+        cpu.prefill(text)
+        assert list(cpu.decode(8, GREEDY)) == found
+    batch.close()
+
+
+def test_every_product_is_tuned_once(bundle: Callable[[str], Bundle], cache: Path) -> None:
+    """Of both kinds of layers, of the experts and of the per-layer embedding."""
+    session = on_vulkan(bundle("all"), cache, max_context=LENGTH)
+    products = autotune._products(session._engine._stages)
+    keys = [product_key(*product) for product in products]
+    assert len(keys) == len(set(keys)) == 14
+    session.close()
+
+
+def test_what_the_kernels_do_not_take(bundle: Callable[[str], Bundle], cache: Path) -> None:
+    model = bundle("all")
+    assert model.config.full
+    large = replace(model.config, full=replace(model.config.full, head_dim=520))
+    with pytest.raises(DeviceError, match="heads of up to 512 channels, not 520; use --device cpu"):
+        check_sizes(large)
+    with pytest.raises(UsageError, match="INT8 activations are not made for experts; leave them"):
+        on_vulkan(model, cache, numerics=Numerics(activations=ACTIVATIONS["int8"]))
+
+
 def test_a_checkpoint_in_floating_point(tiny_gemma4: Callable[..., Path], cache: Path) -> None:
     checkpoint = open_checkpoint(tiny_gemma4("all"))
     source, config = CheckpointSource(checkpoint, "f32"), checkpoint.config
-    session = VulkanSession(config, source, choose(), pipeline_cache=cache, max_context=100)
-    tokens = np.arange(2, 32, dtype=np.int32)[None] * 7 % 512
+    session = VulkanSession(config, source, choose(), pipeline_cache=cache, max_context=LENGTH)
+    tokens = np.arange(2, 2 + LENGTH, dtype=np.int32)[None] * 7 % 512
     actual, expected = session.score(tokens), ReferenceSession(checkpoint).score(tokens)
     assert np.linalg.norm(actual - expected) <= 1e-3 * np.linalg.norm(expected)
     session.close()

@@ -7,6 +7,7 @@ from dataclasses import replace
 from uq.kernels.vulkan.cache import Cache
 from uq.kernels.vulkan.commands import Submission
 from uq.kernels.vulkan.device import Gpu
+from uq.kernels.vulkan.model import Layer
 from uq.kernels.vulkan.profile import TimedRecorder
 from uq.kernels.vulkan.stages import Stages
 from uq.kernels.vulkan.tuning import (
@@ -45,13 +46,25 @@ def tune(gpu: Gpu, stages: Stages, cache: Cache, most_lanes: int) -> dict[str, S
 
 
 def _products(stages: Stages) -> list[tuple[Matrix, int]]:
-    """Matrices, and what follows their products."""
-    layer = stages.model.layers[0]
+    """Matrices, and what follows their products; of those with one shape the first."""
+    found = {
+        product_key(*product): product
+        for layer in reversed(stages.model.layers)
+        for product in reversed(_layer_products(layer))
+    }
+    return [*reversed(found.values()), (stages.model.head, CHOOSE)]
+
+
+def _layer_products(layer: Layer) -> list[tuple[Matrix, int]]:
     products = [(layer.out, BRANCH), (layer.down, BRANCH)]
     products += [(matrix, STORE) for matrix, _ in layer.qkv]
-    if layer.gate.kind == layer.up.kind:
+    if layer.gate.kind == layer.up.kind and layer.quantile is None:
         products.append((layer.gate, GEGLU))
-    return [*products, (stages.model.head, CHOOSE)]
+    if layer.told:
+        products += [(layer.told.gate, STORE), (layer.told.projection, BRANCH)]
+    if layer.mixture:
+        products += [(layer.mixture.gate, GEGLU), (layer.mixture.down, BRANCH)]
+    return products
 
 
 def _with(stages: Stages, key: str, shape: Shape) -> Stages:
