@@ -30,7 +30,8 @@ from uq.quantize.pipeline import QuantizeOptions, quantize
 
 GREEDY = Sampling()
 LENGTH = 48  # of texts and contexts: passes and steps of all tests share their kernels
-LARGE_HEADS = {"global_head_dim": 512, "num_hidden_layers": 1}
+LARGE_HEADS = {"global_head_dim": 512, "num_hidden_layers": 1, "num_attention_heads": 3}
+LARGE_HEADS |= {"num_key_value_heads": 3}
 OTHER_HEADS = {"sliding_window": 9, "num_key_value_heads": 2}  # than the full layers
 MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "heads of 512": ("large", LARGE_HEADS),
