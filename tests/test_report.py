@@ -167,6 +167,13 @@ def test_the_table_is_narrow_and_says_what_was_missed() -> None:
     ]
 
 
+def test_notes_are_no_warnings() -> None:
+    report = replace(REPORT, warnings=("the text is odd",), notes=("q_proj has int6 g64",))
+    lines = format_report(report).splitlines()
+    assert lines[-3:] == ["warning: the text is odd", "", "note: q_proj has int6 g64"]
+    assert "q_proj has int6 g64" in Page(render_html(report)).text
+
+
 def test_the_loss_of_each_part_is_in_the_table_and_on_the_page() -> None:
     lines = format_report(REPORT).splitlines()
     (row,) = [line for line in lines if line.startswith("+ INT4 KV cache")]
@@ -244,10 +251,11 @@ def test_hostile_names_are_shown_and_not_run() -> None:
         layers=(replace(REPORT.layers[0], name=HOSTILE), *REPORT.layers[1:]),
         environment=replace(REPORT.environment, command=HOSTILE),
         warnings=(HOSTILE,),
+        notes=(HOSTILE,),
     )
     page = Page(render_html(hostile))
     assert "script" not in page.tags
-    assert page.text.count(HOSTILE) >= 6
+    assert page.text.count(HOSTILE) >= 7
 
 
 def test_a_page_without_speeds_has_no_speed_figure() -> None:

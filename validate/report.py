@@ -7,11 +7,11 @@ order in the file.
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from uq.errors import BundleError, ThresholdMissed
-from uq.formats.decode import decode
+from uq.formats.decode import OPTIONAL, decode
 from uq.kernels.session import Device
 
 SCHEMA = 1
@@ -217,7 +217,8 @@ class Report:
 
     `speed` is None when none was to be measured; `reference_speed` also when the reference does
     not fit in memory, where it would be the speed of the disk. `losses` is empty unless activations
-    or the KV cache were to be quantized.
+    or the KV cache were to be quantized. `warnings` say what a user should doubt, `notes` what is
+    good to know.
     """
 
     schema: int
@@ -243,6 +244,7 @@ class Report:
     series: Series
     environment: Environment
     warnings: tuple[str, ...]
+    notes: tuple[str, ...] = field(default=(), metadata=OPTIONAL)
 
     def to_json(self) -> dict[str, Any]:
         """The object that `report.json` holds: dicts, lists, strings, numbers and None."""

@@ -22,6 +22,8 @@ def format_report(report: Report, *, colour: bool = False) -> str:
     if report.warnings:
         lines = [f"warning: {line}" for line in report.warnings]
         sections.append("\n".join(_paint(line, YELLOW, colour) for line in lines))
+    if report.notes:
+        sections.append("\n".join(f"note: {line}" for line in report.notes))
     return "\n\n".join(sections)
 
 

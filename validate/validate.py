@@ -183,9 +183,9 @@ def validate(
             *warnings,
             *text_warnings(scores.reference_perplexity.value),
             *fallbacks(errors),
-            *sensitivities(bundle.manifest),
             *([] if session.device.has_clock else [NO_CLOCK]),
         ),
+        notes=tuple(sensitivities(bundle.manifest)),
     )
 
 
