@@ -19,7 +19,7 @@ from uq.progress import Progress, SilentProgress
 from uq.quantize.background import in_background
 from uq.quantize.calibrate import NumpyEngine
 from uq.quantize.calibration_engine import CalibrationEngine
-from uq.quantize.curvature import measure_curvature
+from uq.quantize.curvature import Curvature, measure_curvature
 from uq.quantize.farm import Farm, Threads
 from uq.quantize.independent import IndependentLayers
 from uq.quantize.job import Job, prepared, worker_threads
@@ -82,8 +82,9 @@ def quantize(
             job = job.with_measured_grids(tokens)
             job.require_room(out, writer)
         writer.confirm("plan", {name: str(tensor) for name, tensor in job.plan.tensors.items()})
+        curvature = _curvature(job, out, writer, tokens)
         progress.start(job.shards, "quantize", done=job.done(writer))
-        source = _source(job, out, writer, tokens, engine, farm, pool)
+        source = _source(job, out, writer, tokens, curvature, engine, farm, pool)
         source.skip(writer)
         # A model without tokenizer is refused before a shard is written.
         writer.confirm("asset", {n: sha256(data).hexdigest() for n, data in assets().items()})
@@ -95,11 +96,22 @@ def quantize(
         return writer.finish(job.manifest(writer, tokens), assets())
 
 
+def _curvature(
+    job: Job, out: Path, writer: BundleWriter, tokens: NDArray[np.int32] | None
+) -> Curvature | None:
+    """Of the outputs of all linears, where it is asked for and there is something to round."""
+    if tokens is None or not job.plan.bends or job.done(writer) == job.shards:
+        return None
+    sizes = job.plan.gptq.work
+    return measure_curvature(job.checkpoint, tokens, sizes, work_folder(out), job.progress)
+
+
 def _source(
     job: Job,
     out: Path,
     writer: BundleWriter,
     tokens: NDArray[np.int32] | None,
+    curvature: Curvature | None,
     engine: CalibrationEngine | None,
     farm: Farm | None,
     pool: ThreadPoolExecutor,
@@ -121,10 +133,6 @@ def _source(
         calibrated = IndependentLayers(farm, plan, tokens, layers, here, progress, contents)
     elif tokens is not None and first < job.shards:
         engine = engine or NumpyEngine(spill)
-        curvature = None
-        if plan.bends:
-            folder = work_folder(out)
-            curvature = measure_curvature(checkpoint, tokens, plan.gptq.work, folder, progress)
         calibrated = CalibratedLayers(
             checkpoint, plan, tokens, engine, progress, contents, curvature
         )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable
 from dataclasses import replace
+from io import StringIO
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +19,7 @@ from uq.formats.checkpoint import Checkpoint, open_checkpoint
 from uq.formats.config import layer_tensor
 from uq.kernels.reference import ReferenceSession, soft_cap
 from uq.kernels.weights import BundleWeights
-from uq.progress import SilentProgress
+from uq.progress import LineProgress, SilentProgress
 from uq.quantize import curvature
 from uq.quantize.backward import rms_norm_backward
 from uq.quantize.calibrate import NumpyEngine
@@ -141,6 +142,17 @@ def test_bundles_diverge_less_with_it_and_have_the_same_bytes_again(
     assert together.manifest.options["curvature"] is True
     assert "curvature" not in alone.manifest.options
     assert divergence(checkpoint, together) < 0.97 * divergence(checkpoint, alone)
+
+
+def test_each_part_counts_its_own_steps(
+    tiny_checkpoint: Callable[..., Path], tmp_path: Path
+) -> None:
+    checkpoint, said = open_checkpoint(tiny_checkpoint(layers=2)), StringIO()
+    options = replace(TOGETHER, calibration_tokens=160, calibration_length=40)
+    quantize(checkpoint, tmp_path / "b", options, LineProgress(said))
+    steps = [line.split()[:2] for line in said.getvalue().splitlines() if "/" in line.split()[1]]
+    assert [step for step in steps if step[0] == "gradients"][-1] == ["gradients", "4/4"]
+    assert steps[-3:] == [["quantize", f"{number}/3"] for number in (1, 2, 3)]
 
 
 def divergence(checkpoint: Checkpoint, bundle: Bundle) -> float:
