@@ -12,6 +12,9 @@ from numpy.typing import NDArray
 from safetensors.numpy import save_file
 
 from tests.conftest import tokenizer_config, tokenizer_of, write_json
+from uq.formats.bundle import Bundle, open_bundle
+from uq.formats.checkpoint import open_checkpoint
+from uq.quantize.pipeline import QuantizeOptions, quantize
 
 SIZES: dict[str, Any] = {
     "vocab_size": 512,
@@ -156,3 +159,24 @@ def transformers_logits(folder: Path) -> Callable[[NDArray[np.int32]], NDArray[n
         return out
 
     return logits
+
+
+def rounded_models(
+    write: Callable[..., Path], root: Path, models: Mapping[str, tuple[str, dict[str, Any]]]
+) -> Callable[[str], Bundle]:
+    """Bundles in INT4, rounded to nearest, by the name of a model; each is made once.
+
+    Args:
+        write: the fixture `tiny_gemma4`.
+        models: name -> variant, and keys that differ.
+    """
+    options, made = QuantizeOptions(recipe="int4", method="rtn"), dict[str, Bundle]()
+
+    def make(name: str) -> Bundle:
+        if name not in made:
+            variant, text = models[name]
+            checkpoint = open_checkpoint(write(variant, text=text))
+            made[name] = open_bundle(quantize(checkpoint, root / f"{len(made)}", options))
+        return made[name]
+
+    return make

@@ -4,23 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from numpy.typing import NDArray
 
+from tests.gemma4 import rounded_models
 from tests.test_reference import random_tokens
-from uq.formats.bundle import Bundle, open_bundle
-from uq.formats.checkpoint import open_checkpoint
+from uq.formats.bundle import Bundle
 from uq.kernels.cpu import open_cpu
 from uq.kernels.cpu.batch import CpuBatch
 from uq.kernels.reference import ReferenceSession
 from uq.kernels.session import Piece, Sampling
 from uq.kernels.weights import BundleWeights
-from uq.quantize.pipeline import QuantizeOptions, quantize
 
 TRUE_HEADS = {"head_dim": 256, "global_head_dim": 512, "num_hidden_layers": 2, "layer_types": None}
-MODELS = {
+MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "small": ("small", {"sliding_window": 9}),
     "large": ("large", {"sliding_window": 40}),
     "experts": ("experts", {}),
@@ -33,18 +33,7 @@ MODELS = {
 def bundle(
     tiny_gemma4: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory
 ) -> Callable[[str], Bundle]:
-    """Models by name, rounded to the nearest INT4 codes."""
-    root, made = tmp_path_factory.mktemp("gemma4-cpu"), dict[str, Bundle]()
-    options = QuantizeOptions(recipe="int4", method="rtn")
-
-    def make(name: str) -> Bundle:
-        if name not in made:
-            variant, text = MODELS[name]
-            checkpoint = open_checkpoint(tiny_gemma4(variant, text=text))
-            made[name] = open_bundle(quantize(checkpoint, root / f"{len(made)}", options))
-        return made[name]
-
-    return make
+    return rounded_models(tiny_gemma4, tmp_path_factory.mktemp("gemma4-cpu"), MODELS)
 
 
 @pytest.mark.parametrize("name", MODELS)

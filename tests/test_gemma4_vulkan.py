@@ -11,9 +11,10 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
+from tests.gemma4 import rounded_models
 from tests.vulkan_lab import no_messages  # noqa: F401
 from uq.errors import DeviceError, UsageError
-from uq.formats.bundle import Bundle, open_bundle
+from uq.formats.bundle import Bundle
 from uq.formats.checkpoint import open_checkpoint
 from uq.kernels.cpu import open_cpu
 from uq.kernels.numerics import ACTIVATIONS, Numerics
@@ -26,7 +27,6 @@ from uq.kernels.vulkan.engine import check_sizes
 from uq.kernels.vulkan.session import VulkanSession
 from uq.kernels.vulkan.sources import BundleSource, CheckpointSource
 from uq.kernels.vulkan.tuning import product_key
-from uq.quantize.pipeline import QuantizeOptions, quantize
 
 GREEDY = Sampling()
 LENGTH = 48  # of texts and contexts: passes and steps of all tests share their kernels
@@ -43,18 +43,7 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
 def bundle(
     tiny_gemma4: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory
 ) -> Callable[[str], Bundle]:
-    """Models by name, rounded to the nearest INT4 codes."""
-    root, made = tmp_path_factory.mktemp("gemma4-vulkan"), dict[str, Bundle]()
-    options = QuantizeOptions(recipe="int4", method="rtn")
-
-    def make(name: str) -> Bundle:
-        if name not in made:
-            variant, text = MODELS[name]
-            checkpoint = open_checkpoint(tiny_gemma4(variant, text=text))
-            made[name] = open_bundle(quantize(checkpoint, root / f"{len(made)}", options))
-        return made[name]
-
-    return make
+    return rounded_models(tiny_gemma4, tmp_path_factory.mktemp("gemma4-vulkan"), MODELS)
 
 
 @pytest.fixture(scope="module")
