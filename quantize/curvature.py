@@ -7,7 +7,9 @@ from the model itself. Together with the moments of the inputs it says what a ro
 Networks with Kronecker-factored Approximate Curvature", 2015).
 
 The tokens go once through the floating-point layers, and their gradients once back. In memory are
-one layer, one batch of it and what the layer's outputs sum up to; all else waits on the disk.
+one layer, what happens to one batch in it, what its outputs sum up to, and the residual stream of
+all tokens or the gradients that take its place. The streams in front of the other layers and the
+sums of those behind wait on the disk.
 """
 
 from __future__ import annotations

@@ -49,7 +49,7 @@ CANDIDATES = tuple(
 LINEAR_PROBE, TABLE_PROBE = 4, 6  # bits: enough for a divergence that stands out of the rounding
 PROBED_LAYERS, KEPT_LAYERS = 18, 4
 # What later layers read, where keys and values are shared: no layer between tells of it.
-READ_BY_OTHERS = {"self_attn.k_proj", "self_attn.v_proj"}
+READ_BY_OTHERS = ("self_attn.k_proj", "self_attn.v_proj")
 PROBE_WINDOWS, PROBE_LENGTH = 12, 32  # many short ones: texts differ more than positions
 POSITIONS = slice(12, None)  # of a window, where the divergence is taken
 LIKELIEST = 8192  # tokens of the vocabulary on which it is taken: nearly all of the probability
@@ -77,10 +77,7 @@ class Probes:
             role: probed_layers(layers, PROBED_LAYERS if role in linears else KEPT_LAYERS)
             for role, layers in _layers_with(config).items()
         }
-        for role in (
-            "self_attn.k_proj",
-            "self_attn.v_proj",
-        ):  # as no layer between: others read them
+        for role in READ_BY_OTHERS:
             read = config.shared_sources.intersection(_layers_with(config)[role])
             self._probed[role] = sorted({*self._probed[role], *read})
         self._moved: dict[str, float] = {}  # tensor of a layer -> what rounding it adds to hidden
