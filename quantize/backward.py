@@ -22,9 +22,10 @@ Array = NDArray[np.float32]
 # Role of a linear, its output and the gradient there, (tokens, rows) each.
 Visit = Callable[[str, Array, Array], None]
 
-_ONE, _TWO, _THREE = np.float32(1.0), np.float32(2.0), np.float32(3.0)
+_ZERO, _ONE, _THREE = np.float32(0.0), np.float32(1.0), np.float32(3.0)
 _GELU_SCALE = np.float32(2.0 * np.sqrt(2.0 / np.pi))
 _GELU_CUBE = np.float32(0.044715)
+_GELU_LOW = np.float32(-34.0)  # as in `gelu_product`
 
 
 def layer_backward(
@@ -178,7 +179,7 @@ def gelu_slopes(gate: Array, up: Array, product: Array, by_gate: Array) -> None:
         for i in range(n):
             x = gate[row, i]
             twice = _GELU_SCALE * (x + _GELU_CUBE * x * x * x)
-            s = _ONE / (_ONE + exp32(-twice))
+            s = _ZERO if twice < _GELU_LOW else _ONE / (_ONE + exp32(-twice))
             steep = _GELU_SCALE * (_ONE + _THREE * _GELU_CUBE * x * x)
             product[row, i] = x * s
             by_gate[row, i] = (s + x * s * (_ONE - s) * steep) * up[row, i]

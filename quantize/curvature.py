@@ -41,6 +41,7 @@ EVERY = 2  # sequence of the calibration is used
 VOCABULARY = 16384  # likeliest tokens, among which the loss is taken: nearly all of the probability
 STATES = 256  # positions that choose them
 POSITIONS = 512  # whose logits are in memory at once
+CERTAIN = np.float32(1e-12)  # smaller probabilities are 0: products of gradients would underflow
 CLIP = np.float32(math.sqrt(10))  # of a gradient, in units of the median token's
 # Inputs of these are weighed by the inverse of the output's mean square; gradients the other way.
 NORMED = ("self_attn.o_proj", "mlp.down_proj")
@@ -189,6 +190,7 @@ def _head_slope(config: GemmaConfig, head: Array, states: Array, rng: np.random.
     drawn = (reached < rng.random((len(slope), 1)) * reached[:, -1:]).sum(axis=1)
     slope /= reached[:, -1:].astype(np.float32)
     slope[np.arange(len(slope)), np.minimum(drawn, len(head) - 1)] -= 1
+    slope[np.abs(slope) < CERTAIN] = 0
     if steep is not None:
         slope *= steep
     found: Array = slope @ head

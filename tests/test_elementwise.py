@@ -44,6 +44,17 @@ def test_gelu_product() -> None:
     np.testing.assert_allclose(gate, gelu * up, rtol=2e-6, atol=1e-6)
 
 
+def test_tail_of_gelu_is_zero() -> None:
+    """Its squares would be subnormal."""
+    gate = np.linspace(-12, -1, 500, dtype=np.float32)[None]
+    x = gate[0].astype(np.float64)
+    gelu_product(gate, np.ones_like(gate))
+    assert (gate[0, x < -7] == 0).all()
+    assert (gate[0, x > -6] != 0).all()
+    exact = x / (1 + np.exp(-2 * np.sqrt(2 / np.pi) * (x + 0.044715 * x**3)))
+    np.testing.assert_allclose(gate[0], exact, rtol=2e-5, atol=2e-14)
+
+
 def test_rotation_of_component_pairs() -> None:
     """Components i and i + dim / 2 are the parts of a complex number that turns."""
     x, angle = normal(2, 5, 3, 14), RNG.uniform(0, 7, (5, 7))
