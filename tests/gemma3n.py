@@ -45,7 +45,18 @@ OTHER = PLAIN | {
     "intermediate_size": [128, 192, 64],
     "final_logit_softcapping": 20.0,
 }
-VARIANTS = {"plain": PLAIN, "other": OTHER}
+# What llama.cpp has in its code, at small widths: sparse gates in the first ten layers, the keys of
+# layers 18 and 19 shared, streams, ranks and per-layer channels of E2B's size.
+PUBLISHED = PLAIN | {
+    "hidden_size_per_layer_input": 256,
+    "num_hidden_layers": 22,
+    "layer_types": [*[*[SLIDING] * 4, FULL] * 4, SLIDING, FULL],
+    "num_kv_shared_layers": 2,
+    "laurel_rank": 64,
+    "activation_sparsity_pattern": [*[0.95] * 10, *[0.0] * 12],
+    "final_logit_softcapping": 30.0,
+}
+VARIANTS = {"plain": PLAIN, "other": OTHER, "published": PUBLISHED}
 
 
 def write_gemma3n(
@@ -114,6 +125,8 @@ def _weights(keys: Mapping[str, Any]) -> dict[str, NDArray[np.float32]]:
         if "coefs" in name:  # else streams cancel, and a norm makes the rounding of the rest large
             scale *= 0.3
         weights[name] = noise * np.float32(scale) + np.float32(len(shape) == 1)
+        if "post_" in name:  # else a deep model magnifies rounding a hundredfold
+            weights[name] *= np.float32(min(1, 5 / keys["num_hidden_layers"]))
         if name.endswith(("q_norm.weight", "k_norm.weight")):
             weights[name] *= np.float32(shape[0] ** -0.25)
     if keys.get("tie_word_embeddings", True):

@@ -213,7 +213,7 @@ def test_llama_cpp_gives_the_likeliest_tokens(
 ) -> None:
     """It rounds inputs of quantized matrices to 8 bits, and GELU and the cache to float16."""
     path = exported(mixed, tmp_path / "m.gguf", format="gguf", dtype=dtype).path
-    assert_llama_cpp_agrees(mixed, path, tolerance)
+    assert_llama_cpp_agrees(reference(mixed), mixed, path, tolerance)
 
 
 def test_a_head_of_its_own_is_refused_where_llama_cpp_has_none(
@@ -276,7 +276,9 @@ def test_the_command_says_what_it_wrote(
     assert main(["export", str(mixed.path), "--format", "gguf", "--zero-points"]) == 2
 
 
-def assert_llama_cpp_agrees(bundle: Bundle, path: Path, tolerance: float) -> None:
+def assert_llama_cpp_agrees(
+    session: ReferenceSession, bundle: Bundle, path: Path, tolerance: float
+) -> None:
     """The 50 likeliest next tokens have the reference's log-probabilities."""
     import xllamacpp
 
@@ -284,7 +286,6 @@ def assert_llama_cpp_agrees(bundle: Bundle, path: Path, tolerance: float) -> Non
     params.model.path, params.n_ctx, params.n_parallel = str(path), 64, 1
     params.warmup, params.cpuparams.n_threads = False, 1
     server = xllamacpp.Server(params)
-    session = reference(bundle)
     tokens = bundle.tokenizer().encode("the time of the world")
     request = {"prompt": tokens, "n_predict": 1, "n_probs": 50, "temperature": 0.0}
     answer: dict[str, Any] = server.handle_completions(request)

@@ -24,8 +24,9 @@ from uq.formats.config import (
 )
 from uq.formats.families.registry import FAMILIES, known
 
-# Those whose files the tables of `GgufDefaults` are enough for; they can be written, too.
+# Those whose files the tables of `GgufDefaults` are enough for, and all.
 ARCHITECTURES = {name: family for name, family in FAMILIES.items() if family.gguf is not None}
+READABLE = ARCHITECTURES | {name: FAMILIES[name] for name in NEWER}
 ROLES = {
     "self_attn.q_proj": "attn_q",
     "self_attn.k_proj": "attn_k",
@@ -84,8 +85,7 @@ def gguf_config(file: GgufFile) -> GemmaConfig:
             unsupported value.
     """
     arch = file.metadata.get("general.architecture")
-    readable = ARCHITECTURES | {name: FAMILIES[name] for name in NEWER}
-    family = known(arch, readable, f"{file.path.name}: architecture")
+    family = known(arch, READABLE, f"{file.path.name}: architecture")
     if file.metadata.get("split.count", 1) not in (0, 1):
         raise CheckpointError(
             f"{file.path.name}: one part of a split GGUF; join the parts with "

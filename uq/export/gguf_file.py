@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
+from dataclasses import replace
 from itertools import groupby
 from math import isclose
 from pathlib import Path
@@ -22,11 +23,12 @@ from gguf import (
 from uq.chat import CHAT_FILES, find_template
 from uq.errors import BundleError, UsageError
 from uq.export.gguf_model import add_model, architecture, takes_merges
+from uq.export.gguf_tensors import ROPE_FACTORS, layer_of
 from uq.export.gguf_vocabulary import vocabulary
 from uq.export.stored import StoredTensor
 from uq.formats.bundle import Bundle
 from uq.formats.checkpoint.checkpoint import TOKENIZER
-from uq.formats.checkpoint.gguf_config import ARCHITECTURES, gguf_config
+from uq.formats.checkpoint.gguf_config import gguf_config
 from uq.formats.checkpoint.gguf_file import read_gguf
 from uq.formats.config import SLIDING, GemmaConfig
 from uq.formats.disk import write_file
@@ -34,6 +36,7 @@ from uq.progress import Progress
 
 ALIGNMENT = 32
 FREE = {"eos_token_ids"}  # llama.cpp stops at further tokens, too, by their names
+WINDOWS = {"sliding_window", "rope_local_theta"}  # told where there are any
 
 
 def write_gguf(
@@ -47,8 +50,7 @@ def write_gguf(
     """
     header = _header(work / "header", bundle, tensors)
     total = len(header) + sum(map(_padded, (tensor.nbytes for tensor in tensors)))
-    if bundle.config.family in ARCHITECTURES:  # that uq reads
-        _require_same_model(work / "header", total, bundle.config)
+    _require_same_model(work / "header", len(header), total, tensors, bundle.config)
     (work / "header").unlink()
     progress.start(len(list(_parts(tensors))), "export")
     path = work / "model.gguf"
@@ -111,20 +113,31 @@ def _add_vocabulary(writer: GGUFWriter, bundle: Bundle) -> None:
         )
 
 
-def _require_same_model(header: Path, total: int, config: GemmaConfig) -> None:
+def _require_same_model(
+    path: Path, header: int, total: int, tensors: Sequence[StoredTensor], config: GemmaConfig
+) -> None:
     """Read the file that will be, as llama.cpp does, before its weights are written."""
-    with header.open("r+b") as file:
+    with path.open("r+b") as file:
         file.truncate(total)  # takes no room: there is nothing in it
-    found = gguf_config(read_gguf(header)).to_json()
-    without_windows = (
-        set() if SLIDING in config.layer_types else {"sliding_window", "rope_local_theta"}
-    )
-    for key, value in config.to_json().items():
-        if key not in FREE | without_windows and not _same(found.get(key), value):
+        if tensors[0].name == ROPE_FACTORS:  # a part of the model's shape
+            file.seek(header)
+            file.writelines(map(bytes, tensors[0].chunks()))
+    found = gguf_config(read_gguf(path)).to_json()
+    unsaid = FREE if SLIDING in config.layer_types else FREE | WINDOWS
+    for key, value in _as_told(config).to_json().items():
+        if key not in unsaid and not _same(found.get(key), value):
             raise BundleError(
                 f"GGUF cannot say that {key} is {value}: llama.cpp would take {found.get(key)}; "
                 "use another format"
             )
+
+
+def _as_told(config: GemmaConfig) -> GemmaConfig:
+    """The model as a file of it has it."""
+    per_layer = config.per_layer
+    if per_layer is not None:
+        per_layer = replace(per_layer, vocab_size=config.vocab_size)
+    return replace(config, family=architecture(config), per_layer=per_layer)
 
 
 def _same(found: Any, wanted: Any) -> bool:
@@ -149,12 +162,8 @@ def _contents(
 
 def _parts(tensors: Sequence[StoredTensor]) -> Iterator[tuple[str, Iterator[StoredTensor]]]:
     """The tensors of no layer, then layer by layer."""
-    return groupby(tensors, lambda tensor: _part(tensor.name))
-
-
-def _part(name: str) -> str:
-    """`blk.3.attn_q.weight` -> `layer 3`."""
-    return f"layer {name.split('.')[1]}" if name.startswith("blk.") else "tables"
+    for layer, members in groupby(tensors, lambda tensor: layer_of(tensor.name)):
+        yield "tables" if layer < 0 else f"layer {layer}", members
 
 
 def _padded(nbytes: int) -> int:
