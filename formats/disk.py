@@ -18,8 +18,11 @@ SYNC_STEP = 32 << 20  # bytes written between two early syncs
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
-def require_free(path: Path, nbytes: int) -> None:
+def require_free(path: Path, nbytes: int, remedy: str = "") -> None:
     """Refuse to begin when the disk of `path`, which need not exist yet, is too full.
+
+    Args:
+        remedy: what would need less.
 
     Raises:
         DeviceError: says what is needed and what is free.
@@ -28,7 +31,7 @@ def require_free(path: Path, nbytes: int) -> None:
     if free < nbytes:
         raise DeviceError(
             f"{path}: {nbytes:,} bytes needed, {free:,} free in {folder}; free some space or "
-            "choose another disk"
+            f"choose another disk{remedy and f', or {remedy}'}"
         )
 
 

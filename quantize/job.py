@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -27,7 +28,7 @@ from uq.quantize.farm import Farm
 from uq.quantize.memory import Fitted, Load, fit
 from uq.quantize.mixing import mixed_plan
 from uq.quantize.options import CALIBRATE_LAYERS, QuantizeOptions
-from uq.quantize.plan import CURVATURE_DAMPING, Plan, WorkSizes, make_plan
+from uq.quantize.plan import CURVATURE_DAMPING, RECIPES, Plan, WorkSizes, make_plan
 from uq.quantize.record import identity_of, manifest_of, tools_of
 from uq.quantize.recover import recognise
 from uq.quantize.shards import shard_bytes
@@ -86,8 +87,9 @@ class Job:
         """Raises DeviceError: the disk is too full for what is left to do."""
         left = shard_bytes(self.checkpoint.config, self.plan)[self.done(writer) :]
         towers = stored_bytes(self.checkpoint.towers, self.options.towers)
-        beside = self.spill + curvature_on_disk(self.checkpoint.config, self.plan, self.options)
-        require_free(out, beside + towers + sum(left))
+        bent = curvature_on_disk(self.checkpoint.config, self.plan, self.options)
+        remedy = f"use --no-curvature, which needs {bent:,} less" if bent else ""
+        require_free(out, self.spill + bent + towers + sum(left), remedy)
 
     def tokens(self) -> NDArray[np.int32] | None:
         """(sequences, length) of the calibration; None without a text.
@@ -156,12 +158,16 @@ def prepared(
     _tell_kept(plan, progress)
     if engine is not None and options.independent:
         raise UsageError("--calibrate-layers independently runs on CPUs only; add --device cpu")
-    if engine is not None and plan.bends:
+    if engine is not None and options.curvature:
         raise UsageError("--curvature is measured on the CPU only; add --device cpu")
     spill = 0
-    if engine is None:
+    if engine is not None:
+        plan = without_curvature(plan)
+    else:
         fitted = fitted_plan(checkpoint, plan, options)
         plan, spill = fitted.plan, fitted.spilled
+    if missed := _missed(checkpoint.config, plan, options, engine):
+        progress.note(f"without --curvature, which {missed}")
     if farm is not None and options.independent:  # workers decide by the memory that they have
         spill = 0
     _tell_sizes(plan, progress)
@@ -196,9 +202,7 @@ def plan_of(config: GemmaConfig, options: QuantizeOptions) -> Plan:
     if options.independent:
         require_known(config, "--calibrate-layers independently", "calibrate them in order")
     _check_layers(plan, options)
-    if options.curvature:
-        _check_curvature(config, plan, options)
-        plan = replace(plan, gptq=replace(plan.gptq, outputs=CURVATURE_DAMPING))
+    plan = _with_curvature(config, plan, options)
     if options.calibration is None or plan.uses_gptq:
         return plan
     if all(tensor.spec.bits == 8 for tensor in plan.tensors.values()):
@@ -221,12 +225,41 @@ def _check_layers(plan: Plan, options: QuantizeOptions) -> None:
         )
 
 
-def _check_curvature(config: GemmaConfig, plan: Plan, options: QuantizeOptions) -> None:
+def _with_curvature(config: GemmaConfig, plan: Plan, options: QuantizeOptions) -> Plan:
+    """Rows are rounded together where the user wants it, else where recipe and model allow it."""
+    obstacle = _obstacle(config, plan, options)
+    if options.curvature and obstacle:
+        raise UsageError(f"--curvature {obstacle}; leave it out")
+    if options.curvature:
+        return replace(plan, gptq=replace(plan.gptq, outputs=CURVATURE_DAMPING))
+    return plan if options.curvature is None and not obstacle else without_curvature(plan)
+
+
+def _obstacle(config: GemmaConfig, plan: Plan, options: QuantizeOptions) -> str | None:
+    """Why rows cannot be rounded together."""
     if not plan.uses_gptq:
-        raise UsageError("--curvature is for --method gptq; leave it out")
+        return "is for --method gptq"
     if options.independent:
-        raise UsageError("--curvature needs layers calibrated in order; leave it out")
-    require_known(config, "--curvature", "leave it out")
+        return "needs layers calibrated in order"
+    if unknown := config.extensions():
+        return f"does not compute {unknown[0]} ({config.family})"
+    return None
+
+
+def _missed(
+    config: GemmaConfig, plan: Plan, options: QuantizeOptions, engine: CalibrationEngine | None
+) -> str | None:
+    """Why a recipe that rounds rows together where it can does not do so."""
+    wanted = options.curvature is None and RECIPES[options.recipe].gptq.outputs is not None
+    if plan.bends or not plan.uses_gptq or not wanted:
+        return None
+    elsewhere = None if engine is None else "is measured on the CPU only"
+    return _obstacle(config, plan, options) or elsewhere or "does not fit into --max-memory"
+
+
+def without_curvature(plan: Plan) -> Plan:
+    """Each row is rounded for itself."""
+    return replace(plan, gptq=replace(plan.gptq, outputs=None))
 
 
 def recognised_plan(checkpoint: Checkpoint, options: QuantizeOptions) -> Plan:
@@ -241,7 +274,11 @@ def recognised_plan(checkpoint: Checkpoint, options: QuantizeOptions) -> Plan:
 
 
 def fitted_plan(checkpoint: Checkpoint, plan: Plan, options: QuantizeOptions) -> Fitted:
-    """Raises UsageError: the run does not fit into `max_memory`."""
+    """Without the curvature, unless it is asked for, where `max_memory` is too small for it.
+
+    Raises:
+        UsageError: the run does not fit into `max_memory`.
+    """
     load = Load(
         options.calibration_tokens,
         min(options.calibration_length, options.calibration_tokens),
@@ -249,6 +286,10 @@ def fitted_plan(checkpoint: Checkpoint, plan: Plan, options: QuantizeOptions) ->
         checkpoint.makes_tokenizer,
         options.independent,
     )
+    if plan.bends and not options.curvature:
+        with suppress(UsageError):
+            return fit(checkpoint.config, plan, load, options.max_memory)
+        plan = without_curvature(plan)
     return fit(checkpoint.config, plan, load, options.max_memory)
 
 

@@ -23,7 +23,7 @@ class QuantizeOptions:
         calibrate_layers: `in-order`, each on what the quantized layers before it make of the text,
             or `independently`, each on what the floating-point layers make of it.
         curvature: the rows of a linear are rounded together, by the gradients of the model's loss
-            at its outputs.
+            at its outputs; None for what the recipe does, as far as the run can.
         max_memory: bytes that the run may take; None for what is free. A calibration that must
             take smaller steps to fit (`WorkSizes`) gives other codes, as good ones.
         threads: of everything but the matrix products; one per core when None.
@@ -42,7 +42,7 @@ class QuantizeOptions:
     calibration_length: int = 512
     calibration_seed: int | None = None
     calibrate_layers: str = IN_ORDER
-    curvature: bool = False
+    curvature: bool | None = None
     max_memory: int | None = None
     threads: int | None = None
     resume: str = "auto"

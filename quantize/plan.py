@@ -25,7 +25,7 @@ LAYOUT_OF_TARGET = {
 }
 
 
-CURVATURE_DAMPING = 1.0  # `GptqOptions.outputs`, where the curvature is asked for
+CURVATURE_DAMPING = 1.0  # `GptqOptions.outputs`, where the curvature is measured
 
 
 @dataclass(frozen=True)
@@ -107,16 +107,18 @@ class Recipe:
     method: Method
     mixed: bool = False
     table: Spec = Spec(8, 64)
-    gptq: GptqOptions = GptqOptions()
+    gptq: GptqOptions = GptqOptions(outputs=CURVATURE_DAMPING)
 
 
-# What INT8 has to give is all spent at group 32, so it is not mixed.
+# What INT8 has to give is all spent at group 32, so it is not mixed, and rounded row by row.
 RECIPES: Mapping[str, Recipe] = {
     "int4": Recipe("4.5 bits per linear weight, mixed", Spec(4, 32), "gptq", mixed=True),
     "int4-small": Recipe("4.25 bits per linear weight, mixed", Spec(4, 64), "gptq", mixed=True),
     "int5": Recipe("5.5 bits per linear weight, mixed", Spec(5, 32), "gptq", mixed=True),
     "int6": Recipe("6.5 bits per linear weight, mixed", Spec(6, 32), "gptq", mixed=True),
-    "int8": Recipe("INT8 everywhere, group 32", Spec(8, 32), "gptq", table=Spec(8, 32)),
+    "int8": Recipe(
+        "INT8 everywhere, group 32", Spec(8, 32), "gptq", table=Spec(8, 32), gptq=GptqOptions()
+    ),
 }
 RECIPE_OF_BITS = {4: "int4", 5: "int5", 6: "int6", 8: "int8"}
 

@@ -31,7 +31,7 @@ def identity_of(
         "repository": checkpoint.source.id if revision else None,
         "revision": revision,
         "model": checkpoint.config.to_json(),
-        "options": recorded(options, checkpoint),
+        "options": recorded(options, checkpoint, plan),
         "sizes": asdict(plan.gptq.work),
         "calibration": None if text is None else text.sha256,
         "tools": tools,
@@ -47,7 +47,7 @@ def tools_of(engine: CalibrationEngine | None) -> dict[str, str]:
     }
 
 
-def recorded(options: QuantizeOptions, checkpoint: Checkpoint) -> dict[str, object]:
+def recorded(options: QuantizeOptions, checkpoint: Checkpoint, plan: Plan) -> dict[str, object]:
     """The options that the bytes depend on, but for the text, which has its own record."""
     names = (
         "recipe",
@@ -62,7 +62,7 @@ def recorded(options: QuantizeOptions, checkpoint: Checkpoint) -> dict[str, obje
         "calibrate_layers",
     )
     found = {name: getattr(options, name) for name in names}
-    found |= {"curvature": True} if options.curvature else {}
+    found |= {"curvature": True} if plan.bends else {}
     return found | ({"towers": options.towers} if checkpoint.towers else {})
 
 
@@ -81,7 +81,7 @@ def manifest_of(
     return Manifest(
         model=checkpoint.config,
         recipe=plan.recipe,
-        options=recorded(options, checkpoint) | found,
+        options=recorded(options, checkpoint, plan) | found,
         provenance=Provenance(source.kind, source.id, source.revision, checkpoint.dtype, files),
         calibration=calibration,
         left_out=checkpoint.left_out if options.towers == "drop" else (),

@@ -7,7 +7,7 @@ import json
 import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import count, cycle
 from pathlib import Path
 from typing import Any
@@ -31,6 +31,7 @@ from uq.formats.row_scales import round_scales
 from uq.formats.spec import QuantTensor, Spec
 from uq.formats.writer import ArrayEntry, BundleWriter, Entry, QuantEntry
 from uq.quantize.pipeline import QuantizeOptions, quantize
+from uq.quantize.plan import RECIPES, GptqOptions
 
 SPECIALS = ("<pad>", "<eos>", "<bos>", "<unk>", "<start_of_turn>", "<end_of_turn>")
 MODEL_TYPES = {
@@ -101,6 +102,25 @@ def small_cache() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("uq.validate.bandwidth.last_level_cache", lambda: 64 << 20)
         yield
+
+
+SHIPPED = dict(RECIPES)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def rows_alone() -> Iterator[None]:
+    """Recipes that round each row for itself: of a tiny model, gradients would take longest."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name, recipe in SHIPPED.items():
+            patch.setitem(RECIPES, name, replace(recipe, gptq=GptqOptions()))  # type: ignore[arg-type]
+        yield
+
+
+@pytest.fixture
+def shipped_recipes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The recipes as they are."""
+    for name, recipe in SHIPPED.items():
+        monkeypatch.setitem(RECIPES, name, recipe)  # type: ignore[arg-type]
 
 
 @pytest.fixture(scope="session")

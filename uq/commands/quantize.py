@@ -97,9 +97,9 @@ def configure(parser: argparse.ArgumentParser) -> None:
         "whose losses it makes up for in part; independently: workers of --scheduler share them",
     )  # fmt: skip
     add(
-        "--curvature", action="store_true",
+        "--curvature", action=argparse.BooleanOptionalAction, default=None,
         help="round the rows of a linear together, by the gradients of the model's loss at its "
-        "outputs: loses less, takes longer; on the CPU",
+        "outputs: loses less, takes longer; default: on the CPU, but for INT8 and newer families",
     )  # fmt: skip
     add("--target", type=names(TARGETS), default=("igpu",), metavar="T,T", help="default: igpu")
     add(
