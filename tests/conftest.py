@@ -112,7 +112,7 @@ def rows_alone() -> Iterator[None]:
     """Recipes that round each row for itself: of a tiny model, gradients would take longest."""
     with pytest.MonkeyPatch.context() as patch:
         for name, recipe in SHIPPED.items():
-            patch.setitem(RECIPES, name, replace(recipe, gptq=GptqOptions()))  # type: ignore[arg-type]
+            patch.setitem(RECIPES, name, replace(recipe, gptq=GptqOptions()))
         yield
 
 
@@ -120,7 +120,7 @@ def rows_alone() -> Iterator[None]:
 def shipped_recipes(monkeypatch: pytest.MonkeyPatch) -> None:
     """The recipes as they are."""
     for name, recipe in SHIPPED.items():
-        monkeypatch.setitem(RECIPES, name, recipe)  # type: ignore[arg-type]
+        monkeypatch.setitem(RECIPES, name, recipe)
 
 
 @pytest.fixture(scope="session")
