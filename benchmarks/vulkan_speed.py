@@ -4,11 +4,13 @@
     python -m benchmarks.vulkan_speed BUNDLE
 
 A shape is Gemma 3, 3n or 4 of that size with random codes: INT4 in groups of 32, the embedding
-INT8, as many bytes as llama.cpp's Q4_0 with its Q8_0 embedding. Prints JSON of each model: tokens
-a second (median and range of the repeats, after one that does not count), the time of a step's
-stages, the read bandwidth of the device measured in the same run, how many tokens a second it
-allows for the bytes that a token meets (of experts those that it chooses), and the share of that
-which decoding reaches. `--layers N` cuts a shape down, for a trial.
+INT8, both with scales of 8 bits: 4.25 and 8.25 bits a weight. Q4_0 and Q8_0 have 4.5 and 8.5, and
+so do these with `--scale-bits 16`.
+
+Prints JSON of each model: tokens a second (median and range of the repeats, after one that does not
+count), the time of a step's stages, the read bandwidth of the device measured in the same run, how
+many tokens a second it allows for the bytes that a token meets (of experts those that it chooses),
+and the share of that which decoding reaches. `--layers N` cuts a shape down, for a trial.
 
 Needs numpy, the package `vulkan` and the compiled shaders (python -m uq.kernels.vulkan.compile).
 """
@@ -43,7 +45,6 @@ from uq.kernels.vulkan.session import VulkanSession
 from uq.kernels.vulkan.sources import BundleSource
 from uq.kernels.vulkan.weights import Kind, Source, Weight
 
-BODY, TABLE = Spec(4, 32, scale_bits=8), Spec(8, 32, scale_bits=8)
 PATTERN = 64  # rows that repeat
 
 
@@ -52,7 +53,8 @@ class RandomWeights:
     and other vectors are ones.
     """
 
-    def __init__(self, config: GemmaConfig) -> None:
+    def __init__(self, config: GemmaConfig, scale_bits: int = 8) -> None:
+        self._scale_bits = scale_bits
         self._tables, self._linears = config.table_shapes(), dict[str, tuple[int, int]]()
         self._arrays: dict[str, tuple[int, ...]] = dict(config.model_kept())
         self._arrays |= {gain_name(name): shape for name, shape in config.model_norms().items()}
@@ -64,7 +66,7 @@ class RandomWeights:
             self._arrays |= {gain_name(named(x)): y for x, y in norms.items()}
 
     def weight(self, name: str) -> Weight:
-        spec = BODY if name in self._linears else TABLE
+        spec = Spec(4 if name in self._linears else 8, 32, scale_bits=self._scale_bits)
         shape = self._linears.get(name) or self._tables[name]
         return Weight(Kind.of(spec), shape, partial(random_tiles, shape, spec))
 
@@ -93,10 +95,12 @@ def random_tiles(shape: tuple[int, int], spec: Spec) -> NDArray[np.uint8]:
     return np.resize(pattern, (-(-rows // 16), pattern.shape[1]))
 
 
-def open_model(name: str, layers: int | None = None) -> tuple[GemmaConfig, Source]:
+def open_model(
+    name: str, layers: int | None = None, scale_bits: int = 8
+) -> tuple[GemmaConfig, Source]:
     if name in NAMES:
         config = text_config(name, layers)
-        return config, RandomWeights(config)
+        return config, RandomWeights(config, scale_bits)
     from uq.formats.bundle import open_bundle
 
     bundle = open_bundle(name, verify="lazy")
@@ -118,7 +122,7 @@ def spread(rates: Sequence[float]) -> dict[str, float]:
 
 
 def measure(name: str, args: argparse.Namespace, bandwidth: float) -> dict[str, Any]:
-    config, source = open_model(name, args.layers)
+    config, source = open_model(name, args.layers, args.scale_bits)
     began = time.perf_counter()
     session = VulkanSession(
         config,
@@ -159,6 +163,7 @@ def main() -> None:
     parser.add_argument("models", nargs="+", metavar="MODEL", help=f"{', '.join(NAMES)}, a bundle")
     parser.add_argument("--device", default="", help="number or part of the name")
     parser.add_argument("--layers", type=int)
+    parser.add_argument("--scale-bits", type=int, choices=(8, 16), default=8, help="of a shape")
     parser.add_argument("--prompt", type=int, default=512)
     parser.add_argument("--generate", type=int, default=256)
     parser.add_argument("--repeats", type=int, default=5)
