@@ -22,8 +22,9 @@ from gguf import GGMLQuantizationType, GGUFWriter, TokenType
 from numpy.typing import NDArray
 
 from benchmarks.shapes import text_config
-from uq.export.gguf_model import add_model, architecture, tensor_names
+from uq.export.gguf_model import add_model, architecture
 from uq.formats.checkpoint.checkpoint import expected_shapes
+from uq.formats.checkpoint.gguf_config import gguf_names
 from uq.formats.config import PER_LAYER_PROJECTION, GemmaConfig, layer_tensor
 
 BLOCK_BYTES = {GGMLQuantizationType.Q4_0: 18, GGMLQuantizationType.Q8_0: 34}  # 32 weights
@@ -78,7 +79,7 @@ def tensors(config: GemmaConfig) -> Iterator[Tensor]:
         for layer in range(config.num_layers)
         for role in (*config.linear_shapes(layer), "per_layer_input_gate", "per_layer_projection")
     }
-    for name, stored in tensor_names(config).items():
+    for name, stored in gguf_names(config).items():
         kind = GGMLQuantizationType.F32
         if name in config.table_shapes():
             kind = GGMLQuantizationType.Q8_0
