@@ -18,16 +18,19 @@ layout(constant_id = 10) const bool NORMS = false;  // one column: x = norm(hidd
 layout(constant_id = 11) const uint EPILOGUE = 0;
 layout(constant_id = 12) const float CAP = 0.0;  // of the logits
 layout(constant_id = 13) const uint ROUNDS = 1;  // of one column, each of other blocks
-// Experts that each column has chosen: workgroup z is the product of one of them, for one column. GEGLU
-// gives all experts of a column the same x, otherwise each has its own. 0: the weight has no experts.
+// Experts that each column chooses: workgroup z is the product of one of them, for one column, and all
+// experts of a column have the same x. 0: the weight has no experts.
 layout(constant_id = 16) const uint ACTIVE = 0;
+layout(constant_id = 17) const uint COUNT = 0;  // ACTIVE: of so many experts it chooses them here
 #include "weights.glsl"
 #include "norm.glsl"
+#include "route.glsl"
 
 const uint STORE = 0;   // y as float32
 const uint GEGLU = 1;   // half of the blocks are of `weights`, half of `second`: gelu(gate) * up
 const uint CHOOSE = 2;  // logits of the last token: the last workgroup finds the likeliest one
 const uint BRANCH = 3;  // STORE, the product of one of gl_NumWorkGroups.y parts of the tiles
+const uint TELL = 4;    // gelu(y) times what `y` holds, (COLUMNS, stride), as float activations
 
 // (value, id) of each workgroup, for the last one.
 layout(buffer_reference, std430, buffer_reference_align = 8) coherent buffer Candidates {
@@ -37,10 +40,12 @@ layout(buffer_reference, std430, buffer_reference_align = 8) coherent buffer Can
 layout(push_constant) uniform Push {
     Words weights, second, x;  // NORMS: x is the branch
     Floats y;
-    Quads hidden, joined, branch_gain, gain;  // ACTIVE: the first are the chosen experts, Uints
+    // ACTIVE: scores, factors, then where the chosen experts and their shares go (shaders/route.comp)
+    Quads hidden, joined, branch_gain, gain;
     Uints next;  // activations of the next product; CHOOSE: Candidates
     State state;
-    // `counter`, NORMS: the sum is stored where it is 1; ACTIVE: blocks from an expert to the next.
+    // `counter`, NORMS: the sum is stored where it is 1; ACTIVE: blocks from an expert to the next, and
+    // `stride` is that of the scores.
     uint blocks, tiles, stride, rows, counter;
     float scale;  // NORMS: of the sum
 };
@@ -114,7 +119,7 @@ void load_tile(uint at, uint tile, uint lane) {
 Input input_of(uint column, uint tile, uint lane) {
     uint first = EPILOGUE == CHOOSE ? state.count - 1 : 0, piece = lane % 4;  // the first one that is read
     if (ACTIVE > 0) {
-        first = gl_WorkGroupID.z / (EPILOGUE == GEGLU ? ACTIVE : 1);
+        first = gl_WorkGroupID.z / ACTIVE;
     }
     if (NORMS) {
         return INPUT(held, tile * INPUT_VECTORS, piece);
@@ -219,6 +224,27 @@ void store_gated(uint first) {
     }
 }
 
+void store_told(uint first) {
+    for (uint i = lane_index(); i < ROWS * COLUMNS; i += LANES) {
+        uint row = 16 * first + i % ROWS, column = i / ROWS;
+        if (row < rows) {
+            float told = gelu(result(i)) * y.at[column * stride + row];
+            next.at[column * 128 * ((rows + 127) / 128) + row] = floatBitsToUint(told);
+        }
+    }
+}
+
+// The expert of workgroup z.
+uint expert() {
+    uint at = gl_WorkGroupID.z, slot = at % ACTIVE;
+    pick(Floats(hidden), at / ACTIVE * stride);
+    if (gl_WorkGroupID.x == 0 && lane_index() == 0) {
+        Uints(branch_gain).at[at] = picked[slot];
+        Floats(gain).at[at] = share_of(slot, Floats(joined));
+    }
+    return picked[slot];
+}
+
 shared float best_values[128];
 shared uint best_ids[128];
 
@@ -294,7 +320,7 @@ void main() {
         if (gl_WorkGroupID.z / ACTIVE >= state.count) {
             return;
         }
-        expert_block = Uints(hidden).at[gl_WorkGroupID.z] * counter;
+        expert_block = expert() * counter;
     }
     if (NORMS) {
         load_column(hidden, Quads(x), branch_gain, gain, 0, 1);
@@ -317,6 +343,8 @@ void main() {
         gather(lane, slice);
         if (EPILOGUE == GEGLU) {
             store_gated(first);
+        } else if (EPILOGUE == TELL) {
+            store_told(first);
         } else {
             store_rows(first);
         }

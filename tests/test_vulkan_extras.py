@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from benchmarks.shapes import shape_config
-from tests.test_vulkan_kernels import norm_sizes, normal, random_tensor, rms_norm
+from tests.test_vulkan_kernels import Doubles, norm_sizes, normal, random_tensor, rms_norm
 from tests.vulkan_lab import Lab, no_messages  # noqa: F401
 from uq.formats.config import AltUp, Experts
 from uq.formats.spec import Spec
@@ -18,10 +18,10 @@ from uq.kernels.altup import correct, predict
 from uq.kernels.elementwise import gelu_product
 from uq.kernels.experts import choose
 from uq.kernels.laurel import keep_largest
-from uq.kernels.vulkan.push import addresses, words
+from uq.kernels.vulkan.push import addresses, floats, words
 from uq.kernels.vulkan.state import blank, views
 from uq.kernels.vulkan.streams import GATHER, LEAVE, TELL_AND_ENTER
-from uq.kernels.vulkan.tuning import BRANCH
+from uq.kernels.vulkan.tuning import GEGLU, TELL
 from uq.kernels.vulkan.weights import Kind
 
 
@@ -54,40 +54,97 @@ def test_scores_that_are_no_numbers_choose_some_expert(lab: Lab) -> None:
     assert (lab.get(chosen, np.uint32, 2) < 8).all()
 
 
+def gelu(x: Doubles) -> Doubles:
+    """In its tanh form."""
+    y: Doubles = 0.5 * x * (1 + np.tanh(np.sqrt(2 / np.pi) * (x + 0.044715 * x**3)))
+    return y
+
+
 @pytest.mark.parametrize("bits", [4, 8])
-def test_a_product_reads_the_chosen_experts(lab: Lab, bits: int) -> None:
-    """Each column and expert is a product of its own; a column behind the last token is none."""
-    spec, rows, cols, count, active = Spec(bits, 32), 48, 96, 6, 2
-    stack, x = random_tensor(count * rows, cols, spec), normal(3 * active, cols)
-    kind, chosen = Kind.of(spec), np.array([5, 1, 1, 3, 0, 4], np.uint32)
-    state, y = blank(), lab.room(3 * active * rows)
+def test_experts_that_a_column_chooses(lab: Lab, bits: int) -> None:
+    """Their gates, and the sum of their outputs; a column behind the last token has none."""
+    spec, hidden, size, count, active = Spec(bits, 32), 96, 160, 6, 3
+    kind, x, scores = Kind.of(spec), normal(3, hidden), normal(3, count, seed=1)
+    gate_up = random_tensor(2 * size * count, hidden, spec)
+    down, factors = random_tensor(hidden * count, size, spec), 1 + normal(count, seed=2)
+    state, out = blank(), lab.room(3 * hidden)
     views(state)["count"][0] = 2
-    weight = lab.weight(stack, kind)
-    push = addresses(weight, weight, lab.activations(x), y, lab.put(chosen), *[y] * 4)
-    push += addresses(lab.put(state)) + words(3, 1, rows, rows, rows // 16)
-    how = {"LANES": 64, "BLOCKS": 1, "COLUMNS": 1, "EPILOGUE": BRANCH, "ACTIVE": active}
-    lab.run(f"gemv_{kind.name}", push, 3, 1, 3 * active, GROUP=32, **how)
-    weights = stack.dequantize().reshape(count, rows, cols)[chosen].astype(np.float64)
-    expected = (weights @ x[:, :, None].astype(np.float64))[:, :, 0]
-    expected[2 * active :] = 0
-    found = lab.get(y, np.float32, 3 * active, rows)
-    np.testing.assert_allclose(found, expected, atol=1e-4 * np.abs(expected).max())
+    given, known = lab.put(state), (lab.put(scores), lab.put(factors))
+    chosen, shares, gated = lab.room(9), lab.room(9), lab.room(9 * 2 * 72)
+    weight, blocks = lab.weight(gate_up, kind), size // 16
+    up = weight.part(weight.nbytes // (2 * count), weight.nbytes // (2 * count))
+    push = addresses(weight, up, lab.activations(x), out, *known, chosen, shares, gated, given)
+    push += words(blocks, 1, count, size, 2 * blocks)
+    how = {"LANES": 64, "BLOCKS": 4, "EPILOGUE": GEGLU, "ACTIVE": active, "COUNT": count}
+    lab.run(f"gemv_{kind.name}", push, 5, 1, 3 * active, GROUP=32, **how)
+    push = addresses(lab.weight(down, kind), gated, out, chosen, shares, given)
+    push += words(2, hidden, hidden // 16)
+    lab.run(f"experts_{kind.name}", push, 6, 3, LANES=128, GROUP=32, ACTIVE=active)
+    indices, parts = choose(Experts(count, active, size), scores[:2], factors)
+    np.testing.assert_array_equal(lab.get(chosen, np.uint32, 2, active), indices)
+    np.testing.assert_allclose(lab.get(shares, np.float32, 2, active), parts, rtol=2e-6)
+    into = gate_up.dequantize().reshape(count, 2, size, hidden).astype(np.float64)[indices]
+    both = (into @ x[:2, None, None, :, None].astype(np.float64))[..., 0]
+    made = gelu(both[:, :, 0]) * both[:, :, 1]
+    back = down.dequantize().reshape(count, hidden, size).astype(np.float64)[indices]
+    expected = ((back @ made[..., None])[..., 0] * parts[..., None]).sum(axis=1)
+    found = lab.get(out, np.float32, 3, hidden)
+    np.testing.assert_allclose(found[:2], expected, atol=3e-4 * np.abs(expected).max())
+    assert not found[2].any()
 
 
 @pytest.mark.parametrize(("size", "lanes"), [(96, 64), (640, 64)])
-def test_mlp_and_experts_join(lab: Lab, size: int, lanes: int) -> None:
-    columns, active, parts = 2, 3, 2
+@pytest.mark.parametrize("active", [1, 3])
+def test_mlp_and_experts_join(lab: Lab, size: int, lanes: int, active: int) -> None:
+    """The residual stream; of one output, which is a sum, the share does not count."""
+    columns, parts = 2, 2
     mlp, experts = normal(parts, columns, size), normal(columns, active, size, seed=1)
-    shares, gains = normal(columns, active, seed=2), normal(2, size, seed=3)
-    mixed = lab.room(columns * size)
-    given = [lab.put(values) for values in (mlp, experts, shares, *gains)]
-    sizes = {**norm_sizes(size, lanes), "ACTIVE": active, "PARTS": parts}
-    lab.run("mixture", addresses(*given, mixed), columns, **sizes)
-    total = (experts.astype(np.float64) * shares[:, :, None]).sum(axis=1)
-    own = rms_norm(mlp.astype(np.float64).sum(axis=0), gains[0])
-    expected = own + rms_norm(total, gains[1])
-    found = lab.get(mixed, np.float32, columns, size)
-    np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5)
+    shares, gains = normal(columns, active, seed=2), normal(4, size, seed=3)
+    hidden = normal(columns, size, seed=4)
+    joined, normed, unused = (lab.room(columns * size) for _ in range(3))
+    push = addresses(*map(lab.put, (mlp, hidden)), joined, *map(lab.put, gains[:2]), normed)
+    push += addresses(lab.room(columns * 640), unused, unused)
+    push += addresses(*map(lab.put, (experts, shares, gains[2], gains[3]))) + floats(1.5)
+    sizes = {**norm_sizes(size, lanes), "EXPERTS": active, "PARTS": parts, "KEEP_NORMED": True}
+    sizes |= {"HAS_BRANCH": True, "POST_NORM": True, "FLOAT_X": True}
+    lab.run("norm_behind_experts", push, columns, **sizes)
+    weights = shares[:, :, None] if active > 1 else 1
+    total = (experts.astype(np.float64) * weights).sum(axis=1)
+    both = rms_norm(mlp.astype(np.float64).sum(axis=0), gains[2]) + rms_norm(total, gains[3])
+    expected = 1.5 * (hidden + rms_norm(both, gains[0]))
+    found = lab.get(joined, np.float32, columns, size)
+    np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-4)
+    found = lab.get(normed, np.float32, columns, size)
+    np.testing.assert_allclose(found, rms_norm(expected, gains[1]), rtol=1e-4, atol=1e-4)
+
+
+def test_norms_in_front_of_experts(lab: Lab) -> None:
+    """One for the MLP, one for the experts, one for their router."""
+    size, columns = 96, 2
+    hidden, gains = normal(columns, size), normal(3, size, seed=1)
+    x, for_experts, plain = (lab.room(columns * 128) for _ in range(3))
+    span, unused = lab.put(hidden), lab.room(columns * size)
+    push = addresses(span, span, unused, *[lab.put(gains[0])] * 2, unused, x, unused, unused)
+    push += addresses(lab.put(gains[1]), lab.put(gains[2]), for_experts, plain) + floats(1.0)
+    lab.run("norm_before_experts", push, columns, FLOAT_X=True, **norm_sizes(size, 64))
+    for span, gain in zip((x, for_experts, plain), gains, strict=True):
+        found = lab.get(span, np.float32, columns, 128)[:, :size]
+        np.testing.assert_allclose(found, rms_norm(hidden.astype(np.float64), gain), rtol=1e-5)
+
+
+def test_a_product_tells_a_layer_of_its_token(lab: Lab) -> None:
+    """gelu of the gate's product, times the layer's inputs."""
+    rows, cols, columns = 48, 96, 2
+    gate, x, inputs = normal(rows, cols), normal(columns, cols, seed=1), normal(columns, rows)
+    weight, told = lab.weight(gate, Kind("f32")), lab.room(columns * 128)
+    push = addresses(weight, weight, lab.activations(x, is_float=True), lab.put(inputs))
+    push += addresses(*[told] * 5, lab.put(blank())) + words(3, 1, rows, rows, 0)
+    how = {"LANES": 64, "BLOCKS": 1, "COLUMNS": columns, "EPILOGUE": TELL}
+    lab.run("gemv_f32", push, 3, GROUP=32, **how)
+    expected = gelu(x.astype(np.float64) @ gate.T.astype(np.float64)) * inputs
+    found = lab.get(told, np.float32, columns, 128)
+    np.testing.assert_allclose(found[:, :rows], expected, rtol=1e-4, atol=1e-4)
+    assert not found[:, rows:].any()
 
 
 @pytest.mark.parametrize("kind", ["int4", "f32"])

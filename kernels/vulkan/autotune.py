@@ -15,6 +15,7 @@ from uq.kernels.vulkan.tuning import (
     CHOOSE,
     GEGLU,
     STORE,
+    TELL,
     Shape,
     candidates,
     product_key,
@@ -61,9 +62,9 @@ def _layer_products(layer: Layer) -> list[tuple[Matrix, int]]:
     if layer.gate.kind == layer.up.kind and layer.quantile is None:
         products.append((layer.gate, GEGLU))
     if layer.told:
-        products += [(layer.told.gate, STORE), (layer.told.projection, BRANCH)]
+        products += [(layer.told.gate, TELL), (layer.told.projection, BRANCH)]
     if layer.mixture:
-        products += [(layer.mixture.gate, GEGLU), (layer.mixture.down, BRANCH)]
+        products.append((layer.mixture.gate, GEGLU))
     return products
 
 

@@ -53,6 +53,23 @@ class Told:
 
 
 @dataclass(frozen=True)
+class ExpertOutputs:
+    """What joins the output of a layer's MLP.
+
+    Attributes:
+        values: (column, count, hidden); of one, their sum is done.
+        shares: (column, count).
+        mlp_gain, gain: of the norms behind the MLP and behind the sum.
+    """
+
+    values: Span
+    shares: Span
+    mlp_gain: Span
+    gain: Span
+    count: int = 1
+
+
+@dataclass(frozen=True)
 class Mixture:
     """Experts of a layer.
 

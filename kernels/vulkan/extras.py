@@ -4,17 +4,17 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from uq.kernels.vulkan.beside import Mixture, PerLayerTable, Told
+from uq.kernels.vulkan.beside import ExpertOutputs, Mixture, PerLayerTable, Told
 from uq.kernels.vulkan.commands import Recorder
 from uq.kernels.vulkan.memory import Span
 from uq.kernels.vulkan.products import Joining
-from uq.kernels.vulkan.push import addresses, words
-from uq.kernels.vulkan.residual import NORM_LANES, ROW_LANES, Residual
-from uq.kernels.vulkan.tuning import BRANCH, GEGLU
+from uq.kernels.vulkan.push import addresses, floats, words
+from uq.kernels.vulkan.residual import ROW_LANES, Residual
+from uq.kernels.vulkan.tuning import GEGLU, TELL
 from uq.kernels.vulkan.weights import Matrix, padded_rows
 
 TOLD_LANES = 64  # of a workgroup that makes a token's input of a layer
-ROUTER_LANES = 128
+EXPERT_LANES = 512
 
 
 class Extras(Residual):
@@ -56,96 +56,66 @@ class Extras(Residual):
     def tell(self, recorder: Recorder, layer: int, told: Told, norm: Joining | None) -> None:
         """branch = projection (gelu(gate plain) * told); `norm` makes `plain`, where that is not
         done."""
-        recorder.label, work, size = "per-layer gate", self.work, told.gate.rows
-        outputs = [(told.gate, work.told_gate)]
-        self.products(recorder, work.plain, outputs, stride=size, norm=norm)
-        recorder.barrier()
-        pipeline = self.pipelines.get("geglu", LANES=ROW_LANES, FLOAT_X=True, CHANNELS=size)
-        layer_bytes = 4 * self.columns * size
+        recorder.label, work = "per-layer gate", self.work
+        layer_bytes = 4 * self.columns * told.gate.rows
         inputs = work.told.part(layer * layer_bytes, layer_bytes)
-        push = addresses(work.told_gate, inputs, work.told_x) + words(size, 1)
-        self.run(recorder, pipeline, push, (self.columns, 1, 1))
+        if self.wide:
+            self._wide_tell(recorder, told.gate, inputs)
+        else:
+            self._tell(recorder, told.gate, inputs, norm)
         recorder.barrier()
         recorder.label = "per-layer projection"
         self.branch(recorder, told.projection, work.told_x)
 
-    def expert_inputs(self, recorder: Recorder, mixture: Mixture, joining: Joining) -> None:
-        """What the experts and their router are given, beside the MLP's own norm."""
+    def _tell(self, recorder: Recorder, gate: Matrix, inputs: Span, norm: Joining | None) -> None:
         work = self.work
-        again = replace(joining, joined=work.normed)  # made once more: nobody reads this one
-        self.norm(recorder, replace(again, gain=mixture.input_gain), x=work.expert_x)
-        router = replace(again, gain=mixture.router_gain)
-        self.norm(recorder, router, x=work.plain, is_float=True)
+        shape = self.tuning.shape(gate, self.columns, TELL)
+        push = addresses(gate.span, gate.span) + self.input_addresses(work.plain, inputs, norm)
+        push += addresses(work.told_x, work.state)
+        push += words(gate.blocks, gate.tiles, gate.rows, gate.rows, int(norm is not None))
+        push += floats(norm.scale if norm else 1.0)
+        self.gemv(recorder, gate, shape, TELL, push, norm)
+
+    def _wide_tell(self, recorder: Recorder, gate: Matrix, inputs: Span) -> None:
+        work, size = self.work, gate.rows
+        self.products(recorder, work.plain, [(gate, work.told_gate)], stride=size)
+        recorder.barrier()
+        pipeline = self.pipelines.get("geglu", LANES=ROW_LANES, FLOAT_X=True, CHANNELS=size)
+        push = addresses(work.told_gate, inputs, work.told_x) + words(size, 1)
+        self.run(recorder, pipeline, push, (self.columns, 1, 1))
 
     def router_scores(self, recorder: Recorder, mixture: Mixture) -> None:
         outputs = [(mixture.router, self.work.router_scores)]
         stride = padded_rows(mixture.router.rows)
         self.products(recorder, self.work.plain, outputs, stride=stride)
 
-    def route(self, recorder: Recorder, mixture: Mixture) -> None:
-        """Each column's experts, and their shares."""
-        work, count = self.work, mixture.router.rows
-        pipeline = self.pipelines.get(
-            "route", LANES=ROUTER_LANES, COUNT=count, ACTIVE=mixture.active
-        )
-        push = addresses(work.router_scores, mixture.factors, work.chosen, work.shares)
-        push += words(padded_rows(count))
-        self.run(recorder, pipeline, push, (self.columns, 1, 1))
-
-    def experts(self, recorder: Recorder, mixture: Mixture) -> None:
-        """expert_out = what each column's experts make of expert_x."""
-        work, (into, back) = self.work, mixture.steps
-        recorder.label = "experts' gate, up"
-        x, out = work.expert_x, work.expert_gated
-        self._expert_product(recorder, mixture, mixture.gate, mixture.up, GEGLU, into, x, out)
-        recorder.barrier()
-        recorder.label = "experts' down"
-        x, out, down = work.expert_gated, work.expert_out, mixture.down
-        self._expert_product(recorder, mixture, down, down, BRANCH, back, x, out)
-        recorder.barrier()
-
-    def _expert_product(
-        self,
-        recorder: Recorder,
-        mixture: Mixture,
-        matrix: Matrix,
-        second: Matrix,
-        epilogue: int,
-        step: int,
-        x: Span,
-        out: Span,
-    ) -> None:
-        """A product of one column for each column and expert that it chose.
-
-        Args:
-            step: row blocks from an expert to the next.
-        """
-        work = self.work
-        shape = replace(self.tuning.shape(matrix, 1, epilogue), parts=1)
-        push = addresses(matrix.span, second.span, x, out, work.chosen, *[out] * 4, work.state)
-        push += words(matrix.blocks, matrix.tiles, matrix.rows, matrix.rows, step)
+    def gate_experts(self, recorder: Recorder, mixture: Mixture) -> None:
+        """expert_gated = what the gates of each column's experts make of expert_x; which those are,
+        and their shares."""
+        work, gate = self.work, mixture.gate
+        shape = self.tuning.shape(gate, 1, GEGLU)
+        push = addresses(gate.span, mixture.up.span, work.expert_x, work.expert_gated)
+        push += addresses(work.router_scores, mixture.factors, work.chosen, work.shares)
+        push += addresses(work.expert_gated, work.state)
+        stride = padded_rows(mixture.router.rows)
+        push += words(gate.blocks, gate.tiles, stride, gate.rows, mixture.steps[0])
+        how = {"ACTIVE": mixture.active, "COUNT": mixture.router.rows}
         groups = self.columns * mixture.active
         alone = replace(self, columns=1)
-        alone.gemv(recorder, matrix, shape, epilogue, push, ACTIVE=mixture.active, products=groups)
+        alone.gemv(recorder, gate, shape, GEGLU, push, products=groups, **how)
 
-    def mix(self, recorder: Recorder, mixture: Mixture, joining: Joining) -> Joining:
-        """mixed = norm(MLP) + norm(experts), instead of the MLP that `joining` has.
-
-        Returns:
-            How that joins.
-        """
-        recorder.label, work = "experts' sum", self.work
+    def add_experts(self, recorder: Recorder, mixture: Mixture) -> ExpertOutputs:
+        """expert_out = the sum of what each column's experts make of it."""
+        recorder.label, work, down = "experts' down", self.work, mixture.down
         pipeline = self.pipelines.get(
-            "mixture",
-            LANES=NORM_LANES,
+            self.tuning.kernel(down.kind).replace("gemv", "experts"),
+            LANES=EXPERT_LANES,
             ACTIVE=mixture.active,
-            ITEMS=-(-self.config.hidden_size // (4 * NORM_LANES)),
-            HIDDEN=self.config.hidden_size,
-            EPS=float(self.config.rms_norm_eps),
-            PARTS=joining.parts,
+            **down.kind.constants,
         )
-        gains = mixture.mlp_gain, mixture.output_gain
-        push = addresses(work.branch, work.expert_out, work.shares, *gains, work.mixed)
-        self.run(recorder, pipeline, push, (self.columns, 1, 1))
+        push = addresses(down.span, work.expert_gated, work.expert_out, work.chosen, work.shares)
+        push += addresses(work.state) + words(down.tiles, down.rows, mixture.steps[1])
+        self.run(recorder, pipeline, push, (down.blocks, self.columns, 1))
         recorder.barrier()
-        return replace(joining, branch=work.mixed, parts=1)
+        gains = mixture.mlp_gain, mixture.output_gain
+        return ExpertOutputs(work.expert_out, work.shares, *gains)

@@ -220,7 +220,7 @@ class Work:
         projected, told: the per-layer inputs as they are made; told_gate, told_x: what one layer
             makes of its own.
         expert_x, expert_gated, expert_out: of the experts; router_scores, chosen, shares: which
-            those are; mixed: what they and the MLP give together.
+            those are.
         streams: the residual streams, where there are several; low, low_x, laurel: of the product
             of low rank.
         partials, split_stats: of attention, from each split.
@@ -256,7 +256,6 @@ class Work:
     router_scores: Span
     chosen: Span
     shares: Span
-    mixed: Span
     streams: Span
     low: Span
     low_x: Span
@@ -332,10 +331,9 @@ def _extra_sizes(config: GemmaConfig, tokens: int, unit: int) -> dict[str, int]:
         "told_x": tokens * tiles_of(told) * 512,
         "expert_x": tokens * tiles_of(hidden) * unit if experts.count else 0,
         "expert_gated": chosen * tiles_of(experts.intermediate_size) * unit,
-        "expert_out": 4 * chosen * hidden,
+        "expert_out": value * hidden if experts.count else 0,
         "router_scores": value * padded_rows(experts.count),
         "chosen": 4 * chosen,
         "shares": 4 * chosen,
-        "mixed": value * hidden if experts.count else 0,
     }
     return {name: max(4, nbytes) for name, nbytes in sizes.items()}

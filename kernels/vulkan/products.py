@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from uq.formats.config import GemmaConfig
+from uq.kernels.vulkan.beside import ExpertOutputs
 from uq.kernels.vulkan.commands import Recorder
 from uq.kernels.vulkan.memory import Span
 from uq.kernels.vulkan.model import COLUMNS, Model, Work
@@ -27,6 +28,7 @@ class Joining:
         parts: whose sum the branch is.
         branch_gain: None where the branch has no norm of its own.
         gain: None where x is joined itself.
+        experts: joins the branch before its norm.
     """
 
     branch: Span | None
@@ -36,6 +38,7 @@ class Joining:
     gain: Span | None
     parts: int = 1
     scale: float = 1.0
+    experts: ExpertOutputs | None = None
 
     @property
     def spans(self) -> tuple[Span, Span, Span, Span, Span]:

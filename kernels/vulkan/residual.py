@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from uq.kernels.vulkan.beside import Mixture
 from uq.kernels.vulkan.commands import Recorder
 from uq.kernels.vulkan.memory import Span
 from uq.kernels.vulkan.products import Joining, Products
@@ -42,6 +43,7 @@ class Residual(Products):
         is_float: bool | None = None,
         keep: bool = False,
         halved: bool = False,
+        mixture: Mixture | None = None,
     ) -> None:
         """joined = scale (hidden + norm(branch)); x = norm(joined), with `keep` also as float32.
 
@@ -49,15 +51,23 @@ class Residual(Products):
             x: where to; usually `work.x`.
             is_float: x is float32, whatever the model's linears take.
             halved: x is float16, in `work.half`.
+            mixture: whose experts and router are given norms of their own.
         """
         before, recorder.label = recorder.label, "norm"
         work = self.work
         constants = self.norm_constants(NORM_LANES, joining)
         is_float = self.float_x if is_float is None else is_float
         constants |= {"LANES": NORM_LANES, "FLOAT_X": is_float}
-        pipeline = self.pipelines.get("norm", KEEP_NORMED=keep, HALF_OUT=halved, **constants)
         push = addresses(*joining.spans, work.normed, x or work.x, work.half, work.units)
+        module, experts = "norm", joining.experts
+        if mixture:
+            module = "norm_before_experts"
+            push += addresses(mixture.input_gain, mixture.router_gain, work.expert_x, work.plain)
+        elif experts:
+            module, constants["EXPERTS"] = "norm_behind_experts", experts.count
+            push += addresses(experts.values, experts.shares, experts.mlp_gain, experts.gain)
         push += floats(joining.scale)
+        pipeline = self.pipelines.get(module, KEEP_NORMED=keep, HALF_OUT=halved, **constants)
         self.run(recorder, pipeline, push, (self.columns, 1, 1))
         recorder.label = before
 
@@ -74,7 +84,8 @@ class Residual(Products):
 
         Args: as of `norm`.
         """
-        if self.columns == 1 and self.tuning.makes_norm(self.config.hidden_size):
+        inside = self.columns == 1 and self.tuning.makes_norm(self.config.hidden_size)
+        if inside and not joining.experts:
             return joining
         self.norm(recorder, joining, x=x, is_float=is_float, halved=halved)
         recorder.barrier()

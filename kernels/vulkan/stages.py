@@ -63,13 +63,12 @@ class Stages(Streams):
         recorder.barrier()
 
     def mlp(self, recorder: Recorder, layer: Layer, joining: Joining) -> Joining:
-        """branch = the MLP, or what MLP and experts give together."""
+        """branch = the MLP; what experts add to it is a part of how that joins."""
         mixture, halved = layer.mixture, self.halves(layer.gate, layer.up)
         recorder.label = "gate, up"
         norm = None
         if mixture:
-            self.norm(recorder, joining, halved=halved)
-            self.expert_inputs(recorder, mixture, joining)
+            self.norm(recorder, joining, halved=halved, mixture=mixture)
             recorder.barrier()
             self.router_scores(recorder, mixture)
         else:
@@ -77,12 +76,12 @@ class Stages(Streams):
         self.gate(recorder, layer, norm)
         recorder.label = "down"
         if mixture:
-            self.route(recorder, mixture)
+            recorder.label = "down, experts' gate"
+            self.gate_experts(recorder, mixture)
         self.branch(recorder, layer.down, self.work.gated)
         joining = self.behind(joining, layer.down, layer.branch_gain, layer.next_gain)
         if mixture:
-            self.experts(recorder, mixture)
-            joining = self.mix(recorder, mixture, joining)
+            joining = replace(joining, experts=self.add_experts(recorder, mixture))
         return joining
 
     def embed(self, recorder: Recorder, *, decode: bool) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from uq.kernels.vulkan.weights import Kind, Matrix
 
-STORE, GEGLU, CHOOSE, BRANCH = range(4)  # what follows a product, as in shaders/gemv.comp
+STORE, GEGLU, CHOOSE, BRANCH, TELL = range(5)  # what follows a product, as in shaders/gemv.comp
 MOST_LANES = 512
 ENOUGH_LANES = 1 << 17  # that keep the memory of a large GPU busy
 SUMS = 4096  # floats of shared memory that a product may use

@@ -67,33 +67,44 @@ _FLOATS = ("f16", "bf16", "f32")
 # constant_id of what all weights share (shaders/weights.glsl), and all inputs of linears
 # (shaders/activations.glsl)
 _SCALE_PLACE, _X_PLACE = 19, 20
-_OF_WEIGHTS = ("gemv.comp", "embed.comp", "per_layer.comp", "gemm.comp", "gemm_matrix.comp")
-_WITH_NORM = ("gemv.comp", "norm.comp", "mixture.comp", "altup.comp", "laurel.comp")
+_OF_WEIGHTS = (
+    "gemv.comp",
+    "experts.comp",
+    "embed.comp",
+    "per_layer.comp",
+    "gemm.comp",
+    "gemm_matrix.comp",
+)
+_WITH_NORM = ("gemv.comp", "norm.comp", "altup.comp", "laurel.comp")
 # They have no inputs of linears.
 _WITHOUT_X = (
     *("read.comp", "arithmetic.comp", "peaks.comp", "sample.comp"),
-    *("route.comp", "mixture.comp", "altup.comp", "laurel.comp"),
+    *("route.comp", "altup.comp", "laurel.comp"),
 )
 
 
 def _decode_kernels() -> Iterator[Variant]:
     """Of the decode path; no constant is called "-"."""
-    what = ("NORMS", "EPILOGUE", "CAP", "ROUNDS", "-", "-", "ACTIVE")
+    what = ("NORMS", "EPILOGUE", "CAP", "ROUNDS", "-", "-", "ACTIVE", "COUNT")
     gemv = ("LANES", "GROUP", "COLUMNS", "BLOCKS", *_NORM, *what)
     embed = ("LANES", "GROUP", "DECODE", "SCALE", "HIDDEN")
     per_layer = ("LANES", "GROUP", "SIZE", "ROWS", "EPS", "SCALE")
+    experts = ("LANES", "GROUP", "ACTIVE")
     for kind, macros in _weights().items():
         yield _kernel(f"gemv_{kind}", "gemv.comp", macros, constants=gemv)
+        yield _kernel(f"experts_{kind}", "experts.comp", macros, constants=experts)
         yield _kernel(f"embed_{kind}", "embed.comp", macros, constants=embed)
         yield _kernel(f"per_layer_{kind}", "per_layer.comp", macros, constants=per_layer)
         if kind not in _FLOATS:
             dotted: dict[str, str | int] = {**macros, "INTEGER_DOT": 1}
             yield _kernel(f"gemv_{kind}_dot", "gemv.comp", dotted, ("int8dot",), gemv)
-    norm = ("LANES", "FLOAT_X", "KEEP_NORMED", "HALF_OUT", *_NORM)
+            yield _kernel(f"experts_{kind}_dot", "experts.comp", dotted, ("int8dot",), experts)
+    norm = ("LANES", "FLOAT_X", "KEEP_NORMED", "HALF_OUT", *_NORM, "EXPERTS")
     yield _kernel("norm", "norm.comp", constants=norm)
+    for place in ("before", "behind"):
+        macros = {f"{place.upper()}_EXPERTS": 1}
+        yield _kernel(f"norm_{place}_experts", "norm.comp", macros, constants=norm)
     yield _kernel("route", "route.comp", constants=("LANES", "COUNT", "ACTIVE"))
-    mixture = ("LANES", "ACTIVE", "-", "-", *_NORM)
-    yield _kernel("mixture", "mixture.comp", constants=mixture)
     streams = ("LANES", "STREAMS", "ACTIVE", "MODE", *_NORM)
     yield _kernel("altup", "altup.comp", constants=streams)
     yield _kernel("laurel", "laurel.comp", constants=("LANES", "-", "-", "-", *_NORM))

@@ -1,0 +1,89 @@
+#version 460
+#extension GL_GOOGLE_include_directive : require
+// y = sum of the down projections of the experts that a column has chosen, each times its share. Workgroup
+// (blocks of 16 rows, column).
+//
+// Slices of 64 lanes take tiles of all experts by turns, as in gemv.comp; the next one is on its way while
+// one is multiplied. A column's sums are made in an order that depends on LANES alone.
+#include "common.glsl"
+layout(constant_id = 1) const uint GROUP = 32;
+layout(constant_id = 2) const uint ACTIVE = 1;
+#include "weights.glsl"
+
+layout(push_constant) uniform Push {
+    Words weights, x;  // x: (column, ACTIVE, tiles)
+    Floats y;          // (column, rows)
+    Uints chosen;      // (column, ACTIVE)
+    Floats shares;     // (column, ACTIVE)
+    State state;
+    uint tiles, rows, step;  // step: row blocks from an expert to the next
+};
+
+const uint SLICES = LANES / 64;
+
+shared float partial[SLICES * 16];
+shared uint experts[ACTIVE];
+shared float parts[ACTIVE];
+
+// A tile of an expert on its way, and what it meets.
+struct Turn {
+    Piece piece;
+    uint number;  // slot * tiles + tile
+};
+
+Turn begin_turn(uint number, uint lane) {
+    uint block = experts[number / tiles] * step + gl_WorkGroupID.x;
+    uint64_t rows_at = block_address(weights, block, tiles);
+    float unit = load_unit(rows_at, tiles, lane / 4);
+    return Turn(load_piece(rows_at, number % tiles, lane, unit), number);
+}
+
+float end_turn(Turn turn, uint lane, float sum) {
+    uint slot = turn.number / tiles, first = gl_WorkGroupID.y * ACTIVE;
+    Input v = load_input(column_address(x, first + slot, tiles), turn.number % tiles, lane % 4);
+    precise float product = parts[slot] * multiply(turn.piece, v);
+    precise float both = sum + product;
+    return both;
+}
+
+float accumulate(uint lane, uint slice) {
+    uint count = ACTIVE * tiles, last = count - 1;
+    float total = 0.0;
+    Turn even = begin_turn(min(slice, last), lane);
+    for (uint number = slice; number < count; number += SLICES) {
+        Turn odd = begin_turn(min(number + SLICES, last), lane);
+        total = end_turn(even, lane, total);
+        number += SLICES;
+        if (number >= count) {
+            break;
+        }
+        even = begin_turn(min(number + SLICES, last), lane);
+        total = end_turn(odd, lane, total);
+    }
+    return total;
+}
+
+void main() {
+    uint lane = lane_index() % 64, slice = lane_index() / 64, column = gl_WorkGroupID.y;
+    if (column >= state.count) {
+        return;
+    }
+    for (uint i = lane_index(); i < ACTIVE; i += LANES) {
+        experts[i] = chosen.at[column * ACTIVE + i];
+        parts[i] = shares.at[column * ACTIVE + i];
+    }
+    barrier();
+    float sum = team_sum(accumulate(lane, slice), 4);
+    if (lane % 4 == 0) {
+        partial[slice * 16 + lane / 4] = sum;
+    }
+    barrier();
+    uint row = 16 * gl_WorkGroupID.x + lane_index();
+    if (lane_index() < 16 && row < rows) {
+        precise float total = 0.0;
+        for (uint s = 0; s < SLICES; s++) {
+            total += partial[s * 16 + lane_index()];
+        }
+        y.at[column * rows + row] = total;
+    }
+}
