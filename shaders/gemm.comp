@@ -11,6 +11,7 @@ layout(constant_id = 2) const uint BM = 32;
 layout(constant_id = 3) const uint BN = 32;
 layout(constant_id = 4) const uint TM = 4;  // BM / TM * (BN / TN) lanes
 layout(constant_id = 5) const uint TN = 4;
+layout(constant_id = 8) const uint CHOICES = 0;  // of a column, each with an expert; 0: no experts
 #include "gemm_bytes.glsl"
 #include "weights.glsl"
 
@@ -18,7 +19,11 @@ layout(push_constant) uniform Push {
     Words weights, x;
     Floats y;  // (count, stride)
     uint tiles, stride, rows, count;
+    Words tiles_of_items;  // with experts
+    Uints items;
+    uint step;  // row blocks from an expert to the next
 };
+#include "columns.glsl"
 
 // A pack is what one load from shared memory brings: 16 bytes, or 4 floats.
 #ifdef INTEGER_DOT
@@ -46,8 +51,7 @@ float total[TM * TN];
 
 // x of a token; those behind the last one repeat it and are not stored.
 void stage_x(uint i, uint tile, uint piece) {
-    uint column = min(gl_WorkGroupID.y * BM + i, count - 1);
-    Input v = load_input(column_address(x, column, tiles), tile, piece);
+    Input v = load_input(column_address(x, x_column_of(i), tiles), tile, piece);
 #ifdef INTEGER_DOT
     x_packs[i] = v.high[0];
     x_packs[BM + i] = v.high[1];
@@ -76,7 +80,7 @@ void stage_x(uint i, uint tile, uint piece) {
 
 void stage_weight(uint i, uint tile, uint piece) {
     uint row = min(gl_WorkGroupID.x * BN + i, rows - 1);
-    uint64_t rows_at = block_address(weights, row / 16, tiles);
+    uint64_t rows_at = block_address(weights, expert_block + row / 16, tiles);
     float unit = load_unit(rows_at, tiles, row % 16);
     Piece w = load_piece(rows_at, tile, row % 16 * 4 + piece, unit);
 #ifdef INTEGER_DOT
@@ -145,6 +149,9 @@ void multiply_step(uint down, uint across) {
 
 void main() {
     uint lane = lane_index(), down = lane / ACROSS, across = lane % ACROSS;
+    if (!begin_columns()) {
+        return;
+    }
     [[unroll]] for (uint i = 0; i < TM * TN; i++) {
         total[i] = 0.0;
     }
@@ -160,11 +167,11 @@ void main() {
         barrier();
     }
     [[unroll]] for (uint i = 0; i < TM; i++) {
-        uint m = gl_WorkGroupID.y * BM + i * DOWN + down;
+        uint m = i * DOWN + down, column = column_of(m);
         [[unroll]] for (uint j = 0; j < TN; j++) {
             uint n = gl_WorkGroupID.x * BN + j * ACROSS + across;
-            if (m < count && n < rows) {
-                y.at[m * stride + n] = total[i * TN + j];
+            if (first_column + m < end_column && n < rows) {
+                y.at[column * stride + n] = total[i * TN + j];
             }
         }
     }

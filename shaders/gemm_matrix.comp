@@ -19,6 +19,7 @@ layout(constant_id = 4) const uint SM = 32;  // BM / SM * (BN / SN) subgroups
 layout(constant_id = 5) const uint SN = 32;
 layout(constant_id = 6) const uint PAD = 8;  // float16 behind each row of shared memory
 layout(constant_id = 7) const uint STEP = 64;  // 64 or 128
+layout(constant_id = 8) const uint CHOICES = 0;  // of a column, each with an expert; 0: no experts
 #include "weights.glsl"
 
 layout(push_constant) uniform Push {
@@ -27,7 +28,11 @@ layout(push_constant) uniform Push {
     Floats units;  // (count) what x was divided by
     Floats y;      // (count, stride)
     uint tiles, stride, rows, count;
+    Words tiles_of_items;  // with experts
+    Uints items;
+    uint step;  // row blocks from an expert to the next
 };
+#include "columns.glsl"
 
 const uint STEPS = 128 / STEP;  // of a tile
 const uint ROW = (STEP + PAD) / 8;  // of shared memory, in vectors of eight float16
@@ -42,6 +47,7 @@ shared uvec4 w_tile[BN * ROW];
 shared float y_block[BM / SM * (BN / SN) * 256];  // one for each subgroup, on its way out
 
 uvec4 x_next[X_LOADS];
+uint x_columns[X_LOADS];
 Piece w_next[W_LOADS];
 float w_units[W_LOADS];
 #include "gemm_blocks.glsl"
@@ -51,23 +57,28 @@ uint row_of(uint i, uint lane) {
     return min(gl_WorkGroupID.x * BN + load / (STEP / 32), rows - 1);
 }
 
+void find_columns(uint lane) {
+    [[unroll]] for (uint i = 0; i < X_LOADS; i++) {
+        x_columns[i] = x_column_of(min(i * LANES + lane, X_VECTORS - 1) / (STEP / 8));
+    }
+}
+
 void fetch_units(uint lane) {
     [[unroll]] for (uint i = 0; i < W_LOADS; i++) {
         uint row = row_of(i, lane);
-        w_units[i] = load_unit(block_address(weights, row / 16, tiles), tiles, row % 16);
+        w_units[i] = load_unit(block_address(weights, expert_block + row / 16, tiles), tiles, row % 16);
     }
 }
 
 void fetch(uint step, uint lane) {
     [[unroll]] for (uint i = 0; i < X_LOADS; i++) {
         uint load = min(i * LANES + lane, X_VECTORS - 1), vectors = STEP / 8;
-        uint column = min(gl_WorkGroupID.y * BM + load / vectors, count - 1);
-        x_next[i] = x.at[(column * STEPS * tiles + step) * vectors + load % vectors];
+        x_next[i] = x.at[(x_columns[i] * STEPS * tiles + step) * vectors + load % vectors];
     }
     [[unroll]] for (uint i = 0; i < W_LOADS; i++) {
         uint load = min(i * LANES + lane, W_PIECES - 1), pieces = STEP / 32;
         uint row = row_of(i, lane), piece = step % STEPS * pieces + load % pieces;
-        uint64_t rows_at = block_address(weights, row / 16, tiles);
+        uint64_t rows_at = block_address(weights, expert_block + row / 16, tiles);
         w_next[i] = load_piece(rows_at, step / STEPS, row % 16 * 4 + piece, w_units[i]);
     }
 }
@@ -130,8 +141,9 @@ void store_block(uint block, uint first_m, uint first_n) {
     subgroupBarrier();
     for (uint i = gl_SubgroupInvocationID; i < 256; i += gl_SubgroupSize) {
         uint m = first_m + i / 16, n = first_n + i % 16;
-        if (m < count && n < rows) {
-            y.at[(gl_WorkGroupID.z * count + m) * stride + n] = y_block[base + i] * units.at[m];
+        if (first_column + m < end_column && n < rows) {
+            uint place = (gl_WorkGroupID.z * count + column_of(m)) * stride + n;
+            y.at[place] = y_block[base + i] * units.at[x_column_of(m)];
         }
     }
     subgroupBarrier();
@@ -140,9 +152,13 @@ void store_block(uint block, uint first_m, uint first_n) {
 void main() {
     uint lane = lane_index();
     uint top = gl_SubgroupID / (BN / SN) * SM, left = gl_SubgroupID % (BN / SN) * SN;
+    if (!begin_columns()) {
+        return;
+    }
     clear_blocks();
     uint steps = STEPS * tiles, part_steps = (steps + gl_NumWorkGroups.z - 1) / gl_NumWorkGroups.z;
     uint first = gl_WorkGroupID.z * part_steps, last = min(first + part_steps, steps);
+    find_columns(lane);
     fetch_units(lane);
     fetch(first, lane);
     for (uint step = first; step < last; step++) {
@@ -155,7 +171,7 @@ void main() {
         barrier();
     }
     [[unroll]] for (uint i = 0; i < DOWN * ACROSS; i++) {
-        uint m = gl_WorkGroupID.y * BM + top + 16 * (i / ACROSS);
+        uint m = top + 16 * (i / ACROSS);
         store_block(i, m, gl_WorkGroupID.x * BN + left + 16 * (i % ACROSS));
     }
 }

@@ -76,7 +76,7 @@ class Mixture:
     Attributes:
         active: that a token chooses.
         router: (experts, hidden); its input's gain and each expert's factor.
-        gate, up, down: those of the first expert; the others follow.
+        gate, up, down: those of the first expert; the others follow. gate_up: both as one.
         steps: from an expert to the next, in row blocks of gate and up, and of down.
         mlp_gain, input_gain, output_gain: of the norms behind the layer's own MLP, in front of the
             experts and behind them.
@@ -86,6 +86,7 @@ class Mixture:
     router: Matrix
     router_gain: Span
     factors: Span
+    gate_up: Matrix
     gate: Matrix
     up: Matrix
     down: Matrix
@@ -135,6 +136,7 @@ def load_mixture(config: GemmaConfig, loader: Loader, layer: int) -> Mixture | N
         router=kept_matrix(loader, layer_tensor(layer, "router.proj")),
         router_gain=loader.put(scale * np.float32(hidden**-0.5)),
         factors=loader.gain(layer_tensor(layer, "router.per_expert_scale")),
+        gate_up=both.from_row(0, 2 * size),
         gate=both.from_row(0, size),
         up=both.from_row(size, size),
         down=loader.matrix(layer_tensor(layer, DOWN)).from_row(0, hidden),

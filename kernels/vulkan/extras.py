@@ -6,6 +6,7 @@ from dataclasses import replace
 
 from uq.kernels.vulkan.beside import ExpertOutputs, Mixture, PerLayerTable, Told
 from uq.kernels.vulkan.commands import Recorder
+from uq.kernels.vulkan.grouping import Grouping
 from uq.kernels.vulkan.memory import Span
 from uq.kernels.vulkan.products import Joining
 from uq.kernels.vulkan.push import addresses, floats, words
@@ -89,9 +90,31 @@ class Extras(Residual):
         stride = padded_rows(mixture.router.rows)
         self.products(recorder, self.work.plain, outputs, stride=stride)
 
-    def gate_experts(self, recorder: Recorder, mixture: Mixture) -> None:
-        """expert_gated = what the gates of each column's experts make of expert_x; which those are,
-        and their shares."""
+    def begin_experts(self, recorder: Recorder, mixture: Mixture) -> None:
+        """Each column's experts and their shares; of few columns also expert_gated."""
+        if grouping := self._grouping(mixture):
+            grouping.choose(recorder, padded_rows(mixture.router.rows))
+        else:
+            self._gate_experts(recorder, mixture)
+
+    def end_experts(self, recorder: Recorder, mixture: Mixture) -> ExpertOutputs:
+        """expert_out = what the experts make of expert_x."""
+        grouping, work = self._grouping(mixture), self.work
+        if grouping:
+            grouping.experts(recorder)
+        else:
+            self._add_experts(recorder, mixture)
+        gains = mixture.mlp_gain, mixture.output_gain
+        count = mixture.active if grouping else 1
+        return ExpertOutputs(work.expert_out, work.shares, *gains, count)
+
+    def _grouping(self, mixture: Mixture) -> Grouping | None:
+        """Where several columns meet an expert, on average."""
+        if self.wide and self.columns * mixture.active > mixture.router.rows:
+            return Grouping(self.wide, mixture, self.float_x)
+        return None
+
+    def _gate_experts(self, recorder: Recorder, mixture: Mixture) -> None:
         work, gate = self.work, mixture.gate
         shape = self.tuning.shape(gate, 1, GEGLU)
         push = addresses(gate.span, mixture.up.span, work.expert_x, work.expert_gated)
@@ -99,13 +122,20 @@ class Extras(Residual):
         push += addresses(work.expert_gated, work.state)
         stride = padded_rows(mixture.router.rows)
         push += words(gate.blocks, gate.tiles, stride, gate.rows, mixture.steps[0])
-        how = {"ACTIVE": mixture.active, "COUNT": mixture.router.rows}
         groups = self.columns * mixture.active
-        alone = replace(self, columns=1)
-        alone.gemv(recorder, gate, shape, GEGLU, push, products=groups, **how)
+        replace(self, columns=1).gemv(
+            recorder,
+            gate,
+            shape,
+            GEGLU,
+            push,
+            products=groups,
+            ACTIVE=mixture.active,
+            COUNT=mixture.router.rows,
+        )
 
-    def add_experts(self, recorder: Recorder, mixture: Mixture) -> ExpertOutputs:
-        """expert_out = the sum of what each column's experts make of it."""
+    def _add_experts(self, recorder: Recorder, mixture: Mixture) -> None:
+        """expert_out = the sum of what each column's experts make of expert_gated."""
         recorder.label, work, down = "experts' down", self.work, mixture.down
         pipeline = self.pipelines.get(
             self.tuning.kernel(down.kind).replace("gemv", "experts"),
@@ -117,5 +147,3 @@ class Extras(Residual):
         push += addresses(work.state) + words(down.tiles, down.rows, mixture.steps[1])
         self.run(recorder, pipeline, push, (down.blocks, self.columns, 1))
         recorder.barrier()
-        gains = mixture.mlp_gain, mixture.output_gain
-        return ExpertOutputs(work.expert_out, work.shares, *gains)

@@ -47,6 +47,7 @@ MANY_PARTS = 4  # the same of a pass of more tokens than these
 MOST_SPLIT = 64
 WORKGROUPS = 256  # of attention, about, that keep a large GPU busy
 PEAK_LOGITS = 32  # of which peaks.comp keeps the greatest
+ITEM_TILE = 32  # items that a workgroup takes: an item is a token and one of its experts
 HEAD_ROWS = 1 << 14  # rows of the head whose logits of many tokens are computed at a time
 
 
@@ -219,8 +220,8 @@ class Work:
         plain: an input of linears of floating point, of `hidden_size` channels.
         projected, told: the per-layer inputs as they are made; told_gate, told_x: what one layer
             makes of its own.
-        expert_x, expert_gated, expert_out: of the experts; router_scores, chosen, shares: which
-            those are.
+        expert_x, expert_wide, expert_gated, expert_out: of the experts; router_scores, chosen,
+            shares: which those are; items, item_tiles: tokens in the order of their experts.
         streams: the residual streams, where there are several; low, low_x, laurel: of the product
             of low rank.
         partials, split_stats: of attention, from each split.
@@ -251,11 +252,14 @@ class Work:
     told_gate: Span
     told_x: Span
     expert_x: Span
+    expert_wide: Span
     expert_gated: Span
     expert_out: Span
     router_scores: Span
     chosen: Span
     shares: Span
+    items: Span
+    item_tiles: Span
     streams: Span
     low: Span
     low_x: Span
@@ -307,10 +311,21 @@ def work_sizes(
         "x": tokens * tiles_of(hidden) * unit,
         "context": tokens * tiles_of(q) * unit,
         "gated": tokens * tiles_of(mlp) * unit,
-        "half": tokens * tiles_of(max(hidden, q, mlp)) * 256,
-        "units": value,
+        "half": tokens * _most_tiles_of_column(config, max(hidden, q, mlp)) * 256,
+        "units": value * (config.experts.active if config.experts else 1),
     }
     return common | _extra_sizes(config, tokens, unit)
+
+
+def most_item_tiles(items: int, experts: int) -> int:
+    """Tiles of items that meet one expert, at most."""
+    return items // ITEM_TILE + min(items, experts)
+
+
+def _most_tiles_of_column(config: GemmaConfig, channels: int) -> int:
+    """Tiles of 128 channels that a column has, or all its experts' together."""
+    experts = config.experts or Experts(0, 0, 0)
+    return max(tiles_of(channels), experts.active * tiles_of(experts.intermediate_size))
 
 
 def _extra_sizes(config: GemmaConfig, tokens: int, unit: int) -> dict[str, int]:
@@ -331,9 +346,12 @@ def _extra_sizes(config: GemmaConfig, tokens: int, unit: int) -> dict[str, int]:
         "told_x": tokens * tiles_of(told) * 512,
         "expert_x": tokens * tiles_of(hidden) * unit if experts.count else 0,
         "expert_gated": chosen * tiles_of(experts.intermediate_size) * unit,
-        "expert_out": value * hidden if experts.count else 0,
+        "expert_wide": 8 * chosen * experts.intermediate_size,
+        "expert_out": 4 * chosen * hidden,
         "router_scores": value * padded_rows(experts.count),
         "chosen": 4 * chosen,
         "shares": 4 * chosen,
+        "items": 4 * chosen,
+        "item_tiles": 16 * most_item_tiles(chosen, experts.count),
     }
     return {name: max(4, nbytes) for name, nbytes in sizes.items()}

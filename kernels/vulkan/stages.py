@@ -77,11 +77,11 @@ class Stages(Streams):
         recorder.label = "down"
         if mixture:
             recorder.label = "down, experts' gate"
-            self.gate_experts(recorder, mixture)
+            self.begin_experts(recorder, mixture)
         self.branch(recorder, layer.down, self.work.gated)
         joining = self.behind(joining, layer.down, layer.branch_gain, layer.next_gain)
         if mixture:
-            joining = replace(joining, experts=self.add_experts(recorder, mixture))
+            joining = replace(joining, experts=self.end_experts(recorder, mixture))
         return joining
 
     def embed(self, recorder: Recorder, *, decode: bool) -> None:

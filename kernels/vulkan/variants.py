@@ -79,7 +79,7 @@ _WITH_NORM = ("gemv.comp", "norm.comp", "altup.comp", "laurel.comp")
 # They have no inputs of linears.
 _WITHOUT_X = (
     *("read.comp", "arithmetic.comp", "peaks.comp", "sample.comp"),
-    *("route.comp", "altup.comp", "laurel.comp"),
+    *("route.comp", "group.comp", "altup.comp", "laurel.comp"),
 )
 
 
@@ -105,6 +105,8 @@ def _decode_kernels() -> Iterator[Variant]:
         macros = {f"{place.upper()}_EXPERTS": 1}
         yield _kernel(f"norm_{place}_experts", "norm.comp", macros, constants=norm)
     yield _kernel("route", "route.comp", constants=("LANES", "COUNT", "ACTIVE"))
+    group = ("LANES", "COUNT", "ACTIVE", "SIZE", "TILES")
+    yield _kernel("group", "group.comp", constants=group)
     streams = ("LANES", "STREAMS", "ACTIVE", "MODE", *_NORM)
     yield _kernel("altup", "altup.comp", constants=streams)
     yield _kernel("laurel", "laurel.comp", constants=("LANES", "-", "-", "-", *_NORM))
@@ -154,7 +156,8 @@ def _kernel(
 def _prefill_kernels() -> Iterator[Variant]:
     """Of many tokens at a time."""
     tile = ("LANES", "GROUP", "BM", "BN")
-    gemm, matrix = (*tile, "TM", "TN"), (*tile, "SM", "SN", "PAD", "STEP")
+    gemm = (*tile, "TM", "TN", "-", "-", "CHOICES")
+    matrix = (*tile, "SM", "SN", "PAD", "STEP", "CHOICES")
     for kind, macros in _weights().items():
         yield _kernel(f"gemm_{kind}", "gemm.comp", macros, constants=gemm)
         if kind not in _FLOATS:
