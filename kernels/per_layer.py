@@ -27,6 +27,7 @@ class Beside:
         streams: (batch, length, streams, hidden), in models with alternating updates.
         shared: layer -> its keys and values, where later layers read them.
         experts: (batch, length, hidden), `experts_output` of the layer in work where it is known.
+        tokens: (batch, length) int32, where who runs the next layer finds their rows himself.
     """
 
     embedded: Array | None = None
@@ -34,6 +35,7 @@ class Beside:
     streams: Array | None = None
     shared: dict[int, tuple[Array, Array]] = field(default_factory=dict)
     experts: Array | None = None
+    tokens: NDArray[np.int32] | None = None
 
 
 def stored_tokens(table: PerLayerEmbedding, tokens: NDArray[np.int32]) -> NDArray[np.int32]:

@@ -38,6 +38,25 @@ class Batch:
         """The same sequences at another stage, whose input is `x`."""
         return Batch(self.hidden if hidden is None else hidden, x, None, self.beside)
 
+    @classmethod
+    def between_layers(cls, hidden: Array, beside: Beside) -> Batch:
+        return cls(hidden, hidden, beside=beside)
+
+    def spilled(self) -> dict[str, Array]:
+        """What need not be in memory."""
+        arrays = {name: getattr(self, name) for name in ARRAYS}
+        arrays["streams"] = self.beside.streams
+        if self.x is self.hidden:
+            del arrays["x"]
+        return {name: array for name, array in arrays.items() if array is not None}
+
+    def __sizeof__(self) -> int:
+        """Bytes of all arrays: by this, Dask decides what a worker keeps in memory."""
+        shared = (array for pair in self.beside.shared.values() for array in pair)
+        beside = (self.beside.embedded, self.beside.tokens, *shared)
+        arrays = (*self.spilled().values(), *beside)
+        return sum(array.nbytes for array in arrays if array is not None)
+
 
 ARRAYS = ("hidden", "x", "out")
 
@@ -85,11 +104,7 @@ class SpilledActivations:
 
     def __setitem__(self, index: int, batch: Batch) -> None:
         """Raises DeviceError: the disk is full or broken."""
-        arrays = {name: getattr(batch, name) for name in ARRAYS}
-        arrays["streams"] = batch.beside.streams
-        if batch.x is batch.hidden:
-            del arrays["x"]
-        present = {name: array for name, array in arrays.items() if array is not None}
+        present = batch.spilled()
         if sum(array.nbytes for array in present.values()) > self._room:
             raise ValueError(f"a batch of more than {self._room} bytes")
         self._beside[index] = _without_streams(batch.beside)

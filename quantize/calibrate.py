@@ -128,9 +128,9 @@ class TokenPath:
         self._config = config
         self.batches = batches
 
-    def add(self, hidden: Array, beside: Beside) -> None:
-        """(sequences, length, hidden): the residual stream of the next batch."""
-        self.batches.append(Batch(hidden, hidden, beside=beside))
+    def add(self, batch: Batch) -> None:
+        """The next batch, in front of a layer."""
+        self.batches.append(batch)
 
     def go(self, stage: Stage, layer: int, weights: Weights) -> None:
         """Move every batch to the input of a stage."""
@@ -138,17 +138,17 @@ class TokenPath:
             self.batches[index] = stage.enter(self._config, layer, weights, batch)
 
 
-def _start(config: GemmaConfig, rows: TokenRows, *, exact: bool) -> tuple[Array, Beside]:
-    """The residual stream of a batch in front of layer 0, and what goes beside it."""
+def _start(config: GemmaConfig, rows: TokenRows, *, exact: bool) -> Batch:
+    """A batch in front of layer 0."""
     found, per_layer = rows.quantized, rows.quantized_rows
     if exact:
         assert rows.exact is not None
         found, per_layer = rows.exact, rows.exact_rows
     hidden = embed(config, found)
     if per_layer is None:
-        return hidden, Beside()
+        return Batch.between_layers(hidden, Beside())
     streams = None if rows.spread is None else rows.spread(hidden)
-    return hidden, Beside(hidden, per_layer, streams)
+    return Batch.between_layers(hidden, Beside(hidden, per_layer, streams))
 
 
 class Calibration:
@@ -176,30 +176,30 @@ class Calibration:
         self._quantized: TokenPath | None = None
         self._exact: TokenPath | None = None
         for batch in rows:
-            self._quantized = self._added(self._quantized, *_start(config, batch, exact=False))
+            self._quantized = self._added(self._quantized, _start(config, batch, exact=False))
             if batch.exact is not None:
-                self._exact = self._added(self._exact, *_start(config, batch, exact=True))
+                self._exact = self._added(self._exact, _start(config, batch, exact=True))
 
-    def add(self, hidden: Array, *, both: bool) -> None:
-        """(sequences, length, hidden): one batch more, in front of the layer that comes first.
+    def add(self, quantized: Batch, exact: Batch | None) -> None:
+        """One batch more, in front of the layer that comes first.
 
         Args:
-            both: follow the floating-point path, too, from the same place.
+            exact: the same sequences on the floating-point path, where it is followed.
         """
-        self._quantized = self._added(self._quantized, hidden, Beside())
-        if both:
-            self._exact = self._added(self._exact, hidden, Beside())
+        self._quantized = self._added(self._quantized, quantized)
+        if exact is not None:
+            self._exact = self._added(self._exact, exact)
 
-    def _added(self, path: TokenPath | None, hidden: Array, beside: Beside) -> TokenPath:
+    def _added(self, path: TokenPath | None, batch: Batch) -> TokenPath:
         """The path with one batch more; the first one is the largest."""
         if path is None:
-            tokens, folder = hidden.shape[0] * hidden.shape[1], self._spill
+            tokens, folder = batch.hidden.shape[0] * batch.hidden.shape[1], self._spill
             size = tokens * token_bytes(self._config)
             kept: list[Batch] = []
             path = TokenPath(
                 self._config, kept if folder is None else SpilledActivations(folder, size)
             )
-        path.add(hidden, beside)
+        path.add(batch)
         return path
 
     def quantize_layer(

@@ -10,9 +10,6 @@ from itertools import islice
 from pathlib import Path
 from typing import Generic, Protocol, TypeVar
 
-import numpy as np
-from numpy.typing import NDArray
-
 from uq.formats.checkpoint import Checkpoint
 from uq.progress import Progress
 from uq.quantize.activations import Activations, Batch, SpilledActivations
@@ -21,7 +18,7 @@ Task = TypeVar("Task")
 Result = TypeVar("Result")
 Piece = TypeVar("Piece")
 Work = Callable[[Checkpoint, Task, Progress], Result]
-State = NDArray[np.float32]
+State = Batch
 
 
 @dataclass(frozen=True)
@@ -105,10 +102,10 @@ class Threads:
         waiting = self._waiting(chain.begin(self._checkpoint, piece) for piece in pieces)
         for number, task in enumerate(tasks):
             if number >= first:
-                yield chain.use(self._checkpoint, task, _states(waiting), self._progress)
-            passed = chain.step(self._checkpoint, task, _states(waiting))
+                yield chain.use(self._checkpoint, task, waiting, self._progress)
+            passed = chain.step(self._checkpoint, task, waiting)
             for index, state in enumerate(passed):
-                waiting[index] = Batch(state, state)
+                waiting[index] = state
 
     def _waiting(self, states: Iterable[State]) -> Activations:
         """The first state is the largest."""
@@ -116,14 +113,11 @@ class Threads:
         for state in states:
             if found is None:
                 folder = self._spill
-                found = [] if folder is None else SpilledActivations(folder, state.nbytes)
-            found.append(Batch(state, state))
+                size = sum(array.nbytes for array in state.spilled().values())
+                found = [] if folder is None else SpilledActivations(folder, size)
+            found.append(state)
         assert found is not None, "no piece"
         return found
-
-
-def _states(waiting: Activations) -> Iterator[State]:
-    return (batch.hidden for batch in waiting)
 
 
 def map_ahead(

@@ -19,15 +19,17 @@ from numpy.typing import NDArray
 from uq.formats.checkpoint import Checkpoint
 from uq.formats.entries import Entry, QuantEntry, TiledRows
 from uq.formats.spec import QuantTensor
+from uq.kernels.per_layer import Beside
 from uq.kernels.reference import embed, layer_forward
-from uq.kernels.weights import CheckpointWeights
+from uq.kernels.weights import CheckpointWeights, LayerWeights
 from uq.progress import Progress, SilentProgress
+from uq.quantize.activations import Batch
 from uq.quantize.calibrate import NumpyEngine
-from uq.quantize.calibration_engine import Array
 from uq.quantize.farm import Chain, Farm
 from uq.quantize.layers import LayerQuantizer, Written, options_of
 from uq.quantize.memory import Load, fit
 from uq.quantize.plan import Plan
+from uq.quantize.token_rows import PerLayerRows, stream_maker
 
 Tokens = NDArray[np.int32]
 
@@ -107,33 +109,49 @@ def token_batches(tokens: Tokens, plan: Plan) -> list[Tokens]:
 
 
 @np.errstate(over="ignore", invalid="ignore")
-def enter(checkpoint: Checkpoint, tokens: Tokens) -> Array:
-    """(sequences, length, hidden): the residual stream in front of layer 0."""
-    rows = CheckpointWeights(checkpoint, resident=False).embedding(tokens)
-    return embed(checkpoint.config, rows)
+def enter(checkpoint: Checkpoint, tokens: Tokens) -> Batch:
+    """Some sequences in front of layer 0."""
+    weights = CheckpointWeights(checkpoint, resident=False)
+    hidden = embed(checkpoint.config, weights.embedding(tokens))
+    if checkpoint.config.per_layer is None:
+        return Batch.between_layers(hidden, Beside())
+    maker = stream_maker(weights, checkpoint.config)
+    streams = None if maker is None else maker(hidden)
+    return Batch.between_layers(hidden, Beside(hidden, streams=streams, tokens=tokens))
 
 
 @np.errstate(over="ignore", invalid="ignore")
-def pass_layer(checkpoint: Checkpoint, task: LayerTask, states: Iterable[Array]) -> Iterator[Array]:
-    """The residual stream behind the floating-point layer."""
-    weights = checkpoint.layer(task.layer)
-    for hidden in states:
-        yield layer_forward(checkpoint.config, task.layer, weights, hidden)
+def pass_layer(checkpoint: Checkpoint, task: LayerTask, states: Iterable[Batch]) -> Iterator[Batch]:
+    """The sequences behind the floating-point layer."""
+    weights = LayerWeights(checkpoint, task.layer, resident=False)
+    for state in states:
+        beside = _beside(checkpoint, state)
+        hidden = layer_forward(checkpoint.config, task.layer, weights, state.hidden, beside=beside)
+        yield Batch.between_layers(hidden, replace(beside, rows=None))
+
+
+def _beside(checkpoint: Checkpoint, state: Batch) -> Beside:
+    """A copy, which a layer may change, with rows of the checkpoint that is open here."""
+    beside, rows = state.beside, None
+    if beside.tokens is not None:
+        rows = PerLayerRows(checkpoint, beside.tokens, None)
+    return replace(beside, rows=rows, shared=dict(beside.shared))
 
 
 def calibrate_layer(
-    checkpoint: Checkpoint, task: LayerTask, states: Iterable[Array], progress: Progress
+    checkpoint: Checkpoint, task: LayerTask, states: Iterable[Batch], progress: Progress
 ) -> list[Entry | Source]:
     """Bundle entries of the layer, in the layout that they are stored in; says no note.
 
     Args:
-        states: batches of the residual stream in front of the layer.
+        states: the sequences in front of the layer.
     """
     config, plan = checkpoint.config, task.plan
     engine = task.engine or _engine_here(checkpoint, task)
     calibration = engine.begin(config, (), options_of(plan))
-    for hidden in states:
-        calibration.add(hidden, both=plan.corrected)
+    for state in states:
+        quantized, exact = (replace(state, beside=_beside(checkpoint, state)) for _ in range(2))
+        calibration.add(quantized, exact if plan.corrected else None)
     contents: dict[str, str] = {}
     quantizer = LayerQuantizer(checkpoint, plan, WorkOnly(progress), contents)
     weights = checkpoint.layer(task.layer, contents)

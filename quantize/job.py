@@ -199,8 +199,6 @@ def plan_of(config: GemmaConfig, options: QuantizeOptions) -> Plan:
         raise UsageError(f"--calibration-tokens {options.calibration_tokens}: use 2 or more")
     if plan.uses_gptq or options.calibration is not None:
         require_known(config, "calibration", "use --method rtn without --calibration", FOLLOWED)
-    if options.independent:
-        require_known(config, "--calibrate-layers independently", "calibrate them in order")
     _check_layers(plan, options)
     plan = _with_curvature(config, plan, options)
     if options.calibration is None or plan.uses_gptq:

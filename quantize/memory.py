@@ -159,7 +159,8 @@ def footprint(config: GemmaConfig, plan: Plan, load: Load) -> Footprint:
     if plan.budget is not None:
         moments.append(_probing_bytes(config, plan.gptq.work, batch))
     kept = paths * load.tokens * _beside_bytes(config) + _stack_bytes(config, plan)
-    waiting = 4 * config.hidden_size if load.independent else 0
+    streams = 1 + (config.altup.streams if config.altup else 0)
+    waiting = 4 * streams * config.hidden_size if load.independent else 0
     activations = load.tokens * (paths * token_bytes(config) + waiting)
     return Footprint(program + kept + max(rounding, *moments), activations)
 

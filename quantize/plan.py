@@ -224,7 +224,7 @@ def make_plan(
 
     Args:
         group: every linear gets the recipe's bits with this group, none is mixed. The embedding
-            keeps the recipe's, unless that does not divide the hidden size.
+            keeps the recipe's, unless that does not divide its columns.
         bpw: bits per weight of the whole model, norms included, spent where they matter.
         method: `rtn`, `gptq`, or `auto` for the recipe's own.
         targets: devices that will run the bundle; the first one's layout is written, the others
@@ -234,11 +234,11 @@ def make_plan(
         UsageError: an unknown group, method or target, a group that does not divide the columns of
             a tensor, or a number of bits that needs a method with calibration.
     """
-    rules = _with_group(RECIPES[recipe], group, config.hidden_size)
+    tables = config.table_shapes()
+    rules = _with_group(RECIPES[recipe], group, math.gcd(*(cols for _, cols in tables.values())))
     chosen = rules.method if method == "auto" else _checked_method(method)
     layout = _layout(targets)
 
-    tables = config.table_shapes()
     tensors = {name: TensorPlan(rules.table, "rtn", layout) for name in tables}
     columns = {name: cols for name, (_, cols) in tables.items()}
     for layer in range(config.num_layers):
@@ -285,12 +285,13 @@ def _linear_bytes(config: GemmaConfig, spec: Spec, layout: str) -> int:
     )
 
 
-def _with_group(rules: Recipe, group: int | None, hidden: int) -> Recipe:
+def _with_group(rules: Recipe, group: int | None, columns: int) -> Recipe:
+    """`columns`: of the tables, what divides them all."""
     if group is None:
         return rules
     if group not in GROUPS:
         raise UsageError(f"--group {group} is not offered; use {_either(GROUPS)}")
-    table = rules.table if hidden % rules.table.group == 0 else replace(rules.table, group=group)
+    table = rules.table if columns % rules.table.group == 0 else replace(rules.table, group=group)
     return replace(
         rules,
         linear=replace(rules.linear, group=group),

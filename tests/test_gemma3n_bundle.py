@@ -73,13 +73,8 @@ def test_a_device_says_what_it_cannot_compute(bundle: Bundle) -> None:
         open_session(bundle, "npu-emulator", max_context=64)
 
 
-def test_layers_that_read_each_other_are_calibrated_in_order_and_here(
-    tiny_gemma3n: Callable[..., Path], tmp_path: Path
-) -> None:
+def test_streams_are_calibrated_here(tiny_gemma3n: Callable[..., Path], tmp_path: Path) -> None:
     checkpoint = open_checkpoint(tiny_gemma3n("plain"))
-    options = replace(CALIBRATED, calibrate_layers="independently")
-    with pytest.raises(DeviceError, match="independently does not compute .*; calibrate them in"):
-        quantize(checkpoint, tmp_path / "out", options)
     with pytest.raises(DeviceError, match="on a GPU does not compute .*; use --device cpu"):
         open_engine("vulkan", checkpoint.config, 8, 128, SilentProgress(), spill=tmp_path)
 

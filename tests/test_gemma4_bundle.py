@@ -192,14 +192,6 @@ def test_a_broken_run_goes_on_to_the_same_bytes(
     assert again.sha256 == whole.sha256
 
 
-def test_layers_that_read_each_other_are_calibrated_in_order(
-    tiny_gemma4: Callable[..., Path], tmp_path: Path
-) -> None:
-    options = replace(CALIBRATED, calibrate_layers="independently")
-    with pytest.raises(DeviceError, match="independently does not compute .*; calibrate them in"):
-        quantize(open_checkpoint(tiny_gemma4("small")), tmp_path / "out", options)
-
-
 def planted(folder: Path) -> dict[str, NDArray[np.float32] | None]:
     """Other weights for a checkpoint: in two matrices of layer 2 a column of each group is 60 times
     as large, and its input 60 times as small.

@@ -8,24 +8,25 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from numpy.testing import assert_array_equal
 
 from uq.cli import main
 from uq.errors import UsageError
 from uq.formats.bundle import open_bundle
 from uq.formats.checkpoint import open_checkpoint
 from uq.formats.config import layer_tensor
-from uq.formats.entries import QuantEntry
-from uq.formats.spec import QuantTensor
-from uq.kernels.reference import embed
-from uq.kernels.weights import CheckpointWeights
+from uq.formats.entries import QuantEntry, TiledRows
+from uq.kernels.weights import LayerWeights
 from uq.progress import SilentProgress
 from uq.quantize import job
 from uq.quantize.calibrate import Calibration
+from uq.quantize.calibration_engine import TokenRows
 from uq.quantize.job import plan_of
 from uq.quantize.layers import LayerQuantizer
 from uq.quantize.memory import Fitted, Footprint
 from uq.quantize.pipeline import QuantizeOptions, quantize
 from uq.quantize.text import read_text, token_sequences
+from uq.quantize.token_rows import token_rows
 
 OPTIONS = QuantizeOptions(
     group=32,
@@ -33,6 +34,13 @@ OPTIONS = QuantizeOptions(
     calibration_length=80,
     calibrate_layers="independently",
 )
+SHARING = {
+    "num_hidden_layers": 4,
+    "num_kv_shared_layers": 2,
+    "layer_types": ["sliding_attention", "full_attention"] * 2,
+}
+
+SPARSE = {"activation_sparsity_pattern": [0.5, 0.0, 0.0, 0.0]}
 
 
 @pytest.fixture(scope="module")
@@ -49,25 +57,46 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
 
 
-def test_a_layer_is_calibrated_behind_floating_point_layers(model: Path, bundle: Path) -> None:
+@pytest.mark.parametrize("name", ["gemma3", "gemma3n", "gemma4", "gemma4 experts"])
+def test_a_layer_is_calibrated_behind_floating_point_layers(
+    model: Path,
+    tiny_gemma3n: Callable[..., Path],
+    tiny_gemma4: Callable[..., Path],
+    tmp_path: Path,
+    name: str,
+) -> None:
     """The tokens go through the layers before as through quantized ones that lose nothing."""
-    checkpoint = open_checkpoint(model)
+    folders = {
+        "gemma3": lambda: model,
+        "gemma3n": lambda: tiny_gemma3n("plain", text=SHARING | SPARSE),
+        "gemma4": lambda: tiny_gemma4("small", text=SHARING),
+        "gemma4 experts": lambda: tiny_gemma4("experts"),
+    }
+    checkpoint = open_checkpoint(folders[name]())
+    bundle = open_bundle(quantize(checkpoint, tmp_path / "b", OPTIONS))
     plan = plan_of(checkpoint.config, OPTIONS)
     tokens = token_sequences(checkpoint.tokenizer(), read_text(None), sequences=3, length=80)
-    rows = CheckpointWeights(checkpoint, resident=False).embedding(tokens)
-    hidden = embed(checkpoint.config, rows)
-    run = Calibration(checkpoint.config, [], plan.gptq)
-    run.add(hidden, both=True)
-    for layer in (0, 1):
-        run.pass_layer(layer, checkpoint.layer(layer), checkpoint.layer(layer))
-    found = open_bundle(bundle)
+    run = Calibration(
+        checkpoint.config, map(lossless, token_rows(checkpoint, plan, tokens)), plan.gptq
+    )
+    last = checkpoint.config.num_layers - 1
+    for layer in range(last):
+        weights = (LayerWeights(checkpoint, layer, resident=False) for _ in range(2))
+        run.pass_layer(layer, *weights)
     quantizer = LayerQuantizer(checkpoint, plan, SilentProgress(), {})
-    for entry in quantizer.quantize(2, checkpoint.layer(2), run):
+    for entry in quantizer.quantize(last, checkpoint.layer(last), run):
         if isinstance(entry, QuantEntry):
-            (expected,) = entry.blocks
-            assert isinstance(expected, QuantTensor)
-            np.testing.assert_array_equal(found.quant(entry.name).codes, expected.codes)
-            np.testing.assert_array_equal(found.quant(entry.name).scales, expected.scales)
+            blocks = [
+                part if isinstance(part, TiledRows) else TiledRows.of(part, entry.layout)
+                for part in entry.blocks
+            ]
+            stored, _ = bundle.raw(entry.name)
+            assert_array_equal(stored, np.concatenate([block.data for block in blocks]))
+
+
+def lossless(rows: TokenRows) -> TokenRows:
+    assert rows.exact is not None
+    return replace(rows, quantized=rows.exact, quantized_rows=rows.exact_rows)
 
 
 def test_the_bundle_says_so_and_is_another_one(model: Path, bundle: Path, tmp_path: Path) -> None:
