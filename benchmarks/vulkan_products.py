@@ -17,11 +17,11 @@ from typing import Any
 
 from uq.formats.spec import BITS, GROUPS, Spec
 from uq.kernels.vulkan.bandwidth import read_bandwidth
-from uq.kernels.vulkan.commands import Recorder, Submission
+from uq.kernels.vulkan.commands import Submission
 from uq.kernels.vulkan.device import Gpu, choose
 from uq.kernels.vulkan.memory import Arena, Span, Transfers
 from uq.kernels.vulkan.pipelines import Pipelines
-from uq.kernels.vulkan.profile import TimedRecorder
+from uq.kernels.vulkan.profile import ClockedRecorder
 from uq.kernels.vulkan.push import addresses, words
 from uq.kernels.vulkan.state import STATE_BYTES
 from uq.kernels.vulkan.tuning import BRANCH, MOST_LANES, Shape, Tuning, candidates
@@ -32,21 +32,21 @@ UNCACHED = 1 << 28  # bytes of weights, at least
 SHOWN = 3  # shapes of a product
 
 
-class Together(TimedRecorder):
+class Together(ClockedRecorder):
     """Times all of its dispatches as one."""
 
-    def begin(self) -> None:
-        self._stamp(0)
+    def __init__(self, gpu: Gpu) -> None:
+        super().__init__(gpu, 2)
+        self.stamp()
 
     def dispatch(
         self, pipeline: Any, layout: Any, push: bytes, groups: tuple[int, int, int]
     ) -> None:
-        Recorder.dispatch(self, pipeline, layout, push, groups)
+        super().dispatch(pipeline, layout, push, groups)
         self.barrier()
 
     def end(self) -> None:
-        self._stamp(1)
-        self._labels.append("all")
+        self.stamp()
         super().end()
 
 
@@ -67,7 +67,6 @@ class Bench:
         nbytes, blocks = kind.tiled_bytes(rows, cols), -(-rows // 16)
         places = self.weights.nbytes // nbytes
         recorder = Together(self.gpu)
-        recorder.begin()
         for number in range(DISPATCHES):
             weight = self.weights.part(number % places * nbytes, nbytes)
             push = addresses(weight, weight, *[self.rest] * 8)
@@ -78,7 +77,7 @@ class Bench:
         submission, times = Submission(self.gpu, [recorder.commands]), []
         for _ in range(REPEATS):
             submission.run()
-            times.append(recorder.times()[0].duration / DISPATCHES)
+            times.append(recorder.micros()[1] / DISPATCHES)
         submission.close()
         recorder.close()
         return min(times)

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
+from statistics import median
 
 from uq.kernels.vulkan.cache import Cache
 from uq.kernels.vulkan.commands import Submission
 from uq.kernels.vulkan.device import Gpu
 from uq.kernels.vulkan.model import Layer
-from uq.kernels.vulkan.profile import TimedRecorder
+from uq.kernels.vulkan.profile import ClockedRecorder
 from uq.kernels.vulkan.stages import Stages
 from uq.kernels.vulkan.tuning import (
     BRANCH,
@@ -22,7 +24,7 @@ from uq.kernels.vulkan.tuning import (
 )
 from uq.kernels.vulkan.weights import Matrix
 
-REPEATS = 3  # runs that count, the fastest of them
+REPEATS = 5  # runs that count, their median
 
 
 def tune(gpu: Gpu, stages: Stages, cache: Cache, most_lanes: int) -> dict[str, Shape]:
@@ -40,8 +42,7 @@ def tune(gpu: Gpu, stages: Stages, cache: Cache, most_lanes: int) -> dict[str, S
             shape: _with(stages, product_key(matrix, epilogue), shape)
             for shape in candidates(matrix, epilogue, most_lanes)
         }
-        is_head = epilogue == CHOOSE
-        best = min(shapes, key=lambda shape: _measure(gpu, shapes[shape], cache, is_head=is_head))
+        best = _fastest(gpu, shapes, cache, is_head=epilogue == CHOOSE)
         stages, found[product_key(matrix, epilogue)] = shapes[best], best
     return found
 
@@ -73,20 +74,38 @@ def _with(stages: Stages, key: str, shape: Shape) -> Stages:
     return replace(stages, tuning=replace(stages.tuning, measured=measured), columns=1)
 
 
-def _measure(gpu: Gpu, stages: Stages, cache: Cache, *, is_head: bool) -> float:
-    """Microseconds from the first dispatch to the end of the last."""
-    recorder = TimedRecorder(gpu)
-    if is_head:
-        stages.head(recorder)
-    else:
-        stages.layers(recorder, cache)
-    recorder.end()
-    submission = Submission(gpu, [recorder.commands])
-    seconds = []
-    for _ in range(1 + REPEATS):
-        submission.run()
-        last = recorder.times()[-1]
-        seconds.append(last.start + last.duration)
-    submission.close()
-    recorder.close()
-    return min(seconds[1:])
+def _fastest(gpu: Gpu, shapes: Mapping[Shape, Stages], cache: Cache, *, is_head: bool) -> Shape:
+    """All of them by turns: the clock of a GPU that waits for the next kernel's compiler falls."""
+    trials = {
+        shape: _Trial(gpu, stages, cache, is_head=is_head) for shape, stages in shapes.items()
+    }
+    runs = [{shape: trial.run() for shape, trial in trials.items()} for _ in range(1 + REPEATS)]
+    for trial in trials.values():
+        trial.close()
+    return min(trials, key=lambda shape: median(run[shape] for run in runs[1:]))
+
+
+class _Trial:
+    """All layers, or the head, as they run in a decode step: no clock is read in between."""
+
+    def __init__(self, gpu: Gpu, stages: Stages, cache: Cache, *, is_head: bool) -> None:
+        self._recorder = ClockedRecorder(gpu, 2)
+        if not is_head:
+            stages.embed(self._recorder, decode=False)
+        self._recorder.stamp()
+        if is_head:
+            stages.head(self._recorder)
+        else:
+            stages.layers(self._recorder, cache)
+        self._recorder.stamp()
+        self._recorder.end()
+        self._submission = Submission(gpu, [self._recorder.commands])
+
+    def run(self) -> float:
+        """Microseconds."""
+        self._submission.run()
+        return self._recorder.micros()[1]
+
+    def close(self) -> None:
+        self._submission.close()
+        self._recorder.close()
