@@ -68,9 +68,10 @@ def _on_gpu(
 ) -> VulkanEngine:
     from uq.kernels.vulkan import pipeline_cache
     from uq.kernels.vulkan.imports import SHARING
+    from uq.quantize.vulkan_calibration import FOLLOWED
     from uq.quantize.vulkan_engine import VulkanEngine, device_bytes
 
-    require_known(config, "calibration on a GPU", "use --device cpu")
+    require_known(config, "calibration on a GPU", "use --device cpu", FOLLOWED)
     gpu = _chosen(wish)
     shared = gpu.kind in SHARING  # a discrete GPU's memory is not what the limit is about
     room = min(limit, gpu.memory) if limit is not None and shared else gpu.memory

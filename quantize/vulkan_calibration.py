@@ -16,17 +16,27 @@ from dataclasses import dataclass
 import numpy as np
 
 from uq.errors import DeviceError
-from uq.formats.config import GemmaConfig
+from uq.formats.config import (
+    FULL_HEADS,
+    LAYER_SCALAR,
+    MLP_WIDTHS,
+    PER_LAYER,
+    SHARED_KEYS,
+    VALUE_NORM,
+    GemmaConfig,
+)
+from uq.kernels.per_layer import Beside
 from uq.kernels.products import flat
 from uq.kernels.reference import embed
 from uq.kernels.vulkan.dense.cells import Cell, Row
-from uq.kernels.vulkan.dense.layer import Chunk, Layer, Tokens, power_below
+from uq.kernels.vulkan.dense.layer import Chunk, KeysValues, Layer, Tokens, power_below
 from uq.kernels.vulkan.dense.matrix import Matrix
 from uq.kernels.vulkan.dense.workshop import Workshop
 from uq.kernels.vulkan.memory import Span
 from uq.quantize.calibration_engine import (
     Array,
     ExpertWork,
+    LayerRows,
     QuantizedWeights,
     QuantizeStage,
     TokenRows,
@@ -39,6 +49,8 @@ from uq.quantize.vulkan_waiting import Waiting
 
 ATTENTION = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
 MLP = ("mlp.gate_proj", "mlp.up_proj")
+# What `GemmaConfig.extensions` names and is followed here.
+FOLLOWED = frozenset({FULL_HEADS, VALUE_NORM, SHARED_KEYS, MLP_WIDTHS, PER_LAYER, LAYER_SCALAR})
 # What waits of each batch.
 HIDDEN, EXACT_HIDDEN, EXACT_OUT = "hidden", "exact hidden", "exact out"
 CONTEXT, MLP_HIDDEN = "context", "mlp hidden"
@@ -103,20 +115,23 @@ class VulkanCalibration:
         self._workshop, self._config, self._options = workshop, config, options
         self._store, self._cells = workshop.store, workshop.cells
         self._products, self._phase = workshop.products, workshop.stream.phase
+        self._shared: dict[tuple[str, int, int], KeysValues] = {}
         self._pairs = [self._placed(number, batch) for number, batch in enumerate(rows)]
         self._tokens = sum(pair.quantized.tokens for pair in self._pairs)
 
     def _placed(self, number: int, batch: TokenRows) -> Pair:
         exact = None
         if batch.exact is not None:
-            exact = self._chunk(EXACT_HIDDEN, number, batch.exact)
-        return Pair(self._chunk(HIDDEN, number, batch.quantized), exact)
+            exact = self._chunk(EXACT_HIDDEN, number, batch.exact, batch.exact_rows)
+        return Pair(self._chunk(HIDDEN, number, batch.quantized, batch.quantized_rows), exact)
 
-    def _chunk(self, what: str, number: int, rows: Array) -> Chunk:
-        hidden = flat(embed(self._config, rows))
+    def _chunk(self, what: str, number: int, rows: Array, per_layer: LayerRows | None) -> Chunk:
+        embedded = embed(self._config, rows)
+        hidden = flat(embedded)
         placed = self._store.put(self._waiting.name(what, number, len(hidden)), hidden)
         self._waiting.keep(what, number, placed)
-        return Chunk(placed, rows.shape[0], rows.shape[1])
+        beside = Beside() if per_layer is None else Beside(embedded, per_layer)
+        return Chunk(placed, rows.shape[0], rows.shape[1], beside)
 
     def _batches(self) -> Iterator[tuple[int, Pair]]:
         """The pairs, each with its residual stream on the device."""
@@ -153,7 +168,8 @@ class VulkanCalibration:
             with self._phase("upload"):
                 self._take_over(found, roles, statistics, quantized, exact, weights)
 
-        replace_weights(ATTENTION, self._input_statistics(quantized, exact, mlp=False))
+        attention = [role for role in ATTENTION if role in weights]
+        replace_weights(attention, self._input_statistics(quantized, exact, mlp=False))
         contexts = self._contexts(quantized, exact)
         role, norm = "self_attn.o_proj", "post_attention_layernorm"
         statistics = self._output_statistics(role, norm, weights, contexts, exact)
@@ -164,6 +180,7 @@ class VulkanCalibration:
         role, norm = "mlp.down_proj", "post_feedforward_layernorm"
         replace_weights((role,), self._output_statistics(role, norm, weights, hidden, exact))
         self._join(role, norm, hidden, quantized)
+        self._leave(quantized, weights)
 
     @explained()
     def pass_layer(self, layer: int, exact: Weights, quantized: Weights) -> None:
@@ -176,6 +193,7 @@ class VulkanCalibration:
         self._join("self_attn.o_proj", "post_attention_layernorm", contexts, paths[1])
         hidden = self._mlp_hidden(paths[1], paths[0])
         self._join("mlp.down_proj", "post_feedforward_layernorm", hidden, paths[1])
+        self._leave(paths[1], quantized)
 
     def _take_over(
         self,
@@ -224,12 +242,33 @@ class VulkanCalibration:
         with self._phase("attention"):
             for number, pair in self._batches():
                 if pair.exact is not None:
-                    x = exact.context(pair.exact, "exact context")
+                    x = self._context(exact, number, pair.exact, "exact context")
                     self._keep_exact_out(number, exact, "self_attn.o_proj", x)
                 name = self._waiting.name(CONTEXT, number, pair.quantized.tokens)
-                found.append(quantized.context(pair.quantized, name))
+                found.append(self._context(quantized, number, pair.quantized, name))
                 self._waiting.keep(CONTEXT, number, found[-1].half)
         return found
+
+    def _context(self, path: Layer, number: int, chunk: Chunk, name: str) -> Tokens:
+        x = path.attention_input(chunk)
+        return path.context(chunk, x, self._keys(path, number, chunk, x), name)
+
+    def _keys(self, path: Layer, number: int, chunk: Chunk, x: Tokens) -> KeysValues:
+        """What the layer reads; what later layers read, too, is kept."""
+        source = self._config.kv_source(path.number)
+        if source not in self._config.shared_sources:
+            return path.keys(chunk, x, ("k heads", "v heads"))
+        parts = [f"{path.name} {part} of layer {source}" for part in "kv"]
+        key = path.name, source, number
+        if source == path.number:
+            names = [self._waiting.name(part, number, chunk.tokens) for part in parts]
+            self._shared[key] = path.keys(chunk, x, names)
+            for part, tokens in zip(parts, self._shared[key], strict=True):
+                self._waiting.keep(part, number, tokens.half)
+        else:
+            for part, tokens in zip(parts, self._shared[key], strict=True):
+                self._waiting.fetch(part, number, tokens.half)
+        return self._shared[key]
 
     def _mlp_hidden(self, quantized: Layer, exact: Layer) -> list[Tokens]:
         found = []
@@ -264,6 +303,18 @@ class VulkanCalibration:
                 self._waiting.keep(HIDDEN, number, pair.quantized.hidden)
                 if pair.exact is not None:
                     quantized.join(pair.exact, self._exact_out(number), norm)
+                    self._waiting.keep(EXACT_HIDDEN, number, pair.exact.hidden)
+
+    def _leave(self, path: Layer, weights: Weights) -> None:
+        """Both paths: what is not quantized is the same on them."""
+        if not self._config.per_layer and not self._config.layer_scalar:
+            return
+        with self._phase("leave"):
+            for number, pair in self._batches():
+                path.leave(pair.quantized, weights)
+                self._waiting.keep(HIDDEN, number, pair.quantized.hidden)
+                if pair.exact is not None:
+                    path.leave(pair.exact, weights)
                     self._waiting.keep(EXACT_HIDDEN, number, pair.exact.hidden)
 
     def _output_statistics(

@@ -69,13 +69,25 @@ def device_bytes(config: GemmaConfig, tokens: int, length: int, *, on_disk: bool
     Args:
         on_disk: the activations of all batches but one wait there.
     """
-    hidden, ffn, q = config.hidden_size, config.intermediate_size, config.q_size
+    layers = range(config.num_layers)
+    hidden = config.hidden_size
+    ffn = max(config.layer_intermediate_size(layer) for layer in layers)
+    q = max(config.layer_q_size(layer) for layer in layers)
     n, largest = padded(max(hidden, ffn, q)), padded(hidden) * padded(ffn)
     batch = max(WorkSizes().batch_tokens, length)
     held = min(tokens, batch) if on_disk else tokens
     streams = held * (3 * 4 * padded(hidden) + 2 * (padded(q) + padded(ffn)))
+    streams += held * 2 * 2 * 2 * sum(_kv_width(config, layer) for layer in config.shared_sources)
     squares = 4 * (3 * n * n + padded(hidden) ** 2)
-    layer = sum(padded(rows) * padded(cols) for rows, cols in config.linear_shapes(0).values())
+    layer = max(
+        sum(padded(rows) * padded(cols) for rows, cols in config.linear_shapes(number).values())
+        for number in layers
+    )
     work = batch * (8 * padded(ffn) + 6 * config.num_heads * padded(length))
     systems = min(SYSTEM_BYTES, 4 * (n // min(GROUPS)) ** 2 * n)
     return 5 * (streams + squares + 10 * layer + 36 * largest + systems + work) // 4
+
+
+def _kv_width(config: GemmaConfig, layer: int) -> int:
+    """Columns of a layer's keys on the device, and of its values."""
+    return config.layer_kv_heads(layer) * padded(config.layer_head_dim(layer))

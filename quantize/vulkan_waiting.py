@@ -50,7 +50,7 @@ class OnDisk:
     def __init__(self, stream: Stream, folder: Path) -> None:
         """Raises DeviceError: the folder cannot be written."""
         self._stream, self._folder = stream, folder
-        self._places: dict[tuple[str, int], int] = {}
+        self._places: dict[tuple[str, int, int], int] = {}  # layers differ in width
         self._end = 0
         with disk_errors(folder, 0):
             self._file = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115
@@ -62,11 +62,10 @@ class OnDisk:
     def keep(self, what: str, number: int, matrix: Matrix) -> None:
         """Raises DeviceError: the disk is full or broken, or the device fails."""
         data = self._stream.read(matrix.span)
-        if (what, number) not in self._places:
-            self._places[what, number] = self._end
-            self._end += data.nbytes
+        place = self._places.setdefault((what, number, data.nbytes), self._end)
+        self._end = max(self._end, place + data.nbytes)
         with disk_errors(self._folder, data.nbytes):
-            self._file.seek(self._places[what, number])
+            self._file.seek(place)
             self._file.write(data.data)
             self._file.flush()
 
@@ -74,6 +73,6 @@ class OnDisk:
         """Raises DeviceError: the disk is broken, or the device fails."""
         data = np.empty(matrix.span.nbytes, np.uint8)
         with disk_errors(self._folder, 0):
-            self._file.seek(self._places[what, number])
+            self._file.seek(self._places[what, number, data.nbytes])
             self._file.readinto(data.data)
         self._stream.write(matrix.span, data)

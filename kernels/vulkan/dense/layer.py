@@ -9,14 +9,16 @@ from __future__ import annotations
 
 import math
 import struct
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 
 import numpy as np
 from numpy.typing import NDArray
 
 from uq.formats.config import GemmaConfig
+from uq.kernels import reference
 from uq.kernels.attention import rope_tables
+from uq.kernels.per_layer import Beside
 from uq.kernels.vulkan.dense.cells import Cell, Cells, Row
 from uq.kernels.vulkan.dense.matrix import TILE, Matrix, Store, padded
 from uq.kernels.vulkan.dense.products import Batch, Products
@@ -53,17 +55,22 @@ class Tokens:
     factor: float
 
 
+KeysValues = tuple[Tokens, Tokens]
+
+
 @dataclass(frozen=True)
 class Chunk:
     """Some sequences of one length.
 
     Attributes:
         hidden: (tokens, hidden) float32, the residual stream.
+        beside: what the host keeps of them.
     """
 
     hidden: Matrix
     sequences: int
     length: int
+    beside: Beside = field(default_factory=Beside)
 
     @property
     def tokens(self) -> int:
@@ -71,7 +78,12 @@ class Chunk:
 
 
 class Layer:
-    """One layer's weights on one path, and the way of tokens through it."""
+    """One layer's weights on one path, and the way of tokens through it.
+
+    Attributes:
+        number: of the layer.
+        name: of the path.
+    """
 
     def __init__(
         self,
@@ -81,7 +93,8 @@ class Layer:
         tools: tuple[Stream, Store, Products, Cells],
     ) -> None:
         """`name` keeps the weights of two paths apart."""
-        self._config, self._number, self._name = config, number, name
+        self._config, self.number, self.name = config, number, name
+        self._dim, self._kv_heads = config.layer_head_dim(number), config.layer_kv_heads(number)
         self._stream, self._store, self._products, self._cells = tools
         self._linears: dict[str, Linear] = {}
         self._gains: dict[str, Array] = {}
@@ -92,24 +105,24 @@ class Layer:
         for role, value in weights.items():
             if value.ndim == 1:
                 self._gains[role] = value
-                self._gain_spans[role] = self._store.vector(f"{self._name} {role}", value)
+                self._gain_spans[role] = self._store.vector(f"{self.name} {role}", value)
 
     def set_linears(self, weights: Mapping[str, Array]) -> dict[int, Matrix]:
-        """Role -> (out, in) linear; gains are left out.
+        """Role -> (out, in) linear; what is none is left out.
 
         Returns:
             id of an array -> what was made of it, float32.
         """
         placed = {}
-        for role, value in weights.items():
-            if value.ndim == 2:
-                placed[id(value)] = self._store.put(f"weight {role}", value)
-                self._set_linear(role, placed[id(value)])
+        for role in (role for role in self._config.linear_shapes(self.number) if role in weights):
+            value = weights[role]
+            placed[id(value)] = self._store.put(f"weight {role}", value)
+            self._set_linear(role, placed[id(value)])
         return placed
 
     def _set_linear(self, role: str, weight: Matrix) -> None:
         norms, peak = row_norms(self._cells, self._store, weight)
-        half = self._store.matrix(f"{self._name} {role}", weight.rows, weight.cols, "f16")
+        half = self._store.matrix(f"{self.name} {role}", weight.rows, weight.cols, "f16")
         factor = power_below(TOP, peak)
         self._cells.run(Cell.COPY, half, weight, alpha=factor)
         self._linears[role] = Linear(half, factor, norms)
@@ -167,13 +180,18 @@ class Layer:
         self._products.multiply(y, x.half, weight.half, alpha=alpha)
         return y
 
-    def context(self, chunk: Chunk, name: str) -> Tokens:
-        """Input of o_proj, in the store's matrix `name`."""
-        config, x = self._config, self.attention_input(chunk)
-        q, k, v = (self._heads(role, x, chunk) for role in "qkv")
+    def keys(self, chunk: Chunk, x: Tokens, names: Sequence[str]) -> KeysValues:
+        """Of the tokens, in the store's matrices `names`; `x` is `attention_input`."""
+        k, v = (self._heads(what, x, chunk, name) for what, name in zip("kv", names, strict=True))
+        return k, v
+
+    def context(self, chunk: Chunk, x: Tokens, keys: KeysValues, name: str) -> Tokens:
+        """Input of o_proj, in the store's matrix `name` of as many columns."""
+        (k, v), q = keys, self._heads("q", x, chunk, "q heads")
         mixed = self._attend(chunk, q, k, v)
-        heads, dim = config.num_heads, config.head_dim
-        result = self._store.matrix(name, chunk.tokens, heads * dim, "f16")
+        heads, dim = self._config.num_heads, self._dim
+        # Rows of another width would leave their numbers behind the tokens.
+        result = self._store.matrix(f"{name} {heads * dim}", chunk.tokens, heads * dim, "f16")
         push = addresses(result.span, mixed.span)
         push += words(result.stride, heads, chunk.length, padded(chunk.length), mixed.stride)
         grid = (-(-result.stride // (2 * LANES)), chunk.tokens, 1)
@@ -184,7 +202,7 @@ class Layer:
     def _attend(self, chunk: Chunk, q: Tokens, k: Tokens, v: Tokens) -> Matrix:
         """(sequences * heads * padded length, padded dim): softmax(Q K^T) V times V's factor."""
         config, store = self._config, self._store
-        length, dim, heads = padded(chunk.length), padded(config.head_dim), config.num_heads
+        length, dim, heads = padded(chunk.length), padded(self._dim), config.num_heads
         rows = chunk.sequences * heads * length
         scores = store.matrix("scores", rows, length)
         weights = store.matrix("attention weights", rows, length, "f16")
@@ -194,7 +212,7 @@ class Layer:
         square, across = (heads * length**2, length**2), (heads * length * dim, length * dim)
         queries = (chunk.length * q.half.stride, dim)
         keys = (chunk.length * k.half.stride, dim)
-        shape = (chunk.sequences, heads, heads // config.num_kv_heads)
+        shape = (chunk.sequences, heads, heads // self._kv_heads)
         self._products.multiply(one_score, one_q, one_k, batch=Batch(*shape, queries, keys, square))
         self._softmax(scores, weights, chunk.length, 1.0 / (q.factor * k.factor))
         self._products.multiply(
@@ -207,36 +225,43 @@ class Layer:
         )
         return mixed
 
-    def _heads(self, name: str, x: Tokens, chunk: Chunk) -> Tokens:
-        """(tokens, heads * padded dim) float16 behind QK-norm and RoPE."""
-        config, role = self._config, f"self_attn.{name}_proj"
+    def _heads(self, what: str, x: Tokens, chunk: Chunk, name: str) -> Tokens:
+        """(tokens, heads * padded dim) float16 behind their norm and RoPE, `what` of q, k and v."""
+        source = "k" if what == "v" and self._config.key_is_value(self.number) else what
+        role = f"self_attn.{source}_proj"
         y = self.linear(role, x, "heads")
-        dim, heads = config.head_dim, self._linears[role].half.rows // config.head_dim
+        dim, heads = self._dim, self._linears[role].half.rows // self._dim
         half = self._store.matrix(
-            f"{name} heads", chunk.tokens, heads * padded(dim), "f16", spare=padded(chunk.length)
+            name, chunk.tokens, heads * padded(dim), "f16", spare=padded(chunk.length)
         )
-        normed = config.qk_norm and name != "v"
-        if normed:
-            gain = self._gains[f"self_attn.{name}_norm"]
+        gain = self._head_gain(what)
+        if gain is not None:
             largest = math.sqrt(dim) * float(np.abs(gain).max())
         else:
             norms = self._linears[role].norms
             largest = self._largest_input("input_layernorm") * float(norms.max())
         factor = power_below(TOP, MARGIN * largest)
-        gain_span = self._gain_spans[f"self_attn.{name}_norm"] if normed else y.span
-        push = addresses(half.span, y.span, gain_span, self._turns(chunk.length))
+        gains = y.span if gain is None else self._store.vector(f"{self.name} {what} gain", gain)
+        push = addresses(half.span, y.span, gains, self._turns(chunk.length))
         push += words(y.stride, heads, chunk.length)
-        push += struct.pack("<2f", config.rms_norm_eps, factor)
+        push += struct.pack("<2f", self._config.rms_norm_eps, factor)
         constants = {"LANES": LANES, "DIM": dim, "DIM_OUT": padded(dim)}
-        switches = {"NORM": normed, "ROPE": name != "v"}
+        switches = {"NORM": gain is not None, "ROPE": what != "v"}
         grid = (chunk.tokens, heads, 1)
         self._stream.dispatch("dense_heads", push, grid, {**constants, **switches})
         return Tokens(half, factor)
 
+    def _head_gain(self, what: str) -> Array | None:
+        """(dim,) of the norm of a head; None where it has none."""
+        if what == "v":
+            return np.ones(self._dim, np.float32) if self._config.value_norm else None
+        return self._gains[f"self_attn.{what}_norm"] if self._config.qk_norm else None
+
     def _turns(self, length: int) -> Span:
         """cos and sin of each position and pair, for this layer's angle."""
-        config, number = self._config, self._number
+        config, number = self._config, self.number
         name = f"turns {config.theta(number)} {config.position_scale(number)}"
+        name += f" {config.rotary_pairs(number)} of {self._dim}"
         tables = np.stack(rope_tables(config, number, 0, length), axis=-1)
         return self._store.constant(name, tables.reshape(-1))
 
@@ -246,7 +271,7 @@ class Layer:
         push += struct.pack("<f", config.attention_scale * factor)
         constants: dict[str, int | float] = {
             "LANES": LANES,
-            "WINDOW": config.window(self._number) or 0,
+            "WINDOW": config.window(self.number) or 0,
             "CAP": float(config.attn_softcap or 0.0),
         }
         grid = (scores.stride, scores.height // scores.stride, 1)
@@ -268,6 +293,25 @@ class Layer:
         hidden = chunk.hidden
         eps = self._config.rms_norm_eps
         self._cells.rows(Row.JOIN, hidden.span, hidden.stride, out, gain=gain, eps=eps)
+
+    def leave(self, chunk: Chunk, weights: Mapping[str, Array]) -> None:
+        """What a layer does last with the residual stream.
+
+        Per-layer embeddings are the host's, which holds their tables: few products, all of a narrow
+        matrix.
+
+        Args:
+            weights: of the layer that are never quantized.
+        """
+        config, hidden = self._config, chunk.hidden
+        if config.per_layer:
+            shape = chunk.sequences, chunk.length, config.hidden_size
+            found = self._store.get(hidden).reshape(shape)
+            found = reference.leave(config, self.number, weights, found, chunk.beside)
+            self._store.fill(hidden, found.reshape(chunk.tokens, -1))
+        elif config.layer_scalar:
+            scalar = float(weights["layer_scalar"][0])
+            self._cells.run(Cell.COPY, hidden, hidden, alpha=scalar)
 
 
 def row_norms(cells: Cells, store: Store, weight: Matrix) -> tuple[Array, float]:

@@ -89,10 +89,15 @@ class Store:
         """A matrix (rows, cols) of the host's."""
         rows, cols = values.shape
         matrix = self.matrix(name, rows, cols, kind)
+        self.fill(matrix, values)
+        return matrix
+
+    def fill(self, matrix: Matrix, values: NDArray[Any]) -> None:
+        """Write (rows, cols) of the host's, and zeros around them."""
         if (matrix.height, matrix.width) != values.shape:
+            rows, cols = values.shape
             values = np.pad(values, ((0, matrix.height - rows), (0, matrix.width - cols)))
         self._stream.write(matrix.span, values)
-        return matrix
 
     def vector(self, name: str, values: NDArray[Any]) -> Span:
         """Numbers of 32 bits, zeros behind them."""
