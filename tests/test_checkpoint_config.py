@@ -39,7 +39,15 @@ NEW_ROPE = {
     "full_attention": {"rope_type": "linear", "factor": 4.0, "rope_theta": 2e6},
     "sliding_attention": {"rope_type": "default", "rope_theta": 2e4},
 }
+# google/vaultgemma-1b: no layer has a window. Sizes as keras-hub's conversion test has them.
 VAULTGEMMA_1B = {
+    "vocab_size": 256000,
+    "num_hidden_layers": 26,
+    "head_dim": 256,
+    "query_pre_attn_scalar": 256,
+    "attn_logit_softcapping": None,
+    "final_logit_softcapping": None,
+    "layer_types": ["full_attention"] * 26,
     "hidden_size": 1152,
     "intermediate_size": 6912,
     "num_attention_heads": 4,

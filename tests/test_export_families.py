@@ -6,6 +6,7 @@ import json
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from statistics import NormalDist
 from typing import Any
@@ -34,9 +35,14 @@ from uq.quantize.pipeline import QuantizeOptions, quantize
 
 VLLM_FUSES = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
 MODELS = (
-    "vaultgemma", "gemma4 small", "gemma4 experts", "gemma3n plain", "gemma3n other"
+    "vaultgemma", "gemma4 small", "gemma4 experts", "gemma4_unified large", "gemma3n plain",
+    "gemma3n other",
 )  # fmt: skip
-FOR_LLAMA = ("gemma4 small", "gemma4 experts", "gemma3n published")
+FOR_LLAMA = ("gemma4 small", "gemma4 experts", "gemma4_unified large", "gemma3n published")
+CHANGED = {
+    "gemma4 small": {"num_kv_shared_layers": 2},  # as llama.cpp can
+    "gemma4_unified large": {"num_hidden_layers": 6},
+}
 # torch's own code, and that of compressed-tensors
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning")
 
@@ -50,12 +56,13 @@ def bundles(
 ) -> Mapping[str, Bundle]:
     """Rounded to nearest, 4 bits in groups of 32."""
     root = tmp_path_factory.mktemp("families")
-    write = {"gemma4": tiny_gemma4, "gemma3n": tiny_gemma3n}
+    unified = partial(tiny_gemma4, kind="gemma4_unified_text")
+    write = {"gemma4": tiny_gemma4, "gemma4_unified": unified, "gemma3n": tiny_gemma3n}
     options = QuantizeOptions(method="rtn", group=32)
 
     def made(name: str) -> Bundle:
         family, _, variant = name.partition(" ")
-        text = {"num_kv_shared_layers": 2} if name == "gemma4 small" else {}  # as llama.cpp can
+        text = CHANGED.get(name)
         folder = write[family](variant, text=text) if variant else tiny_checkpoint(family=family)
         return open_bundle(quantize(open_checkpoint(folder), root / name, options))
 
