@@ -38,7 +38,7 @@ class QuantizeOptions:
     method: str = "auto"
     targets: tuple[str, ...] = ("igpu",)
     calibration: str | None = None
-    calibration_tokens: int = 28672
+    calibration_tokens: int = 45056
     calibration_length: int = 512
     calibration_seed: int | None = None
     calibrate_layers: str = IN_ORDER

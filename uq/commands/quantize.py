@@ -69,7 +69,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     add(
         "--calibration-tokens",
         type=whole(1),
-        default=28672,
+        default=45056,
         metavar="N",
         help="default: %(default)s",
     )
