@@ -11,7 +11,6 @@ Everything happens in `OUT.partial`; `OUT` appears complete, in one rename.
 
 from __future__ import annotations
 
-import fcntl
 import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -43,10 +42,9 @@ from uq.formats.manifest import (
 )
 from uq.formats.shard import Shard, make_header, shard_file
 from uq.formats.spec import QuantTensor
+from uq.formats.work_lock import LOCK, WorkLock
 
 __all__ = ["ArrayEntry", "BundleWriter", "Entry", "QuantEntry", "TiledRows"]
-
-LOCK = "lock"
 
 
 class BundleWriter:
@@ -90,14 +88,14 @@ class BundleWriter:
         self._finished = False
         with disk_errors(self._work, 0):
             _require_ours(self._work)
-            self._lock = _lock(self._work)
+            self._lock = WorkLock(self._work)
         try:
             _require_new(out)  # another run may have finished it before this one got the lock
             self._journal = self._open_journal(Journal.begin(identity, len(self._files)), resume)
         except BaseException:
             if not (self._work / JOURNAL).exists():
                 shutil.rmtree(self._work)
-            os.close(self._lock)
+            self._lock.let_go()
             raise
         self._written = len(self._journal.shards)
         self._committer = ThreadPoolExecutor(1)
@@ -156,10 +154,10 @@ class BundleWriter:
         """Unlock; leave a work folder only if there is something to continue."""
         try:
             self._committer.shutdown()
-            if not self._finished and not self._journal.shards:
+            if not self._finished and not self._journal.shards and self._lock.alone:
                 shutil.rmtree(self._work)
         finally:  # a second Ctrl-C may come while the last commit is waited for
-            os.close(self._lock)
+            self._lock.let_go()
         if kind is None:
             self._settle()
 
@@ -175,6 +173,12 @@ class BundleWriter:
                 before, whose commit failed.
             ValueError: shards out of order, or pieces that do not add up to their tensor.
         """
+        with self._lock.held():
+            self._write_shard(index, entries, metadata)
+
+    def _write_shard(
+        self, index: int, entries: Sequence[Entry], metadata: Mapping[str, str] | None
+    ) -> None:
         if index != self._written:
             raise ValueError(f"shard {index} is not the next one, {self._written}")
         file = self._files[index]
@@ -192,6 +196,8 @@ class BundleWriter:
             raise
         shard = CommittedShard(file, FileRecord(size, sha256), tensors, arrays, sources)
         self._commit_under_way = self._committer.submit(self._commit, shard)
+        self._lock.take()
+        self._commit_under_way.add_done_callback(lambda _: self._lock.let_go())
         self._written += 1
 
     def _commit(self, shard: CommittedShard) -> None:
@@ -329,40 +335,6 @@ def _require_ours(work: Path) -> None:
     elif not os.path.lexists(work):
         return
     raise UsageError(f"{work}: is no work folder of uq; remove it or choose another -o")
-
-
-def _lock(work: Path) -> int:
-    """Create the work folder if need be and lock it; returns the descriptor that holds the lock."""
-    while True:
-        work.mkdir(parents=True, exist_ok=True)
-        try:
-            descriptor = os.open(work / LOCK, os.O_RDWR | os.O_CREAT, 0o644)
-        except FileNotFoundError:  # another run has just removed or renamed the folder
-            continue
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            os.close(descriptor)
-            if not isinstance(error, BlockingIOError):
-                raise
-            raise UsageError(
-                f"{work}: another run{_process(work / LOCK)} is writing it; wait for it or choose "
-                "another -o"
-            ) from error
-        if (work / LOCK).exists() and os.path.samestat(os.fstat(descriptor), (work / LOCK).stat()):
-            os.ftruncate(descriptor, 0)
-            os.write(descriptor, str(os.getpid()).encode())
-            return descriptor
-        os.close(descriptor)  # locked, but renamed or removed in the meantime
-
-
-def _process(lock: Path) -> str:
-    """Who holds a lock, as far as it says so."""
-    try:
-        number = lock.read_bytes()[:20]
-    except OSError:
-        return ""
-    return f" (process {int(number)})" if number.isdigit() else ""
 
 
 def _clear(folder: Path, keep: set[str]) -> None:

@@ -57,6 +57,7 @@ def bundles(
     """Rounded to nearest, 4 bits in groups of 32."""
     root = tmp_path_factory.mktemp("families")
     unified = partial(tiny_gemma4, kind="gemma4_unified_text")
+    write: dict[str, Callable[..., Path]]
     write = {"gemma4": tiny_gemma4, "gemma4_unified": unified, "gemma3n": tiny_gemma3n}
     options = QuantizeOptions(method="rtn", group=32)
 

@@ -7,7 +7,9 @@ import resource
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from threading import Event
 from typing import Any
 
 import numpy as np
@@ -205,6 +207,29 @@ def test_two_runs_on_one_output_refuse_each_other(tmp_path: Path) -> None:
         BundleWriter(tmp_path / "out", 2, {})
     with BundleWriter(tmp_path / "out", 2, {}) as again:
         assert again.committed == 1
+
+
+def test_the_lock_lasts_as_long_as_the_thread_that_writes(tmp_path: Path) -> None:
+    """As behind a second Ctrl-C, which does not wait for it."""
+    begun, go_on = Event(), Event()
+
+    def blocks() -> Iterator[QuantTensor]:
+        begun.set()
+        assert go_on.wait(60)
+        yield weight()
+
+    name, shape = "model.layers.0.mlp.up_proj.weight", weight().shape
+    slow = QuantEntry(name, shape, SPEC, "igpu", "rtn", blocks())
+    with ThreadPoolExecutor(1) as pool:
+        with BundleWriter(tmp_path / "out", 3, {"x": 1}) as writer:
+            writer.write_shard(0, layer_entries(0))
+            pool.submit(writer.write_shard, 1, [slow])
+            assert begun.wait(60)
+        with pytest.raises(UsageError, match="another run .* is writing it"):
+            BundleWriter(tmp_path / "out", 3, {"x": 1})
+        go_on.set()
+    with BundleWriter(tmp_path / "out", 3, {"x": 1}) as writer:
+        assert writer.committed == 1
 
 
 def test_an_existing_output_is_refused(tmp_path: Path) -> None:
