@@ -41,10 +41,9 @@ class Case:
         shape, layers, vocabulary, method, *tokens = text.split(":")
         return cls(shape, int(layers), int(vocabulary), method, int(tokens[0]) if tokens else 0)
 
-    def options(self, limit: str | None, threads: int, device: str) -> list[str]:
+    def options(self, limit: str | None, shared: list[str]) -> list[str]:
         """Of `uq quantize`. One group for all linears: nothing is measured before."""
-        found = ["--method", self.method, "--group", "32", "--threads", str(threads)]
-        found += ["--device", device]
+        found = ["--method", self.method, "--group", "32", *shared]
         if self.tokens:
             found += ["--calibration-tokens", str(self.tokens)]
             found += ["--calibration-length", str(LENGTH)]
@@ -62,14 +61,14 @@ class Peak:
     seconds: float
 
 
-def measure(case: Case, work: Path, limit: str | None, threads: int, device: str) -> Peak:
+def measure(case: Case, work: Path, limit: str | None, shared: list[str]) -> Peak:
     """Make the case's checkpoint in `work`, quantize it, delete both."""
     source, out = work / "checkpoint", work / "bundle"
     config = shape_config(case.shape, case.layers, case.vocabulary)
     try:
         write_random_checkpoint(config, source)
         program = [sys.executable, "-m", "uq", "quantize", str(source), "-o", str(out)]
-        command = [*program, *case.options(limit, threads, device)]
+        command = [*program, *case.options(limit, shared)]
         dry = subprocess.run([*command, "--dry-run", "--json"], capture_output=True, check=True)
         found = json.loads(dry.stdout)
         began = time.perf_counter()
@@ -110,10 +109,13 @@ def main() -> None:
     parser.add_argument("--max-memory", metavar="10G", help="as of uq quantize")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--device", default="cpu", help="as of uq quantize: cpu, vulkan")
+    parser.add_argument("--no-curvature", action="store_true", help="as of uq quantize")
     args = parser.parse_args()
+    shared = ["--threads", str(args.threads), "--device", args.device]
+    shared += ["--no-curvature"] * args.no_curvature
     rows = []
     for case in args.cases:
-        peak = measure(case, args.work, args.max_memory, args.threads, args.device)
+        peak = measure(case, args.work, args.max_memory, shared)
         rows.append(
             (
                 case.shape,

@@ -217,7 +217,7 @@ def _stage_bytes(config: GemmaConfig, plan: Plan, linears: Shapes, stage: Stage,
     block = min(largest, plan.gptq.work.row_numbers) * (ROW_COPIES * item + ROW_FLOATS * 4)
     single = 4 * n * n if item == 8 else 0
     together = _together_bytes(shapes, stage, plan) if plan.bends else 0
-    rounding = kept + hessian + single + block + 8 * REFIT_NUMBERS + 5 * largest + together
+    rounding = kept + hessian + single + block + 12 * REFIT_NUMBERS + 5 * largest + together
     return sum(_held(shapes, stage)) + max(taking, factorizing, rounding)
 
 

@@ -19,6 +19,7 @@ from uq.formats.spec import QuantTensor
 from uq.quantize.descent import damped
 from uq.quantize.factor import Factor, Matrix, factorize
 from uq.quantize.plan import GptqOptions
+from uq.quantize.refit import system_diagonal
 from uq.quantize.scales import stacked, stored_scales
 
 Array = NDArray[np.float32]
@@ -174,7 +175,7 @@ def refitted(target: Array, tensor: QuantTensor, hessian: Array, outputs: Array)
         found: Array = np.einsum("rgi,rgi->rg", bent.reshape(levels.shape), levels)
         return found
 
-    diagonal = _diagonal(levels, hessian) * np.diagonal(outputs)[:, None]
+    diagonal = system_diagonal(levels, hessian) * np.diagonal(outputs)[:, None]
     diagonal += np.float32(1e-6) * diagonal.mean() + np.float32(1e-30)
     left = slope(target - weight(scales))
     direction = left / diagonal
@@ -188,13 +189,3 @@ def refitted(target: Array, tensor: QuantTensor, hessian: Array, outputs: Array)
         before, size = max(size, 1e-30), float(np.vdot(left, ahead))
         direction = ahead + np.float32(size / before) * direction
     return replace(tensor, scales=stored_scales(scales.astype(np.float16), tensor.spec))
-
-
-def _diagonal(levels: Array, hessian: Array) -> Array:
-    """(rows, groups): L_g^T H_gg L_g of the levels (rows, groups, group)."""
-    found = np.empty(levels.shape[:2], np.float32)
-    group = levels.shape[2]
-    for g in range(levels.shape[1]):
-        here = slice(g * group, (g + 1) * group)
-        found[:, g] = np.einsum("ri,ri->r", levels[:, g] @ hessian[here, here], levels[:, g])
-    return found
