@@ -34,7 +34,7 @@ from uq.kernels.npu.toolchain.carried import (
     designs_for,
 )
 from uq.kernels.numerics import KV, Numerics
-from uq.validate.validate import NO_CLOCK
+from uq.validate.assembly import NO_CLOCK
 
 
 @pytest.fixture(scope="module")

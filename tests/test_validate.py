@@ -13,10 +13,11 @@ from uq.formats.bundle import Bundle, open_bundle
 from uq.formats.checkpoint import Checkpoint, open_checkpoint
 from uq.formats.manifest import Manifest, Provenance, SourceFile
 from uq.quantize.pipeline import QuantizeOptions, quantize
+from uq.validate.assembly import fallbacks, survival, thresholds
 from uq.validate.files import load_report, save_report
 from uq.validate.origin import find_reference
 from uq.validate.report import LayerError, Report
-from uq.validate.validate import ValidateOptions, fallbacks, survival, thresholds, validate
+from uq.validate.validate import ValidateOptions, validate
 from uq.validate.weights import kind_of, kind_sizes, weight_errors
 
 WORDS = "the city of that time was their first and after years people with two other worlds "

@@ -2,58 +2,45 @@
 
 from __future__ import annotations
 
-import hashlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import numba
 import numpy as np
 from numpy.typing import NDArray
 
-from uq import __version__
 from uq.errors import UsageError
 from uq.formats.chat import Render
-from uq.formats.sensitive import sensitivities
 from uq.kernels.backends import device_numerics, open_reference, open_session
 from uq.kernels.numerics import ACTIVATIONS, KV, Numerics
 from uq.progress import Progress, SilentProgress
+from uq.validate.assembly import NO_CLOCK, Measured, make_report
 from uq.validate.bandwidth import Ceiling
-from uq.validate.environment import environment, peak_memory
+from uq.validate.environment import peak_memory
 from uq.validate.losses import losses
 from uq.validate.origin import find_reference
 from uq.validate.report import (
-    SCHEMA,
-    BundleFacts,
-    Curve,
     LayerError,
     Memory,
-    ReferenceFacts,
     Report,
-    Series,
     Speed,
-    TextFacts,
-    Threshold,
 )
 from uq.validate.scoring import (
     ReferenceStates,
-    Scores,
     final_states,
     is_streamed,
     score,
     states_key,
 )
 from uq.validate.speed import Rates, measure_speed
-from uq.validate.text import EvaluationText, read_text, text_warnings, windows
-from uq.validate.weights import kind_sizes, weight_errors
+from uq.validate.text import read_text, windows
+from uq.validate.weights import weight_errors
 
 if TYPE_CHECKING:
     from uq.formats.bundle import Bundle
     from uq.formats.checkpoint import Checkpoint
     from uq.kernels.session import Device, Session
 
-CURVE_POINTS = 240
-NO_CLOCK = "the emulator has no clock, so no speed of the bundle is measured"
 REFERENCE_REPEATS = 2  # float32 decodes slowly and evenly
 
 
@@ -137,7 +124,19 @@ def validate(
     checkpoint, warnings = find_reference(bundle.manifest, reference, keep=options.keep)
     text = read_text(options.text)
     tokens = windows(bundle.tokenizer(), text, options.context, options.max_chunks, options.render)
+    measured = _measure(bundle, checkpoint, tokens, numerics, options, progress)
+    return make_report(bundle, checkpoint, text, tokens, options, measured, warnings)
 
+
+def _measure(
+    bundle: Bundle,
+    checkpoint: Checkpoint,
+    tokens: NDArray[np.int32],
+    numerics: Numerics,
+    options: ValidateOptions,
+    progress: Progress,
+) -> Measured:
+    """The bundle first and alone, the bandwidth last."""
     session = open_session(
         bundle,
         options.device,
@@ -156,54 +155,14 @@ def validate(
     errors = _errors(bundle, checkpoint, progress)
     memory = Memory(peak_memory(), alone)
     speed, reference_speed = _beside_ceilings((session, rates), (truth, truth_rates))
-    return Report(
-        schema=SCHEMA,
-        uq=__version__,
-        bundle=_bundle_facts(bundle),
-        reference=_reference_facts(checkpoint),
-        text=_text_facts(text, options, tokens, scores),
-        device=session.device,
-        perplexity=scores.perplexity,
-        reference_perplexity=scores.reference_perplexity,
-        perplexity_ratio=scores.perplexity_ratio,
-        kld=scores.kld_facts,
-        same_top_percent=scores.same_top_percent.value,
-        rms_delta_p_percent=scores.rms_delta_p_percent,
-        speed=speed,
-        reference_speed=reference_speed,
-        memory=memory,
-        layers=errors,
-        thresholds=thresholds(options, scores.kld_facts.mean, scores.perplexity_ratio.value, speed),
-        losses=parts,
-        reference_device=truth.device,
-        sizes=kind_sizes(bundle.manifest, checkpoint),
-        series=_series(scores, len(tokens)),
-        environment=environment(options.command, numba.get_num_threads()),
-        warnings=(
-            *warnings,
-            *text_warnings(scores.reference_perplexity.value),
-            *fallbacks(errors),
-            *([] if session.device.has_clock else [NO_CLOCK]),
-        ),
-        notes=tuple(sensitivities(bundle.manifest)),
+    return Measured(
+        session.device, truth.device, scores, parts, errors, memory, speed, reference_speed
     )
 
 
 def _check_clock(session: Session, options: ValidateOptions) -> None:
     if options.min_tps is not None and not session.device.has_clock:
         raise UsageError(f"--min-tps: {NO_CLOCK}; use another device")
-
-
-def fallbacks(errors: tuple[LayerError, ...]) -> list[str]:
-    """One line for each reason why tensors were not quantized as planned."""
-    names: dict[str, list[str]] = {}
-    for error in errors:
-        if error.fallback is not None:
-            names.setdefault(error.fallback, []).append(error.name)
-    return [
-        f"{tensors[0]}{f' and {len(tensors) - 1} more' if len(tensors) > 1 else ''}: {reason}"
-        for reason, tensors in names.items()
-    ]
 
 
 def _reference_states(
@@ -222,34 +181,6 @@ def _reference_states(
         stored = ReferenceStates(key, final_states(truth, tokens, progress, "reference"))
         stored.save(path)
     return stored.hidden
-
-
-def _bundle_facts(bundle: Bundle) -> BundleFacts:
-    return BundleFacts(
-        name=bundle.name,
-        sha256=bundle.sha256,
-        bits_per_weight=bundle.bits_per_weight,
-        bytes=bundle.nbytes,
-        recipe=bundle.manifest.recipe,
-    )
-
-
-def _reference_facts(checkpoint: Checkpoint) -> ReferenceFacts:
-    source = checkpoint.source
-    return ReferenceFacts(source.id, source.revision, checkpoint.dtype)
-
-
-def _text_facts(
-    text: EvaluationText, options: ValidateOptions, tokens: NDArray[np.int32], scores: Scores
-) -> TextFacts:
-    return TextFacts(
-        name=text.name,
-        sha256=hashlib.sha256(text.content.encode()).hexdigest(),
-        chunks=len(tokens),
-        tokens_scored=scores.kld.size,
-        context=options.context,
-        format="plain" if options.render is None else "chat",
-    )
 
 
 def _rates(
@@ -288,40 +219,3 @@ def _beside_ceilings(*measured: tuple[Session, Rates | None]) -> list[Speed | No
             ceilings[memory] = Ceiling.of(session)
         speeds.append(rates.beside(ceilings[memory]))
     return speeds
-
-
-def thresholds(
-    options: ValidateOptions, kld: float, ratio: float, speed: Speed | None
-) -> tuple[Threshold, ...]:
-    """One entry for each limit that was given. A value equal to its limit passes."""
-    limits = []
-    if options.max_kld is not None:
-        limits.append(Threshold("max_kld", options.max_kld, kld, kld <= options.max_kld))
-    if options.max_ppl_ratio is not None:
-        limit = options.max_ppl_ratio
-        limits.append(Threshold("max_ppl_ratio", limit, ratio, ratio <= limit))
-    if options.min_tps is not None and speed is not None:
-        tps = speed.decode_tps.median
-        limits.append(Threshold("min_tps", options.min_tps, tps, tps >= options.min_tps))
-    return tuple(limits)
-
-
-def _series(scores: Scores, count: int) -> Series:
-    return Series(
-        perplexity=tuple(np.exp(scores.nll.reshape(count, -1).mean(1)).tolist()),
-        reference_perplexity=tuple(
-            np.exp(scores.nll_reference.reshape(count, -1).mean(1)).tolist()
-        ),
-        kld_survival=survival(scores.kld),
-    )
-
-
-def survival(values: NDArray[np.floating]) -> Curve:
-    """Share of values that are at least x, at ranks spread evenly on a logarithmic axis.
-
-    The largest values stand for one token each, so the tail is drawn token by token.
-    """
-    ascending = np.sort(values, axis=None)
-    count = ascending.size
-    ranks = np.unique(np.geomspace(1, count, CURVE_POINTS).round().astype(int))[::-1]
-    return Curve(tuple(ascending[count - ranks].tolist()), tuple((ranks / count).tolist()))

@@ -43,6 +43,16 @@ def configure(parser: argparse.ArgumentParser) -> None:
         help="checkpoint folder, GGUF file, Hub id owner/name or demo:gemma-3-270m",
     )  # fmt: skip
     add("-o", "--output", type=Path, metavar="DIR", help="default: MODEL-RECIPE-gGROUP, here")
+    _add_grids(parser)
+    _add_calibration(parser)
+    _add_contents(parser)
+    _add_source(parser)
+    _add_machine(parser)
+    _add_run(parser)
+
+
+def _add_grids(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
     grid = parser.add_mutually_exclusive_group()
     grid.add_argument(
         "--bits", type=int, choices=(4, 5, 6, 8), help="short for --recipe int4, int5, int6 or int8"
@@ -61,6 +71,10 @@ def configure(parser: argparse.ArgumentParser) -> None:
         help="of all linears alike; default: each its own",
     )
     add("--method", choices=METHODS, default="auto", help="default: the recipe's")
+
+
+def _add_calibration(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
     add(
         "--calibration",
         metavar="FILE|hub:REPO/FILE",
@@ -101,18 +115,30 @@ def configure(parser: argparse.ArgumentParser) -> None:
         help="round the rows of a linear together, by the gradients of the model's loss at its "
         "outputs: loses less, takes longer; default: on the CPU, but for INT8 and newer families",
     )  # fmt: skip
+
+
+def _add_contents(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
     add("--target", type=names(TARGETS), default=("igpu",), metavar="T,T", help="default: igpu")
     add(
         "--towers", choices=("keep", "int8", "drop"), default="keep",
         help="vision and audio towers of a multimodal model: keep (default) carries them on as "
         "they are, int8 rounds their matrices row by row",
     )  # fmt: skip
+
+
+def _add_source(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
     add("--revision", metavar="R", help="branch, tag or commit of a Hub id")
     add(
         "--keep", action="store_true",
         help="download the whole Hub checkpoint into the Hugging Face cache; default: fetch layer "
         "by layer and keep nothing",
     )  # fmt: skip
+
+
+def _add_machine(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
     add(
         "--max-memory", type=nbytes, metavar="N",
         help="such as 10G; calibration waits on the disk and takes smaller steps where it must; "
@@ -125,6 +151,10 @@ def configure(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     add("--threads", type=whole(1), metavar="N", help="default: one per core")
     add("--scheduler", type=scheduler, metavar="ADDRESS", help=SCHEDULER_HELP)
+
+
+def _add_run(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
     add("--dry-run", action="store_true", help="print plan, memory, disk and time, write nothing")
     again = parser.add_mutually_exclusive_group()
     again.add_argument("--resume", action="store_true", help="insist on continuing a stopped run")
