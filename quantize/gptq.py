@@ -28,7 +28,7 @@ from uq.quantize.factor import Factor, Matrix, factorize, unusable
 from uq.quantize.plan import GptqOptions, WorkSizes
 from uq.quantize.refit import refit_scales
 from uq.quantize.scales import quantize_rtn, stacked, stored_scales
-from uq.quantize.two_sided import round_together
+from uq.quantize.two_sided import DESCENTS, round_together
 
 OUTPUTS = 2048  # rows of a linear whose outputs are taken together, at most
 BLOCK = 128  # columns rounded before the columns behind them are updated in one product
@@ -151,11 +151,16 @@ def _quantize_rows(
         statistics=statistics,
         hessian=hessian,
         factor=factor,
-        options=options,
+        options=options if outputs is None else _shortened(options),
     )
     if outputs is None:
         return alone(target)
     return round_together(target, hessian, outputs, alone, options)
+
+
+def _shortened(options: GptqOptions) -> GptqOptions:
+    """For rows that are gone over again with all others."""
+    return replace(options, descents=min(options.descents, DESCENTS))
 
 
 def _round_rows(

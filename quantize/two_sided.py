@@ -25,7 +25,8 @@ from uq.quantize.scales import stacked, stored_scales
 Array = NDArray[np.float32]
 
 ROUNDS, SWEEPS = 2, 2  # of coordinate descent and refit; sweeps over all columns in each
-ROWS = 64  # rounded before what they miss moves the rows behind them
+ROWS = 16  # rounded before what they miss moves the rows behind them
+DESCENTS = 1  # of these rows alone; all rows together follow
 STEPS = 3  # of conjugate gradients in a refit
 COLUMNS = 64  # whose slopes are brought up to date together
 
