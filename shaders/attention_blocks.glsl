@@ -2,7 +2,8 @@
 //
 // EMULATED does with plain arithmetic what the matrix instructions do, for tests of all the rest on
 // devices that have none.
-const uint SCORES = ROWS / 16 * (KEYS / 16) / SUBGROUPS;  // blocks of a subgroup
+const uint SCORES = ROWS / 16 * (KEYS / 16) / (SPLIT ? 1 : SUBGROUPS);  // blocks of a subgroup
+const uint DEPTH = DIM / 16 / PARTS;  // blocks of DIM that a subgroup has in a score
 const uint DOWN = ROWS / 16;
 const uint ACROSS = DIM / 16 / SUBGROUPS;  // blocks of DIM of a subgroup
 
@@ -18,13 +19,25 @@ struct Block {
 
 Block mixed[DOWN * ACROSS];
 
+// Of the subgroup's first channel in a score, in blocks; of its scores.
+uint first_block() {
+    return SPLIT ? gl_SubgroupID * DEPTH : 0;
+}
+
+uint own_scores() {
+    return SPLIT ? gl_SubgroupID * ROWS * SCORE_ROW : 0;
+}
+
 // Where the subgroup's block of scores number i lies: (row, key) of its first element.
 uvec2 score_place(uint i) {
-    uint block = gl_SubgroupID * SCORES + i;
+    uint block = SPLIT ? i : gl_SubgroupID * SCORES + i;
     return 16 * uvec2(block / (KEYS / 16), block % (KEYS / 16));
 }
 
 #ifdef EMULATED
+void keep_queries() {
+}
+
 void clear_blocks() {
     for (uint i = 0; i < DOWN * ACROSS; i++) {
         for (uint e = 0; e < 32; e++) {
@@ -39,10 +52,11 @@ void score_blocks() {
         for (uint at = gl_SubgroupInvocationID; at < 256; at += gl_SubgroupSize) {
             uvec2 place = score_place(i) + uvec2(at / 16, at % 16);
             float total = 0.0;
-            for (uint k = 0; k < QUADS; k++) {
+            for (uint i = 0; i < 4 * DEPTH; i++) {
+                uint k = 4 * first_block() + i;
                 total += dot(vec4(q_tile[place.x * ROW + k]), vec4(kv_tile[place.y * ROW + k]));
             }
-            scores[place.x * SCORE_ROW + place.y / 4][place.y % 4] = total;
+            scores[own_scores() + place.x * SCORE_ROW + place.y / 4][place.y % 4] = total;
         }
     }
 }
@@ -76,6 +90,18 @@ void store_blocks(uint chunk) {
     }
 }
 #else
+BlockA queries[KEEPS ? DOWN * DEPTH : 1];
+
+// From where they lie in kv_tile.
+void keep_queries() {
+    [[unroll]] for (uint i = 0; i < DOWN; i++) {
+        [[unroll]] for (uint k = 0; k < DEPTH; k++) {
+            uint at = 16 * i * ROW + 4 * (first_block() + k);
+            coopMatLoad(queries[i * DEPTH + k], kv_tile, at, ROW, gl_CooperativeMatrixLayoutRowMajor);
+        }
+    }
+}
+
 void clear_blocks() {
     [[unroll]] for (uint i = 0; i < DOWN * ACROSS; i++) {
         mixed[i] = Block(0.0);
@@ -87,14 +113,19 @@ void score_blocks() {
     [[unroll]] for (uint i = 0; i < SCORES; i++) {
         uvec2 place = score_place(i);
         Block total = Block(0.0);
-        [[unroll]] for (uint k = 0; k < DIM / 16; k++) {
+        [[unroll]] for (uint k = 0; k < DEPTH; k++) {
             BlockA a;
             BlockB b;
-            coopMatLoad(a, q_tile, place.x * ROW + 4 * k, ROW, gl_CooperativeMatrixLayoutRowMajor);
-            coopMatLoad(b, kv_tile, place.y * ROW + 4 * k, ROW, gl_CooperativeMatrixLayoutColumnMajor);
+            uint from = 4 * (first_block() + k);
+            if (KEEPS) {
+                a = queries[place.x / 16 * DEPTH + k];
+            } else {
+                coopMatLoad(a, q_tile, place.x * ROW + from, ROW, gl_CooperativeMatrixLayoutRowMajor);
+            }
+            coopMatLoad(b, kv_tile, place.y * ROW + from, ROW, gl_CooperativeMatrixLayoutColumnMajor);
             total = coopMatMulAdd(a, b, total);
         }
-        uint at = place.x * SCORE_ROW + place.y / 4;
+        uint at = own_scores() + place.x * SCORE_ROW + place.y / 4;
         coopMatStore(total, scores, at, SCORE_ROW, gl_CooperativeMatrixLayoutRowMajor);
     }
 }

@@ -13,6 +13,9 @@
 // weights; the weighted values stay in registers, a part of DIM in each of the SUBGROUPS subgroups. While
 // scores are made the values are on their way into registers, and the next keys while those are mixed.
 // KEYS and DIM are multiples of 16, DIM of 16 * SUBGROUPS; LANES is a multiple of ROWS.
+//
+// Large heads are SPLIT: a subgroup has its part of DIM in the scores, too, with the queries in registers,
+// and the softmax adds the parts. Queries and a step of the cache have no room beside each other.
 #include "common.glsl"
 layout(constant_id = 1) const bool FLOAT_X = false;
 layout(constant_id = 2) const uint DIM = 64;
@@ -26,6 +29,7 @@ layout(constant_id = 9) const float SCALE = 1.0;
 layout(constant_id = 10) const float CAP = 0.0;
 layout(constant_id = 11) const uint SUBGROUPS = 4;
 layout(constant_id = 12) const uint PIECES = 1;  // workgroups of a run
+layout(constant_id = 13) const bool SPLIT = false;  // at least as many KEYS as ROWS
 #include "activations.glsl"
 #include "cache.glsl"
 
@@ -43,18 +47,25 @@ const uint TOKENS = ROWS / SHARING;  // of a workgroup, at most
 const uint QUADS = DIM / 4;
 const uint VECTORS = DIM / 8;  // of 8 channels in a row of the cache
 const uint LOADS = (KEYS * VECTORS + LANES - 1) / LANES;  // of a lane for a step
-const uint TEAM = LANES / ROWS;                           // lanes of a row in the softmax
 const uint KEY_QUADS = KEYS / 4;
+// Lanes of a row in the softmax.
+const uint TEAM = LANES / ROWS < KEY_QUADS ? LANES / ROWS : KEY_QUADS;
 // Rows of shared memory, in vectors of four.
 const uint ROW = QUADS + 2;
 const uint WEIGHT_ROW = KEY_QUADS + 2;
 const uint SCORE_ROW = KEY_QUADS + 4;
+const uint PARTS = SPLIT ? SUBGROUPS : 1;  // whose sum a score is
 const float NEVER = -1e30;
+#ifdef EMULATED
+#define KEEPS false
+#else
+#define KEEPS SPLIT  // queries in registers
+#endif
 
-shared f16vec4 q_tile[ROWS * ROW];
+shared f16vec4 q_tile[KEEPS ? 1 : ROWS * ROW];
 shared f16vec4 kv_tile[KEYS * ROW];  // keys, then values
 shared f16vec4 w_tile[ROWS * WEIGHT_ROW];
-shared vec4 scores[ROWS * SCORE_ROW];  // then the factors of what was summed before, then the results
+shared vec4 scores[PARTS * ROWS * SCORE_ROW];  // then the factors of what was summed before, then results
 shared float sums[ROWS];
 
 uint lane, head, first_token, tokens;
@@ -74,7 +85,15 @@ void load_queries() {
         uint row = i / QUADS, token = min(row_token(row), first_token + tokens - 1);
         uint query = head * SHARING + row % SHARING;
         vec4 v = qkv.at[token * (stride / 4) + query * QUADS + i % QUADS] * SCALE;
-        q_tile[row * ROW + i % QUADS] = f16vec4(v);
+        if (KEEPS) {
+            kv_tile[row * ROW + i % QUADS] = f16vec4(v);
+        } else {
+            q_tile[row * ROW + i % QUADS] = f16vec4(v);
+        }
+    }
+    if (KEEPS) {
+        barrier();
+        keep_queries();
     }
 }
 
@@ -102,6 +121,9 @@ void stage() {
 vec4 seen_scores(uint row, uint quad, uint first) {
     uint position = first_position + row / SHARING;
     vec4 s = scores[row * SCORE_ROW + quad];
+    [[unroll]] for (uint part = 1; part < PARTS; part++) {
+        s += scores[(part * ROWS + row) * SCORE_ROW + quad];
+    }
     [[unroll]] for (uint i = 0; i < 4; i++) {
         uint at = first + 4 * quad + i;
         bool seen = at <= position && (WINDOW == 0 || at + WINDOW > position);
@@ -111,9 +133,12 @@ vec4 seen_scores(uint row, uint quad, uint first) {
     return s;
 }
 
-// Scores to weights relative to the row's greatest so far.
+// Scores to weights relative to the row's greatest so far. Lanes behind those of the last row have none.
 void weigh(uint first) {
     uint row = lane / TEAM, part = lane % TEAM;
+    if (row >= ROWS) {
+        return;
+    }
     vec4 s[KEY_QUADS / TEAM];
     float best = peak;
     [[unroll]] for (uint i = 0; i < KEY_QUADS / TEAM; i++) {
@@ -138,7 +163,7 @@ void weigh(uint first) {
 // The results, 32 channels at a time by way of `scores`.
 void store() {
     uint column_size = column_words((HEADS * DIM + 127) / 128);
-    if (lane % TEAM == 0) {
+    if (lane % TEAM == 0 && lane / TEAM < ROWS) {
         sums[lane / TEAM] = sum;
     }
     for (uint chunk = 0; chunk < DIM / 32; chunk++) {

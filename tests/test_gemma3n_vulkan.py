@@ -17,12 +17,14 @@ from uq.kernels.cpu import open_cpu
 from uq.quantize.pipeline import QuantizeOptions, quantize
 
 
-@pytest.mark.parametrize("variant", ["plain", "other"])
+@pytest.mark.parametrize(("variant", "hidden"), [("plain", 128), ("other", 64)])
 def test_a_model_answers_like_on_the_cpu(
-    tiny_gemma3n: Callable[..., Path], tmp_path: Path, variant: str
+    tiny_gemma3n: Callable[..., Path], tmp_path: Path, variant: str, hidden: int
 ) -> None:
-    """Of every token of a text, in passes of many, and of greedy text behind it."""
-    checkpoint = open_checkpoint(tiny_gemma3n(variant, text={"sliding_window": 9}))
+    """Of every token of a text, in passes of many, and of greedy text behind it; hidden states that
+    fill their tiles, and others."""
+    text = {"sliding_window": 9, "hidden_size": hidden}
+    checkpoint = open_checkpoint(tiny_gemma3n(variant, text=text))
     options = QuantizeOptions(recipe="int4", method="rtn")
     model = open_bundle(quantize(checkpoint, tmp_path / "bundle", options))
     vulkan = on_vulkan(model, tmp_path, max_context=LENGTH)

@@ -35,17 +35,18 @@ def test_attention_shrinks_to_the_shared_memory() -> None:
     assert large and small and large.shared_bytes(256) > 32 << 10 >= small.shared_bytes(256)
 
 
-@pytest.mark.parametrize("dim", [64, 128, 192, 256])
+@pytest.mark.parametrize("dim", [64, 128, 192, 256, 512])
 @pytest.mark.parametrize("sharing", [1, 2, 3, 8])
 def test_attention_in_blocks_comes_out_even(dim: int, sharing: int) -> None:
+    """Either in blocks of scores, or in the channels of each."""
     cut = MatrixAttentionCut.of(Heads(dim, sharing), 32, 48 << 10)
-    assert cut and cut.shared_bytes(dim) <= 48 << 10
-    assert cut.rows // 16 * (cut.keys // 16) % cut.subgroups == 0
+    assert cut and cut.shared_bytes(dim) <= 48 << 10 and cut.split == (dim == 512)
+    assert cut.split or cut.rows // 16 * (cut.keys // 16) % cut.subgroups == 0
     assert 32 * cut.subgroups % cut.rows == 0 and cut.rows >= sharing
 
 
 @pytest.mark.parametrize(
-    ("dim", "sharing", "subgroup", "kib"), [(96, 1, 32, 48), (128, 65, 32, 48), (256, 1, 32, 32)]
+    ("dim", "sharing", "subgroup", "kib"), [(96, 1, 32, 48), (128, 65, 32, 48), (256, 1, 32, 16)]
 )
 def test_attention_that_blocks_do_not_fit(dim: int, sharing: int, subgroup: int, kib: int) -> None:
     assert MatrixAttentionCut.of(Heads(dim, sharing), subgroup, kib << 10) is None

@@ -25,10 +25,8 @@ class Extras(Residual):
         """told = every layer's inputs, (layer, column, size), from the embedding in `hidden`."""
         recorder.label, work, config = "per-layer inputs", self.work, self.config
         assert config.per_layer is not None
-        self.convert(recorder, work.hidden, work.plain, is_float=True)
-        channels = table.projection.rows
-        outputs = [(table.projection, work.projected)]
-        self.products(recorder, work.plain, outputs, stride=channels)
+        plain, channels = self.plain(recorder, work.hidden), table.projection.rows
+        self.products(recorder, plain, [(table.projection, work.projected)], stride=channels)
         recorder.barrier()
         pipeline = self.pipelines.get(
             f"per_layer_{table.table.kind.name}",

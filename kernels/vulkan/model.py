@@ -222,8 +222,8 @@ class Work:
             makes of its own.
         expert_x, expert_wide, expert_gated, expert_out: of the experts; router_scores, chosen,
             shares: which those are; items, item_tiles: tokens in the order of their experts.
-        streams: the residual streams, where there are several; low, low_x, laurel: of the product
-            of low rank.
+        streams: the residual streams, where there are several; low_x, laurel: of the product of
+            low rank.
         partials, split_stats: of attention, from each split.
         candidates: (value, id) from each workgroup.
     """
@@ -261,7 +261,6 @@ class Work:
     items: Span
     item_tiles: Span
     streams: Span
-    low: Span
     low_x: Span
     laurel: Span
 

@@ -19,7 +19,8 @@ Constants = dict[str, int | float]
 ATTENTION_ROWS = (16, 8)  # queries of a workgroup, about
 ATTENTION_LANES = (256, 128, 64)  # about
 KEYS = (32, 16, 8)  # of a step
-MATRIX_ROWS = (64, 32)  # queries of a workgroup, with matrix instructions
+# Queries of a workgroup, with matrix instructions; keys of a step; whether subgroups split scores.
+MATRIX_ATTENTION = ((64, 32, False), (32, 32, False), (16, 16, True))
 MATRIX_SUMS = 64 * 128  # of its registers
 
 
@@ -173,26 +174,29 @@ class AttentionCut:
 
 @dataclass(frozen=True)
 class MatrixAttentionCut:
-    """Sizes of `attention_matrix.comp`: `rows` queries of a workgroup of `subgroups`."""
+    """Sizes of `attention_matrix.comp`: `rows` queries of a workgroup of `subgroups`, each of which
+    has scores of its own, or, where they are `split`, a part of the channels of all of them."""
 
     rows: int
-    keys: int = 32
+    keys: int
+    split: bool
     subgroups: int = 4
 
     def shared_bytes(self, dim: int) -> int:
         """Shared memory of a workgroup: queries, a step of the cache, weights, scores."""
-        halves = (self.rows + self.keys) * (dim + 8) + self.rows * (self.keys + 8)
-        return 2 * halves + 4 * self.rows * (self.keys + 17) + 1024
+        rows, parts = (0, self.subgroups) if self.split else (self.rows, 1)
+        halves = (rows + self.keys) * (dim + 8) + self.rows * (self.keys + 8)
+        return 2 * halves + 4 * self.rows * (self.keys + 16) * parts + 4 * self.rows + 1024
 
     def constants(self, subgroup: int) -> Constants:
         """`subgroup`: invocations of a subgroup."""
         lanes, own = subgroup * self.subgroups, {"ROWS": self.rows, "SUBGROUPS": self.subgroups}
-        return {"LANES": lanes, "KEYS": self.keys, **own}
+        return {"LANES": lanes, "KEYS": self.keys, "SPLIT": self.split, **own}
 
     @classmethod
     def of(cls, heads: Heads, subgroup: int, shared_bytes: int) -> MatrixAttentionCut | None:
         """The largest that fits, if one does; arguments as of `AttentionCut.of`."""
-        cuts = map(cls, MATRIX_ROWS)
+        cuts = (cls(*sizes) for sizes in MATRIX_ATTENTION)
         return next((cut for cut in cuts if cut._fits(heads, subgroup, shared_bytes)), None)
 
     def _fits(self, heads: Heads, subgroup: int, shared_bytes: int) -> bool:
@@ -200,9 +204,8 @@ class MatrixAttentionCut:
         dim = heads.dim
         even = dim % (16 * self.subgroups) == 0 and dim * self.rows <= MATRIX_SUMS
         lanes = subgroup * self.subgroups
-        return (
-            even and heads.sharing <= self.rows <= lanes and self.shared_bytes(dim) <= shared_bytes
-        )
+        even &= heads.sharing <= self.rows <= lanes <= 8 * self.rows
+        return even and self.shared_bytes(dim) <= shared_bytes
 
 
 def attention_constants(config: GemmaConfig, layer: int, slots: int) -> Constants:

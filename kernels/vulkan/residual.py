@@ -8,7 +8,7 @@ from uq.kernels.vulkan.memory import Span
 from uq.kernels.vulkan.products import Joining, Products
 from uq.kernels.vulkan.push import addresses, floats
 from uq.kernels.vulkan.tuning import BRANCH
-from uq.kernels.vulkan.weights import Matrix
+from uq.kernels.vulkan.weights import TILE_COLS, Matrix
 
 ROW_LANES = 256  # of a workgroup that holds a token
 NORM_LANES = 512  # of one that makes its norm
@@ -92,18 +92,19 @@ class Residual(Products):
         return None
 
     def convert(
-        self,
-        recorder: Recorder,
-        values: Span,
-        x: Span,
-        *,
-        is_float: bool | None = None,
-        channels: int | None = None,
+        self, recorder: Recorder, values: Span, x: Span, *, is_float: bool | None = None
     ) -> None:
-        """x = activations of float32 values, usually of hidden states; `is_float` as of `norm`."""
+        """x = activations of float32 hidden states; `is_float` as of `norm`."""
         is_float = self.float_x if is_float is None else is_float
-        channels = channels or self.config.hidden_size
-        how = {"LANES": ROW_LANES, "FLOAT_X": is_float, "CHANNELS": channels}
+        how = {"LANES": ROW_LANES, "FLOAT_X": is_float, "CHANNELS": self.config.hidden_size}
         pipeline = self.pipelines.get("quantize", **how)
         self.run(recorder, pipeline, addresses(values, x), (self.columns, 1, 1))
         recorder.barrier()
+
+    def plain(self, recorder: Recorder, values: Span) -> Span:
+        """Float32 hidden states as an input of linears of floating point: what they are, where no
+        channels are missing at their end."""
+        if self.config.hidden_size % TILE_COLS == 0:
+            return values
+        self.convert(recorder, values, self.work.plain, is_float=True)
+        return self.work.plain

@@ -15,7 +15,7 @@ from uq.kernels.vulkan.products import Joining
 from uq.kernels.vulkan.push import addresses
 from uq.kernels.vulkan.residual import NORM_LANES
 from uq.kernels.vulkan.updates import Laurel, Updates, Ways
-from uq.kernels.vulkan.weights import padded_rows
+from uq.kernels.vulkan.weights import TILE_COLS, tiles_of
 
 ENTER, LEAVE, TELL_AND_ENTER, TELL, SPREAD, GATHER = range(6)  # as in shaders/altup.comp
 
@@ -44,10 +44,10 @@ class Streams(Extras):
     def spread(self, recorder: Recorder, ways: Ways, updates: Updates) -> None:
         """The streams in front of the first layer, from the embedding in `hidden`."""
         recorder.label, work = "streams", self.work
-        self.convert(recorder, work.hidden, work.plain, is_float=True)
+        plain = self.plain(recorder, work.hidden)
         for number, matrix in enumerate(ways.into, 1):
             outputs = [(matrix, self._stream(work.streams, number))]
-            self.products(recorder, work.plain, outputs, stride=self.config.hidden_size)
+            self.products(recorder, plain, outputs, stride=self.config.hidden_size)
         recorder.barrier()
         self._streams(recorder, SPREAD, updates, updates.prediction)
 
@@ -58,11 +58,9 @@ class Streams(Extras):
         recorder.label, work, rank = "low rank", self.work, laurel.left.rows
         self.norm(recorder, joining, keep=True)
         recorder.barrier()
-        self.convert(recorder, work.normed, work.plain, is_float=True)
-        stride = padded_rows(rank)
-        self.products(recorder, work.plain, [(laurel.left, work.low)], stride=stride)
+        plain, stride = self.plain(recorder, work.normed), TILE_COLS * tiles_of(rank)
+        self.products(recorder, plain, [(laurel.left, work.low_x)], stride=stride)
         recorder.barrier()
-        self.convert(recorder, work.low, work.low_x, is_float=True, channels=stride)
         outputs = [(laurel.right, work.laurel)]
         self.products(recorder, work.low_x, outputs, stride=self.config.hidden_size)
         recorder.barrier()

@@ -19,7 +19,7 @@ from uq.formats.config import (
 from uq.formats.manifest import gain_name
 from uq.kernels.vulkan.beside import kept_matrix
 from uq.kernels.vulkan.memory import Span
-from uq.kernels.vulkan.weights import Loader, Matrix, padded_rows
+from uq.kernels.vulkan.weights import Loader, Matrix, tiles_of
 
 MOST_STREAMS = 8  # their columns lie in registers
 
@@ -104,10 +104,9 @@ def share(config: GemmaConfig) -> float:
 def stream_sizes(config: GemmaConfig, tokens: int) -> dict[str, int]:
     """Bytes of what these stages work on."""
     streams, hidden = (config.altup or AltUp(0, 0, False)).streams, config.hidden_size
-    rank = padded_rows(config.laurel_rank)
+    rank = config.laurel_rank
     return {
         "streams": 4 * tokens * hidden * streams,
-        "low": 4 * tokens * rank,
-        "low_x": tokens * -(-rank // 128) * 512,
+        "low_x": tokens * tiles_of(rank) * 512,
         "laurel": 4 * tokens * hidden if rank else 0,
     }

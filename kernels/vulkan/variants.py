@@ -173,7 +173,7 @@ def _prefill_kernels() -> Iterator[Variant]:
     for name, macros in _caches("attention_prefill"):
         yield _kernel(name, "attention_prefill.comp", macros, constants=attention)
     sizes = ("DIM", "HEADS", "KV_HEADS", "ROWS", "KEYS", "WINDOW", "SLOTS", "SCALE", "CAP")
-    blocks = ("LANES", "FLOAT_X", *sizes, "SUBGROUPS", "PIECES")
+    blocks = ("LANES", "FLOAT_X", *sizes, "SUBGROUPS", "PIECES", "SPLIT")
     for name, macros in _caches("attention_matrix"):
         needs = ("fp16", "coopmat")
         row = _kernel(name, "attention_matrix.comp", macros, needs, blocks)
