@@ -26,6 +26,8 @@ from benchmarks.quality.scoring import Scorer, summary
 from benchmarks.quality.source import export, hf_config, prepare, require_same_weights
 from benchmarks.quality.steps import OUT, Cost, Step, kept_cost, run
 from benchmarks.quality.texts import EvaluationText, spread, text_files
+from benchmarks.quality.torch_scoring import TorchModel, check_device
+from uq.errors import ToolMissing
 from uq.formats.bundle import open_bundle
 from uq.formats.checkpoint import open_checkpoint
 from uq.formats.checkpoint.hf_config import parse_config
@@ -112,6 +114,27 @@ def test_the_reference_loses_nothing(folder: Path, tmp_path: Path) -> None:
     assert scores.perplexity_ratio.value == pytest.approx(1, abs=1e-9)
     assert scorer.kept("itself", TEXT) == scores
     assert scorer.kept("another", TEXT) is None
+
+
+def test_torch_finds_the_same_scores(
+    tiny_bundle: Callable[..., Path], folder: Path, tmp_path: Path
+) -> None:
+    reference = open_checkpoint(folder)
+    model = open_bundle_model(tiny_bundle(dtype="f16"), reference)
+    expected, found = (
+        Scorer(reference, tmp_path, SilentProgress(), torch).score(model, TEXT)
+        for torch in (None, TorchModel(folder, reference, "cpu"))
+    )
+    assert found.kld.value == pytest.approx(expected.kld.value, rel=1e-5)
+    assert found.kld_p99_9 == pytest.approx(expected.kld_p99_9, rel=1e-5)
+    assert found.perplexity_ratio.value == pytest.approx(expected.perplexity_ratio.value, rel=1e-6)
+    assert found.same_top_percent == expected.same_top_percent
+    assert found.kld_windows == pytest.approx(expected.kld_windows, rel=1e-5)
+
+
+def test_a_device_that_torch_does_not_know_is_refused() -> None:
+    with pytest.raises(ToolMissing, match="--score-device nonsense: torch cannot use it"):
+        check_device("nonsense")
 
 
 def test_errors_are_those_of_means_over_windows() -> None:

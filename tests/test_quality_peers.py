@@ -43,8 +43,8 @@ def drawn(folder: Path, tmp_path: Path) -> Draw:
 # llama.cpp, played by scripts
 
 TOOLS = {
-    "llama-quantize": "shutil.copy(sys.argv[-3], sys.argv[-2])",
-    "llama-imatrix": "shutil.copy(sys.argv[sys.argv.index('-f') + 1], sys.argv[-4])",
+    "llama-quantize": "shutil.copy(sys.argv[-4], sys.argv[-3])",
+    "llama-imatrix": "shutil.copy(*(sys.argv[sys.argv.index(word) + 1] for word in ('-f', '-o')))",
 }
 
 
@@ -56,7 +56,7 @@ def llama(tmp_path: Path, folder: Path) -> LlamaCpp:
         tool.write_text(f"#!{sys.executable} -S\nimport shutil, sys\n{code}\n")
         tool.chmod(0o755)
     path = write_gguf(open_checkpoint(folder), tmp_path / "tiny.gguf")
-    return LlamaCpp(prepare(str(path), tmp_path), tmp_path, tmp_path, "here")
+    return LlamaCpp(prepare(str(path), tmp_path), tmp_path, tmp_path, "here", 2)
 
 
 def write_gguf(
@@ -104,12 +104,12 @@ def test_llama_cpp_quantizes_with_a_matrix_of_the_draw(llama: LlamaCpp, drawn: D
     matrix, quantize = llama.steps(llama_row("Q4_0", True), drawn)
     assert run(matrix, llama.work, "here").read_text() == drawn.text.read_text()
     assert quantize.command[1:] == (
-        "--imatrix", str(matrix.output(llama.work)), str(llama.f16), OUT, "Q4_0",
+        "--imatrix", str(matrix.output(llama.work)), str(llama.f16), OUT, "Q4_0", "2",
     )  # fmt: skip
     model = llama.open(run(quantize, llama.work, "here"))
     assert model.sizes.body_bits == 16 and model.sizes.body == "F16"
     (plain,) = llama.steps(llama_row("Q4_0", False), drawn)
-    assert plain.command[1:] == (str(llama.f16), OUT, "Q4_0") and plain.key != quantize.key
+    assert plain.command[1:] == (str(llama.f16), OUT, "Q4_0", "2") and plain.key != quantize.key
 
 
 def test_a_reference_from_a_gguf_file_is_that_file(llama: LlamaCpp, folder: Path) -> None:

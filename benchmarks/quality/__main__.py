@@ -26,6 +26,7 @@ from benchmarks.quality.scoring import Scorer
 from benchmarks.quality.source import Reference, prepare
 from benchmarks.quality.steps import write_json
 from benchmarks.quality.texts import CONTEXT, EvaluationText, read_texts, text_files
+from benchmarks.quality.torch_scoring import TorchModel
 from uq import __version__
 from uq.cli import explain
 from uq.commands.arguments import whole
@@ -54,10 +55,19 @@ def parser() -> argparse.ArgumentParser:
         "--peer-python", default=sys.executable, metavar="FILE",
         help="Python that has auto-round, hqq, gptqmodel; default: this one",
     )  # fmt: skip
+    add(
+        "--peer-device", default="cpu", metavar="DEVICE",
+        help="where AutoRound and GPTQModel run, such as cuda; default: %(default)s",
+    )  # fmt: skip
+    add("--score-device", metavar="DEVICE", help="score on it by torch, such as cuda")
     add("--texts", type=Path, default=TEXTS, metavar="DIR", help="*.txt; default: %(default)s")
     add("--text", type=re.compile, metavar="PATTERN", help="score only texts of such a name")
     add("--windows", type=whole(1), default=24, metavar="N", help="per text; default: %(default)s")
     add("--draws", type=whole(1), default=3, metavar="N", help="calibrations; default: %(default)s")
+    add(
+        "--draw", type=whole(0), metavar="N",
+        help="make this one alone, counted from 0; several runs may share a work folder",
+    )  # fmt: skip
     add(
         "--calibration-tokens", type=whole(2), metavar="N",
         default=QuantizeOptions().calibration_tokens, help="of a draw; default: %(default)s",
@@ -71,6 +81,10 @@ def parser() -> argparse.ArgumentParser:
     add(
         "--work", type=Path, metavar="DIR", default=cache_folder() / "quality",
         help="what is kept between runs; default: %(default)s",
+    )  # fmt: skip
+    add(
+        "--quantize-only", action="store_true",
+        help="keep the models in the work folder, for a run that scores them",
     )  # fmt: skip
     add("--keep", action="store_true", help="leave the quantized models in the work folder")
     add("--doc", type=Path, metavar="FILE", help="page whose tables are replaced")
@@ -102,7 +116,10 @@ def run(args: argparse.Namespace) -> None:
 
 
 def open_bench(args: argparse.Namespace, work: Path, reference: Reference) -> Bench:
-    """Raises UsageError: no text is left, or one cannot be read."""
+    """Raises UqError: no text is left, one cannot be read, or torch cannot use the device."""
+    torch = None
+    if args.score_device is not None:
+        torch = TorchModel(reference.folder, reference.checkpoint, args.score_device)
     tokenizer = reference.checkpoint.tokenizer()
     files = {
         name: path
@@ -111,21 +128,23 @@ def open_bench(args: argparse.Namespace, work: Path, reference: Reference) -> Be
     }
     machine = examine()
     where = f"{machine.cpu}, {machine.threads} threads"
+    peer = reference, args.peer_python
     peers: dict[str, Peer] = {
         UQ: Uq(reference, args.calibration_tokens),
-        LLAMA: LlamaCpp(reference, args.llama_bin, work, where),
-        AUTO_ROUND: Foreign("auto-round", "auto_round_child.py", reference, args.peer_python),
-        HQQ: Foreign("hqq", "hqq_child.py", reference, args.peer_python),
-        GPTQ: Foreign("gptqmodel", "gptqmodel_child.py", reference, args.peer_python),
+        LLAMA: LlamaCpp(reference, args.llama_bin, work, where, machine.threads),
+        AUTO_ROUND: Foreign("auto-round", "auto_round_child.py", *peer, args.peer_device),
+        HQQ: Foreign("hqq", "hqq_child.py", *peer),
+        GPTQ: Foreign("gptqmodel", "gptqmodel_child.py", *peer, args.peer_device),
     }
     return Bench(
         peers=peers,
-        scorer=Scorer(reference.checkpoint, work, terminal_progress()),
-        texts=read_texts(files, tokenizer, args.windows),
+        scorer=Scorer(reference.checkpoint, work, terminal_progress(), torch),
+        texts=[] if args.quantize_only else read_texts(files, tokenizer, args.windows),
         draws=[draw(n, tokenizer, args.calibration_tokens, work) for n in range(args.draws)],
+        chosen_draw=args.draw,
         work=work,
         machine=where,
-        keep=args.keep,
+        keep=args.keep or args.quantize_only,
     )
 
 

@@ -36,6 +36,7 @@ class Bench:
 
     Attributes:
         draws: of the calibrated rows; the others are measured once.
+        chosen_draw: the only one to make now; None for all.
         keep: the quantized models stay on the disk.
     """
 
@@ -46,6 +47,7 @@ class Bench:
     work: Path
     machine: str
     keep: bool
+    chosen_draw: int | None = None
 
     def measure(self, row: Row, *, chosen: bool = True) -> RowResult:
         """Figures of a row; with `chosen` false those alone that an earlier run has left."""
@@ -53,11 +55,14 @@ class Bench:
             return _result(row, (), reason)
         draws = self.draws if row.calibrated else self.draws[:1]
         try:
-            found = [self._draw(row, draw, chosen) for draw in draws]
+            found = [self._draw(row, draw, chosen and self._chosen(draw)) for draw in draws]
         except UqError as error:
             return _result(row, (), str(error))
         kept = tuple(result for result in found if result is not None)
         return _result(row, kept, None if kept else "not chosen (--only)")
+
+    def _chosen(self, draw: Draw) -> bool:
+        return self.chosen_draw in (None, draw.number)
 
     def _draw(self, row: Row, draw: Draw, chosen: bool) -> DrawResult | None:
         peer = self.peers[row.peer]

@@ -15,6 +15,7 @@ from benchmarks.quality.models import Model
 from benchmarks.quality.results import Figure, TextScores
 from benchmarks.quality.steps import write_json
 from benchmarks.quality.texts import CONTEXT, EvaluationText
+from benchmarks.quality.torch_scoring import TorchModel
 from uq.formats.checkpoint import Checkpoint
 from uq.kernels.reference import ReferenceSession
 from uq.progress import Progress
@@ -27,11 +28,16 @@ PROTOCOL = 1  # raise it when the same weights would score otherwise
 
 @dataclass(frozen=True)
 class Scorer:
-    """Scores models on texts and keeps what it found in `work`."""
+    """Scores models on texts and keeps what it found in `work`.
+
+    Attributes:
+        torch: runs the models on a device; None for uq's reference on the CPU.
+    """
 
     reference: Checkpoint
     work: Path
     progress: Progress
+    torch: TorchModel | None = None
 
     def kept(self, content: str, text: EvaluationText) -> TextScores | None:
         """What an earlier run found for a model, by the hash of its content."""
@@ -44,13 +50,19 @@ class Scorer:
         Raises:
             DeviceError: a hidden state is not finite.
         """
-        session, truth = model.session, self._truth
-        truth_states = self._reference_states(text)
-        states = final_states(session, text.windows, self.progress, "model")
-        found = compare(session, states, truth, truth_states, targets(text.windows), self.progress)
+        if self.torch is None:
+            found = self._on_cpu(model, text)
+        else:
+            found = self.torch.scores(model.weights, text.windows)
         scores = summary(found, len(text.windows))
         write_json(self._path(model.content, text), asdict(scores))
         return scores
+
+    def _on_cpu(self, model: Model, text: EvaluationText) -> Scores:
+        session, truth = model.session, self._truth
+        truth_states = self._reference_states(text)
+        states = final_states(session, text.windows, self.progress, "model")
+        return compare(session, states, truth, truth_states, targets(text.windows), self.progress)
 
     @cached_property
     def _truth(self) -> ReferenceSession:

@@ -39,12 +39,14 @@ class Step:
         identity: what decides the bytes of the result (versions, hashes of the inputs, options);
             JSON, without paths.
         counted: its cost is part of the quantizer's.
+        device: what it runs on beside the processor, for people.
     """
 
     label: str
     command: tuple[str, ...]
     identity: Mapping[str, object]
     counted: bool = True
+    device: str | None = None
 
     @property
     def key(self) -> str:
@@ -79,7 +81,8 @@ def run(step: Step, work: Path, machine: str) -> Path:
     remove(output)
     seconds, peak = _launch([part.replace(OUT, str(draft)) for part in step.command], folder)
     draft.rename(output)
-    write_json(folder / RECORD, asdict(Cost(seconds, peak, machine)))
+    where = machine if step.device in (None, "cpu") else f"{machine}, {step.device}"
+    write_json(folder / RECORD, asdict(Cost(seconds, peak, where)))
     return output
 
 

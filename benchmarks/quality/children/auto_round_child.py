@@ -1,4 +1,4 @@
-"""AutoRound: `auto_round_child.py REFERENCE OUT TOKENS.npy GROUP ITERATIONS`."""
+"""AutoRound: `auto_round_child.py REFERENCE OUT TOKENS.npy GROUP ITERATIONS DEVICE`."""
 
 import sys
 from pathlib import Path
@@ -14,7 +14,7 @@ BITS = 4
 
 def main() -> None:
     reference, out, tokens = map(Path, sys.argv[1:4])
-    group, iterations = map(int, sys.argv[4:6])
+    group, iterations, device = int(sys.argv[4]), int(sys.argv[5]), sys.argv[6]
     windows = torch.from_numpy(np.load(tokens)).long()
     model = AutoModelForCausalLM.from_pretrained(reference, dtype=torch.float32)
     rounding = AutoRound(
@@ -27,7 +27,8 @@ def main() -> None:
         dataset=[row[None] for row in windows],
         nsamples=len(windows),
         seqlen=windows.shape[1],
-        device_map="cpu",
+        device_map=device,
+        enable_torch_compile=False,
     )
     model, _ = rounding.quantize()
     weights = {name: value for name, value in model.state_dict().items() if is_linear(name)}

@@ -1,4 +1,4 @@
-"""GPTQ by GPTQModel: `gptqmodel_child.py REFERENCE OUT TOKENS.npy GROUP`."""
+"""GPTQ by GPTQModel: `gptqmodel_child.py REFERENCE OUT TOKENS.npy GROUP DEVICE`."""
 
 import os
 import sys
@@ -15,7 +15,8 @@ BITS = 4
 
 
 def main() -> None:
-    reference, out, tokens, group = (*map(Path, sys.argv[1:4]), int(sys.argv[4]))
+    reference, out, tokens = map(Path, sys.argv[1:4])
+    group, device = int(sys.argv[4]), sys.argv[5]
     windows = torch.from_numpy(np.load(tokens)).long()
     calibration = [
         {"input_ids": row[None], "attention_mask": torch.ones_like(row)[None]} for row in windows
@@ -25,7 +26,7 @@ def main() -> None:
         group_size=group,
         sym=True,
         format="gptq_v2",  # version 1 keeps its zero-points one too small, and dequantizes them so
-        device="cpu",
+        device=device,
         offload_to_disk=False,
     )
     model = GPTQModel.load(str(reference), config, dtype=torch.float32)

@@ -34,6 +34,6 @@ def is_linear(name: str) -> bool:
 def write(out: Path, weights: dict[str, torch.Tensor], bits: float, grid: str) -> None:
     """The dequantized linears, and the bits per weight that their packed form takes."""
     out.mkdir()
-    contiguous = {name: weight.float().contiguous() for name, weight in weights.items()}
+    contiguous = {name: weight.float().cpu().contiguous() for name, weight in weights.items()}
     save_file(contiguous, out / "linears.safetensors")
     (out / "grid.json").write_text(json.dumps({"bits": bits, "grid": grid}))

@@ -45,12 +45,14 @@ class Foreign:
     Attributes:
         package: its distribution; `script` is the child that calls it.
         python: interpreter that has the package.
+        device: where it runs, for a package that can run elsewhere than on the CPU.
     """
 
     package: str
     script: str
     reference: Reference
     python: str
+    device: str | None = None
 
     def missing(self, row: Row) -> str | None:
         if version(self.python, self.package) is None:
@@ -70,8 +72,10 @@ class Foreign:
             "reference": self.reference.sha256,
             "arguments": row.arguments,
             "calibration": draw.sha256 if row.calibrated else None,
+            "device": self.device,
         }
-        return (Step(row.name, (*command, *inputs, *row.arguments), identity),)
+        words = (*command, *inputs, *row.arguments, *([self.device] if self.device else []))
+        return (Step(row.name, words, identity, device=self.device),)
 
     def open(self, output: Path) -> Model:
         model = open_linears(output, self.reference.checkpoint)

@@ -22,12 +22,17 @@ BINARIES = (QUANTIZE, IMATRIX, "*.so", "*.so.*", "*.dylib", "*.dll")
 
 @dataclass(frozen=True)
 class LlamaCpp:
-    """The tools in a folder; None for none."""
+    """The tools in a folder, None for none.
+
+    Attributes:
+        threads: of the tools, which else take every core of the machine, however few they may use.
+    """
 
     reference: Reference
     tools: Path | None
     work: Path
     machine: str
+    threads: int
 
     def missing(self, row: Row) -> str | None:
         if self.reference.gguf is None:
@@ -49,7 +54,7 @@ class LlamaCpp:
             "grid": grid,
             "matrix": [step.key for step in matrix],
         }
-        command = (self._tool(QUANTIZE), *options, f16, OUT, grid)
+        command = (self._tool(QUANTIZE), *options, f16, OUT, grid, str(self.threads))
         return (*matrix, Step(row.name, command, identity))
 
     def open(self, output: Path) -> Model:
@@ -81,20 +86,27 @@ class LlamaCpp:
     @property
     def _f16_step(self) -> Step:
         source = str(self.reference.gguf)
-        command = (self._tool(QUANTIZE), "--allow-requantize", source, OUT, "F16")
+        command = (
+            self._tool(QUANTIZE),
+            "--allow-requantize",
+            source,
+            OUT,
+            "F16",
+            str(self.threads),
+        )
         identity = {"version": self.version, "reference": self.reference.sha256, "grid": "F16"}
         return Step("F16 GGUF", command, identity, counted=False)
 
     def _matrix(self, draw: Draw) -> Step:
         inputs = ("-m", str(self.f16), "-f", str(draw.text), "-o", OUT)
-        command = (self._tool(IMATRIX), *inputs, "-c", str(CONTEXT), "--no-ppl")
+        options = ("-c", str(CONTEXT), "-t", str(self.threads), "--no-ppl")
         identity = {
             "version": self.version,
             "f16": self._f16_step.key,
             "calibration": draw.sha256,
             "context": CONTEXT,
         }
-        return Step(f"imatrix {draw.number}", command, identity)
+        return Step(f"imatrix {draw.number}", (self._tool(IMATRIX), *inputs, *options), identity)
 
     def _tool(self, name: str) -> str:
         return str((self.tools or Path()) / name)
