@@ -1,5 +1,10 @@
 // What splits of the context hand on, and the output that the last of them makes of it.
 
+const uint AT_ONCE = 16;  // partial results that a lane asks for together
+// 32 channels share a scale: where a workgroup's heads are no whole number of them, one joins all.
+const bool JOINS_OWN = QUERIES * DIM % 32 == 0;
+const uint JOINED_HEADS = JOINS_OWN ? QUERIES : HEADS;
+
 uint partial_row(uint query_head, uint split) {
     uint block = gl_WorkGroupID.z * BLOCKS + query_head / QUERIES;
     return (block * SPLITS + split) * QUERIES + query_head % QUERIES;
@@ -11,25 +16,15 @@ uint output_words() {
 }
 
 // Of the only split of heads that share no scale with others: the output.
-void store_partials(vec4 low[QUERIES], vec4 high[QUERIES], float peak, float sum, bool is_output) {
-    uint vector = lane % VECTORS, slice = lane / VECTORS;
-    if (slice < V_SLICES) {
-        [[unroll]] for (uint q = 0; q < QUERIES; q++) {
-            gathered[(slice * QUERIES + q) * QUADS + vector] = low[q];
-            gathered[(slice * QUERIES + q) * QUADS + VECTORS + vector] = high[q];
-        }
-    }
+void store_partials(vec4 low[QUERIES], vec4 high[QUERIES], vec2 stat, bool is_output) {
+    gather_values(low, high);
     if (lane % 8 == 0 && lane / 8 < QUERIES) {
-        correction[lane / 8] = 1.0 / sum;
+        correction[lane / 8] = 1.0 / stat.y;
     }
     barrier();
     uint row = partial_row(gl_WorkGroupID.y * QUERIES, gl_WorkGroupID.x);
     for (uint i = lane; i < QUERIES * QUADS; i += LANES) {
-        uint at = i / QUADS * QUADS + quad_place(i % QUADS);
-        vec4 total = gathered[at];
-        [[unroll]] for (uint s = 1; s < V_SLICES; s++) {
-            total += gathered[s * QUERIES * QUADS + at];
-        }
+        vec4 total = gathered_quad(i);
         if (is_output) {
             uint place = gl_WorkGroupID.z * output_words();
             uint quad = gl_WorkGroupID.y * QUERIES * QUADS + i;
@@ -39,11 +34,13 @@ void store_partials(vec4 low[QUERIES], vec4 high[QUERIES], float peak, float sum
         }
     }
     if (lane % 8 == 0 && lane / 8 < QUERIES) {
-        stats.at[row + lane / 8] = vec2(peak, sum);
+        stats.at[row + lane / 8] = stat;
     }
 }
 
-// weights = share of each split in the output of a head, eight lanes a head; 0 behind the last.
+shared float shares[JOINED_HEADS * SPLITS];
+
+// shares = share of each split in the output of a head, eight lanes a head; 0 behind the last.
 void weigh_splits(uint first_head, uint splits) {
     for (uint h = lane / 8; h < JOINED_HEADS; h += LANES / 8) {
         float best = -1e30, total = 0.0;
@@ -57,13 +54,13 @@ void weigh_splits(uint first_head, uint splits) {
             sum = fma(two.y, exp(two.x - peak), sum);
             total = sum;
             best = peak;
-            weights[h * SPLITS + s] = one.x;
-            weights[h * SPLITS + s + 8] = two.x;
+            shares[h * SPLITS + s] = one.x;
+            shares[h * SPLITS + s + 8] = two.x;
         }
         float peak = team_max(best, 8);
         total = team_sum(total * exp(best - peak), 8);
         [[dont_unroll]] for (uint s = lane % 8; s < (splits + 15) / 16 * 16; s += 8) {
-            weights[h * SPLITS + s] = s < splits ? exp(weights[h * SPLITS + s] - peak) / total : 0.0;
+            shares[h * SPLITS + s] = s < splits ? exp(shares[h * SPLITS + s] - peak) / total : 0.0;
         }
     }
     barrier();
@@ -80,7 +77,7 @@ void join(uint first_head, uint splits) {
             // Behind the last split lies what an earlier pass left.
             [[unroll]] for (uint s = 0; s < AT_ONCE; s++) {
                 vec4 part = partials.at[place + (first + s) * QUERIES * QUADS];
-                precise vec4 sum = fma(vec4(weights[h * SPLITS + first + s]), part, total);
+                precise vec4 sum = fma(vec4(shares[h * SPLITS + first + s]), part, total);
                 total = sum;
             }
         }

@@ -67,25 +67,10 @@ uint first_tile, last_tile;  // of this part
 uint expert_block = 0;       // at which the chosen expert's rows begin
 Piece pieces[(AHEAD ? 2 : 1) * BLOCKS];  // of tiles on their way
 uint64_t rows_at[BLOCKS];  // where the row blocks lie
+uint steps[BLOCKS];  // of their scales, as they are loaded
 float units[BLOCKS];
 
-void hold_quad(uint quad, vec4 v) {
-#if WEIGHT > INT8
-    held[quad] = floatBitsToUint(v);
-#else
-    Fixed y = to_fixed(v);
-    uint word = quad % 8, piece = quad / 8 % 4, tile = quad / 32 * INPUT_VECTORS;
-    uint place = tile + word / 4 * 4 + piece;
-    held[place][word % 4] = y.high;
-    if (!INT8_X) {
-        held[place + LOW_AT][word % 4] = y.low;
-    }
-    if (word == 0) {
-        held[tile + SCALE_AT][piece] = floatBitsToUint(y.scale);
-        held[tile + SCALE_AT + 1][piece] = uint(y.sum);
-    }
-#endif
-}
+#include "held.glsl"
 
 void make_input() {
     float factor = join_column(scale);
@@ -105,14 +90,14 @@ void begin_rows(uint first, uint lane) {
     [[unroll]] for (uint b = 0; b < BLOCKS; b++) {
         uint block = expert_block + min(first + b % STEP, blocks - 1);
         rows_at[b] = block_address(b < STEP ? weights : second, block, tiles);
-        units[b] = load_unit(rows_at[b], tiles, lane / 4);
+        steps[b] = load_steps(rows_at[b], tiles, lane / 4);
     }
 }
 
 // Into `pieces` from `at` on.
 void load_tile(uint at, uint tile, uint lane) {
     [[unroll]] for (uint b = 0; b < BLOCKS; b++) {
-        pieces[at + b] = load_piece(rows_at[b], tile, lane, units[b]);
+        pieces[at + b] = load_piece(rows_at[b], tile, lane, 0.0);
     }
 }
 
@@ -130,7 +115,9 @@ Input input_of(uint column, uint tile, uint lane) {
 // `pieces` from `at` on times `v` of a column.
 void multiply_pieces(uint at, uint column, Input v) {
     [[unroll]] for (uint b = 0; b < BLOCKS; b++) {
-        precise float sum = total[column * BLOCKS + b] + multiply(pieces[at + b], v);
+        Piece piece = pieces[at + b];
+        piece.unit = units[b];
+        precise float sum = total[column * BLOCKS + b] + multiply(piece, v);
         total[column * BLOCKS + b] = sum;
     }
 }
@@ -158,6 +145,9 @@ void accumulate_ahead(uint lane, uint slice) {
 void accumulate(uint lane, uint slice) {
     [[unroll]] for (uint i = 0; i < COLUMNS * BLOCKS; i++) {
         total[i] = 0.0;
+    }
+    [[unroll]] for (uint b = 0; b < BLOCKS; b++) {
+        units[b] = unit_of(steps[b], lane / 4);
     }
     if (AHEAD) {
         accumulate_ahead(lane, slice);

@@ -83,17 +83,27 @@ uint64_t block_address(Words weights, uint block, uint tiles) {
     return uint64_t(weights) + uint64_t(block) * uint64_t(16 * (tiles * TILE_VECTORS + STEP_VECTORS));
 }
 
-// `unit` of the pieces of a row, 0 .. 15, of the row block at `rows`.
-float load_unit(uint64_t rows, uint tiles, uint row) {
+// The steps of the scales of two rows, of which `row` is one, of the row block at `rows`, as they are loaded.
+uint load_steps(uint64_t rows, uint tiles, uint row) {
+#if WEIGHT > INT8
+    return 0;
+#else
+    return SCALE_BITS == 16 ? 0 : singles_behind(rows, 16 * tiles * TILE_VECTORS + row / 2 * 4).at[0];
+#endif
+}
+
+// `unit` of the pieces of a row, of what `load_steps` has loaded.
+float unit_of(uint steps, uint row) {
 #if WEIGHT > INT8
     return 1.0;
 #else
-    if (SCALE_BITS == 16) {
-        return UNIT;
-    }
-    uint steps = singles_behind(rows, 16 * tiles * TILE_VECTORS + row / 2 * 4).at[0];
-    return unpackHalf2x16(steps >> 16 * (row % 2)).x * UNIT;
+    return SCALE_BITS == 16 ? UNIT : unpackHalf2x16(steps >> 16 * (row % 2)).x * UNIT;
 #endif
+}
+
+// `unit` of the pieces of a row, 0 .. 15, of the row block at `rows`.
+float load_unit(uint64_t rows, uint tiles, uint row) {
+    return unit_of(load_steps(rows, tiles, row), row);
 }
 
 // `lane` of a tile of the row block at `rows`; `unit` is its row's.

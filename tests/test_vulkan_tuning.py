@@ -48,7 +48,7 @@ def test_a_tuned_session_writes_the_same_text(bundle: Bundle, tmp_path: Path) ->
         session.close()
     assert texts[0] == texts[1] == texts[2]
     (file,) = tmp_path.glob("*.json")
-    assert {key.rpartition(" ")[2] for key in read_measured(file)} == {"0", "1", "2", "3"}
+    assert {key.rpartition(" ")[2] for key in read_measured(file).products} == {"0", "1", "2", "3"}
 
 
 def test_a_layer_has_five_stages(bundle: Bundle, tmp_path: Path) -> None:

@@ -34,6 +34,7 @@ from uq.kernels.vulkan.dense.products import (
 from uq.kernels.vulkan.extras import TOLD_LANES
 from uq.kernels.vulkan.memory import Arena, Span, Transfers
 from uq.kernels.vulkan.model import Work, load_model, work_sizes
+from uq.kernels.vulkan.persistent import Persistent, cuts, knows
 from uq.kernels.vulkan.pipelines import Constants, Pipelines
 from uq.kernels.vulkan.prefill import (
     AttentionCut,
@@ -54,6 +55,7 @@ CONTEXT = 8192  # tokens of the KV cache
 LAYERS = 7  # the first, sliding and full ones, and one behind a full one: the rest repeats these
 LAYERS_4 = 10  # layers of either kind with keys of their own, and without
 WAVE, SHARED_BYTES = 64, 65536  # what RADV says of the chips: a subgroup, shared memory
+MULTIPROCESSORS = 16  # of the middle one
 # Of the layers, of the embedding.
 USUAL = tuple(Kind.of(Spec(bits, 32, scale_bits=8)) for bits in (4, 8))
 INT4Z = Kind.of(Spec(4, 32, zero_point=True, scale_bits=8))
@@ -129,6 +131,10 @@ def session_cases(
             wide.layers(recorder, each)
         wide.scores(recorder, model.head.from_row(0, 16))
         wide.heads(recorder)
+    for each in caches:
+        if knows(stages, each.suffix):
+            cut = next(cuts(config, MULTIPROCESSORS, SHARED_BYTES))
+            Persistent.make(stages, each, cut, arena, transfers).record(recorder)
     stages.embed(recorder, decode=True)
     stages.head(recorder)
     stages.choose(recorder, advances=True)
@@ -238,6 +244,9 @@ class NoTransfers(Transfers):
         pass
 
     def write(self, span: Span, data: NDArray[Any]) -> None:
+        pass
+
+    def fill(self, span: Span) -> None:
         pass
 
 

@@ -2,22 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Hashable, Mapping
+from contextlib import closing
 from dataclasses import replace
 from statistics import median
+from typing import TypeVar
+
+import numpy as np
 
 from uq.kernels.vulkan.cache import Cache
-from uq.kernels.vulkan.commands import Submission
+from uq.kernels.vulkan.commands import Recorder, Submission
 from uq.kernels.vulkan.device import Gpu
+from uq.kernels.vulkan.memory import Arena, Transfers
 from uq.kernels.vulkan.model import Layer
+from uq.kernels.vulkan.persistent import Persistent, arena_bytes, cuts, model_key, suits
 from uq.kernels.vulkan.profile import ClockedRecorder
 from uq.kernels.vulkan.stages import Stages
+from uq.kernels.vulkan.state import one_token, views
 from uq.kernels.vulkan.tuning import (
     BRANCH,
     CHOOSE,
     GEGLU,
     STORE,
     TELL,
+    Cut,
+    Measured,
     Shape,
     candidates,
     product_key,
@@ -25,26 +34,69 @@ from uq.kernels.vulkan.tuning import (
 from uq.kernels.vulkan.weights import Matrix
 
 REPEATS = 5  # runs that count, their median
+TUNED_AT = 512  # position of the token whose layers are measured
+
+K = TypeVar("K", bound=Hashable)
+Record = Callable[[Recorder], None]
 
 
-def tune(gpu: Gpu, stages: Stages, cache: Cache, most_lanes: int) -> dict[str, Shape]:
-    """Key of a product -> its fastest shape; leaves the activations undefined.
+def tune(gpu: Gpu, stages: Stages, cache: Cache, transfers: Transfers) -> Measured:
+    """The fastest shape of every product, and cut of the layers; leaves the activations undefined.
 
     A shape is measured within all layers: alone, a kernel would find its instructions in the
     caches, and what its shape costs the next kernel would not be seen.
 
     Args:
-        cache: for the keys and values of one token, which is at position 0.
+        cache: for the keys and values of `TUNED_AT` tokens and one more.
     """
+    transfers.write(stages.work.state, one_token(TUNED_AT))
+    stages, products = _tune_products(gpu, stages, cache)
+    if not suits(stages, cache.suffix, gpu.physical):
+        return Measured(products)
+    cut = _tune_layers(gpu, stages, cache, transfers)
+    return Measured(products, {model_key(stages.config): cut})
+
+
+def _tune_products(gpu: Gpu, stages: Stages, cache: Cache) -> tuple[Stages, dict[str, Shape]]:
     found: dict[str, Shape] = {}
     for matrix, epilogue in _products(stages):
         shapes = {
             shape: _with(stages, product_key(matrix, epilogue), shape)
-            for shape in candidates(matrix, epilogue, most_lanes)
+            for shape in candidates(matrix, epilogue, gpu.physical.most_lanes)
         }
-        best = _fastest(gpu, shapes, cache, is_head=epilogue == CHOOSE)
+        if epilogue == CHOOSE:
+            times = _times(gpu, {shape: cut.head for shape, cut in shapes.items()})
+        else:
+            times = _times(gpu, {shape: _layers(cut, cache) for shape, cut in shapes.items()})
+        best = min(times, key=times.__getitem__)
         stages, found[product_key(matrix, epilogue)] = shapes[best], best
-    return found
+    return stages, found
+
+
+def _tune_layers(gpu: Gpu, stages: Stages, cache: Cache, transfers: Transfers) -> Cut | None:
+    """The fastest of the cuts, or None where dispatches of their own are faster."""
+    physical, config = gpu.physical, stages.config
+    found = list(cuts(config, physical.multiprocessors, physical.shared_bytes))
+    records: dict[Cut | None, Record] = {None: _layers(stages, cache)}
+    with closing(Arena(gpu, sum(arena_bytes(config, cut) for cut in found))) as arena:
+        for cut in found:
+            persistent = Persistent.make(stages, cache, cut, arena, transfers)
+            records[cut] = _behind_embedding(stages, persistent.record)
+        times = _times(gpu, records)
+    state = views(transfers.read(stages.work.state).view(np.uint32))
+    return None if state["failed"][0] else min(times, key=times.__getitem__)
+
+
+def _layers(stages: Stages, cache: Cache) -> Record:
+    return _behind_embedding(stages, lambda recorder: stages.layers(recorder, cache))
+
+
+def _behind_embedding(stages: Stages, record: Record) -> Record:
+    def both(recorder: Recorder) -> None:
+        stages.embed(recorder, decode=False)
+        record(recorder)
+
+    return both
 
 
 def _products(stages: Stages) -> list[tuple[Matrix, int]]:
@@ -74,29 +126,23 @@ def _with(stages: Stages, key: str, shape: Shape) -> Stages:
     return replace(stages, tuning=replace(stages.tuning, measured=measured), columns=1)
 
 
-def _fastest(gpu: Gpu, shapes: Mapping[Shape, Stages], cache: Cache, *, is_head: bool) -> Shape:
-    """All of them by turns: the clock of a GPU that waits for the next kernel's compiler falls."""
-    trials = {
-        shape: _Trial(gpu, stages, cache, is_head=is_head) for shape, stages in shapes.items()
-    }
-    runs = [{shape: trial.run() for shape, trial in trials.items()} for _ in range(1 + REPEATS)]
+def _times(gpu: Gpu, records: Mapping[K, Record]) -> dict[K, float]:
+    """Microseconds of each, all of them by turns: the clock of a GPU that waits for the next
+    kernel's compiler falls."""
+    trials = {key: _Trial(gpu, record) for key, record in records.items()}
+    runs = [{key: trial.run() for key, trial in trials.items()} for _ in range(1 + REPEATS)]
     for trial in trials.values():
         trial.close()
-    return min(trials, key=lambda shape: median(run[shape] for run in runs[1:]))
+    return {key: median(run[key] for run in runs[1:]) for key in trials}
 
 
 class _Trial:
-    """All layers, or the head, as they run in a decode step: no clock is read in between."""
+    """What runs in a decode step: no clock is read in between."""
 
-    def __init__(self, gpu: Gpu, stages: Stages, cache: Cache, *, is_head: bool) -> None:
+    def __init__(self, gpu: Gpu, record: Record) -> None:
         self._recorder = ClockedRecorder(gpu, 2)
-        if not is_head:
-            stages.embed(self._recorder, decode=False)
         self._recorder.stamp()
-        if is_head:
-            stages.head(self._recorder)
-        else:
-            stages.layers(self._recorder, cache)
+        record(self._recorder)
         self._recorder.stamp()
         self._recorder.end()
         self._submission = Submission(gpu, [self._recorder.commands])

@@ -180,6 +180,20 @@ class PhysicalGpu:
         return int(limits.properties.limits.maxComputeWorkGroupInvocations)
 
     @cached_property
+    def multiprocessors(self) -> int:
+        """Each runs a workgroup of any size at the same time as the others; 0: the driver does not
+        tell their number."""
+        if "VK_NV_shader_sm_builtins" in self.extensions:
+            nvidia = new("PhysicalDeviceShaderSMBuiltinsPropertiesNV")
+            self._properties(nvidia)
+            return int(nvidia.shaderSMCount)
+        if "VK_AMD_shader_core_properties2" in self.extensions:
+            amd = new("PhysicalDeviceShaderCoreProperties2AMD")
+            self._properties(amd)
+            return int(amd.activeComputeUnitCount)
+        return 0
+
+    @cached_property
     def shared_bytes(self) -> int:
         """Shared memory that a workgroup may have."""
         limits = self._properties(binding().ffi.NULL)

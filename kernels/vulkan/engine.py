@@ -29,7 +29,7 @@ from uq.formats.config import (
 )
 from uq.kernels.numerics import ACTIVATIONS, FLOAT, KV, Numerics
 from uq.kernels.session import require_known
-from uq.kernels.vulkan.autotune import tune
+from uq.kernels.vulkan.autotune import TUNED_AT, tune
 from uq.kernels.vulkan.cache import Cache, CacheSize, check_memory
 from uq.kernels.vulkan.commands import Recorder, Submission
 from uq.kernels.vulkan.device import Gpu, PhysicalGpu
@@ -47,11 +47,12 @@ from uq.kernels.vulkan.model import (
     weight_names,
     work_sizes,
 )
+from uq.kernels.vulkan.persistent import Persistent, arena_bytes, tuned
 from uq.kernels.vulkan.pipelines import Pipelines
 from uq.kernels.vulkan.prefill import head_shapes
 from uq.kernels.vulkan.runs import Runs, fitting
 from uq.kernels.vulkan.stages import MOST_HEAD_DIM, Stages
-from uq.kernels.vulkan.state import MOST_BLOCKS, MOST_TOKENS, one_token
+from uq.kernels.vulkan.state import MOST_BLOCKS, MOST_TOKENS
 from uq.kernels.vulkan.tuning import Tuning, read_measured, write_measured
 from uq.kernels.vulkan.updates import MOST_STREAMS
 from uq.kernels.vulkan.weights import Loader, Source, padded_rows, weight_bytes
@@ -129,9 +130,8 @@ class Engine:
         self.mailbox = self._keep(Mailbox(self.gpu, self.work.state))
         suffix = "-int8" if numerics.activations else ""
         self._measured = pipeline_cache / f"{physical.identity}{suffix}.json"
-        known = read_measured(self._measured)
-        tuning = Tuning(physical.has("shaderIntegerDotProduct"), known)
-        self._stages = Stages(
+        tuning = Tuning(physical.has("shaderIntegerDotProduct"))
+        stages = Stages(
             config,
             self.model,
             self.work,
@@ -140,6 +140,11 @@ class Engine:
             abilities,
             columns=1,
         )
+        self._stages = tuned(stages, read_measured(self._measured), self._suffix, physical)
+
+    @property
+    def _suffix(self) -> str:
+        return "_int8" if self._is_int8 else ""
 
     def _load(self, source: Source, *, in_place: bool) -> Model:
         """The model; its weights in an arena but for those that are read in place."""
@@ -162,22 +167,25 @@ class Engine:
 
         The result is kept for this device and driver.
         """
-        lanes = self.gpu.physical.most_lanes
-        size = replace(self._cache_size(1, 1), tokens=1)
+        size = replace(self._cache_size(TUNED_AT + 1, 1), tokens=1)
         with closing(Arena(self.gpu, size.arena_bytes)) as arena:
             cache = Cache.take(size, arena, self.transfers)
-            self.transfers.write(self.work.state, one_token())
-            found = tune(self.gpu, self._stages, cache, lanes)
-        known = {**self._stages.tuning.measured, **found}
+            found = tune(self.gpu, self._stages, cache, self.transfers)
+        known = read_measured(self._measured).updated(found)
         write_measured(self._measured, known)
-        self._stages = replace(self._stages, tuning=replace(self._stages.tuning, measured=known))
+        self._stages = tuned(self._stages, known, self._suffix, self.gpu.physical)
 
     def runs(self, capacity: int, slots: int = 1) -> Runs:
         """Passes and decode steps over new KV caches of `capacity` tokens each."""
         size = self._cache_size(capacity, slots)
-        arena = self._keep(Arena(self.gpu, size.arena_bytes))
-        cache = Cache.take(size, arena, self.transfers)
-        return self._keep(Runs(self.gpu, self._stages, cache, self.mailbox, self.widest))
+        cut = self._stages.tuning.cut
+        more = arena_bytes(self.config, cut) if cut else 0
+        arena = self._keep(Arena(self.gpu, size.arena_bytes + more))
+        cache, persistent = Cache.take(size, arena, self.transfers), None
+        if cut:
+            persistent = Persistent.make(self._stages, cache, cut, arena, self.transfers)
+        runs = Runs(self.gpu, self._stages, cache, self.mailbox, self.widest, persistent)
+        return self._keep(runs)
 
     def _cache_size(self, capacity: int, slots: int) -> CacheSize:
         return CacheSize(self.config, capacity, self.widest, slots, self._is_int8)

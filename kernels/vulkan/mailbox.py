@@ -106,6 +106,11 @@ class Mailbox:
         found: list[int] = self._left()["choices"][:count].tolist()
         return found
 
+    @property
+    def failed(self) -> bool:
+        """Whether workgroups of the last submit have waited for each other in vain."""
+        return bool(self._left()["failed"][0])
+
     def generated(self, count: int) -> list[list[int]]:
         """For each sequence the tokens that the last submit appended."""
         left = self._left()

@@ -13,6 +13,7 @@ from uq.kernels.vulkan.commands import Recorder, Submission
 from uq.kernels.vulkan.device import Gpu
 from uq.kernels.vulkan.mailbox import Mailbox, Run, Writer
 from uq.kernels.vulkan.model import COLUMNS
+from uq.kernels.vulkan.persistent import Persistent
 from uq.kernels.vulkan.profile import TimedRecorder
 from uq.kernels.vulkan.stages import Stages
 
@@ -32,10 +33,20 @@ class Runs:
     """Recordings by what they do; made when first needed."""
 
     def __init__(
-        self, gpu: Gpu, stages: Stages, cache: Cache, mailbox: Mailbox, widest: int
+        self,
+        gpu: Gpu,
+        stages: Stages,
+        cache: Cache,
+        mailbox: Mailbox,
+        widest: int,
+        persistent: Persistent | None = None,
     ) -> None:
-        """`widest`: tokens that a pass may have."""
-        self._widest = widest
+        """
+        Args:
+            widest: tokens that a pass may have.
+            persistent: records the layers of a step of one token as one dispatch.
+        """
+        self._widest, self._persistent = widest, persistent
         self._gpu, self._stages, self.cache, self._mailbox = gpu, stages, cache, mailbox
         self._tile = replace(stages, columns=widest).tile
         self._recorders: dict[Part, Recorder] = {}
@@ -123,6 +134,10 @@ class Runs:
             whole = [self._mailbox.begin, *middle, self._mailbox.end]
             self._submissions[key] = Submission(self._gpu, whole)
         self._submissions[key].run()
+        if self._persistent and self._mailbox.failed:  # the driver runs fewer workgroups at a time
+            self._persistent = None
+            self.close()
+            self._run(parts)
 
     def _recorded(self, part: Part) -> Any:
         if part not in self._recorders:
@@ -140,6 +155,12 @@ class Runs:
             record[part.kind](recorder, part.columns)
             recorder.end()
         return self._recorders[part].commands
+
+    def _step_layers(self, recorder: Recorder, stages: Stages) -> None:
+        if self._persistent and stages.columns == 1:
+            self._persistent.record(recorder)
+        else:
+            stages.layers(recorder, self.cache)
 
     def _record_pass(self, recorder: Recorder, columns: int) -> None:
         stages = replace(self._stages, columns=columns)
@@ -173,13 +194,13 @@ class Runs:
         """The head finds the likeliest token by itself."""
         stages = replace(self._stages, columns=columns)
         stages.embed(recorder, decode=True)
-        stages.layers(recorder, self.cache)
+        self._step_layers(recorder, stages)
         stages.head(recorder)
 
     def _record_step(self, recorder: Recorder, columns: int) -> None:
         stages = replace(self._stages, columns=columns, alone=True)
         stages.embed(recorder, decode=True)
-        stages.layers(recorder, self.cache)
+        self._step_layers(recorder, stages)
         stages.heads(recorder)
         stages.choose(recorder, advances=True)
 

@@ -2,7 +2,8 @@
 
 A decode step has five stages a layer: q, k and v; attention; its output joined to the residual
 stream; the MLP's gate; its output joined to the residual stream. Norms, RoPE, the gate and the
-conversion of activations are done by whoever produces their input.
+conversion of activations are done by whoever produces their input. `persistent.py` has all of them
+in one dispatch.
 """
 
 from __future__ import annotations

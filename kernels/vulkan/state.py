@@ -48,6 +48,7 @@ POSTED = (
 KEPT = (
     Field("done", "uint", MOST_SEQUENCES, "1: the sequence stays as it is"),
     Field("made", "uint", MOST_SEQUENCES, "tokens that were appended since the submit began"),
+    Field("failed", "uint", 1, "1: workgroups have waited for each other in vain"),
     Field("choices", "uint", MOST_SEQUENCES, "the token that follows"),
     Field("generated", "uint", MOST_SEQUENCES * MOST_STEPS, "the tokens that were appended"),
 )
@@ -99,8 +100,9 @@ def blank() -> NDArray[np.uint32]:
     return words
 
 
-def one_token() -> NDArray[np.uint32]:
-    """A state in which the first column is a token, the first of its sequence."""
+def one_token(position: int = 0) -> NDArray[np.uint32]:
+    """A state in which the first column is a token."""
     words = blank()
     views(words)["count"][0] = 1
+    views(words)["positions"][0] = position
     return words

@@ -6,6 +6,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 from uq.kernels.vulkan.weights import Kind, Matrix
 
@@ -34,16 +35,56 @@ class Shape:
 
 
 @dataclass(frozen=True)
+class Cut:
+    """How all layers of a token are shared among the workgroups of one dispatch.
+
+    Attributes:
+        queries: heads that a workgroup of attention serves.
+        teams: slices of 64 invocations that share the columns of a block: of q, k and v; of
+            attention's output; of gate and up; of down.
+        out_parts, down_parts: of the columns of attention's output and of down, each another
+            workgroup's.
+        depth: tiles of weights that an invocation has on their way, up to 8.
+    """
+
+    workgroups: int
+    queries: int
+    teams: tuple[int, int, int, int]
+    out_parts: int
+    down_parts: int
+    depth: int
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What was fastest on a device.
+
+    Attributes:
+        products: key of a product -> its shape.
+        layers: key of a model -> how its layers are cut; None: each product is a dispatch.
+    """
+
+    products: Mapping[str, Shape] = field(default_factory=dict)
+    layers: Mapping[str, Cut | None] = field(default_factory=dict)
+
+    def updated(self, newer: Measured) -> Measured:
+        products = {**self.products, **newer.products}
+        return Measured(products, {**self.layers, **newer.layers})
+
+
+@dataclass(frozen=True)
 class Tuning:
     """Which kernel and which shape serve a matrix on one device.
 
     Attributes:
         integer_dot: the device multiplies four bytes at once.
         measured: key of a product -> its best shape.
+        cut: of the layers of one token that are one dispatch; None: each product is one.
     """
 
     integer_dot: bool
     measured: Mapping[str, Shape] = field(default_factory=dict)
+    cut: Cut | None = None
 
     def kernel(self, kind: Kind) -> str:
         dotted = self.integer_dot and not kind.is_float
@@ -97,15 +138,21 @@ def candidates(matrix: Matrix, epilogue: int, most_lanes: int) -> list[Shape]:
     ]
 
 
-def read_measured(path: Path) -> dict[str, Shape]:
+def read_measured(path: Path) -> Measured:
     """What `write_measured` wrote; nothing when there is no such file, or a broken one."""
     try:
         stored = json.loads(path.read_text())
-        return {key: Shape(**shape) for key, shape in stored.items()}
-    except (OSError, ValueError, TypeError, AttributeError):
-        return {}
+        products = {key: Shape(**shape) for key, shape in stored["products"].items()}
+        layers = {key: _cut(cut) for key, cut in stored["layers"].items()}
+    except (OSError, ValueError, TypeError, AttributeError, KeyError):
+        return Measured()
+    return Measured(products, layers)
 
 
-def write_measured(path: Path, measured: Mapping[str, Shape]) -> None:
+def _cut(stored: dict[str, Any] | None) -> Cut | None:
+    return Cut(**{**stored, "teams": tuple(stored["teams"])}) if stored else None
+
+
+def write_measured(path: Path, measured: Measured) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps({key: asdict(shape) for key, shape in measured.items()}, indent=1))
+    path.write_text(json.dumps(asdict(measured), indent=1))

@@ -70,12 +70,13 @@ _SCALE_PLACE, _X_PLACE = 19, 20
 _OF_WEIGHTS = (
     "gemv.comp",
     "experts.comp",
+    "persistent.comp",
     "embed.comp",
     "per_layer.comp",
     "gemm.comp",
     "gemm_matrix.comp",
 )
-_WITH_NORM = ("gemv.comp", "norm.comp", "altup.comp", "laurel.comp")
+_WITH_NORM = ("gemv.comp", "persistent.comp", "norm.comp", "altup.comp", "laurel.comp")
 # They have no inputs of linears.
 _WITHOUT_X = (
     *("read.comp", "arithmetic.comp", "peaks.comp", "sample.comp"),
@@ -99,6 +100,7 @@ def _decode_kernels() -> Iterator[Variant]:
             dotted: dict[str, str | int] = {**macros, "INTEGER_DOT": 1}
             yield _kernel(f"gemv_{kind}_dot", "gemv.comp", dotted, ("int8dot",), gemv)
             yield _kernel(f"experts_{kind}_dot", "experts.comp", dotted, ("int8dot",), experts)
+    yield from _persistent_kernels()
     norm = ("LANES", "FLOAT_X", "KEEP_NORMED", "HALF_OUT", *_NORM, "EXPERTS")
     yield _kernel("norm", "norm.comp", constants=norm)
     for place in ("before", "behind"):
@@ -120,6 +122,17 @@ def _decode_kernels() -> Iterator[Variant]:
     attention = ("LANES", "FLOAT_X", "MODE", *shape, *scores, "PARTS", "RUN", *keys)
     for name, macros in _caches("attention"):
         yield _kernel(name, "attention.comp", macros, constants=attention)
+
+
+def _persistent_kernels() -> Iterator[Variant]:
+    """All layers of a token, of weights of one kind."""
+    heads = ("DIM", "HEADS", "KV_HEADS", "QUERIES", "SPLITS", "QK_NORM", "SCALE", "CAP")
+    common = ("LANES", "GROUP", "DEPTH", "PATIENCE", *_NORM, *heads)
+    cut = ("INTERMEDIATE", "LAYERS", "DOWN_PARTS", "TEAMS", "HELD_TILES", "OUT_PARTS")
+    for cache, macros in _caches("persistent"):
+        dotted = {**macros, "WEIGHT": "INT4", "INTEGER_DOT": 1}
+        row = _kernel(f"{cache}_int4_dot", "persistent.comp", dotted, ("int8dot",), common)
+        yield replace(row, spec_constants=(*row.spec_constants, *cut))
 
 
 def _caches(name: str) -> Iterator[tuple[str, dict[str, str | int]]]:

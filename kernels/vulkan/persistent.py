@@ -1,0 +1,246 @@
+"""All layers of one token in one dispatch: what `persistent.comp` is given, and when it may run.
+
+Between two dispatches a GPU stands still for two microseconds, five times a layer or more. Here a
+workgroup on each multiprocessor stays, and waits for what it needs of the others' results.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from itertools import product
+
+import numpy as np
+
+from uq.formats.config import GemmaConfig
+from uq.kernels.vulkan.cache import Cache
+from uq.kernels.vulkan.commands import Recorder
+from uq.kernels.vulkan.device import PhysicalGpu
+from uq.kernels.vulkan.memory import Arena, Span, Transfers, aligned
+from uq.kernels.vulkan.model import Layer, Model, split_count
+from uq.kernels.vulkan.push import addresses
+from uq.kernels.vulkan.stages import ATTENTION_LANES, Stages
+from uq.kernels.vulkan.tuning import BRANCH, GEGLU, STORE, Cut, Measured, Shape, product_key
+from uq.kernels.vulkan.variants import VARIANTS
+from uq.kernels.vulkan.weights import TILE_COLS, tiles_of
+
+LANES = ATTENTION_LANES  # as many as attention has alone: the same bits
+SLICES = LANES // 64
+PATIENCE = 1 << 16  # looks at a message, somewhat less than a microsecond each
+MOST_CHANNELS = 2560  # of the residual stream: it stays in registers
+DEPTHS, TEAMS, DOWN_PARTS = (4, 8), ((4, 4, 2, 4), (4, 2, 1, 4)), (1, 2)  # of cuts to measure
+ENTRY = 17  # words of 64 bits of a layer, as in shaders/persistent.comp
+X_BYTES = 288  # of 128 channels of activations
+
+
+@dataclass(frozen=True)
+class Persistent:
+    """Records the layers of one token over one KV cache.
+
+    Attributes:
+        entries: addresses of each layer's weights, gains, keys and values.
+        messages: the ledger, and what workgroups tell each other.
+    """
+
+    stages: Stages
+    cache: Cache
+    cut: Cut
+    entries: Span
+    messages: tuple[Span, ...]
+
+    @classmethod
+    def make(
+        cls, stages: Stages, cache: Cache, cut: Cut, arena: Arena, transfers: Transfers
+    ) -> Persistent:
+        layers = range(stages.config.num_layers + 1)
+        words = np.array([_entry(stages.model, cache, layer) for layer in layers], np.uint64)
+        entries = arena.take(words.nbytes)
+        transfers.write(entries, words)
+        messages = tuple(arena.take(size) for size in message_sizes(stages.config, cut))
+        for span in messages:
+            transfers.fill(span)  # no message has the tag 0
+        return cls(stages, cache, cut, entries, messages)
+
+    def record(self, recorder: Recorder) -> None:
+        """From the embedding to the final norm's output."""
+        recorder.label = "layers"
+        stages, work = self.stages, self.stages.work
+        ledger, *messages = self.messages
+        push = addresses(self.entries, work.state, ledger, *messages)
+        push += addresses(work.hidden, work.normed, work.x)
+        name = module(stages.model, self.cache.suffix)
+        pipeline = stages.pipelines.get(name, **_constants(stages, self.cut))
+        stages.run(recorder, pipeline, push, (self.cut.workgroups, 1, 1))
+        recorder.barrier()
+
+
+def module(model: Model, suffix: str) -> str:
+    """Of the table of variants, if it is there; `suffix` is the cache's."""
+    return f"persistent{suffix}_{model.layers[0].out.kind.name}_dot"
+
+
+def suits(stages: Stages, suffix: str, physical: PhysicalGpu) -> bool:
+    """Whether the kernel knows such a model, and such a device."""
+    return physical.multiprocessors > 0 and knows(stages, suffix)
+
+
+def knows(stages: Stages, suffix: str) -> bool:
+    config, model = stages.config, stages.model
+    kinds = {matrix.kind for layer in model.layers for matrix in layer.matrices}
+    return (
+        stages.tuning.integer_dot
+        and not (model.per_layer or model.ways or config.value_norm)
+        and len(kinds) == 1
+        and module(model, suffix) in VARIANTS
+        and all(_is_plain(layer, config) for layer in model.layers)
+        and config.hidden_size <= MOST_CHANNELS
+        and config.head_dim % TILE_COLS == 0
+    )
+
+
+def _is_plain(layer: Layer, config: GemmaConfig) -> bool:
+    """As Gemma 1 to 3 have it."""
+    extras = (layer.told, layer.mixture, layer.laurel, layer.updates, layer.quantile)
+    return (
+        not any(extras)
+        and layer.owns_keys
+        and layer.scale == 1
+        and len(layer.qkv) == 1
+        and (layer.head_dim, layer.kv_heads) == (config.head_dim, config.num_kv_heads)
+        and layer.gate.rows == config.intermediate_size
+    )
+
+
+def tuned(stages: Stages, known: Measured, suffix: str, physical: PhysicalGpu) -> Stages:
+    """With what was measured for its products and layers."""
+    cut = known.layers.get(model_key(stages.config))
+    if cut is None or not suits(stages, suffix, physical):
+        tuning = replace(stages.tuning, measured=known.products, cut=None)
+    else:
+        measured = {**known.products, **shapes(stages.model, cut)}
+        tuning = replace(stages.tuning, measured=measured, cut=cut)
+    return replace(stages, tuning=tuning)
+
+
+def cuts(config: GemmaConfig, multiprocessors: int, most_shared: int) -> Iterator[Cut]:
+    """Ways to share the layers that are worth measuring.
+
+    Every workgroup has outputs of the gate, or it could fall behind by a layer: messages that it
+    has not read yet would be overwritten.
+    """
+    sharing, heads = config.num_heads // config.num_kv_heads, config.num_heads
+    out_parts = 1 if heads % 2 else heads // 2
+    at_once = (1, 2) if sharing % 2 == 0 else (1,)
+    for depth, teams, queries, down_parts in product(DEPTHS, TEAMS, at_once, DOWN_PARTS):
+        outputs = 16 * (SLICES // teams[2] // 2)
+        workgroups = min(multiprocessors, -(-config.intermediate_size // outputs))
+        cut = Cut(workgroups, queries, teams, out_parts, down_parts, depth)
+        if shared_bytes(config, cut) <= most_shared:
+            yield cut
+
+
+def shapes(model: Model, cut: Cut) -> dict[str, Shape]:
+    """Of products that are dispatches: with these a token has the same bits there."""
+    layer = model.layers[0]
+    products = (
+        (layer.qkv[0][0], STORE, 1),
+        (layer.out, BRANCH, cut.out_parts),
+        (layer.gate, GEGLU, 1),
+        (layer.down, BRANCH, cut.down_parts),
+    )
+    return {
+        product_key(matrix, epilogue): Shape(64 * team, 4 if epilogue == GEGLU else 1, parts=parts)
+        for (matrix, epilogue, parts), team in zip(products, cut.teams, strict=True)
+    }
+
+
+def model_key(config: GemmaConfig) -> str:
+    """Of `Measured.layers`."""
+    sizes = (config.hidden_size, config.intermediate_size, config.head_dim)
+    heads = (config.num_heads, config.num_kv_heads, config.num_layers)
+    return "x".join(map(str, (*sizes, *heads)))
+
+
+def message_sizes(config: GemmaConfig, cut: Cut) -> list[int]:
+    """Bytes of the ledger, and of the messages of each kind, 8 bytes a value."""
+    splits = split_count(config.num_kv_heads)
+
+    def plane(channels: int) -> int:
+        return 8 * TILE_COLS * tiles_of(channels)
+
+    return [
+        16,
+        plane(config.q_size + 2 * config.kv_size),
+        8 * splits * config.q_size,
+        16 * splits * config.num_heads,
+        cut.out_parts * plane(config.hidden_size),
+        plane(config.intermediate_size),
+        cut.down_parts * plane(config.hidden_size),
+    ]
+
+
+def arena_bytes(config: GemmaConfig, cut: Cut) -> int:
+    entries = 8 * ENTRY * (config.num_layers + 1)
+    return sum(map(aligned, (entries, *message_sizes(config, cut))))
+
+
+def held_tiles(config: GemmaConfig, cut: Cut) -> int:
+    """Tiles of 128 channels that a stage's input has at most."""
+    out, down = tiles_of(config.q_size), tiles_of(config.intermediate_size)
+    parts = (-(-out // cut.out_parts), -(-down // cut.down_parts))
+    return max(tiles_of(config.hidden_size), *parts)
+
+
+def shared_bytes(config: GemmaConfig, cut: Cut) -> int:
+    """Of a workgroup, at most: activations, attention's sums, and what is small."""
+    dim, splits = config.head_dim, split_count(config.num_kv_heads)
+    sums = 4 * cut.queries * LANES * 8 + 4 * dim * (cut.queries + 4)
+    weights = 4 * splits * (cut.queries + config.num_heads // cut.out_parts) + 4 * LANES
+    return X_BYTES * held_tiles(config, cut) + sums + weights + 4 * config.hidden_size // 16 + 2048
+
+
+def _constants(stages: Stages, cut: Cut) -> dict[str, int | float]:
+    config = stages.config
+    return {
+        "LANES": LANES,
+        **stages.model.layers[0].out.kind.constants,
+        "DEPTH": cut.depth,
+        "PATIENCE": PATIENCE,
+        "ITEMS": -(-config.hidden_size // (4 * LANES)),
+        "HIDDEN": config.hidden_size,
+        "EPS": float(config.rms_norm_eps),
+        "POST_NORM": config.post_norms,
+        "HAS_BRANCH": True,
+        "DIM": config.head_dim,
+        "HEADS": config.num_heads,
+        "KV_HEADS": config.num_kv_heads,
+        "QUERIES": cut.queries,
+        "SPLITS": split_count(config.num_kv_heads),
+        "QK_NORM": config.qk_norm,
+        "SCALE": float(config.attention_scale),
+        "CAP": float(config.attn_softcap or 0.0),
+        "INTERMEDIATE": config.intermediate_size,
+        "LAYERS": config.num_layers,
+        "DOWN_PARTS": cut.down_parts,
+        "TEAMS": sum(team << 4 * i for i, team in enumerate(cut.teams)),
+        "HELD_TILES": held_tiles(config, cut),
+        "OUT_PARTS": cut.out_parts,
+    }
+
+
+def _entry(model: Model, cache: Cache, index: int) -> list[int]:
+    """Of a layer, or of what stands behind the last one: addresses, and two sizes."""
+    layers, config = model.layers, cache.size.config
+    before = layers[index - 1] if index else None
+    gain = before.next_gain if before else model.first_gain
+    joined = (before.branch_gain if before else None) or gain
+    if index == len(layers):
+        return [0] * 13 + [gain.address, joined.address, 0, 0]
+    layer = layers[index]
+    turns = cache.turns[config.is_sliding(index)]
+    matrices = (layer.qkv[0][0], layer.out, layer.gate, layer.up, layer.down)
+    spans = [matrix.span for matrix in matrices]
+    spans += [layer.q_gain or turns, layer.k_gain or turns, *cache.spans(index), turns]
+    sizes = layer.window | cache.size.slots[index] << 32
+    gains = (gain, joined, layer.attention_gain or gain, layer.mlp_gain)
+    return [*(span.address for span in spans), sizes, *(span.address for span in gains)]

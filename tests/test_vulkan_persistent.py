@@ -1,0 +1,126 @@
+"""All layers of a token in one dispatch, against dispatches of their own.
+
+Mesa's software device does not run several workgroups at a time for sure, so there is one that has
+no one to wait for, or two that wait in vain.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from benchmarks.shapes import shape_config
+from benchmarks.vulkan_speed import RandomWeights
+from tests.vulkan_lab import no_messages  # noqa: F401
+from uq.formats.config import GemmaConfig
+from uq.kernels.numerics import ACTIVATIONS, KV, Numerics
+from uq.kernels.session import Sampling
+from uq.kernels.vulkan import autotune, persistent
+from uq.kernels.vulkan.device import PhysicalGpu, choose
+from uq.kernels.vulkan.persistent import SLICES, cuts, model_key, shapes
+from uq.kernels.vulkan.session import VulkanSession
+from uq.kernels.vulkan.tuning import Cut, Measured, read_measured, write_measured
+
+PROMPT = [2, 7, 9, 30, 4] * 8  # with the text behind it two splits
+ONE = Cut(1, queries=1, teams=(4, 2, 2, 4), out_parts=2, down_parts=2, depth=1)
+INT8 = Numerics(ACTIVATIONS["int8"], KV["int8"])
+
+
+@pytest.fixture
+def config() -> GemmaConfig:
+    config = shape_config("270m", 2, 512)
+    return replace(config, hidden_size=256, intermediate_size=384, head_dim=128, sliding_window=32)
+
+
+@pytest.fixture(autouse=True)
+def one_multiprocessor(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(PhysicalGpu, "multiprocessors", 1)
+
+
+def opened(config: GemmaConfig, folder: Path, *, tune: bool = False) -> VulkanSession:
+    source, gpu = RandomWeights(config), choose()
+    return VulkanSession(
+        config, source, gpu, pipeline_cache=folder, max_context=64, numerics=INT8, tune=tune
+    )
+
+
+def measured_file(folder: Path) -> Path:
+    return folder / f"{choose().identity}-int8.json"
+
+
+def cut_session(config: GemmaConfig, folder: Path, cut: Cut | None) -> VulkanSession:
+    """Its products have the sums of `ONE`, and its layers are cut so."""
+    first = opened(config, folder)
+    products = shapes(first._engine.model, ONE)
+    first.close()
+    write_measured(measured_file(folder), Measured(products, {model_key(config): cut}))
+    return opened(config, folder)
+
+
+def text_and_logits(session: VulkanSession) -> tuple[list[int], NDArray[np.float32]]:
+    session.reset()
+    session.prefill(PROMPT)
+    return list(session.decode(8, Sampling())), session.next_logits
+
+
+@pytest.fixture
+def expected(config: GemmaConfig, tmp_path: Path) -> tuple[list[int], NDArray[np.float32]]:
+    """Of dispatches of their own."""
+    session = cut_session(config, tmp_path, None)
+    found = text_and_logits(session)
+    session.close()
+    return found
+
+
+def test_a_token_has_the_bits_of_dispatches(
+    config: GemmaConfig, tmp_path: Path, expected: tuple[list[int], NDArray[np.float32]]
+) -> None:
+    session = cut_session(config, tmp_path, ONE)
+    text, logits = text_and_logits(session)
+    labels = {kernel.label for kernel in session.profile().kernels}
+    assert labels == {"embedding", "layers", "head"}
+    assert text == expected[0] and np.array_equal(logits, expected[1])
+    session.close()
+
+
+def test_who_waits_in_vain_computes_the_tokens_anew(
+    config: GemmaConfig,
+    tmp_path: Path,
+    expected: tuple[list[int], NDArray[np.float32]],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(persistent, "PATIENCE", 1)
+    session = cut_session(config, tmp_path, replace(ONE, workgroups=2))
+    text, logits = text_and_logits(session)
+    assert len({kernel.label for kernel in session.profile().kernels}) > 3
+    assert text == expected[0] and np.array_equal(logits, expected[1])
+    session.close()
+
+
+def cuts_are_fastest(_gpu: object, records: dict[object, object]) -> dict[object, float]:
+    return {key: float(not isinstance(key, Cut)) for key in records}
+
+
+def test_the_fastest_way_is_kept(
+    config: GemmaConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(autotune, "cuts", lambda *_: iter([ONE]))
+    monkeypatch.setattr(autotune, "_times", cuts_are_fastest)
+    opened(config, tmp_path, tune=True).close()
+    assert read_measured(measured_file(tmp_path)).layers == {model_key(config): ONE}
+
+
+@pytest.mark.parametrize("name", ["270m", "1b", "4b"])
+def test_every_workgroup_has_outputs_of_the_gate(name: str) -> None:
+    """Otherwise messages could be overwritten before it has read them."""
+    config = shape_config(name)
+    found = list(cuts(config, 500, 48 << 10))
+    assert found
+    for cut in found:
+        outputs = 16 * (SLICES // cut.teams[2] // 2)
+        assert outputs * (cut.workgroups - 1) < config.intermediate_size
+        assert config.num_heads % cut.out_parts == 0
