@@ -27,6 +27,7 @@ PER_LAYER_PROJECTION = "model.per_layer_model_projection"  # and .weight: of all
 PER_LAYER_NORM = "model.per_layer_projection_norm"
 ALTUP_PROJECTIONS = "model.altup_projections"  # and .0.weight to the last stream's
 ALTUP_UNEMBED_PROJECTIONS = "model.altup_unembed_projections"
+TABLES = {EMBEDDING: "embedding", HEAD: "head", PER_LAYER_EMBEDDING: "per-layer embedding"}
 
 # What layers may have beyond attention of one head size and a gated MLP, as messages name it.
 FULL_HEADS = "full layers with heads of their own"

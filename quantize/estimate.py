@@ -18,7 +18,7 @@ import psutil
 
 from uq.formats.checkpoint import Checkpoint
 from uq.formats.checkpoint.content import BLOCK
-from uq.formats.config import EMBEDDING, HEAD, PER_LAYER_EMBEDDING, GemmaConfig, layer_tensor
+from uq.formats.config import TABLES, GemmaConfig, layer_tensor
 from uq.formats.layouts import LAYOUTS
 from uq.formats.manifest import expected_tensors
 from uq.formats.spec import Spec
@@ -46,7 +46,6 @@ from uq.quantize.two_sided import ROUNDS, STEPS, SWEEPS
 from uq.text import duration, size, table
 
 TOKENIZER_SECONDS = 4e-6  # per token, likewise
-TABLES = {EMBEDDING: "embedding", HEAD: "head", PER_LAYER_EMBEDDING: "per-layer embedding"}
 STAGED = {role for stage in STAGES for role in stage.roles}
 SAMPLE = 512  # side of the sample matrices
 REPEATS = 8

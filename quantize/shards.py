@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import MutableMapping
 
 from uq.formats.checkpoint import Checkpoint
@@ -102,11 +103,12 @@ def shard_sources(config: GemmaConfig, index: int) -> list[str]:
 
 
 def shard_bytes(config: GemmaConfig, plan: Plan) -> list[int]:
-    """Bytes of the quantized tensors of each shard, as their layout stores them."""
-    shapes = expected_tensors(config)[0]
-    stored = {
-        name: LAYOUTS[tensor.layout].nbytes(*shapes[name], tensor.spec)
-        for name, tensor in plan.tensors.items()
-    }
-    shards = range(1 + config.num_layers)
-    return [sum(stored[name] for name in shard_tensors(config, index)) for index in shards]
+    """Bytes of the tensors of each shard: by their layout, or float32."""
+    shapes, floats = expected_tensors(config)
+    stored = {name: 4 * math.prod(shape) for name, shape in floats.items()}
+    for name, tensor in plan.tensors.items():
+        stored[name] = LAYOUTS[tensor.layout].nbytes(*shapes[name], tensor.spec)
+    return [
+        sum(stored.get(name) or stored[gain_name(name)] for name in shard_sources(config, index))
+        for index in range(1 + config.num_layers)
+    ]

@@ -19,7 +19,9 @@ from uq.kernels.backends import open_session
 from uq.kernels.reference import ReferenceSession
 from uq.progress import SilentProgress
 from uq.quantize.devices import open_engine
+from uq.quantize.job import plan_of
 from uq.quantize.pipeline import QuantizeOptions, quantize
+from uq.quantize.shards import shard_bytes
 from uq.validate.validate import ValidateOptions, validate
 
 
@@ -43,6 +45,14 @@ def test_streams_and_products_of_low_rank_stay_in_float(bundle: Bundle) -> None:
         "per_layer_projection": (64, 64),
     }.items():
         assert arrays[layer_tensor(0, role)].shape == shape
+
+
+def test_the_room_that_is_asked_for_holds_all_tensors(bundle: Bundle) -> None:
+    plan = plan_of(bundle.config, QuantizeOptions(recipe="int8", method="rtn"))
+    files = {name: file.size for name, file in bundle.manifest.files.items()}
+    shards = [size for name, size in sorted(files.items()) if name.endswith(".safetensors")]
+    for stored, wanted in zip(shards, shard_bytes(bundle.config, plan), strict=True):
+        assert 0 <= stored - wanted < 8192  # the header
 
 
 def test_reference_device_runs_it(bundle: Bundle, tiny_gemma3n: Callable[..., Path]) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 
 from uq.formats.bundle import Bundle, open_bundle
 from uq.formats.checkpoint import Checkpoint, open_checkpoint
-from uq.formats.config import EMBEDDING, HEAD
+from uq.formats.config import TABLES
 from uq.formats.hub_bundle import is_hub_bundle
 from uq.formats.manifest import MANIFEST, TOWERS, Manifest
 from uq.formats.towers import open_towers
@@ -38,8 +38,8 @@ class Tensor:
     @property
     def kind(self) -> str:
         """Role within a layer; all norms are one kind."""
-        if self.name in (EMBEDDING, HEAD):
-            return "embedding" if self.name == EMBEDDING else "head"
+        if self.name in TABLES:
+            return TABLES[self.name]
         role = re.sub(r"^model\.(layers\.\d+\.)?|\.(weight|gain)$", "", self.name)
         return "norms" if "norm" in role.rpartition(".")[2] else role
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from uq.formats.config import EMBEDDING, HEAD, PER_LAYER_EMBEDDING, layer_tensor
+from uq.formats.config import TABLES, layer_tensor
 from uq.formats.manifest import gain_name
 from uq.validate.report import KindSize, LayerError
 
@@ -19,7 +19,6 @@ if TYPE_CHECKING:
     from uq.formats.manifest import Manifest, TensorRecord
 
 ROWS = 4096  # rows of the embedding that are compared at a time
-TABLES = {EMBEDDING: "embedding", HEAD: "head", PER_LAYER_EMBEDDING: "per-layer embedding"}
 KINDS = (*TABLES.values(), "attention", "mlp", "experts", "other", "norms")
 PARTS = {".self_attn.": "attention", ".mlp.": "mlp", ".experts.": "experts"}
 
