@@ -20,7 +20,7 @@ from uq.formats.config import GemmaConfig
 from uq.kernels.numerics import ACTIVATIONS, KV, Numerics
 from uq.kernels.session import Sampling
 from uq.kernels.vulkan import autotune, persistent
-from uq.kernels.vulkan.device import PhysicalGpu, choose
+from uq.kernels.vulkan.device import choose
 from uq.kernels.vulkan.persistent import SLICES, cuts, model_key, shapes
 from uq.kernels.vulkan.session import VulkanSession
 from uq.kernels.vulkan.tuning import Cut, Measured, read_measured, write_measured
@@ -38,7 +38,7 @@ def config() -> GemmaConfig:
 
 @pytest.fixture(autouse=True)
 def one_multiprocessor(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(PhysicalGpu, "multiprocessors", 1)
+    monkeypatch.setitem(vars(choose()), "multiprocessors", 1)  # where it is cached
 
 
 def opened(config: GemmaConfig, folder: Path, *, tune: bool = False) -> VulkanSession:
