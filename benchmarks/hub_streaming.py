@@ -31,9 +31,9 @@ from typing import Any
 import numpy as np
 import psutil
 
-from tests.conftest import Tiny, config_of, tokenizer_config, tokenizer_of
 from tests.hub_server.server import HubServer
 from tests.hub_server.store import OnDisk
+from tests.tiny import Tiny, config_of, tokenizer_config, tokenizer_of
 
 REPO = "google/gemma-noise"
 SHAPES: dict[str, dict[str, Any]] = {

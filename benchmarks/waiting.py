@@ -29,10 +29,10 @@ from statistics import median
 
 import numpy as np
 
-from tests.conftest import Tiny, config_of, tokenizer_of
 from tests.hub_server.server import HubServer
 from tests.hub_server.store import Account
 from tests.test_report import REPORT
+from tests.tiny import Tiny, config_of, tokenizer_of
 from uq.formats.bundle import Bundle, open_bundle
 from uq.formats.checkpoint.hf_config import parse_config
 from uq.formats.config import GemmaConfig

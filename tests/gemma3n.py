@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 from safetensors.numpy import save_file
 
-from tests.conftest import tokenizer_config, tokenizer_of, write_json
+from tests.tiny import tokenizer_config, tokenizer_of, write_json
 
 SLIDING, FULL = "sliding_attention", "full_attention"
 # As E2B and E4B: four streams of which the first is active, shared keys and values, sparse gates.

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 from safetensors.numpy import save_file
 
-from tests.conftest import tokenizer_config, tokenizer_of, write_json
+from tests.tiny import tokenizer_config, tokenizer_of, write_json
 from uq.formats.bundle import Bundle, open_bundle
 from uq.formats.checkpoint import open_checkpoint
 from uq.quantize.pipeline import QuantizeOptions, quantize

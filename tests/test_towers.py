@@ -13,9 +13,9 @@ import pytest
 from numpy.testing import assert_array_equal
 from safetensors import safe_open
 
-from tests.conftest import tokenizer_of
 from tests.gemma4 import SMALL as GEMMA4
 from tests.test_publish import report_of
+from tests.tiny import tokenizer_of
 from uq.cli import main
 from uq.errors import BundleError, UqError
 from uq.export.export import ExportOptions, export

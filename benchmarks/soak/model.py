@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from tests.conftest import (
+from tests.tiny import (
     Tiny,
     config_of,
     tokenizer_config,

@@ -12,7 +12,7 @@ from unittest.mock import patch
 import numpy as np
 from gguf import GGUFWriter
 
-from tests.conftest import (
+from tests.tiny import (
     Tiny,
     config_of,
     tokenizer_config,
