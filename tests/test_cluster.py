@@ -7,7 +7,6 @@ a thread, which starts at once.
 from __future__ import annotations
 
 import os
-import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -19,7 +18,6 @@ import dask.config
 import pytest
 from distributed import Client, LocalCluster
 
-from uq.cli import main
 from uq.cluster import link, members
 from uq.cluster.admission import difference
 from uq.cluster.cluster import connect
@@ -31,10 +29,16 @@ from uq.quantize.pipeline import QuantizeOptions, quantize
 from uq.sweep import Trial, sweep
 
 RTN = QuantizeOptions(method="rtn")
+
+
 INDEPENDENT = QuantizeOptions(
     group=32, calibration_tokens=160, calibration_length=80, calibrate_layers="independently"
 )
+
+
 LET_GO, STOPPED = Event(), Event()
+
+
 HERE = Facts({"uq": "1.0", "numpy": "2.5"}, "znver5", {"a.safetensors": (100, "noon")})
 
 
@@ -379,25 +383,3 @@ def test_a_lost_scheduler_is_one_line(
         threads.close()
         with pytest.raises(DeviceError, match="the scheduler is gone; the same command continues"):
             list(farm.map(hold, ["first"], ahead=1, together=1))
-
-
-def test_nobody_there_is_one_line(
-    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(link, "PATIENCE", 0.3)
-    words = ["quantize", str(model), "-o", str(tmp_path / "b"), "--method", "rtn", "--scheduler"]
-    assert main([*words, "tcp://127.0.0.1:9"]) == 1
-    assert "tcp://127.0.0.1:9: no scheduler answers there" in capsys.readouterr().err
-    with LocalCluster(n_workers=0, dashboard_address="127.0.0.1:0", protocol="tcp") as empty:
-        assert main([*words, empty.scheduler_address]) == 1
-    assert "the scheduler has no workers; start one" in capsys.readouterr().err
-
-
-def test_without_the_extra_one_line_says_how_to_install_it(
-    model: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    for name in ("cluster", "link", "members", "relay", "worker"):
-        monkeypatch.delitem(sys.modules, f"uq.cluster.{name}")
-    monkeypatch.setitem(sys.modules, "distributed", None)
-    assert main(["quantize", str(model), "--scheduler", "tcp://127.0.0.1:9"]) == 1
-    assert "pip install 'unicorn-quant[cluster]'" in capsys.readouterr().err

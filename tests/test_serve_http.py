@@ -6,15 +6,11 @@ import http.client
 import json
 import os
 import re
-import signal
 import subprocess
 import sys
-import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,69 +19,15 @@ import openai
 import pytest
 from numpy.typing import NDArray
 
+from tests.serve_site import KEY, Site, site
 from uq.cli import main
 from uq.formats.bundle import Bundle, open_bundle
 from uq.formats.writer import BundleWriter
-from uq.kernels.backends import open_batch
 from uq.kernels.cpu.session import CpuSession
-from uq.kernels.session import BatchSession, Piece, Sampling
+from uq.kernels.session import Sampling
 from uq.serve import app
-from uq.serve.server import ServeOptions, Server, listening, running, web_server
 
-KEY = "a-key"
 HARNESS = Path(__file__).with_name("harness")
-Reply = tuple[int, dict[str, str], Any]
-
-
-@dataclass(frozen=True)
-class Site:
-    """A server that runs in this process."""
-
-    port: int
-    server: Server
-
-    @property
-    def client(self) -> openai.OpenAI:
-        url = f"http://127.0.0.1:{self.port}/v1"
-        return openai.OpenAI(base_url=url, api_key=KEY, max_retries=0)
-
-    def send(self, method: str, path: str, body: object = None, **headers: str) -> Reply:
-        """Status, headers and body, which is JSON where the headers say so."""
-        data = body if isinstance(body, bytes) else json.dumps(body).encode()
-        with self.request(method, path, data, **headers) as answer:
-            read = answer.read()
-            found = {name.lower(): value for name, value in answer.getheaders()}
-            is_json = found.get("content-type") == "application/json"
-            return answer.status, found, json.loads(read) if is_json else read.decode()
-
-    @contextmanager
-    def request(
-        self, method: str, path: str, data: bytes, **headers: str
-    ) -> Iterator[http.client.HTTPResponse]:
-        sent = {"Content-Type": "application/json", "Authorization": f"Bearer {KEY}"}
-        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=60)
-        connection.request(method, path, data or None, sent | headers)
-        with connection.getresponse() as answer:
-            yield answer
-        connection.close()
-
-    def metric(self, name: str) -> float:
-        lines = self.send("GET", "/metrics")[2].splitlines()
-        return float(next(line.split()[-1] for line in lines if line.startswith(f"{name} ")))
-
-
-@contextmanager
-def site(bundle: Bundle, **options: Any) -> Iterator[Site]:
-    chosen = ServeOptions(port=0, **options)
-    with listening(chosen) as listener, running(bundle, chosen) as server:
-        web = web_server(server, lambda: None)
-        thread = threading.Thread(target=web.run, kwargs={"sockets": [listener]}, daemon=True)
-        thread.start()
-        try:
-            yield Site(listener.getsockname()[1], server)
-        finally:
-            web.should_exit = True
-            thread.join()
 
 
 @pytest.fixture(scope="module")
@@ -416,88 +358,3 @@ def log_softmax(logits: NDArray[np.float32]) -> NDArray[np.float64]:
     rows = logits.astype(np.float64)
     logs: NDArray[np.float64] = rows - np.log(np.exp(rows).sum(axis=1, keepdims=True))
     return logs
-
-
-def test_one_thread_opens_the_model_and_runs_it(
-    bundle: Bundle, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Two would have a team of OpenMP threads each, more than there are cores."""
-    opened = []
-
-    def opening(*args: Any, **options: Any) -> BatchSession:
-        opened.append(threading.current_thread())
-        return open_batch(*args, **options)
-
-    monkeypatch.setattr("uq.serve.server.open_batch", opening)
-    with site(bundle) as fresh:
-        before, ran = fresh.server.session.extend, []
-
-        def extend(pieces: Sequence[Piece]) -> NDArray[np.float32]:
-            ran.append(threading.current_thread())
-            return before(pieces)
-
-        monkeypatch.setattr(fresh.server.session, "extend", extend)
-        assert fresh.send("POST", "/v1/completions", {"prompt": "x", "max_tokens": 2})[0] == 200
-    assert set(ran) == set(opened) != {threading.main_thread()}
-
-
-def test_the_command_serves_until_it_is_told_to_stop(bundle: Bundle) -> None:
-    argv = [sys.executable, "-m", "uq", "serve", str(bundle.path), "--port", "0", "--parallel", "2"]
-    environment = os.environ | {"UQ_API_KEY": KEY}
-    with subprocess.Popen(argv, stdout=subprocess.PIPE, text=True, env=environment) as process:
-        assert process.stdout is not None
-        lines = [process.stdout.readline() for _ in range(3)]
-        assert lines[0].startswith("tiny on ") and lines[1].startswith("KV caches: ")
-        url = lines[2].split()[-1]
-        assert openai.OpenAI(base_url=url, api_key=KEY).models.list().data[0].id == "tiny"
-        process.send_signal(signal.SIGTERM)
-    assert process.returncode == 0
-
-
-def test_a_second_signal_ends_answers_in_work(bundle: Bundle) -> None:
-    argv = [sys.executable, "-m", "uq", "serve", str(bundle.path), "--port", "0"]
-    argv += ["--context", "4096", "--parallel", "1"]
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    with subprocess.Popen(argv, **pipes) as process:  # type: ignore[call-overload]
-        url = [process.stdout.readline() for _ in range(3)][2].split()[-1]
-        client = openai.OpenAI(base_url=url, api_key=KEY, max_retries=0)
-        answers = [
-            client.completions.create(
-                model="tiny", prompt=[2, 9], max_tokens=4000, temperature=0, stream=True
-            )
-            for _ in range(2)
-        ]
-        next(iter(answers[0]))
-        process.send_signal(signal.SIGINT)
-        assert "2 requests have 5 s to end" in process.stderr.readline()
-        process.send_signal(signal.SIGINT)
-        for answer in answers:
-            with pytest.raises(openai.APIError, match="the server was stopped"):
-                list(answer)
-        assert process.stderr.read() == "stopped\n"
-    assert process.returncode == 0
-
-
-def test_an_address_in_use_is_one_line(
-    local: Site, bundle: Bundle, capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert main(["serve", str(bundle.path), "--port", str(local.port)]) == 1
-    line = f"uq: --host 127.0.0.1 --port {local.port}: Address already in use; choose another\n"
-    assert capsys.readouterr().err.endswith(line)
-
-
-@pytest.mark.parametrize("content", [None, b"", b"\xff"])
-def test_a_key_file_that_holds_no_key_is_refused(
-    bundle: Bundle, tmp_path: Path, content: bytes | None, capsys: pytest.CaptureFixture[str]
-) -> None:
-    if content is not None:
-        (tmp_path / "key").write_bytes(content)
-    assert main(["serve", str(bundle.path), "--api-key-file", str(tmp_path / "key")]) == 2
-    assert capsys.readouterr().err.startswith(f"uq: --api-key-file {tmp_path / 'key'}: ")
-
-
-@pytest.mark.parametrize(
-    ("host", "local"), [("127.0.0.1", True), ("::1", True), ("0.0.0.0", False), ("x.org", False)]
-)
-def test_whether_others_can_reach_it(host: str, local: bool) -> None:
-    assert ServeOptions(host=host).local is local
