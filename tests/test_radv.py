@@ -61,7 +61,7 @@ def test_products_of_any_width_run_on_subgroups_of_one_size(
 def test_every_module_that_the_chips_would_pick_is_compiled() -> None:
     """All but the products without the integer dot product and those of calibration without matrix
     instructions, which all three chips have."""
-    plain = r"gemv_int\dz?|dense_(half|float|systems)"
+    plain = r"(gemv|experts)_int\dz?|dense_(half|float|systems)"
     without = {name for name in VARIANTS if re.fullmatch(plain, name)}
     assert {case.module for case in cases()} == set(VARIANTS) - without
 

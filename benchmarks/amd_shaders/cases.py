@@ -31,7 +31,7 @@ from uq.kernels.vulkan.dense.products import (
     cut_constants,
     systems_cut,
 )
-from uq.kernels.vulkan.extras import TOLD_LANES
+from uq.kernels.vulkan.extras import EXPERT_LANES, TOLD_LANES
 from uq.kernels.vulkan.memory import Arena, Span, Transfers
 from uq.kernels.vulkan.model import Work, load_model, work_sizes
 from uq.kernels.vulkan.persistent import Persistent, cuts, knows
@@ -104,7 +104,8 @@ def cases() -> list[Case]:
         found |= dict.fromkeys(session_cases(config, kind, kind))
     for kinds in (USUAL, (INT4Z, INT4Z)):
         found |= dict.fromkeys(session_cases(config, *kinds, int8_x=True))
-    found |= dict.fromkeys(map(per_layer_case, [*USUAL, *OTHERS]))
+    for kind in (*USUAL, *OTHERS):
+        found |= dict.fromkeys((per_layer_case(kind), experts_case(kind)))
     for name in ("4b", "27b"):
         found |= dict.fromkeys(calibration_cases(shape_config(name)))
     return list(found | dict.fromkeys(ALONE))
@@ -145,6 +146,12 @@ def per_layer_case(kind: Kind) -> Case:
     """E2B's per-layer embedding as this kind."""
     sizes = {"LANES": TOLD_LANES, "SIZE": 256, "ROWS": VOCABULARY, "EPS": 1e-6, "SCALE": 1536**-0.5}
     return _case(f"per_layer_{kind.name}", {**sizes, **kind.constants})
+
+
+def experts_case(kind: Kind) -> Case:
+    """The sum of the 26B-A4B's experts of this kind."""
+    module = f"experts_{kind.name}" + "_dot" * (not kind.is_float)
+    return _case(module, {"LANES": EXPERT_LANES, "ACTIVE": 8, **kind.constants})
 
 
 def cache_size(config: GemmaConfig, *, is_int8: bool = False) -> CacheSize:
