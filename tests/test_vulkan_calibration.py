@@ -107,7 +107,7 @@ def test_tokens_leave_a_layer_as_from_the_reference(
     run = engine.begin(config, rows(checkpoint), OPTIONS)
     run.pass_layer(0, weights, weights)
     assert engine.workshop is not None
-    for pair, batch in zip(run._pairs, rows(checkpoint), strict=True):
+    for pair, batch in zip(run._batches.pairs, rows(checkpoint), strict=True):
         assert pair.exact is not None and batch.exact is not None
         for chunk, before in ((pair.quantized, batch.quantized), (pair.exact, batch.exact)):
             expected = flat(layer_forward(config, 0, weights, embed(config, before)))
@@ -167,7 +167,7 @@ def test_tokens_go_on_with_what_was_found(
     run = engine.begin(checkpoint.config, rows(checkpoint), OPTIONS)
     run.quantize_layer(0, weights, quantize)
     assert engine.workshop is not None
-    hidden = engine.workshop.store.get(run._pairs[0].quantized.hidden)
+    hidden = engine.workshop.store.get(run._batches.pairs[0].quantized.hidden)
     before = embed(checkpoint.config, rows(checkpoint)[0].quantized)
     expected = flat(layer_forward(checkpoint.config, 0, weights | found, before))
     assert np.abs(hidden - expected).max() <= 2e-3 * np.abs(expected).max()
