@@ -9,9 +9,8 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from safetensors.numpy import save_file
 
-from tests.tiny import tokenizer_config, tokenizer_of, write_json
+from tests.tiny import write_text_model
 
 SLIDING, FULL = "sliding_attention", "full_attention"
 # As E2B and E4B: four streams of which the first is active, shared keys and values, sparse gates.
@@ -75,21 +74,12 @@ def write_gemma3n(
         prefix: of the text model's tensors.
         extra: further tensors, other values, or None for a tensor that is left out.
     """
-    folder.mkdir(parents=True)
     keys = {"model_type": "gemma3n_text", **text, "eos_token_id": [1, 5]}
-    nested = {"model_type": kind, "text_config": keys}
-    write_json(folder / "config.json", keys if kind.endswith("_text") else nested)
-    write_json(folder / "tokenizer_config.json", tokenizer_config())
-    tokenizer_of(int(text["vocab_size"])).save(str(folder / "tokenizer.json"))
     stored = {
         name if name == "lm_head.weight" else prefix + name.removeprefix("model."): value
         for name, value in _weights(keys).items()
-    } | dict(extra or {})
-    save_file(
-        {name: value for name, value in stored.items() if value is not None},
-        folder / "model.safetensors",
-    )
-    return folder
+    }
+    return write_text_model(folder, kind, keys, {**stored, **(extra or {})})
 
 
 def transformers_config(keys: Mapping[str, Any]) -> Any:

@@ -9,9 +9,8 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from safetensors.numpy import save_file
 
-from tests.tiny import tokenizer_config, tokenizer_of, write_json
+from tests.tiny import write_text_model
 from uq.formats.bundle import Bundle, open_bundle
 from uq.formats.checkpoint import open_checkpoint
 from uq.quantize.pipeline import QuantizeOptions, quantize
@@ -73,23 +72,11 @@ def write_gemma4(
         prefix: of the text model's tensors.
         extra: further tensors, or None for one that is left out.
     """
-    folder.mkdir(parents=True)
     tokens = {"eos_token_id": [1, 5], "bos_token_id": 2, "pad_token_id": 0}
     keys = {"model_type": kind.removesuffix("_text") + "_text", **text, **tokens}
     keys = {key: value for key, value in keys.items() if value is not None}
-    nested = {"model_type": kind, "text_config": keys}
-    write_json(folder / "config.json", keys if kind.endswith("_text") else nested)
-    write_json(folder / "tokenizer_config.json", tokenizer_config())
-    tokenizer_of(int(text["vocab_size"])).save(str(folder / "tokenizer.json"))
-    weights = {
-        prefix + name.removeprefix("model."): value for name, value in _weights(keys).items()
-    }
-    stored = {**weights, **(extra or {})}
-    save_file(
-        {name: value for name, value in stored.items() if value is not None},
-        folder / "model.safetensors",
-    )
-    return folder
+    stored = {prefix + name.removeprefix("model."): value for name, value in _weights(keys).items()}
+    return write_text_model(folder, kind, keys, {**stored, **(extra or {})})
 
 
 def transformers_config(keys: Mapping[str, Any]) -> Any:

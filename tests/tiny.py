@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from safetensors.numpy import save_file
 from tokenizers import AddedToken, Tokenizer, decoders, normalizers, pre_tokenizers
 from tokenizers.models import BPE
 from tokenizers.processors import TemplateProcessing
@@ -79,6 +80,29 @@ class Tiny:
 
 def write_json(path: Path, data: Mapping[str, Any]) -> None:
     path.write_text(json.dumps(data, indent=2))
+
+
+def write_text_model(
+    folder: Path,
+    kind: str,
+    keys: Mapping[str, Any],
+    tensors: Mapping[str, NDArray[np.float32] | None],
+) -> Path:
+    """A Hugging Face folder.
+
+    Args:
+        kind: `model_type`; of a multimodal model the keys become its `text_config`.
+        keys: of the text model.
+        tensors: as the file has them; None leaves one out.
+    """
+    folder.mkdir(parents=True)
+    nested = {"model_type": kind, "text_config": keys}
+    write_json(folder / "config.json", keys if kind.endswith("_text") else nested)
+    write_json(folder / "tokenizer_config.json", tokenizer_config())
+    tokenizer_of(int(keys["vocab_size"])).save(str(folder / "tokenizer.json"))
+    present = {name: value for name, value in tensors.items() if value is not None}
+    save_file(present, folder / "model.safetensors")
+    return folder
 
 
 def config_of(tiny: Tiny) -> dict[str, Any]:
