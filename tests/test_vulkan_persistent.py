@@ -114,6 +114,11 @@ def test_the_fastest_way_is_kept(
     assert read_measured(measured_file(tmp_path)).layers == {model_key(config): ONE}
 
 
+def test_no_part_of_the_columns_is_empty() -> None:
+    config = replace(shape_config("270m", 2, 512), intermediate_size=5 * 128)
+    assert {cut.down_parts for cut in cuts(config, 8, 48 << 10)} == {1, 2}
+
+
 @pytest.mark.parametrize("name", ["270m", "1b", "4b"])
 def test_every_workgroup_has_outputs_of_the_gate(name: str) -> None:
     """Otherwise messages could be overwritten before it has read them."""

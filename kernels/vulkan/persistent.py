@@ -28,7 +28,8 @@ LANES = ATTENTION_LANES  # as many as attention has alone: the same bits
 SLICES = LANES // 64
 PATIENCE = 1 << 16  # looks at a message, somewhat less than a microsecond each
 MOST_CHANNELS = 2560  # of the residual stream: it stays in registers
-DEPTHS, TEAMS, DOWN_PARTS = (4, 8), ((4, 4, 2, 4), (4, 2, 1, 4)), (1, 2)  # of cuts to measure
+TEAMS = 4, 4, 2, 4
+DEPTHS, DOWN_PARTS = (4, 2, 1), (1, 2, 4)  # of cuts to measure; less depth is shorter code
 ENTRY = 17  # words of 64 bits of a layer, as in shaders/persistent.comp
 X_BYTES = 288  # of 128 channels of activations
 
@@ -131,12 +132,18 @@ def cuts(config: GemmaConfig, multiprocessors: int, most_shared: int) -> Iterato
     sharing, heads = config.num_heads // config.num_kv_heads, config.num_heads
     out_parts = 1 if heads % 2 else heads // 2
     at_once = (1, 2) if sharing % 2 == 0 else (1,)
-    for depth, teams, queries, down_parts in product(DEPTHS, TEAMS, at_once, DOWN_PARTS):
-        outputs = 16 * (SLICES // teams[2] // 2)
-        workgroups = min(multiprocessors, -(-config.intermediate_size // outputs))
-        cut = Cut(workgroups, queries, teams, out_parts, down_parts, depth)
-        if shared_bytes(config, cut) <= most_shared:
+    outputs = 16 * (SLICES // TEAMS[2] // 2)
+    workgroups = min(multiprocessors, -(-config.intermediate_size // outputs))
+    for depth, queries, down_parts in product(DEPTHS, at_once, DOWN_PARTS):
+        cut = Cut(workgroups, queries, TEAMS, out_parts, down_parts, depth)
+        if _leaves_none_empty(config, cut) and shared_bytes(config, cut) <= most_shared:
             yield cut
+
+
+def _leaves_none_empty(config: GemmaConfig, cut: Cut) -> bool:
+    """Whether each part of the down projection has columns."""
+    tiles = tiles_of(config.intermediate_size)
+    return (cut.down_parts - 1) * -(-tiles // cut.down_parts) < tiles
 
 
 def shapes(model: Model, cut: Cut) -> dict[str, Shape]:
