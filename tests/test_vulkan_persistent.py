@@ -114,6 +114,18 @@ def test_the_fastest_way_is_kept(
     assert read_measured(measured_file(tmp_path)).layers == {model_key(config): ONE}
 
 
+def test_a_way_with_other_bits_is_not_kept(
+    config: GemmaConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Here: of products that are summed up in other parts."""
+    other = replace(ONE, out_parts=1, down_parts=3)
+    monkeypatch.setattr(autotune, "cuts", lambda *_: iter([ONE]))
+    monkeypatch.setattr(autotune, "_times", cuts_are_fastest)
+    monkeypatch.setattr(autotune, "shapes", lambda model, _: shapes(model, other))
+    opened(config, tmp_path, tune=True).close()
+    assert read_measured(measured_file(tmp_path)).layers == {model_key(config): None}
+
+
 def test_no_part_of_the_columns_is_empty() -> None:
     config = replace(shape_config("270m", 2, 512), intermediate_size=5 * 128)
     assert {cut.down_parts for cut in cuts(config, 8, 48 << 10)} == {1, 2}
