@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from tests.vulkan_lab import no_messages  # noqa: F401
+from tests.vulkan_lab import assert_same_numbers, no_messages  # noqa: F401
 from uq.cli import main
 from uq.errors import DeviceError
 from uq.formats.bundle import open_bundle
@@ -286,10 +286,7 @@ def test_what_waits_on_the_disk_comes_back_bit_for_bit(
         found = numbers(checkpoint, spilling)
     finally:
         spilling.close()
-    for here, there in zip(found, numbers(checkpoint, engine), strict=True):
-        assert here.keys() == there.keys()
-        for name, matrix in here.items():
-            np.testing.assert_array_equal(matrix, there[name], err_msg=name)
+    assert_same_numbers(found, numbers(checkpoint, engine))
 
 
 def test_a_lost_device_leaves_what_is_finished(

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from tests.test_vulkan_calibration import Array, on_host
-from tests.vulkan_lab import no_messages  # noqa: F401
+from tests.vulkan_lab import assert_same_numbers, no_messages  # noqa: F401
 from uq.errors import DeviceError
 from uq.formats.checkpoint import Checkpoint, open_checkpoint
 from uq.formats.config import EMBEDDING
@@ -96,10 +96,7 @@ def test_shared_keys_come_back_from_the_disk_bit_for_bit(
         found = numbers(checkpoint, spilling)
     finally:
         spilling.close()
-    for here, there in zip(found, numbers(checkpoint, engine), strict=True):
-        assert here.keys() == there.keys()
-        for name, matrix in here.items():
-            np.testing.assert_array_equal(matrix, there[name], err_msg=name)
+    assert_same_numbers(found, numbers(checkpoint, engine))
 
 
 def test_experts_are_not_calibrated_there(tiny_gemma4: Callable[..., Path], tmp_path: Path) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -27,6 +27,16 @@ SETTINGS = """khronos_validation.debug_action = VK_DBG_LAYER_ACTION_LOG_MSG
 khronos_validation.report_flags = error,warn,perf
 khronos_validation.log_filename = {log}
 """
+
+
+def assert_same_numbers(
+    found: Sequence[Mapping[str, NDArray[Any]]], expected: Sequence[Mapping[str, NDArray[Any]]]
+) -> None:
+    """Bit for bit, by names."""
+    for here, there in zip(found, expected, strict=True):
+        assert here.keys() == there.keys()
+        for name, matrix in here.items():
+            np.testing.assert_array_equal(matrix, there[name], err_msg=name)
 
 
 def watch_validation(folder: Path) -> Path:

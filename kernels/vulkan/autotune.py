@@ -68,16 +68,16 @@ def tune(gpu: Gpu, stages: Stages, cache: Cache, transfers: Transfers) -> Measur
 def _tune_products(gpu: Gpu, stages: Stages, cache: Cache) -> tuple[Stages, dict[str, Shape]]:
     found: dict[str, Shape] = {}
     for matrix, epilogue in _products(stages):
-        shapes = {
+        tried = {
             shape: _with(stages, product_key(matrix, epilogue), shape)
             for shape in candidates(matrix, epilogue, gpu.physical.most_lanes)
         }
         if epilogue == CHOOSE:
-            times = _times(gpu, {shape: cut.head for shape, cut in shapes.items()})
+            times = _times(gpu, {shape: cut.head for shape, cut in tried.items()})
         else:
-            times = _times(gpu, {shape: _layers(cut, cache) for shape, cut in shapes.items()})
+            times = _times(gpu, {shape: _layers(cut, cache) for shape, cut in tried.items()})
         best = min(times, key=times.__getitem__)
-        stages, found[product_key(matrix, epilogue)] = shapes[best], best
+        stages, found[product_key(matrix, epilogue)] = tried[best], best
     return stages, found
 
 
