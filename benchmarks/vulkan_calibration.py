@@ -34,6 +34,7 @@ from uq.formats.config import GemmaConfig
 from uq.kernels.vulkan.dense.workshop import Workshop
 from uq.kernels.vulkan.device import choose
 from uq.progress import SilentProgress
+from uq.quantize.background import Writing
 from uq.quantize.calibrate import NumpyEngine
 from uq.quantize.calibration_engine import CalibrationEngine
 from uq.quantize.layers import CalibratedLayers
@@ -92,7 +93,8 @@ def begun(
     config: GemmaConfig, tokens: NDArray[np.int32], engine: CalibrationEngine
 ) -> CalibratedLayers:
     checkpoint: Any = RandomCheckpoint(config)
-    return CalibratedLayers(checkpoint, make_plan(config), tokens, engine, SilentProgress(), {})
+    plan, idle = make_plan(config), Writing().idle
+    return CalibratedLayers(checkpoint, plan, tokens, engine, SilentProgress(), {}, idle)
 
 
 def on_gpu(

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, MutableMapping
-from concurrent.futures import Future
+from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
-from threading import Thread
-from typing import TypeVar
+from threading import Event, Thread
+from typing import Self, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -31,12 +31,61 @@ def in_background(work: Callable[[], Result]) -> Callable[[], Result]:
     return future.result
 
 
-class LayersAhead:
-    """Layers of a checkpoint in order: as one is given out, the reading of the next begins."""
+class Writing:
+    """One piece of writing at a time, in a thread, while other work goes on.
 
-    def __init__(self, checkpoint: Checkpoint, contents: MutableMapping[str, str]) -> None:
-        """`contents`: the hashes of what is read are entered here."""
-        self._checkpoint, self._contents = checkpoint, contents
+    Attributes:
+        idle: set while nothing is being written.
+    """
+
+    def __init__(self) -> None:
+        self.idle = Event()
+        self.idle.set()
+        self._pool = ThreadPoolExecutor(1)
+        self._under_way: Future[None] | None = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Writing that has begun comes to its end, also behind an error elsewhere."""
+        self._pool.shutdown()
+
+    def start(self, write: Callable[[], object]) -> None:
+        """Behind what is under way, whose error is raised here."""
+        self.wait()
+        self.idle.clear()
+        self._under_way = self._pool.submit(self._run, write)
+
+    def wait(self) -> None:
+        """Until nothing is under way; raises what that writing raised."""
+        under_way, self._under_way = self._under_way, None
+        if under_way is not None:
+            under_way.result()
+
+    def _run(self, write: Callable[[], object]) -> None:
+        try:
+            write()
+        finally:
+            self.idle.set()
+
+
+class LayersAhead:
+    """Layers of a checkpoint in order: as one is given out, the reading of the next begins.
+
+    It waits for writing to end: a layer that is read, one in work and one being written would else
+    be in memory together.
+    """
+
+    def __init__(
+        self, checkpoint: Checkpoint, contents: MutableMapping[str, str], idle: Event
+    ) -> None:
+        """
+        Args:
+            contents: the hashes of what is read are entered here.
+            idle: set while nothing is being written.
+        """
+        self._checkpoint, self._contents, self._idle = checkpoint, contents, idle
         self._next: tuple[int, LayerRead] | None = None
 
     def __call__(self, layer: int) -> dict[str, NDArray[np.float32]]:
@@ -49,4 +98,8 @@ class LayersAhead:
         return found
 
     def _begin(self, layer: int) -> LayerRead:
-        return in_background(partial(self._checkpoint.layer, layer, self._contents))
+        return in_background(partial(self._read, layer))
+
+    def _read(self, layer: int) -> dict[str, NDArray[np.float32]]:
+        self._idle.wait()
+        return self._checkpoint.layer(layer, self._contents)

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, MutableMapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
+from threading import Event
 from typing import Protocol
 
 import numpy as np
@@ -67,6 +68,7 @@ class CalibratedLayers:
         engine: CalibrationEngine,
         progress: Progress,
         contents: MutableMapping[str, str],
+        idle: Event,
         curvature: Curvature | None = None,
     ) -> None:
         """Begin in front of layer 0.
@@ -75,6 +77,7 @@ class CalibratedLayers:
             tokens: (sequences, length) int32.
             engine: where the tokens go through the layers, and GPTQ is run.
             contents: the hashes of the layers that are quantized are entered here.
+            idle: set while nothing is being written; only then are layers read ahead.
             curvature: of the outputs of all linears.
         """
         self._checkpoint = checkpoint
@@ -83,7 +86,7 @@ class CalibratedLayers:
         self._quantizer = LayerQuantizer(checkpoint, plan, progress, contents, curvature)
         self._read: Callable[[int], dict[str, Array]] = partial(checkpoint.layer, contents=contents)
         if engine.elsewhere:
-            self._read = LayersAhead(checkpoint, contents)
+            self._read = LayersAhead(checkpoint, contents, idle)
         rows = token_rows(checkpoint, plan, tokens)
         self._calibration = engine.begin(checkpoint.config, rows, options_of(plan))
 

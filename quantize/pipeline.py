@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from functools import partial
 from hashlib import sha256
 from pathlib import Path
 from statistics import fmean
+from threading import Event
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,7 +18,7 @@ from uq.errors import DeviceError, HubError
 from uq.formats.checkpoint import Checkpoint
 from uq.formats.writer import BundleWriter, Entry, QuantEntry, work_folder
 from uq.progress import Progress, SilentProgress
-from uq.quantize.background import in_background
+from uq.quantize.background import Writing, in_background
 from uq.quantize.calibrate import NumpyEngine
 from uq.quantize.calibration_engine import CalibrationEngine
 from uq.quantize.curvature import Curvature, measure_curvature
@@ -73,6 +75,7 @@ def quantize(
         job.writer(out) as writer,
         _explained_interrupt(out, writer, progress),
         ThreadPoolExecutor(worker_threads(options)) as pool,
+        Writing() as writing,
     ):
         job.watch.require_same(writer, pool)
         job.require_room(out, writer)
@@ -84,13 +87,13 @@ def quantize(
         writer.confirm("plan", {name: str(tensor) for name, tensor in job.plan.tensors.items()})
         curvature = _curvature(job, out, writer, tokens)
         progress.start(job.shards, "quantize", done=job.done(writer))
-        source = _source(job, out, writer, tokens, curvature, engine, farm, pool)
+        source = _source(job, out, writer, tokens, curvature, engine, farm, pool, writing.idle)
         source.skip(writer)
         # A model without tokenizer is refused before a shard is written.
         writer.confirm("asset", {n: sha256(data).hexdigest() for n, data in assets().items()})
         if job.towers and (note := missing_processor(assets())):
             progress.note(note)
-        _write_shards(source, writer, progress)
+        _write_shards(source, writer, writing, progress)
         if job.towers and writer.committed == job.shards:
             _write_towers(job, writer)
         return writer.finish(job.manifest(writer, tokens), assets())
@@ -115,6 +118,7 @@ def _source(
     engine: CalibrationEngine | None,
     farm: Farm | None,
     pool: ThreadPoolExecutor,
+    idle: Event,
 ) -> ShardSource:
     """Makes the shards that are not written yet."""
     checkpoint, plan, progress, contents = (
@@ -134,32 +138,30 @@ def _source(
     elif tokens is not None and first < job.shards:
         engine = engine or NumpyEngine(spill)
         calibrated = CalibratedLayers(
-            checkpoint, plan, tokens, engine, progress, contents, curvature
+            checkpoint, plan, tokens, engine, progress, contents, idle, curvature
         )
     todo = range(first, job.shards)
     return ShardSource(checkpoint, plan, calibrated, todo, farm, progress, contents)
 
 
-def _write_shards(source: ShardSource, writer: BundleWriter, progress: Progress) -> None:
+def _write_shards(
+    source: ShardSource, writer: BundleWriter, writing: Writing, progress: Progress
+) -> None:
     """All that are not written yet; a calibrated layer while the next one is calibrated."""
 
     def write(index: int, entries: Sequence[Entry]) -> None:
         writer.write_shard(index, entries)
         progress.advance(_step(index), error=_mean_error(entries))
 
-    with ThreadPoolExecutor(1) as pool:
-        under_way: Future[None] | None = None
-        for index in source.shards:
-            entries = source.entries(index)
-            if under_way is not None:
-                under_way.result()
-            under_way = None
-            if source.is_whole(index):
-                under_way = pool.submit(write, index, entries)
-            else:
-                write(index, entries)
-        if under_way is not None:
-            under_way.result()
+    for index in source.shards:
+        made = partial(write, index, source.entries(index))
+        if source.is_whole(index):
+            writing.start(made)
+        else:
+            writing.wait()
+            made()
+        del made  # a layer's codes end with their writing
+    writing.wait()
     progress.close()
 
 

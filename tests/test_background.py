@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from uq.errors import CheckpointError
 from uq.formats.checkpoint import Checkpoint, open_checkpoint
-from uq.quantize.background import LayersAhead
+from uq.quantize.background import LayersAhead, Writing
 from uq.quantize.calibrate import NumpyEngine
 from uq.quantize.pipeline import QuantizeOptions, quantize
 
@@ -28,6 +28,13 @@ class Elsewhere(NumpyEngine):
         return True
 
 
+def idle() -> Event:
+    """Nothing is being written."""
+    event = Event()
+    event.set()
+    return event
+
+
 def test_the_next_layer_is_read_before_it_is_asked_for(
     tiny_checkpoint: Tiny, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -38,16 +45,51 @@ def test_the_next_layer_is_read_before_it_is_asked_for(
         return read(self, index, contents)
 
     monkeypatch.setattr(Checkpoint, "layer", noted)
-    layers = LayersAhead(open_checkpoint(tiny_checkpoint(layers=3)), {})
+    layers = LayersAhead(open_checkpoint(tiny_checkpoint(layers=3)), {}, idle())
     layers(0)
     assert begun[1].wait(10)
     assert not begun[2].is_set()
 
 
+def test_nothing_is_read_ahead_while_a_layer_is_being_written(
+    tiny_checkpoint: Tiny, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read, begun = Checkpoint.layer, [Event() for _ in range(3)]
+
+    def noted(self: Checkpoint, index: int, contents: dict[str, str]) -> Layer:
+        begun[index].set()
+        return read(self, index, contents)
+
+    monkeypatch.setattr(Checkpoint, "layer", noted)
+    with Writing() as writing:
+        layers = LayersAhead(open_checkpoint(tiny_checkpoint(layers=3)), {}, writing.idle)
+        layers(0)
+        assert begun[1].wait(10)
+        written = Event()
+        writing.start(lambda: assert_waited(written))
+        layers(1)
+        early = begun[2].wait(0.2)
+        written.set()
+        assert begun[2].wait(10)
+        assert not early
+
+
+def assert_waited(event: Event) -> None:
+    assert event.wait(10)
+
+
+def test_what_writing_raised_is_raised_by_the_next(tmp_path: Path) -> None:
+    with Writing() as writing:
+        writing.start(lambda: (tmp_path / "missing" / "file").write_text(""))
+        with pytest.raises(FileNotFoundError):
+            writing.start(print)
+        assert writing.idle.is_set()
+
+
 def test_every_layer_comes_with_its_hashes(tiny_checkpoint: Tiny) -> None:
     checkpoint = open_checkpoint(tiny_checkpoint(layers=3))
     ahead, alone = dict[str, str](), dict[str, str]()
-    layers = LayersAhead(checkpoint, ahead)
+    layers = LayersAhead(checkpoint, ahead, idle())
     for index in (1, 2):  # a resumed run begins somewhere
         found, expected = layers(index), checkpoint.layer(index, alone)
         assert found.keys() == expected.keys()
@@ -66,7 +108,7 @@ def test_a_broken_layer_is_told_when_its_turn_comes(
         return read(self, index, contents)
 
     monkeypatch.setattr(Checkpoint, "layer", broken)
-    layers = LayersAhead(open_checkpoint(tiny_checkpoint(layers=2)), {})
+    layers = LayersAhead(open_checkpoint(tiny_checkpoint(layers=2)), {}, idle())
     layers(0)
     with pytest.raises(CheckpointError, match="layer 1 is broken"):
         layers(1)
