@@ -33,6 +33,7 @@ from uq.formats.checkpoint import open_checkpoint
 from uq.formats.checkpoint.hf_config import parse_config
 from uq.formats.config import EMBEDDING
 from uq.formats.spec import Spec
+from uq.kernels.numerics import ACTIVATIONS, FLOAT, Numerics
 from uq.kernels.reference import ReferenceSession
 from uq.kernels.weights import BundleWeights
 from uq.progress import SilentProgress
@@ -42,6 +43,7 @@ Tiny = Callable[..., Path]
 WINDOWS = np.random.default_rng(3).integers(6, 512, (3, 64)).astype(np.int32)
 TEXT = EvaluationText("words", WINDOWS)
 ROUNDED = Row("rounded", "uq", ("--method", "rtn"))
+INTEGERS = Numerics(ACTIVATIONS["int8"])
 CALIBRATED = Row("calibrated", "uq", ("--group", "32"), calibrated=True)
 
 
@@ -108,12 +110,13 @@ def test_sizes_of_a_bundle(tiny_bundle: Callable[..., Path], folder: Path) -> No
 def test_the_reference_loses_nothing(folder: Path, tmp_path: Path) -> None:
     reference = open_checkpoint(folder)
     scorer = Scorer(reference, tmp_path, SilentProgress())
-    scores = scorer.score(Model(reference, "itself", Sizes(16, 16, 1, "F16", "F16")), TEXT)
+    scores = scorer.score(Model(reference, "itself", Sizes(16, 16, 1, "F16", "F16")), FLOAT, TEXT)
     assert scores.kld.value == pytest.approx(0, abs=1e-9)
     assert scores.same_top_percent == Figure(100, 0)
     assert scores.perplexity_ratio.value == pytest.approx(1, abs=1e-9)
-    assert scorer.kept("itself", TEXT) == scores
-    assert scorer.kept("another", TEXT) is None
+    assert scorer.kept("itself", FLOAT, TEXT) == scores
+    assert scorer.kept("another", FLOAT, TEXT) is None
+    assert scorer.kept("itself", INTEGERS, TEXT) is None
 
 
 def test_torch_finds_the_same_scores(
@@ -122,7 +125,7 @@ def test_torch_finds_the_same_scores(
     reference = open_checkpoint(folder)
     model = open_bundle_model(tiny_bundle(dtype="f16"), reference)
     expected, found = (
-        Scorer(reference, tmp_path, SilentProgress(), torch).score(model, TEXT)
+        Scorer(reference, tmp_path, SilentProgress(), torch).score(model, FLOAT, TEXT)
         for torch in (None, TorchModel(folder, reference, "cpu"))
     )
     assert found.kld.value == pytest.approx(expected.kld.value, rel=1e-5)
@@ -237,6 +240,16 @@ def test_rows_that_are_not_chosen_show_what_is_kept(
 def test_rows_that_are_not_chosen_are_named(bench: Bench) -> None:
     row = replace(ROUNDED, arguments=("--method", "rtn", "--group", "64"))
     assert bench.measure(row, chosen=False).not_run == "not chosen (--only)"
+
+
+def test_integers_run_the_same_model_made_once(bench: Bench, folder: Path) -> None:
+    group = ("--method", "rtn", "--group", "32")
+    base = replace(ROUNDED, arguments=group, shared=True)
+    other = replace(base, name="in integers", numerics=INTEGERS, model="rounded", shared=False)
+    (made,), (found,) = bench.measure(base).draws, bench.measure(other).draws
+    assert (found.cost, found.sizes) == (made.cost, made.sizes)
+    assert found.texts["words"] != made.texts["words"]
+    assert not list(bench.work.glob("steps/*/output"))
 
 
 def test_a_draw_is_what_uq_calibrates_on(bench: Bench) -> None:

@@ -72,13 +72,13 @@ class Bench:
             return None
         texts = {}
         for text in self.texts:
-            scores = self.scorer.kept(facts.content, text)
+            scores = self.scorer.kept(facts.content, row.numerics, text)
             if scores is None and chosen:
                 say(f"{row.name}, draw {draw.number}: scoring {text.name}")
-                scores = self.scorer.score(model.opened, text)
+                scores = self.scorer.score(model.opened, row.numerics, text)
             if scores is not None:
                 texts[text.name] = scores
-        if not self.keep:
+        if not (self.keep or row.shared):
             remove(model.output)
         return DrawResult(draw.number, facts.sizes, model.cost(), texts) if texts else None
 

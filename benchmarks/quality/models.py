@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +15,7 @@ from benchmarks.quality.texts import CONTEXT
 from uq.formats.bundle import open_bundle
 from uq.formats.checkpoint import Checkpoint, open_checkpoint
 from uq.formats.config import EMBEDDING, GemmaConfig, layer_tensor
+from uq.kernels.numerics import Numerics
 from uq.kernels.reference import ReferenceSession
 from uq.kernels.weights import BundleWeights, WeightSource
 from uq.validate.weights import kind_sizes
@@ -35,10 +35,9 @@ class Model:
     content: str
     sizes: Sizes
 
-    @cached_property
-    def session(self) -> ReferenceSession:
-        """Runs the weights in float32."""
-        return ReferenceSession(self.weights, max_context=CONTEXT)
+    def session(self, numerics: Numerics) -> ReferenceSession:
+        """Runs the weights in float32, but for what `numerics` says."""
+        return ReferenceSession(self.weights, max_context=CONTEXT, numerics=numerics)
 
 
 def open_bundle_model(path: Path, reference: Checkpoint) -> Model:

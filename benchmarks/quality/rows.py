@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from uq.cli import Parser
 from uq.commands import quantize as command
 from uq.errors import UsageError
 from uq.formats.config import GemmaConfig
+from uq.kernels.numerics import ACTIVATIONS, FLOAT, KV, Numerics
 from uq.quantize.job import plan_of
 from uq.quantize.plan import RECIPES
 
@@ -25,12 +26,23 @@ class Row:
         peer: which quantizer of `peers` makes it.
         arguments: for that quantizer.
         calibrated: it is repeated for every calibration draw.
+        numerics: what is not float32 when its model runs.
+        model: the row in front whose model this one runs; its own where empty.
+        shared: the next row runs the same model.
     """
 
     name: str
     peer: str
     arguments: tuple[str, ...]
     calibrated: bool = False
+    numerics: Numerics = FLOAT
+    model: str = ""
+    shared: bool = False
+
+    @property
+    def made_for(self) -> str:
+        """The row that its model is made for."""
+        return self.model or self.name
 
 
 def llama_row(grid: str, calibrated: bool) -> Row:
@@ -63,6 +75,16 @@ PACKAGE_ROWS = (
 )
 
 
+# A recipe's model once more, as a device runs it that computes or stores in integers.
+INTEGERS = (
+    ("int4", "INT8 activations", Numerics(ACTIVATIONS["int8"])),
+    ("int4", "INT8 KV", Numerics(kv=KV["int8"])),
+    ("int4", "INT4 KV", Numerics(kv=KV["int4"])),
+    ("int4", "INT8 activations and KV", Numerics(ACTIVATIONS["int8"], KV["int8"])),
+    ("int8", "INT8 activations", Numerics(ACTIVATIONS["int8"])),
+)
+
+
 # Of all tensors of the 270M; its files then take 241 MB, as llama.cpp's Q4_0, and 200.
 BUDGETS = ("6.9", "5.65")
 
@@ -73,7 +95,19 @@ def uq_rows(config: GemmaConfig) -> tuple[Row, ...]:
     arguments |= {f"uq {name}": ("--recipe", name) for name in RECIPES}
     arguments["uq int4 --no-curvature"] = ("--recipe", "int4", "--no-curvature")
     arguments |= {f"uq --bpw {bits}": ("--bpw", bits) for bits in BUDGETS}
-    return tuple(uq_row(name, words, config) for name, words in arguments.items())
+    rows = [uq_row(name, words, config) for name, words in arguments.items()]
+    return tuple(found for row in rows for found in with_integers(row))
+
+
+def with_integers(row: Row) -> list[Row]:
+    """The row, and those that run its model in other numerics."""
+    others = [
+        replace(row, name=f"{row.name}, {words}", numerics=numerics, model=row.name)
+        for recipe, words, numerics in INTEGERS
+        if row.name == f"uq {recipe}"
+    ]
+    *front, last = (row, *others)
+    return [*(replace(found, shared=True) for found in front), last]
 
 
 def uq_row(name: str, arguments: Sequence[str], config: GemmaConfig) -> Row:

@@ -17,6 +17,7 @@ from benchmarks.quality.steps import write_json
 from benchmarks.quality.texts import CONTEXT, EvaluationText
 from benchmarks.quality.torch_scoring import TorchModel
 from uq.formats.checkpoint import Checkpoint
+from uq.kernels.numerics import FLOAT, Numerics
 from uq.kernels.reference import ReferenceSession
 from uq.progress import Progress
 from uq.validate.scores import Scores, estimate
@@ -39,27 +40,27 @@ class Scorer:
     progress: Progress
     torch: TorchModel | None = None
 
-    def kept(self, content: str, text: EvaluationText) -> TextScores | None:
+    def kept(self, content: str, numerics: Numerics, text: EvaluationText) -> TextScores | None:
         """What an earlier run found for a model, by the hash of its content."""
-        path = self._path(content, text)
+        path = self._path(content, numerics, text)
         return TextScores.from_json(json.loads(path.read_text())) if path.is_file() else None
 
-    def score(self, model: Model, text: EvaluationText) -> TextScores:
-        """Score a model now.
+    def score(self, model: Model, numerics: Numerics, text: EvaluationText) -> TextScores:
+        """Score a model now; integers are emulated on the CPU.
 
         Raises:
             DeviceError: a hidden state is not finite.
         """
-        if self.torch is None:
-            found = self._on_cpu(model, text)
+        if self.torch is None or numerics != FLOAT:
+            found = self._on_cpu(model.session(numerics), text)
         else:
             found = self.torch.scores(model.weights, text.windows)
         scores = summary(found, len(text.windows))
-        write_json(self._path(model.content, text), asdict(scores))
+        write_json(self._path(model.content, numerics, text), asdict(scores))
         return scores
 
-    def _on_cpu(self, model: Model, text: EvaluationText) -> Scores:
-        session, truth = model.session, self._truth
+    def _on_cpu(self, session: ReferenceSession, text: EvaluationText) -> Scores:
+        truth = self._truth
         truth_states = self._reference_states(text)
         states = final_states(session, text.windows, self.progress, "model")
         return compare(session, states, truth, truth_states, targets(text.windows), self.progress)
@@ -78,9 +79,10 @@ class Scorer:
             kept.save(path)
         return kept.hidden
 
-    def _path(self, content: str, text: EvaluationText) -> Path:
+    def _path(self, content: str, numerics: Numerics, text: EvaluationText) -> Path:
         key = states_key(self.reference.fingerprint(), text.windows)
-        digest = hashlib.sha256(f"{PROTOCOL} {content} {key}".encode()).hexdigest()
+        what = content if numerics == FLOAT else f"{content} {numerics}"
+        digest = hashlib.sha256(f"{PROTOCOL} {what} {key}".encode()).hexdigest()
         return self._folder("scores") / f"{digest[:32]}.json"
 
     def _folder(self, name: str) -> Path:

@@ -39,7 +39,7 @@ class Uq:
             "files": [file_hash(Path(word)) for word in options if Path(word).is_file()],
             "calibration": draw.sha256 if row.calibrated else None,
         }
-        return (Step(row.name, (*command, "-o", OUT, "--restart", *options), identity),)
+        return (Step(row.made_for, (*command, "-o", OUT, "--restart", *options), identity),)
 
     def open(self, output: Path) -> Model:
         return open_bundle_model(output, self.reference.checkpoint)
