@@ -1,17 +1,21 @@
 """What other programs make of exported bundles: greedy text, and how far their logits are off.
 
-    python -m benchmarks.exported_text BUNDLE [--prompt TEXT ...] [--tokens 64]
+    python -m benchmarks.exported_text BUNDLE [--prompt TEXT ...] [--tokens 64] [--server FILE]
 
 Every export is read by the program that it is for, on the tokens that the float32 reference writes
 with the bundle's weights. As long as the likeliest next token is the reference's, so is the greedy
 text. llama.cpp rounds the inputs of a quantized matrix to 8 bits in groups of 32. What that does by
 itself the last row says: the reference with the same weights and such inputs (`Int8Activations`).
+`--server` adds a llama-server, such as a Vulkan build; GGML_VK_DISABLE_INTEGER_DOT_PRODUCT=1 in the
+environment keeps the inputs of that one in floating point.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import tempfile
+import urllib.request
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +24,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from benchmarks.vulkan_against_llama_cpp import PORT, llama_server
 from uq.export.export import ExportOptions, export
 from uq.formats.bundle import Bundle, open_bundle
 from uq.kernels.numerics import Int8Activations, Numerics
@@ -96,13 +101,26 @@ def llama_cpp_reader(path: Path) -> Reader:
     params.n_ctx, params.n_parallel, params.warmup, params.verbosity = 1024, 1, False, 0
     server = xllamacpp.Server(params)
 
+    return asking(server.handle_completions)
+
+
+def asking(answered: Callable[[dict[str, Any]], Any]) -> Reader:
+    """Asks a server of llama.cpp for one token at every place."""
+
     def likeliest(prompt: list[int]) -> dict[int, float]:
         request = {"prompt": prompt, "n_predict": 1, "n_probs": LIKELIEST, "temperature": 0.0}
-        answer: dict[str, Any] = server.handle_completions(request)
-        entries = answer["choices"][0]["logprobs"]["content"][0]["top_logprobs"]
+        entries = answered(request)["choices"][0]["logprobs"]["content"][0]["top_logprobs"]
         return {entry["id"]: entry["logprob"] for entry in entries}
 
     return lambda tokens, start: [likeliest(tokens[:end]) for end in range(start, len(tokens))]
+
+
+def posted(body: dict[str, Any]) -> Any:
+    """The answer of the server that is running."""
+    address, head = f"http://127.0.0.1:{PORT}/v1/completions", {"Content-Type": "application/json"}
+    request = urllib.request.Request(address, json.dumps(body).encode(), head)
+    with urllib.request.urlopen(request, timeout=600) as answer:
+        return json.load(answer)
 
 
 def eight_bit_reader(bundle: Bundle) -> Reader:
@@ -151,15 +169,23 @@ def main() -> None:
     parser.add_argument("bundle", type=Path)
     parser.add_argument("--prompt", nargs="+", default=PROMPTS)
     parser.add_argument("--tokens", type=int, default=64)
+    parser.add_argument("--exports", nargs="*", default=[*ROWS], help="default: %(default)s")
+    parser.add_argument("--server", type=Path, metavar="FILE", help="a llama-server")
     args = parser.parse_args()
     bundle = open_bundle(args.bundle, verify="lazy")
     texts = write_texts(bundle, args.prompt, args.tokens)
     print("| export | same tokens | log-probabilities off by at most | gap where they part |")
     print("|---|---|---|---|")
-    for name, (options, reader) in ROWS.items():
+    for name in args.exports:
+        options, reader = ROWS[name]
         with tempfile.TemporaryDirectory() as folder:
             read = reader(export(bundle, Path(folder) / "export", options).path)
             print(line(name, texts, read), flush=True)
+    if args.server is not None:
+        with tempfile.TemporaryDirectory() as folder:
+            file = export(bundle, Path(folder) / "export.gguf", ExportOptions("gguf")).path
+            with llama_server(args.server, file, 1024):
+                print(line(f"gguf, {args.server.name}", texts, asking(posted)), flush=True)
     print(line("none: the reference with inputs of 8 bits", texts, eight_bit_reader(bundle)))
 
 
