@@ -222,6 +222,15 @@ def test_models_are_removed_when_they_are_scored(bench: Bench, measured: list[Ro
     assert not list(bench.work.glob("steps/*/output"))
 
 
+def test_a_run_leaves_the_models_of_the_run_beside_it(bench: Bench) -> None:
+    row = replace(ROUNDED, arguments=("--method", "rtn", "--group", "128"))
+    replace(bench, keep=True).measure(row)
+    bench.measure(row, chosen=False)
+    (model,) = bench.work.glob("steps/*/output")
+    bench.measure(row)
+    assert not model.exists()
+
+
 def test_another_text_makes_the_model_again(bench: Bench, measured: list[RowResult]) -> None:
     more = replace(bench, texts=[TEXT, EvaluationText("others", WINDOWS[:2])])
     result = more.measure(ROUNDED)
@@ -257,6 +266,15 @@ def test_a_draw_is_what_uq_calibrates_on(bench: Bench) -> None:
     tokens = [np.load(d.tokens) for d in bench.draws]
     assert tokens[0].shape == (1, 128) and (tokens[0] != tokens[1]).any()
     assert bench.draws[0].text.read_text("utf-8").strip()
+
+
+def test_a_draw_is_not_written_while_it_may_be_read(bench: Bench) -> None:
+    (first, *_) = bench.draws
+    before = first.tokens.stat().st_mtime_ns
+    tokenizer = bench.scorer.reference.tokenizer()
+    assert draw(0, tokenizer, first.count, bench.work) == first
+    assert first.tokens.stat().st_mtime_ns == before
+    assert not list(bench.work.glob("calibration/*.partial"))
 
 
 # Steps

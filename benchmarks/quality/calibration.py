@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import hashlib
+import os
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+from numpy.typing import NDArray
 
 from uq.formats.tokenizer import Tokenizer
 from uq.quantize.pipeline import DEFAULTS, QuantizeOptions
@@ -53,8 +56,19 @@ def draw(number: int, tokenizer: Tokenizer, tokens: int, work: Path) -> Draw:
     )
     digest = hashlib.sha256(np.ascontiguousarray(windows, "<i4").tobytes()).hexdigest()
     folder = work / "calibration" / digest[:16]
-    folder.mkdir(parents=True, exist_ok=True)
-    np.save(folder / "tokens.npy", windows)
-    pieces = [tokenizer.decode(window[1:].tolist()) for window in windows]
-    (folder / "text.txt").write_text("\n\n".join(pieces), "utf-8")
+    if not folder.exists():
+        _write(folder, windows, tokenizer)
     return Draw(number, folder / "tokens.npy", folder / "text.txt", windows.size, digest)
+
+
+def _write(folder: Path, windows: NDArray[np.int32], tokenizer: Tokenizer) -> None:
+    """Both files under their names in one step: a run beside this one may be reading them."""
+    draft = folder.with_name(f"{folder.name}.{os.getpid()}.partial")
+    draft.mkdir(parents=True, exist_ok=True)
+    np.save(draft / "tokens.npy", windows)
+    pieces = [tokenizer.decode(window[1:].tolist()) for window in windows]
+    (draft / "text.txt").write_text("\n\n".join(pieces), "utf-8")
+    try:
+        draft.rename(folder)
+    except OSError:  # the other run was first
+        shutil.rmtree(draft)

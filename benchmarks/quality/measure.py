@@ -78,7 +78,7 @@ class Bench:
                 scores = self.scorer.score(model.opened, row.numerics, text)
             if scores is not None:
                 texts[text.name] = scores
-        if not (self.keep or row.shared):
+        if chosen and not (self.keep or row.shared):
             remove(model.output)
         return DrawResult(draw.number, facts.sizes, model.cost(), texts) if texts else None
 
