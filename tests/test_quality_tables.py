@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from benchmarks.quality.results import (
     Sizes,
     TextFacts,
     TextScores,
+    completed,
 )
 from benchmarks.quality.rows import all_rows, extra_row
 from benchmarks.quality.source import prepare
@@ -112,6 +114,36 @@ ROWS = (
 )
 def test_tables(line: str) -> None:
     assert line in markdown(results(*ROWS)).splitlines()
+
+
+def test_results_are_read_as_they_are_written() -> None:
+    found = results(*ROWS)
+    assert Results.from_json(json.loads(json.dumps(found.to_json()))) == found
+
+
+def test_draws_of_another_machine_complete_a_table() -> None:
+    here = results(replace(ROWS[1], draws=DRAWS[1:]), replace(ROWS[3], not_run="not chosen"))
+    there = results(replace(ROWS[1], draws=DRAWS[:1]), replace(ROWS[3], draws=DRAWS))
+    two, none = completed(here, there).rows
+    assert two.draws == DRAWS
+    assert (none.draws, none.not_run) == (DRAWS, None)
+
+
+def test_a_draw_that_is_measured_here_stays() -> None:
+    other = replace(DRAWS[0], texts={"words": scores(9.0)})
+    (row,) = completed(results(ROWS[0]), results(replace(ROWS[0], draws=(other,)))).rows
+    assert row == ROWS[0]
+
+
+def test_scores_on_other_windows_are_left_out() -> None:
+    there = replace(results(ROWS[1]), texts=(TextFacts("words", 3, 93, "other"),))
+    assert completed(results(ROWS[3]), there).rows == (ROWS[3],)
+
+
+def test_figures_of_another_model_are_refused() -> None:
+    there = replace(results(ROWS[1]), reference_sha256="ef")
+    with pytest.raises(UsageError, match="reference_sha256 is ef, here it is cd"):
+        completed(results(), there)
 
 
 def test_tables_replace_what_is_between_the_markers(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import json
 import re
 import sys
 from collections.abc import Sequence
@@ -20,7 +21,7 @@ from benchmarks.quality.peers.llama_cpp import LlamaCpp
 from benchmarks.quality.peers.peer import Peer
 from benchmarks.quality.peers.uq import Uq
 from benchmarks.quality.render import markdown, splice
-from benchmarks.quality.results import Results, RowResult, TextFacts
+from benchmarks.quality.results import Results, RowResult, TextFacts, completed
 from benchmarks.quality.rows import AUTO_ROUND, GPTQ, HQQ, LLAMA, UQ, Row, all_rows
 from benchmarks.quality.scoring import Scorer
 from benchmarks.quality.source import Reference, prepare
@@ -86,6 +87,10 @@ def parser() -> argparse.ArgumentParser:
         "--quantize-only", action="store_true",
         help="keep the models in the work folder, for a run that scores them",
     )  # fmt: skip
+    add(
+        "--with", dest="others", type=Path, action="append", default=[], metavar="FILE",
+        help="quality.json of another machine: draws of its rows that are not measured here",
+    )  # fmt: skip
     add("--keep", action="store_true", help="leave the quantized models in the work folder")
     add("--doc", type=Path, metavar="FILE", help="page whose tables are replaced")
     return parser
@@ -112,7 +117,7 @@ def run(args: argparse.Namespace) -> None:
         chosen = args.only is None or bool(args.only.search(row.name))
         found.append(bench.measure(row, chosen=chosen))
         save(args, work, results(bench, reference, args, [*found, *_waiting(rows[len(found) :])]))
-    print(markdown(results(bench, reference, args, found)))
+    print((work / "quality.md").read_text("utf-8"))
 
 
 def open_bench(args: argparse.Namespace, work: Path, reference: Reference) -> Bench:
@@ -169,6 +174,8 @@ def results(
 
 def save(args: argparse.Namespace, work: Path, found: Results) -> None:
     """`quality.json` and `quality.md` in the work folder, and the page if there is one."""
+    for other in args.others:
+        found = completed(found, Results.from_json(json.loads(other.read_text("utf-8"))))
     tables = markdown(found)
     write_json(work / "quality.json", found.to_json())
     (work / "quality.md").write_text(tables, "utf-8")

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping, Set
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from benchmarks.quality.steps import Cost
+from uq.errors import UsageError
 
 
 @dataclass(frozen=True)
@@ -70,6 +71,11 @@ class DrawResult:
     cost: Cost
     texts: Mapping[str, TextScores]
 
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> DrawResult:
+        texts = {name: TextScores.from_json(text) for name, text in data["texts"].items()}
+        return cls(data["draw"], Sizes(**data["sizes"]), Cost(**data["cost"]), texts)
+
 
 @dataclass(frozen=True)
 class RowResult:
@@ -81,6 +87,11 @@ class RowResult:
     calibrated: bool
     draws: tuple[DrawResult, ...]
     not_run: str | None = None
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> RowResult:
+        draws = tuple(map(DrawResult.from_json, data["draws"]))
+        return cls(**{**data, "arguments": tuple(data["arguments"]), "draws": draws})
 
 
 @dataclass(frozen=True)
@@ -110,5 +121,38 @@ class Results:
     texts: tuple[TextFacts, ...]
     rows: tuple[RowResult, ...]
 
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> Results:
+        rows = tuple(map(RowResult.from_json, data["rows"]))
+        return cls(**{**data, "texts": tuple(TextFacts(**t) for t in data["texts"]), "rows": rows})
+
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
+
+
+def completed(here: Results, other: Results) -> Results:
+    """`here`, and the draws of `other` that it has not: of the same model, texts and calibration.
+
+    Raises:
+        UsageError: `other` is of something else.
+    """
+    for what in ("schema", "reference_sha256", "context", "calibration_tokens"):
+        ours, theirs = getattr(here, what), getattr(other, what)
+        if ours != theirs:
+            raise UsageError(f"--with: its {what} is {theirs}, here it is {ours}")
+    windows = {text.sha256 for text in here.texts}
+    texts = {text.name for text in other.texts if text.sha256 in windows}
+    known = {(row.name, row.arguments): row for row in other.rows}
+    rows = (_completed(row, known.get((row.name, row.arguments)), texts) for row in here.rows)
+    return replace(here, rows=tuple(rows))
+
+
+def _completed(row: RowResult, other: RowResult | None, texts: Set[str]) -> RowResult:
+    have = {draw.draw for draw in row.draws}
+    found = list(row.draws)
+    for draw in other.draws if other else ():
+        scores = {name: found for name, found in draw.texts.items() if name in texts}
+        if draw.draw not in have and scores:
+            found.append(replace(draw, texts=scores))
+    found.sort(key=lambda draw: draw.draw)
+    return replace(row, draws=tuple(found), not_run=None if found else row.not_run)
