@@ -35,9 +35,6 @@ uvec2 score_place(uint i) {
 }
 
 #ifdef EMULATED
-void keep_queries() {
-}
-
 void clear_blocks() {
     for (uint i = 0; i < DOWN * ACROSS; i++) {
         for (uint e = 0; e < 32; e++) {
@@ -90,18 +87,6 @@ void store_blocks(uint chunk) {
     }
 }
 #else
-BlockA queries[KEEPS ? DOWN * DEPTH : 1];
-
-// From where they lie in kv_tile.
-void keep_queries() {
-    [[unroll]] for (uint i = 0; i < DOWN; i++) {
-        [[unroll]] for (uint k = 0; k < DEPTH; k++) {
-            uint at = 16 * i * ROW + 4 * (first_block() + k);
-            coopMatLoad(queries[i * DEPTH + k], kv_tile, at, ROW, gl_CooperativeMatrixLayoutRowMajor);
-        }
-    }
-}
-
 void clear_blocks() {
     [[unroll]] for (uint i = 0; i < DOWN * ACROSS; i++) {
         mixed[i] = Block(0.0);
@@ -117,11 +102,7 @@ void score_blocks() {
             BlockA a;
             BlockB b;
             uint from = 4 * (first_block() + k);
-            if (KEEPS) {
-                a = queries[place.x / 16 * DEPTH + k];
-            } else {
-                coopMatLoad(a, q_tile, place.x * ROW + from, ROW, gl_CooperativeMatrixLayoutRowMajor);
-            }
+            coopMatLoad(a, q_tile, place.x * ROW + from, ROW, gl_CooperativeMatrixLayoutRowMajor);
             coopMatLoad(b, kv_tile, place.y * ROW + from, ROW, gl_CooperativeMatrixLayoutColumnMajor);
             total = coopMatMulAdd(a, b, total);
         }

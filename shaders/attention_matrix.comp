@@ -14,8 +14,8 @@
 // scores are made the values are on their way into registers, and the next keys while those are mixed.
 // KEYS and DIM are multiples of 16, DIM of 16 * SUBGROUPS; LANES is a multiple of ROWS.
 //
-// Large heads are SPLIT: a subgroup has its part of DIM in the scores, too, with the queries in registers,
-// and the softmax adds the parts. Queries and a step of the cache have no room beside each other.
+// Large heads are SPLIT: a subgroup has its part of DIM in the scores, too, and the softmax adds the parts.
+// Queries stay in shared memory: kept as matrices in registers they came out wrong by NVIDIA's driver 580.
 #include "common.glsl"
 layout(constant_id = 1) const bool FLOAT_X = false;
 layout(constant_id = 2) const uint DIM = 64;
@@ -56,13 +56,8 @@ const uint WEIGHT_ROW = KEY_QUADS + 2;
 const uint SCORE_ROW = KEY_QUADS + 4;
 const uint PARTS = SPLIT ? SUBGROUPS : 1;  // whose sum a score is
 const float NEVER = -1e30;
-#ifdef EMULATED
-#define KEEPS false
-#else
-#define KEEPS SPLIT  // queries in registers
-#endif
 
-shared f16vec4 q_tile[KEEPS ? 1 : ROWS * ROW];
+shared f16vec4 q_tile[ROWS * ROW];
 shared f16vec4 kv_tile[KEYS * ROW];  // keys, then values
 shared f16vec4 w_tile[ROWS * WEIGHT_ROW];
 shared vec4 scores[PARTS * ROWS * SCORE_ROW];  // then the factors of what was summed before, then results
@@ -85,15 +80,7 @@ void load_queries() {
         uint row = i / QUADS, token = min(row_token(row), first_token + tokens - 1);
         uint query = head * SHARING + row % SHARING;
         vec4 v = qkv.at[token * (stride / 4) + query * QUADS + i % QUADS] * SCALE;
-        if (KEEPS) {
-            kv_tile[row * ROW + i % QUADS] = f16vec4(v);
-        } else {
-            q_tile[row * ROW + i % QUADS] = f16vec4(v);
-        }
-    }
-    if (KEEPS) {
-        barrier();
-        keep_queries();
+        q_tile[row * ROW + i % QUADS] = f16vec4(v);
     }
 }
 

@@ -8,8 +8,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tests.test_gemma4_vulkan import GREEDY, LENGTH, divergence, log_probabilities, on_vulkan
-from tests.vulkan_lab import no_messages  # noqa: F401
+from tests.test_gemma4_vulkan import (
+    GREEDY,
+    LENGTH,
+    assert_close_to_the_cpu,
+    divergence,
+    log_probabilities,
+    on_vulkan,
+)
+from tests.vulkan_lab import give_matrices, no_messages  # noqa: F401
 from uq.errors import DeviceError
 from uq.formats.bundle import open_bundle
 from uq.formats.checkpoint import open_checkpoint
@@ -35,6 +42,17 @@ def test_a_model_answers_like_on_the_cpu(
         session.prefill(tokens[0, :-12].tolist())
     assert list(vulkan.decode(12, GREEDY)) == list(cpu.decode(12, GREEDY))
     vulkan.close()
+
+
+def test_matrix_instructions_answer_like_the_cpu(
+    tiny_gemma3n: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    give_matrices(monkeypatch)
+    checkpoint = open_checkpoint(tiny_gemma3n("plain", text={"sliding_window": 9}))
+    options = QuantizeOptions(recipe="int4", method="rtn")
+    assert_close_to_the_cpu(
+        open_bundle(quantize(checkpoint, tmp_path / "bundle", options)), tmp_path
+    )
 
 
 def test_more_streams_than_the_kernels_take(

@@ -12,7 +12,7 @@ import pytest
 from numpy.typing import NDArray
 
 from tests.gemma4 import rounded_models
-from tests.vulkan_lab import no_messages  # noqa: F401
+from tests.vulkan_lab import give_matrices, no_messages  # noqa: F401
 from uq.errors import DeviceError, UsageError
 from uq.formats.bundle import Bundle
 from uq.formats.checkpoint import open_checkpoint
@@ -133,6 +133,24 @@ def test_a_checkpoint_in_floating_point(tiny_gemma4: Callable[..., Path], cache:
     actual, expected = session.score(tokens), ReferenceSession(checkpoint).score(tokens)
     assert np.linalg.norm(actual - expected) <= 1e-3 * np.linalg.norm(expected)
     session.close()
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_matrix_instructions_answer_like_the_cpu(
+    bundle: Callable[[str], Bundle], cache: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    give_matrices(monkeypatch)
+    assert_close_to_the_cpu(bundle(name), cache)
+
+
+def assert_close_to_the_cpu(model: Bundle, cache: Path) -> None:
+    """Behind a prompt, up to what weights and activations of float16 lose."""
+    vulkan, cpu = on_vulkan(model, cache, max_context=LENGTH), open_cpu(model, max_context=LENGTH)
+    for session in (vulkan, cpu):
+        session.prefill((np.arange(LENGTH) * 7 % 512).tolist())
+    error = np.abs(vulkan.next_logits - cpu.next_logits).max()
+    assert 0 < error <= 2e-2 * np.abs(cpu.next_logits).max()
+    vulkan.close()
 
 
 def log_probabilities(session: Session, tokens: NDArray[np.int32]) -> NDArray[np.float64]:

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from tests.test_cpu_session import MODELS, Source, random_tokens
-from tests.vulkan_lab import no_messages  # noqa: F401
+from tests.vulkan_lab import give_matrices, no_messages  # noqa: F401
 from uq.errors import DeviceError, UsageError
 from uq.formats.bundle import open_bundle
 from uq.formats.checkpoint import Checkpoint, open_checkpoint
@@ -21,20 +21,16 @@ from uq.kernels.backends import open_session
 from uq.kernels.numerics import ACTIVATIONS, FLOAT, KV, Numerics
 from uq.kernels.reference import ReferenceSession
 from uq.kernels.session import Sampling
-from uq.kernels.vulkan import device, pipelines
+from uq.kernels.vulkan import device
 from uq.kernels.vulkan.api import binding, listed
 from uq.kernels.vulkan.cache import turn_table
-from uq.kernels.vulkan.compile import compile_variant
 from uq.kernels.vulkan.device import choose
 from uq.kernels.vulkan.engine import Engine
 from uq.kernels.vulkan.mailbox import Run, Writer
 from uq.kernels.vulkan.runs import Runs
 from uq.kernels.vulkan.session import VulkanSession
 from uq.kernels.vulkan.sources import BundleSource, CheckpointSource
-from uq.kernels.vulkan.spirv import load
-from uq.kernels.vulkan.variants import VARIANTS
 from uq.kernels.vulkan.weights import padded_rows
-from uq.kernels.vulkan.wide import Abilities
 
 GREEDY = Sampling()
 LENGTH = 37  # more than two windows of 16
@@ -200,10 +196,7 @@ def test_matrix_instructions_answer_like_the_cpu(
     gemma3: Source, cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Their modules with plain arithmetic in their place, where the device has none."""
-    if not choose().has_matrix_blocks:
-        of = Abilities.of
-        monkeypatch.setattr(Abilities, "of", lambda gpu: replace(of(gpu), matrix=True))
-        monkeypatch.setattr(pipelines, "load", emulated)
+    give_matrices(monkeypatch)
     vulkan, cpu = on_vulkan(gemma3, cache, max_context=64), gemma3.session()
     prompt = random_tokens(gemma3.config, LENGTH).tolist()
     for session in (vulkan, cpu):
@@ -211,15 +204,6 @@ def test_matrix_instructions_answer_like_the_cpu(
     error = np.abs(vulkan.next_logits - cpu.next_logits).max()
     assert 0 < error <= 2e-2 * np.abs(cpu.next_logits).max()  # float16 weights and activations
     vulkan.close()
-
-
-def emulated(name: str) -> bytes:
-    row = VARIANTS[name]
-    if row.source not in ("gemm_matrix.comp", "attention_matrix.comp"):
-        return load(name)
-    macros = {**row.macros, "EMULATED": 1}
-    features = tuple(name for name in row.features if name != "coopmat")
-    return compile_variant(replace(row, macros=macros, features=features))
 
 
 def test_a_bundle_of_another_layout_is_permuted(

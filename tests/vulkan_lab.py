@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -14,13 +15,18 @@ from numpy.typing import DTypeLike, NDArray
 
 from uq.formats.layouts import LAYOUTS
 from uq.formats.spec import QuantTensor
+from uq.kernels.vulkan import pipelines
 from uq.kernels.vulkan.commands import Recorder, Submission
+from uq.kernels.vulkan.compile import compile_variant
 from uq.kernels.vulkan.device import Gpu, choose
 from uq.kernels.vulkan.memory import Arena, Span, Transfers
 from uq.kernels.vulkan.pipelines import Constants, Pipelines
 from uq.kernels.vulkan.push import addresses, words
 from uq.kernels.vulkan.sources import float_tiles
+from uq.kernels.vulkan.spirv import load
+from uq.kernels.vulkan.variants import VARIANTS
 from uq.kernels.vulkan.weights import Kind, padded_rows, tiles_of
+from uq.kernels.vulkan.wide import Abilities
 
 Floats = NDArray[np.float32]
 SETTINGS = """khronos_validation.debug_action = VK_DBG_LAYER_ACTION_LOG_MSG
@@ -55,6 +61,24 @@ def no_messages(vulkan_messages: Path) -> Iterator[None]:
     yield
     after = vulkan_messages.read_text() if vulkan_messages.exists() else ""
     assert after[len(before) :] == ""
+
+
+def give_matrices(patch: pytest.MonkeyPatch) -> None:
+    """Sessions multiply by matrix instructions; plain arithmetic is in their place where the device
+    has none."""
+    if not choose().has_matrix_blocks:
+        of = Abilities.of
+        patch.setattr(Abilities, "of", lambda gpu: replace(of(gpu), matrix=True))
+        patch.setattr(pipelines, "load", emulated)
+
+
+def emulated(name: str) -> bytes:
+    row = VARIANTS[name]
+    if row.source not in ("gemm_matrix.comp", "attention_matrix.comp"):
+        return load(name)
+    macros = {**row.macros, "EMULATED": 1}
+    features = tuple(name for name in row.features if name != "coopmat")
+    return compile_variant(replace(row, macros=macros, features=features))
 
 
 class Lab:

@@ -184,8 +184,8 @@ class MatrixAttentionCut:
 
     def shared_bytes(self, dim: int) -> int:
         """Shared memory of a workgroup: queries, a step of the cache, weights, scores."""
-        rows, parts = (0, self.subgroups) if self.split else (self.rows, 1)
-        halves = (rows + self.keys) * (dim + 8) + self.rows * (self.keys + 8)
+        parts = self.subgroups if self.split else 1
+        halves = (self.rows + self.keys) * (dim + 8) + self.rows * (self.keys + 8)
         return 2 * halves + 4 * self.rows * (self.keys + 16) * parts + 4 * self.rows + 1024
 
     def constants(self, subgroup: int) -> Constants:

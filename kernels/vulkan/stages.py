@@ -46,7 +46,7 @@ class Stages(Streams):
         self.enter_streams(recorder)
         for layer in self.model.layers:
             if layer.laurel:
-                self.add_laurel(recorder, layer.laurel, joining)
+                self.add_laurel(recorder, layer.laurel, joining, halved=self._halves_qkv(layer))
             recorder.label = "q, k, v"
             self.qkv(recorder, layer, joining)
             recorder.label = "attention"
@@ -101,7 +101,7 @@ class Stages(Streams):
         recorder.barrier()
 
     def qkv(self, recorder: Recorder, layer: Layer, joining: Joining) -> None:
-        halved = self.halves(*(matrix for matrix, _ in layer.qkv))
+        halved = self._halves_qkv(layer)
         norm = None if layer.laurel else self.norm_inside(recorder, joining, halved=halved)
         qkv, stride = self.work.qkv, layer.columns[-1]
         outputs = [(matrix, qkv.part(4 * row, qkv.nbytes - 4 * row)) for matrix, row in layer.qkv]
@@ -115,6 +115,9 @@ class Stages(Streams):
             halved=halved,
         )
         recorder.barrier()
+
+    def _halves_qkv(self, layer: Layer) -> bool:
+        return self.halves(*(matrix for matrix, _ in layer.qkv))
 
     def _qkv_parts(self, layer: Layer) -> int:
         return self.wide.few_parts([matrix for matrix, _ in layer.qkv]) if self.wide else 1

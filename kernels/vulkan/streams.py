@@ -51,12 +51,15 @@ class Streams(Extras):
         recorder.barrier()
         self._streams(recorder, SPREAD, updates, updates.prediction)
 
-    def add_laurel(self, recorder: Recorder, laurel: Laurel, joining: Joining) -> None:
+    def add_laurel(
+        self, recorder: Recorder, laurel: Laurel, joining: Joining, *, halved: bool
+    ) -> None:
         """hidden, in front of attention, gets all that stands behind it but attention's output,
-        whose gain holds its share; normed = norm(hidden), x the same as activations.
+        whose gain holds its share; normed = norm(hidden), x the same as activations, with `halved`
+        as float16.
         """
         recorder.label, work, rank = "low rank", self.work, laurel.left.rows
-        self.norm(recorder, joining, keep=True)
+        self.norm(recorder, joining, keep=True, halved=halved)
         recorder.barrier()
         plain, stride = self.plain(recorder, work.normed), TILE_COLS * tiles_of(rank)
         self.products(recorder, plain, [(laurel.left, work.low_x)], stride=stride)
