@@ -3,11 +3,12 @@
 // y = sum of the down projections of the experts that a column has chosen, each times its share. Workgroup
 // (blocks of 16 rows, column).
 //
-// Slices of 64 lanes take tiles of all experts by turns, as in gemv.comp; the next one is on its way while
-// one is multiplied. A column's sums are made in an order that depends on LANES alone.
+// Slices of 64 lanes take tiles of all experts by turns, as in gemv.comp. A column's sums are made in an
+// order that depends on LANES alone.
 #include "common.glsl"
 layout(constant_id = 1) const uint GROUP = 32;
 layout(constant_id = 2) const uint ACTIVE = 1;
+layout(constant_id = 3) const uint DEPTH = 1;  // tiles that a lane has on their way
 #include "weights.glsl"
 
 layout(push_constant) uniform Push {
@@ -28,37 +29,41 @@ shared float parts[ACTIVE];
 // A tile of an expert on its way, and what it meets.
 struct Turn {
     Piece piece;
+    uint steps;   // of the scales of its rows, as they are loaded
     uint number;  // slot * tiles + tile
 };
 
 Turn begin_turn(uint number, uint lane) {
     uint block = experts[number / tiles] * step + gl_WorkGroupID.x;
     uint64_t rows_at = block_address(weights, block, tiles);
-    float unit = load_unit(rows_at, tiles, lane / 4);
-    return Turn(load_piece(rows_at, number % tiles, lane, unit), number);
+    uint steps = load_steps(rows_at, tiles, lane / 4);
+    return Turn(load_piece(rows_at, number % tiles, lane, 0.0), steps, number);
 }
 
 float end_turn(Turn turn, uint lane, float sum) {
     uint slot = turn.number / tiles, first = gl_WorkGroupID.y * ACTIVE;
     Input v = load_input(column_address(x, first + slot, tiles), turn.number % tiles, lane % 4);
+    turn.piece.unit = unit_of(turn.steps, lane / 4);
     precise float product = parts[slot] * multiply(turn.piece, v);
     precise float both = sum + product;
     return both;
 }
 
+// Nothing that is loaded is looked at before DEPTH tiles are asked for; behind the last one it is loaded
+// again.
 float accumulate(uint lane, uint slice) {
-    uint count = ACTIVE * tiles, last = count - 1;
+    uint count = ACTIVE * tiles;
     float total = 0.0;
-    Turn even = begin_turn(min(slice, last), lane);
-    for (uint number = slice; number < count; number += SLICES) {
-        Turn odd = begin_turn(min(number + SLICES, last), lane);
-        total = end_turn(even, lane, total);
-        number += SLICES;
-        if (number >= count) {
-            break;
+    Turn turns[DEPTH];
+    for (uint first = slice; first < count; first += DEPTH * SLICES) {
+        [[unroll]] for (uint i = 0; i < DEPTH; i++) {
+            turns[i] = begin_turn(min(first + i * SLICES, count - 1), lane);
         }
-        even = begin_turn(min(number + SLICES, last), lane);
-        total = end_turn(odd, lane, total);
+        [[unroll]] for (uint i = 0; i < DEPTH; i++) {
+            if (first + i * SLICES < count) {
+                total = end_turn(turns[i], lane, total);
+            }
+        }
     }
     return total;
 }

@@ -79,7 +79,7 @@ def test_experts_that_a_column_chooses(lab: Lab, bits: int) -> None:
     lab.run(f"gemv_{kind.name}", push, 5, 1, 3 * active, GROUP=32, **how)
     push = addresses(lab.weight(down, kind), gated, out, chosen, shares, given)
     push += words(2, hidden, hidden // 16)
-    lab.run(f"experts_{kind.name}", push, 6, 3, LANES=128, GROUP=32, ACTIVE=active)
+    lab.run(f"experts_{kind.name}", push, 6, 3, LANES=128, GROUP=32, ACTIVE=active, DEPTH=3)
     indices, parts = choose(Experts(count, active, size), scores[:2], factors)
     np.testing.assert_array_equal(lab.get(chosen, np.uint32, 2, active), indices)
     np.testing.assert_allclose(lab.get(shares, np.float32, 2, active), parts, rtol=2e-6)

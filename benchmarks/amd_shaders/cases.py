@@ -31,7 +31,7 @@ from uq.kernels.vulkan.dense.products import (
     cut_constants,
     systems_cut,
 )
-from uq.kernels.vulkan.extras import EXPERT_LANES, TOLD_LANES
+from uq.kernels.vulkan.extras import EXPERT_DEPTH, EXPERT_LANES, TOLD_LANES
 from uq.kernels.vulkan.memory import Arena, Span, Transfers
 from uq.kernels.vulkan.model import Work, load_model, work_sizes
 from uq.kernels.vulkan.persistent import Persistent, cuts, knows
@@ -151,7 +151,8 @@ def per_layer_case(kind: Kind) -> Case:
 def experts_case(kind: Kind) -> Case:
     """The sum of the 26B-A4B's experts of this kind."""
     module = f"experts_{kind.name}" + "_dot" * (not kind.is_float)
-    return _case(module, {"LANES": EXPERT_LANES, "ACTIVE": 8, **kind.constants})
+    shape = {"LANES": EXPERT_LANES, "ACTIVE": 8, "DEPTH": EXPERT_DEPTH}
+    return _case(module, {**shape, **kind.constants})
 
 
 def cache_size(config: GemmaConfig, *, is_int8: bool = False) -> CacheSize:

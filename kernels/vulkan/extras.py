@@ -16,6 +16,7 @@ from uq.kernels.vulkan.weights import Matrix, padded_rows
 
 TOLD_LANES = 64  # of a workgroup that makes a token's input of a layer
 EXPERT_LANES = 512
+EXPERT_DEPTH = 3  # tiles of the down projections that a lane has on their way
 
 
 class Extras(Residual):
@@ -139,6 +140,7 @@ class Extras(Residual):
             self.tuning.kernel(down.kind).replace("gemv", "experts"),
             LANES=EXPERT_LANES,
             ACTIVE=mixture.active,
+            DEPTH=EXPERT_DEPTH,
             **down.kind.constants,
         )
         push = addresses(down.span, work.expert_gated, work.expert_out, work.chosen, work.shares)

@@ -90,7 +90,7 @@ def _decode_kernels() -> Iterator[Variant]:
     gemv = ("LANES", "GROUP", "COLUMNS", "BLOCKS", *_NORM, *what)
     embed = ("LANES", "GROUP", "DECODE", "SCALE", "HIDDEN")
     per_layer = ("LANES", "GROUP", "SIZE", "ROWS", "EPS", "SCALE")
-    experts = ("LANES", "GROUP", "ACTIVE")
+    experts = ("LANES", "GROUP", "ACTIVE", "DEPTH")
     for kind, macros in _weights().items():
         yield _kernel(f"gemv_{kind}", "gemv.comp", macros, constants=gemv)
         yield _kernel(f"experts_{kind}", "experts.comp", macros, constants=experts)
