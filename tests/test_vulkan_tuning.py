@@ -6,6 +6,7 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from tests.test_cpu_session import random_tokens
@@ -14,9 +15,11 @@ from uq.errors import UsageError
 from uq.formats.bundle import Bundle, open_bundle
 from uq.kernels.profile import KernelTime, StepTimes, by_label, chrome_trace
 from uq.kernels.session import Sampling
+from uq.kernels.vulkan import autotune
 from uq.kernels.vulkan.device import choose
 from uq.kernels.vulkan.session import VulkanSession
 from uq.kernels.vulkan.sources import BundleSource
+from uq.kernels.vulkan.stages import shared_queries
 from uq.kernels.vulkan.tuning import read_measured
 
 LAYERS = 2
@@ -49,6 +52,28 @@ def test_a_tuned_session_writes_the_same_text(bundle: Bundle, tmp_path: Path) ->
     assert texts[0] == texts[1] == texts[2]
     (file,) = tmp_path.glob("*.json")
     assert {key.rpartition(" ")[2] for key in read_measured(file).products} == {"0", "1", "2", "3"}
+
+
+def test_a_workgroup_of_attention_serves_as_many_heads_as_was_fastest(
+    bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(autotune, "_tune_products", lambda _gpu, stages, _cache: (stages, {}))
+    monkeypatch.setattr(autotune, "_times", lambda _gpu, records: {key: key for key in records})
+    usual, tuned = opened(bundle, tmp_path), opened(bundle, tmp_path, tune=True)
+    again = opened(bundle, tmp_path)
+    assert [heads(each) for each in (usual, tuned, again)] == [2, 1, 1]
+    logits = []
+    for session in (usual, tuned, again):
+        session.prefill(random_tokens(bundle.config, 9).tolist())
+        list(session.decode(4, Sampling()))
+        logits.append(session.next_logits)
+        session.close()
+    assert all(np.array_equal(each, logits[0]) for each in logits)
+
+
+def heads(session: VulkanSession) -> int:
+    config, stages = session.config, session._engine._stages
+    return shared_queries(config.num_heads // config.num_kv_heads, stages.tuning.queries)
 
 
 def test_a_layer_has_five_stages(bundle: Bundle, tmp_path: Path) -> None:

@@ -24,12 +24,13 @@ from uq.kernels.vulkan.persistent import (
     suits,
 )
 from uq.kernels.vulkan.profile import ClockedRecorder
-from uq.kernels.vulkan.stages import Stages
+from uq.kernels.vulkan.stages import Stages, with_queries
 from uq.kernels.vulkan.state import one_token, views
 from uq.kernels.vulkan.tuning import (
     BRANCH,
     CHOOSE,
     GEGLU,
+    QUERIES,
     STORE,
     TELL,
     Cut,
@@ -59,10 +60,12 @@ def tune(gpu: Gpu, stages: Stages, cache: Cache, transfers: Transfers) -> Measur
     """
     transfers.write(stages.work.state, one_token(TUNED_AT))
     stages, products = _tune_products(gpu, stages, cache)
+    key = model_key(stages.config)
+    stages, queries = _tune_queries(gpu, stages, cache)
     if not suits(stages, cache.suffix, gpu.physical):
-        return Measured(products)
+        return Measured(products, queries={key: queries})
     cut = _tune_layers(gpu, stages, cache, transfers)
-    return Measured(products, {model_key(stages.config): cut})
+    return Measured(products, {key: cut}, {key: queries})
 
 
 def _tune_products(gpu: Gpu, stages: Stages, cache: Cache) -> tuple[Stages, dict[str, Shape]]:
@@ -79,6 +82,14 @@ def _tune_products(gpu: Gpu, stages: Stages, cache: Cache) -> tuple[Stages, dict
         best = min(times, key=times.__getitem__)
         stages, found[product_key(matrix, epilogue)] = tried[best], best
     return stages, found
+
+
+def _tune_queries(gpu: Gpu, stages: Stages, cache: Cache) -> tuple[Stages, int]:
+    """Fewer heads a workgroup: more workgroups, shorter code, and keys that are read more often."""
+    tried = {count: with_queries(stages, count) for count in range(1, QUERIES + 1)}
+    times = _times(gpu, {count: _layers(each, cache) for count, each in tried.items()})
+    best = min(times, key=times.__getitem__)
+    return tried[best], best
 
 
 def _tune_layers(gpu: Gpu, stages: Stages, cache: Cache, transfers: Transfers) -> Cut | None:

@@ -47,13 +47,13 @@ from uq.kernels.vulkan.model import (
     weight_names,
     work_sizes,
 )
-from uq.kernels.vulkan.persistent import Persistent, arena_bytes, tuned
+from uq.kernels.vulkan.persistent import Persistent, arena_bytes, model_key, tuned
 from uq.kernels.vulkan.pipelines import Pipelines
 from uq.kernels.vulkan.prefill import head_shapes
 from uq.kernels.vulkan.runs import Runs, fitting
-from uq.kernels.vulkan.stages import MOST_HEAD_DIM, Stages
+from uq.kernels.vulkan.stages import MOST_HEAD_DIM, Stages, with_queries
 from uq.kernels.vulkan.state import MOST_BLOCKS, MOST_TOKENS
-from uq.kernels.vulkan.tuning import Tuning, read_measured, write_measured
+from uq.kernels.vulkan.tuning import QUERIES, Measured, Tuning, read_measured, write_measured
 from uq.kernels.vulkan.updates import MOST_STREAMS
 from uq.kernels.vulkan.weights import Loader, Source, padded_rows, weight_bytes
 from uq.kernels.vulkan.wide import Abilities, fits_tiles
@@ -140,7 +140,7 @@ class Engine:
             abilities,
             columns=1,
         )
-        self._stages = tuned(stages, read_measured(self._measured), self._suffix, physical)
+        self._stages = self._tuned(stages, read_measured(self._measured))
 
     @property
     def _suffix(self) -> str:
@@ -173,7 +173,11 @@ class Engine:
             found = tune(self.gpu, self._stages, cache, self.transfers)
         known = read_measured(self._measured).updated(found)
         write_measured(self._measured, known)
-        self._stages = tuned(self._stages, known, self._suffix, self.gpu.physical)
+        self._stages = self._tuned(self._stages, known)
+
+    def _tuned(self, stages: Stages, known: Measured) -> Stages:
+        stages = with_queries(stages, known.queries.get(model_key(self.config), QUERIES))
+        return tuned(stages, known, self._suffix, self.gpu.physical)
 
     def runs(self, capacity: int, slots: int = 1) -> Runs:
         """Passes and decode steps over new KV caches of `capacity` tokens each."""

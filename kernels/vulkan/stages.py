@@ -18,7 +18,7 @@ from uq.kernels.vulkan.push import addresses, floats, words
 from uq.kernels.vulkan.residual import ROW_LANES
 from uq.kernels.vulkan.state import ATTENTION_COUNTER, CHOOSE_COUNTER
 from uq.kernels.vulkan.streams import Streams
-from uq.kernels.vulkan.tuning import CHOOSE, GEGLU
+from uq.kernels.vulkan.tuning import CHOOSE, GEGLU, QUERIES
 from uq.kernels.vulkan.weights import Matrix, padded_rows
 from uq.kernels.vulkan.wide import slices
 
@@ -27,7 +27,6 @@ ATTENTION_LANES = 256
 MOST_HEAD_DIM = 2 * ATTENTION_LANES  # a lane turns two channels
 SAMPLE_LANES = 512
 MANY_BLOCKS = 64  # of heads, that keep a large GPU busy without splits of the context
-MOST_QUERIES = 2  # heads that read a key together: their sums are registers
 
 
 class Stages(Streams):
@@ -230,7 +229,7 @@ class Stages(Streams):
 
     def _attention(self, recorder: Recorder, layer: Layer, cache: Cache, mode: int) -> None:
         config, work, index = self.config, self.work, layer.index
-        queries = shared_queries(config.num_heads // layer.kv_heads)
+        queries = shared_queries(config.num_heads // layer.kv_heads, self.tuning.queries)
         blocks = config.num_heads // queries
         run = self._least_run(blocks)
         pipeline = self.pipelines.get(
@@ -271,6 +270,10 @@ class Stages(Streams):
         return tile * max(1, blocks * self.columns // MANY_BLOCKS) if self.wide else tile
 
 
-def shared_queries(sharing: int) -> int:
+def with_queries(stages: Stages, count: int) -> Stages:
+    return replace(stages, tuning=replace(stages.tuning, queries=count))
+
+
+def shared_queries(sharing: int, most: int = QUERIES) -> int:
     """Query heads that one workgroup of attention serves, of those that share a key head."""
-    return max(count for count in range(1, MOST_QUERIES + 1) if sharing % count == 0)
+    return max(count for count in range(1, most + 1) if sharing % count == 0)

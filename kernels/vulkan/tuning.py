@@ -14,6 +14,7 @@ STORE, GEGLU, CHOOSE, BRANCH, TELL = range(5)  # what follows a product, as in s
 MOST_LANES = 512
 ENOUGH_LANES = 1 << 17  # that keep the memory of a large GPU busy
 SUMS = 4096  # floats of shared memory that a product may use
+QUERIES = 2  # heads that a workgroup of attention serves, where that was not measured
 NORMED_CHANNELS = 1536  # up to which a product makes the norm in front of it in every workgroup
 
 
@@ -62,14 +63,16 @@ class Measured:
     Attributes:
         products: key of a product -> its shape.
         layers: key of a model -> how its layers are cut; None: each product is a dispatch.
+        queries: key of a model -> `Tuning.queries`.
     """
 
     products: Mapping[str, Shape] = field(default_factory=dict)
     layers: Mapping[str, Cut | None] = field(default_factory=dict)
+    queries: Mapping[str, int] = field(default_factory=dict)
 
     def updated(self, newer: Measured) -> Measured:
-        products = {**self.products, **newer.products}
-        return Measured(products, {**self.layers, **newer.layers})
+        products, layers = {**self.products, **newer.products}, {**self.layers, **newer.layers}
+        return Measured(products, layers, {**self.queries, **newer.queries})
 
 
 @dataclass(frozen=True)
@@ -80,11 +83,13 @@ class Tuning:
         integer_dot: the device multiplies four bytes at once.
         measured: key of a product -> its best shape.
         cut: of the layers of one token that are one dispatch; None: each product is one.
+        queries: heads with one key head that a workgroup of attention serves, at most.
     """
 
     integer_dot: bool
     measured: Mapping[str, Shape] = field(default_factory=dict)
     cut: Cut | None = None
+    queries: int = QUERIES
 
     def kernel(self, kind: Kind) -> str:
         dotted = self.integer_dot and not kind.is_float
@@ -144,9 +149,10 @@ def read_measured(path: Path) -> Measured:
         stored = json.loads(path.read_text())
         products = {key: Shape(**shape) for key, shape in stored["products"].items()}
         layers = {key: _cut(cut) for key, cut in stored["layers"].items()}
+        queries = {key: int(count) for key, count in stored.get("queries", {}).items()}
     except (OSError, ValueError, TypeError, AttributeError, KeyError):
         return Measured()
-    return Measured(products, layers)
+    return Measured(products, layers, queries)
 
 
 def _cut(stored: dict[str, Any] | None) -> Cut | None:
