@@ -177,10 +177,19 @@ def peer_batch(prompts: list[list[int]]) -> float:
     return len(prompts) * BATCH_TOKENS / (time.perf_counter() - began)
 
 
+def peer_model(shape: str, layers: int | None, folder: Path) -> Path:
+    """llama.cpp's file of a shape; made where it is not there."""
+    folder.mkdir(parents=True, exist_ok=True)
+    model = folder / f"{shape}{layers or ''}.gguf"
+    if not model.exists():
+        fresh = model.with_suffix(".new")
+        write_random_gguf(text_config(shape, layers), fresh)
+        fresh.replace(model)
+    return model
+
+
 def measure(shape: str, args: argparse.Namespace, gpu: PhysicalGpu, folder: Path) -> list[Row]:
-    config = text_config(shape, args.layers)
-    model = folder / f"{shape}.gguf"
-    write_random_gguf(config, model)
+    config, model = text_config(shape, args.layers), peer_model(shape, args.layers, folder)
     context = max(2048, args.long + 256) if shape in args.long_shapes else 2048
     source = RandomWeights(config, args.scale_bits)
     session = VulkanSession(
@@ -199,7 +208,8 @@ def measure(shape: str, args: argparse.Namespace, gpu: PhysicalGpu, folder: Path
             )
             rows += [together(shape, batch, count, args.pairs // 2) for count in args.batch]
             batch.close()
-    model.unlink()
+    if not args.models:
+        model.unlink()
     return rows
 
 
@@ -220,6 +230,7 @@ def main() -> None:
     parser.add_argument("--long-shapes", nargs="*", default=["4b", "27b"])
     parser.add_argument("--batch", type=int, nargs="*", default=[8, 32], help="sequences")
     parser.add_argument("--batch-shapes", nargs="*", default=["4b", "27b"])
+    parser.add_argument("--models", type=Path, help="folder that keeps llama.cpp's files")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--cache", type=Path, default=Path(tempfile.gettempdir()) / "uq-vulkan")
     args = parser.parse_args()
@@ -230,7 +241,7 @@ def main() -> None:
     rows: list[Row] = []
     with tempfile.TemporaryDirectory() as folder:
         for shape in args.shapes:
-            found = measure(shape, args, gpu, Path(folder))
+            found = measure(shape, args, gpu, args.models or Path(folder))
             print("\n".join(map(str, found)), flush=True)
             rows += found
     if args.json:
