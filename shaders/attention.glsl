@@ -1,14 +1,14 @@
 // One token's attention to a run of keys: norms of queries, keys and values, RoPE, the new row of the
 // cache, softmax(Q K^T) V. Who includes it has the sizes of heads and cache, and says where queries,
-// keys and values come from (`input_quad`).
+// keys and values come from (`input_quad`), and how many of its lanes have keys and values (ATTENDING).
 
-const uint TILE = LANES / 8;  // keys between two barriers
+const uint TILE = ATTENDING / 8;  // keys between two barriers
 const uint PAIRS = DIM / 2;
 const uint QUADS = DIM / 4;
 const uint VECTORS = DIM / 8;  // of 8 channels in a row of the cache
 const uint SHARING = HEADS / KV_HEADS;
 const uint BLOCKS = HEADS / QUERIES;
-const uint V_SLICES = LANES / VECTORS;
+const uint V_SLICES = ATTENDING / VECTORS;
 const uint KEY_LOADS = (VECTORS + 7) / 8;                   // of a lane for a key
 const uint VALUE_LOADS = (TILE + V_SLICES - 1) / V_SLICES;  // of a lane for a tile
 const uint TURN_ROWS = LANES / PAIRS;                       // that are turned at a time
@@ -183,7 +183,7 @@ void score(uint first, uint stop, uint fresh) {
     [[unroll]] for (uint q = 0; q < QUERIES; q++) {
         float s = team_sum(total[q], 8) * SCALE;
         s = CAP > 0.0 ? softcap(s, CAP) : s;
-        if (lane % 8 == 0) {
+        if (lane % 8 == 0 && lane < ATTENDING) {
             weights[q * TILE + lane / 8] = key < stop ? s : -1e30;
         }
     }

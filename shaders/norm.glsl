@@ -18,6 +18,10 @@ const uint RUNS = HIDDEN / 32;
 
 shared float run_squares[2 * RUNS];  // of the branch, of the sum
 
+#ifndef EACH_ITEM  // of a kernel that is long already it is a loop
+#define EACH_ITEM [[unroll]]
+#endif
+
 // A column on its way: everything is asked for before anything is waited for.
 vec4 h[ITEMS], joining[ITEMS];
 vec4 branch_gains[ITEMS], gains[ITEMS];
@@ -80,13 +84,13 @@ float join_column(float scale) {
     if (HAS_BRANCH) {
         float factor = 1.0;
         if (POST_NORM) {
-            [[unroll]] for (uint i = 0; i < ITEMS; i++) {
+            EACH_ITEM for (uint i = 0; i < ITEMS; i++) {
                 add_squares(joining[i], i * LANES + lane_index(), 0);
             }
             barrier();
             factor = factor_of(0);
         }
-        [[unroll]] for (uint i = 0; i < ITEMS; i++) {
+        EACH_ITEM for (uint i = 0; i < ITEMS; i++) {
             precise vec4 sum = joining[i];
             if (POST_NORM) {
                 sum = sum * factor;
@@ -100,7 +104,7 @@ float join_column(float scale) {
     if (PLAIN) {
         return 1.0;
     }
-    [[unroll]] for (uint i = 0; i < ITEMS; i++) {
+    EACH_ITEM for (uint i = 0; i < ITEMS; i++) {
         add_squares(h[i], i * LANES + lane_index(), 1);
     }
     barrier();

@@ -9,6 +9,8 @@
 // reader looks at a message until it has the tag that it waits for, so nobody waits for more than it needs,
 // and there are neither barriers nor fences among workgroups. Every workgroup has outputs of the gate, for
 // which it needs all that came before: so nobody is two stages behind, and messages may be overwritten.
+// Weights do not wait: a workgroup asks for the first ones of its next stage while it multiplies the last
+// ones of this.
 //
 // Waiting needs every workgroup to be running. Vulkan promises that of none; whoever waits too long
 // says so in `failed`, waits no more, and the token is computed anew by other kernels.
@@ -16,7 +18,7 @@
 // Sums have the order of gemv.comp and attention.comp, so a token has the same bits there and here.
 #include "common.glsl"
 layout(constant_id = 1) const uint GROUP = 32;
-layout(constant_id = 2) const uint DEPTH = 4;     // tiles of weights on their way, up to 8
+layout(constant_id = 2) const uint DEPTH = 4;     // tiles of weights on their way, up to 4
 layout(constant_id = 3) const uint PATIENCE = 1;  // looks at a message before one gives up
 layout(constant_id = 10) const uint DIM = 8;
 layout(constant_id = 11) const uint HEADS = 1;
@@ -32,7 +34,10 @@ layout(constant_id = 23) const uint DOWN_PARTS = 1;
 layout(constant_id = 24) const uint TEAMS = 0;  // slices that share a block's tiles: 4 bits for each stage
 layout(constant_id = 25) const uint HELD_TILES = 1;  // of activations, of a stage at most
 layout(constant_id = 26) const uint OUT_PARTS = 1;
+layout(constant_id = 27) const uint ATTENDING = 256;  // lanes that have keys and values
+layout(constant_id = 28) const bool JOINS = false;    // a head's splits are joined by one workgroup
 #include "weights.glsl"
+#define EACH_ITEM [[dont_unroll]]
 #include "norm.glsl"
 
 
@@ -55,7 +60,7 @@ layout(push_constant) uniform Push {
     Entries entries;  // of each layer, and what stands behind the last one
     State state;
     Ledger ledger;
-    Messages qkv, partials, stats, out_branch, gated, down_branch;
+    Messages qkv, partials, stats, context, out_branch, gated, down_branch;
     Quads hidden, normed;
     Uints next;
 };
@@ -127,8 +132,8 @@ const uint SLICES = LANES / 64;
 const uint MOST_PARTS = OUT_PARTS > DOWN_PARTS ? OUT_PARTS : DOWN_PARTS;
 const uint QKV = 0, OUT = 1, GATE = 2, DOWN = 3;
 const uint MLP_TILES = (INTERMEDIATE + 127) / 128, Q_TILES = (HEADS * DIM + 127) / 128;
+const uint OUT_TILES = (Q_TILES + OUT_PARTS - 1) / OUT_PARTS;
 const uint DOWN_TILES = (MLP_TILES + DOWN_PARTS - 1) / DOWN_PARTS;
-const uint DOWN_ITEMS = (32 * DOWN_TILES + LANES - 1) / LANES;
 
 shared uvec4 held[HELD_TILES * INPUT_VECTORS];
 shared float partial[2 * 16 * SLICES];  // in turns
@@ -136,6 +141,7 @@ uint flip = 0;
 
 #include "held.glsl"
 
+#include "persistent_work.glsl"
 #include "persistent_inputs.glsl"
 #include "persistent_products.glsl"
 
@@ -186,58 +192,73 @@ void attend_layer() {
     }
 }
 
-void make_input(uint stage, uint layer) {
-    if (stage == QKV) {
-        hold_normed(enter(layer));
-    } else if (stage == OUT) {
-        hold_context(part * PART_HEADS);
-    } else if (stage == GATE) {
-        load_gains(ATTENTION_GAIN_AT, MLP_GAIN_AT);
-        receive_branch(out_branch, tag, OUT_PARTS);
-        hold_normed(join_column(1.0));
+void hold_part(uint stage) {
+    if (stage == OUT && !JOINS) {
+        hold_context(work.part * PART_HEADS);
     } else {
-        hold_gated();
+        Messages from = stage == OUT ? context : gated;
+        hold_messages(from, stage == OUT ? HEADS * DIM : INTERMEDIATE);
     }
     barrier();
 }
 
-void run_stage(uint stage, uint layer) {
-    set_stage(stage);
-    bool attends = stage == OUT;
-    [[dont_unroll]] for (uint p = gl_WorkGroupID.x % parts; p < parts; p += gl_NumWorkGroups.x) {
-        uint group = begin_part(stage, p);
-        if (attends) {
-            attend_layer();
-            attends = false;
-        }
-        if (group < groups || parts == 1) {
-            make_input(stage, layer);
-            multiply_part(stage, group);
+void run_stage(uint step, uint layer) {
+    uint stage = step % 4;
+    if (stage == OUT) {
+        attend_layer();
+        if (JOINS) {
+            join_heads();
         }
     }
-}
-
-void finish(uint layer) {
-    tag += 1;
-    float factor = enter(layer);
-    [[unroll]] for (uint i = 0; i < ITEMS; i++) {
-        uint quad = i * LANES + lane;
-        if (quad < HIDDEN_QUADS) {
-            normed.at[quad] = normed_quad(i, factor);
-            store_activations(next, 0, quad, normed_quad(i, factor));
+    if (stage == QKV || stage == GATE) {
+        hold_stream(stage == QKV, layer);
+        barrier();
+    }
+    [[dont_unroll]] while (ahead.step == step && layer < LAYERS) {
+        work = ahead;
+        if (stage == OUT || stage == DOWN) {
+            hold_part(stage);
         }
+        multiply_part(stage);
     }
 }
 
 uvec2 upcoming;  // a word of the next entry, on its way
 
 void ask_entry(uint layer) {
-    upcoming = entries.at[layer * ENTRY + min(lane, ENTRY - 1)];
+    upcoming = entries.at[min(layer, LAYERS) * ENTRY + min(lane, ENTRY - 1)];
 }
 
 void keep_entry(uint layer) {
     if (lane < ENTRY) {
         entry[layer % 2 * ENTRY + lane] = upcoming;
+    }
+}
+
+// What `held` is behind the last layer.
+void finish() {
+    for (uint i = lane; i < HIDDEN_TILES * INPUT_VECTORS; i += LANES) {
+        Vectors(next).at[i] = held[i];
+    }
+}
+
+// The first workgroup makes what stands behind the last layer, too.
+void run_layers(uint epoch) {
+    uint steps_ = 4 * LAYERS + (gl_WorkGroupID.x == 0 ? 1 : 0);
+    [[dont_unroll]] for (uint step = 0; step < steps_; step++) {
+        uint layer = step / 4;
+        if (step % 4 == QKV) {
+            tag = epoch * LAYERS + layer + 1;
+            entry_at = layer % 2 * ENTRY;
+            ask_entry(layer + 1);
+        }
+        run_stage(step, layer);
+        if (step % 4 == OUT) {
+            keep_entry(layer + 1);  // there are barriers before it is needed
+        }
+    }
+    if (gl_WorkGroupID.x == 0) {
+        finish();
     }
 }
 
@@ -248,27 +269,14 @@ void main() {
     }
     uint epoch = ledger.epoch;
     position = state.positions[0];
-    [[unroll]] for (uint i = 0; i < ITEMS; i++) {
+    EACH_ITEM for (uint i = 0; i < ITEMS; i++) {
         h[i] = quad_or_zero(hidden, 0, i * LANES + lane);
     }
     ask_entry(0);
     keep_entry(0);
     barrier();
-    [[dont_unroll]] for (uint layer = 0; layer < LAYERS; layer++) {
-        tag = epoch * LAYERS + layer + 1;
-        entry_at = layer % 2 * ENTRY;
-        ask_entry(layer + 1);
-        [[dont_unroll]] for (uint stage = QKV; stage <= DOWN; stage++) {
-            run_stage(stage, layer);
-            if (stage == OUT) {
-                keep_entry(layer + 1);  // there are barriers before it is needed
-            }
-        }
-    }
-    entry_at = LAYERS % 2 * ENTRY;
-    if (gl_WorkGroupID.x == 0) {
-        finish(LAYERS);
-    }
+    begin_work();
+    run_layers(epoch);
     if (lane == 0) {
         uint before = atomicAdd(ledger.left, 1);
         if (before + 1 == gl_NumWorkGroups.x) {

@@ -3,7 +3,7 @@
 
 void load_gains(uint branch_gain, uint gain) {
     Quads first = Quads(entry[entry_at + branch_gain]), second = Quads(entry[entry_at + gain]);
-    [[unroll]] for (uint i = 0; i < ITEMS; i++) {
+    EACH_ITEM for (uint i = 0; i < ITEMS; i++) {
         uint quad = i * LANES + lane;
         branch_gains[i] = POST_NORM ? quad_or_zero(first, 0, quad) : vec4(1.0);
         gains[i] = quad_or_zero(second, 0, quad);
@@ -12,23 +12,18 @@ void load_gains(uint branch_gain, uint gain) {
 
 bool look_branch(Messages from, uint wanted, uint parts) {
     bool there = true;
-    vec4 part_[MOST_PARTS * ITEMS];
-    [[unroll]] for (uint i = 0; i < ITEMS; i++) {
-        uint quad = i * LANES + lane;
+    EACH_ITEM for (uint i = 0; i < ITEMS; i++) {
+        uint quad = min(i * LANES + lane, HIDDEN_QUADS - 1);
+        precise vec4 sum = vec4(0.0);
+        vec4 part_[MOST_PARTS];
         [[unroll]] for (uint p = 0; p < MOST_PARTS; p++) {
-            part_[p * ITEMS + i] = vec4(0.0);
-            if (p < parts && quad < HIDDEN_QUADS) {
-                bool this_ = look_quad(from, p * 128 * HIDDEN_TILES, quad, wanted, part_[p * ITEMS + i]);
-                there = there && this_;
-            }
+            bool this_ = look_quad(from, min(p, parts - 1) * 128 * HIDDEN_TILES, quad, wanted, part_[p]);
+            there = there && this_;
         }
-    }
-    [[unroll]] for (uint i = 0; i < ITEMS; i++) {
-        joining[i] = vec4(0.0);
         [[unroll]] for (uint p = 0; p < MOST_PARTS; p++) {
-            precise vec4 sum = joining[i] + part_[p * ITEMS + i];
-            joining[i] = sum;
+            sum = p < parts ? sum + part_[p] : sum;
         }
+        joining[i] = i * LANES + lane < HIDDEN_QUADS ? sum : vec4(0.0);
     }
     return there;
 }
@@ -38,55 +33,60 @@ void receive_branch(Messages from, uint wanted, uint parts) {
     }
 }
 
-void hold_normed(float factor) {
-    [[unroll]] for (uint i = 0; i < ITEMS; i++) {
+// What stands in front of a layer, or of its MLP, and behind the last layer. Nothing joins the embedding.
+void hold_stream(bool enters, uint layer) {
+    load_gains(enters ? BRANCH_GAIN_AT : ATTENTION_GAIN_AT, enters ? GAIN_AT : MLP_GAIN_AT);
+    EACH_ITEM for (uint i = 0; i < ITEMS; i++) {
+        joining[i] = vec4(0.0);
+    }
+    if (layer > 0 || !enters) {
+        Messages from = enters ? down_branch : out_branch;
+        receive_branch(from, enters ? tag - 1 : tag, enters ? DOWN_PARTS : OUT_PARTS);
+    }
+    float factor = join_column(1.0);
+    EACH_ITEM for (uint i = 0; i < ITEMS; i++) {
         uint quad = i * LANES + lane;
         if (quad < 32 * HIDDEN_TILES) {  // the padding too: it meets weights of zero
             hold_quad(quad, normed_quad(i, factor));
         }
-    }
-}
-
-// What stands in front of a layer: nothing joins the embedding.
-float enter(uint layer) {
-    load_gains(BRANCH_GAIN_AT, GAIN_AT);
-    if (layer > 0) {
-        receive_branch(down_branch, tag - 1, DOWN_PARTS);
-    } else {
-        [[unroll]] for (uint i = 0; i < ITEMS; i++) {
-            joining[i] = vec4(0.0);
+        if (quad < HIDDEN_QUADS && layer == LAYERS) {
+            normed.at[quad] = normed_quad(i, factor);
         }
     }
-    return join_column(1.0);
 }
 
-uint first_tile, last_tile;  // of a part of the columns
+const uint MOST_QUADS = 32 * (DOWN_TILES > OUT_TILES ? DOWN_TILES : OUT_TILES);
+const uint BATCH = MOST_QUADS > 3 * LANES ? 4 : (MOST_QUADS + LANES - 1) / LANES;  // quads on their way
 
-void hold_gated() {
-    vec4 v[DOWN_ITEMS];
-    uint first = 32 * first_tile, count = 32 * (last_tile - first_tile);
-    bool there = false;
-    for (uint looks = 0; !there && !gives_up(looks); looks++) {
-        there = true;
-        [[unroll]] for (uint i = 0; i < DOWN_ITEMS; i++) {
-            uint quad = first + i * LANES + lane;
-            v[i] = vec4(0.0);
-            if (i * LANES + lane < count && quad < INTERMEDIATE / 4) {
-                bool this_ = look_quad(gated, 0, quad, tag, v[i]);
-                there = there && this_;
+// A part of what a stage has sent.
+void hold_messages(Messages from, uint channels) {
+    uint first = 32 * work.first_tile, count = 32 * (work.last_tile - work.first_tile);
+    [[dont_unroll]] for (uint base = 0; base < count; base += BATCH * LANES) {
+        vec4 v[BATCH];
+        bool there = false;
+        for (uint looks = 0; !there && !gives_up(looks); looks++) {
+            there = true;
+            [[unroll]] for (uint i = 0; i < BATCH; i++) {
+                uint quad = base + i * LANES + lane;
+                v[i] = vec4(0.0);
+                if (quad < count && first + quad < channels / 4) {
+                    bool this_ = look_quad(from, 0, first + quad, tag, v[i]);
+                    there = there && this_;
+                }
             }
         }
-    }
-    [[unroll]] for (uint i = 0; i < DOWN_ITEMS; i++) {
-        if (i * LANES + lane < count) {
-            hold_quad(i * LANES + lane, v[i]);
+        [[unroll]] for (uint i = 0; i < BATCH; i++) {
+            uint quad = base + i * LANES + lane;
+            if (quad < count) {
+                hold_quad(quad, v[i]);
+            }
         }
     }
 }
 
 uint splits;
 
-const uint PART_HEADS = HEADS / OUT_PARTS;
+const uint PART_HEADS = JOINS ? 1 : HEADS / OUT_PARTS;
 shared float shares[PART_HEADS * SPLITS];
 
 uint partial_row(uint query_head, uint split) {
@@ -132,9 +132,8 @@ const uint OWN_CHANNELS = (PART_CHANNELS + LANES - 1) / LANES;
 const uint TOGETHER = 16 / OWN_CHANNELS > 0 ? 16 / OWN_CHANNELS : 1;  // splits that a lane asks for
 
 // The context of a part's heads: each lane has channels of its own.
-void hold_context(uint first_head) {
+void sum_splits(uint first_head, out float total[OWN_CHANNELS]) {
     weigh_heads(first_head);
-    float total[OWN_CHANNELS];
     [[unroll]] for (uint i = 0; i < OWN_CHANNELS; i++) {
         total[i] = 0.0;
     }
@@ -162,6 +161,27 @@ void hold_context(uint first_head) {
             }
         }
     }
+}
+
+// Whoever has no run of keys joins first.
+void join_heads() {
+    uint own = gl_NumWorkGroups.x - 1 - gl_WorkGroupID.x;
+    [[dont_unroll]] for (uint head_ = own; head_ < HEADS; head_ += gl_NumWorkGroups.x) {
+        float total[OWN_CHANNELS];
+        sum_splits(head_, total);
+        [[unroll]] for (uint i = 0; i < OWN_CHANNELS; i++) {
+            uint channel = head_ * DIM + i * LANES + lane;
+            if (i * LANES + lane < DIM) {
+                send(context, message_place(channel / 4, channel % 4), total[i]);
+            }
+        }
+        barrier();  // before the shares are written again
+    }
+}
+
+void hold_context(uint first_head) {
+    float total[OWN_CHANNELS];
+    sum_splits(first_head, total);
     [[unroll]] for (uint i = 0; i < OWN_CHANNELS; i++) {
         uint channel = i * LANES + lane;
         if (channel < PART_CHANNELS) {

@@ -21,12 +21,17 @@ from uq.kernels.numerics import ACTIVATIONS, KV, Numerics
 from uq.kernels.session import Sampling
 from uq.kernels.vulkan import autotune, persistent
 from uq.kernels.vulkan.device import choose
-from uq.kernels.vulkan.persistent import SLICES, cuts, model_key, shapes
+from uq.kernels.vulkan.persistent import cuts, model_key, shapes
 from uq.kernels.vulkan.session import VulkanSession
 from uq.kernels.vulkan.tuning import Cut, Measured, read_measured, write_measured
 
 PROMPT = [2, 7, 9, 30, 4] * 8  # with the text behind it two splits
-ONE = Cut(1, queries=1, teams=(4, 2, 2, 4), out_parts=2, down_parts=2, depth=1)
+ONE = Cut(
+    1, queries=1, teams=(4, 2, 2, 4), out_parts=2, down_parts=2, depth=1, lanes=256, joins=False
+)
+WIDE = Cut(
+    1, queries=2, teams=(8, 2, 1, 4), out_parts=1, down_parts=3, depth=2, lanes=512, joins=True
+)
 INT8 = Numerics(ACTIVATIONS["int8"], KV["int8"])
 
 
@@ -52,10 +57,12 @@ def measured_file(folder: Path) -> Path:
     return folder / f"{choose().identity}-int8.json"
 
 
-def cut_session(config: GemmaConfig, folder: Path, cut: Cut | None) -> VulkanSession:
-    """Its products have the sums of `ONE`, and its layers are cut so."""
+def cut_session(
+    config: GemmaConfig, folder: Path, cut: Cut | None, like: Cut = ONE
+) -> VulkanSession:
+    """Its products have the sums of `like`, and its layers are cut so."""
     first = opened(config, folder)
-    products = shapes(first._engine.model, ONE)
+    products = shapes(first._engine.model, like)
     first.close()
     write_measured(measured_file(folder), Measured(products, {model_key(config): cut}))
     return opened(config, folder)
@@ -76,10 +83,12 @@ def expected(config: GemmaConfig, tmp_path: Path) -> tuple[list[int], NDArray[np
     return found
 
 
-def test_a_token_has_the_bits_of_dispatches(
-    config: GemmaConfig, tmp_path: Path, expected: tuple[list[int], NDArray[np.float32]]
-) -> None:
-    session = cut_session(config, tmp_path, ONE)
+@pytest.mark.parametrize("cut", [ONE, WIDE], ids=["each joins", "one joins"])
+def test_a_token_has_the_bits_of_dispatches(config: GemmaConfig, tmp_path: Path, cut: Cut) -> None:
+    alone = cut_session(config, tmp_path, None, cut)
+    expected = text_and_logits(alone)
+    alone.close()
+    session = cut_session(config, tmp_path, cut, cut)
     text, logits = text_and_logits(session)
     labels = {kernel.label for kernel in session.profile().kernels}
     assert labels == {"embedding", "layers", "head"}
@@ -127,17 +136,17 @@ def test_a_way_with_other_bits_is_not_kept(
 
 
 def test_no_part_of_the_columns_is_empty() -> None:
-    config = replace(shape_config("270m", 2, 512), intermediate_size=5 * 128)
+    config = replace(shape_config("270m", 2, 512), intermediate_size=4 * 128)
     assert {cut.down_parts for cut in cuts(config, 8, 48 << 10)} == {1, 2}
 
 
-@pytest.mark.parametrize("name", ["270m", "1b", "4b"])
+@pytest.mark.parametrize("name", ["270m", "1b", "4b", "27b"])
 def test_every_workgroup_has_outputs_of_the_gate(name: str) -> None:
     """Otherwise messages could be overwritten before it has read them."""
     config = shape_config(name)
     found = list(cuts(config, 500, 48 << 10))
     assert found
     for cut in found:
-        outputs = 16 * (SLICES // cut.teams[2] // 2)
+        outputs = 16 * (cut.lanes // 64 // cut.teams[2] // 2)
         assert outputs * (cut.workgroups - 1) < config.intermediate_size
         assert config.num_heads % cut.out_parts == 0

@@ -134,8 +134,9 @@ def session_cases(
         wide.heads(recorder)
     for each in caches:
         if knows(stages, each.suffix):
-            cut = next(cuts(config, MULTIPROCESSORS, SHARED_BYTES))
-            Persistent.make(stages, each, cut, arena, transfers).record(recorder)
+            found = cuts(config, MULTIPROCESSORS, SHARED_BYTES)
+            for cut in {(cut.lanes, cut.depth): cut for cut in found}.values():
+                Persistent.make(stages, each, cut, arena, transfers).record(recorder)
     stages.embed(recorder, decode=True)
     stages.head(recorder)
     stages.choose(recorder, advances=True)

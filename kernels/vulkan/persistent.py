@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import product
 
 import numpy as np
@@ -19,17 +20,20 @@ from uq.kernels.vulkan.device import PhysicalGpu
 from uq.kernels.vulkan.memory import Arena, Span, Transfers, aligned
 from uq.kernels.vulkan.model import Layer, Model, split_count
 from uq.kernels.vulkan.push import addresses
-from uq.kernels.vulkan.stages import ATTENTION_LANES, Stages
+from uq.kernels.vulkan.stages import ATTENTION_LANES, Stages, shared_queries
 from uq.kernels.vulkan.tuning import BRANCH, GEGLU, STORE, Cut, Measured, Shape, product_key
 from uq.kernels.vulkan.variants import VARIANTS
-from uq.kernels.vulkan.weights import TILE_COLS, tiles_of
+from uq.kernels.vulkan.weights import TILE_COLS, TILE_ROWS, tiles_of
 
-LANES = ATTENTION_LANES  # as many as attention has alone: the same bits
-SLICES = LANES // 64
 PATIENCE = 1 << 16  # looks at a message, somewhat less than a microsecond each
-MOST_CHANNELS = 2560  # of the residual stream: it stays in registers
-TEAMS = 4, 4, 2, 4
-DEPTHS, DOWN_PARTS = (4, 2, 1), (1, 2, 4)  # of cuts to measure; less depth is shorter code
+MOST_CHANNELS = 5376  # of the residual stream: it stays in registers
+# Lanes, and tiles on their way, of cuts to measure: twice the lanes have half the registers each.
+SIZES = (256, 2), (256, 4), (512, 2), (512, 4)
+DOWN_PARTS = 1, 2, 3
+TEAMS = 1, 2, 4, 8
+GROUP_TILES = 2  # so many tiles take as long as what follows a group of blocks does; a guess
+FEW_RUNS = 32  # of keys, for which there are workgroups enough: each then serves one head
+MOST_JOINED = 8  # heads up to which workgroups may join for themselves those they need
 ENTRY = 17  # words of 64 bits of a layer, as in shaders/persistent.comp
 X_BYTES = 288  # of 128 channels of activations
 
@@ -129,15 +133,56 @@ def cuts(config: GemmaConfig, multiprocessors: int, most_shared: int) -> Iterato
     Every workgroup has outputs of the gate, or it could fall behind by a layer: messages that it
     has not read yet would be overwritten.
     """
-    sharing, heads = config.num_heads // config.num_kv_heads, config.num_heads
-    out_parts = 1 if heads % 2 else heads // 2
-    at_once = (1, 2) if sharing % 2 == 0 else (1,)
-    outputs = 16 * (SLICES // TEAMS[2] // 2)
-    workgroups = min(multiprocessors, -(-config.intermediate_size // outputs))
-    for depth, queries, down_parts in product(DEPTHS, at_once, DOWN_PARTS):
-        cut = Cut(workgroups, queries, TEAMS, out_parts, down_parts, depth)
+    workgroups = min(multiprocessors, config.intermediate_size // TILE_ROWS)
+    queries = shared_queries(config.num_heads // config.num_kv_heads)
+    if config.num_heads * FEW_RUNS <= workgroups:
+        queries = 1
+    ways = [(True, 1)]  # who joins the splits, and parts of attention's output
+    if config.num_heads <= MOST_JOINED and config.num_heads % 2 == 0:
+        ways.append((False, config.num_heads // 2))
+    for (lanes, depth), down_parts, (joins, out_parts) in product(SIZES, DOWN_PARTS, ways):
+        teams = best_teams(config, workgroups, lanes // 64, out_parts, down_parts)
+        cut = Cut(workgroups, queries, teams, out_parts, down_parts, depth, lanes, joins)
         if _leaves_none_empty(config, cut) and shared_bytes(config, cut) <= most_shared:
             yield cut
+
+
+def best_teams(
+    config: GemmaConfig, workgroups: int, slices: int, out_parts: int, down_parts: int
+) -> tuple[int, int, int, int]:
+    """`Cut.teams` with which none of a workgroup's slices has much more to do than another."""
+    hidden, mlp = config.hidden_size, config.intermediate_size
+    qkv = config.q_size + 2 * config.kv_size
+    work = partial(_tiles_of_slice, workgroups, slices)
+    teams = [team for team in TEAMS if team <= slices]
+    pairs = [team for team in TEAMS if _groups(mlp, slices, 2 * team) >= workgroups]
+    return (
+        min(teams, key=lambda team: work(qkv, hidden, team)),
+        min(teams, key=lambda team: work(hidden, config.q_size, team, parts=out_parts)),
+        min(pairs, key=lambda team: work(mlp, hidden, team, matrices=2)),
+        min(teams, key=lambda team: work(hidden, mlp, team, parts=down_parts)),
+    )
+
+
+def _groups(rows: int, slices: int, team: int) -> int:
+    """Of blocks of rows that a workgroup takes at a time, each with a team; 0 where none fits."""
+    blocks = -(-rows // TILE_ROWS)
+    return -(-blocks * team // slices) if team <= slices else 0
+
+
+def _tiles_of_slice(
+    workgroups: int,
+    slices: int,
+    rows: int,
+    columns: int,
+    team: int,
+    *,
+    parts: int = 1,
+    matrices: int = 1,
+) -> int:
+    """That the one with the most work multiplies one after the other."""
+    rounds = -(-_groups(rows, slices, team * matrices) // max(1, workgroups // parts))
+    return rounds * (-(-tiles_of(columns) // (parts * team)) + GROUP_TILES)
 
 
 def _leaves_none_empty(config: GemmaConfig, cut: Cut) -> bool:
@@ -180,6 +225,7 @@ def message_sizes(config: GemmaConfig, cut: Cut) -> list[int]:
         plane(config.q_size + 2 * config.kv_size),
         8 * splits * config.q_size,
         16 * splits * config.num_heads,
+        plane(config.q_size),
         cut.out_parts * plane(config.hidden_size),
         plane(config.intermediate_size),
         cut.down_parts * plane(config.hidden_size),
@@ -201,19 +247,21 @@ def held_tiles(config: GemmaConfig, cut: Cut) -> int:
 def shared_bytes(config: GemmaConfig, cut: Cut) -> int:
     """Of a workgroup, at most: activations, attention's sums, and what is small."""
     dim, splits = config.head_dim, split_count(config.num_kv_heads)
-    sums = 4 * cut.queries * LANES * 8 + 4 * dim * (cut.queries + 4)
-    weights = 4 * splits * (cut.queries + config.num_heads // cut.out_parts) + 4 * LANES
+    sums = 4 * cut.queries * ATTENTION_LANES * 8 + 4 * dim * (cut.queries + 4)
+    heads = 1 if cut.joins else config.num_heads // cut.out_parts
+    weights = 4 * splits * (cut.queries + heads) + 4 * cut.lanes
     return X_BYTES * held_tiles(config, cut) + sums + weights + 4 * config.hidden_size // 16 + 2048
 
 
 def _constants(stages: Stages, cut: Cut) -> dict[str, int | float]:
     config = stages.config
     return {
-        "LANES": LANES,
+        "LANES": cut.lanes,
+        "ATTENDING": ATTENTION_LANES,  # as attention has alone: the same bits
         **stages.model.layers[0].out.kind.constants,
         "DEPTH": cut.depth,
         "PATIENCE": PATIENCE,
-        "ITEMS": -(-config.hidden_size // (4 * LANES)),
+        "ITEMS": -(-config.hidden_size // (4 * cut.lanes)),
         "HIDDEN": config.hidden_size,
         "EPS": float(config.rms_norm_eps),
         "POST_NORM": config.post_norms,
@@ -232,22 +280,24 @@ def _constants(stages: Stages, cut: Cut) -> dict[str, int | float]:
         "TEAMS": sum(team << 4 * i for i, team in enumerate(cut.teams)),
         "HELD_TILES": held_tiles(config, cut),
         "OUT_PARTS": cut.out_parts,
+        "JOINS": cut.joins,
     }
 
 
 def _entry(model: Model, cache: Cache, index: int) -> list[int]:
-    """Of a layer, or of what stands behind the last one: addresses, and two sizes."""
+    """Of a layer, or of what stands behind the last one: addresses, and two sizes.
+
+    Behind the last one are weights, too: some are asked for and not used.
+    """
     layers, config = model.layers, cache.size.config
     before = layers[index - 1] if index else None
     gain = before.next_gain if before else model.first_gain
     joined = (before.branch_gain if before else None) or gain
-    if index == len(layers):
-        return [0] * 13 + [gain.address, joined.address, 0, 0]
-    layer = layers[index]
-    turns = cache.turns[config.is_sliding(index)]
+    layer = layers[min(index, len(layers) - 1)]
+    turns = cache.turns[config.is_sliding(layer.index)]
     matrices = (layer.qkv[0][0], layer.out, layer.gate, layer.up, layer.down)
     spans = [matrix.span for matrix in matrices]
-    spans += [layer.q_gain or turns, layer.k_gain or turns, *cache.spans(index), turns]
-    sizes = layer.window | cache.size.slots[index] << 32
+    spans += [layer.q_gain or turns, layer.k_gain or turns, *cache.spans(layer.index), turns]
+    sizes = layer.window | cache.size.slots[layer.index] << 32
     gains = (gain, joined, layer.attention_gain or gain, layer.mlp_gain)
     return [*(span.address for span in spans), sizes, *(span.address for span in gains)]

@@ -45,7 +45,9 @@ class Cut:
             attention's output; of gate and up; of down.
         out_parts, down_parts: of the columns of attention's output and of down, each another
             workgroup's.
-        depth: tiles of weights that an invocation has on their way, up to 8.
+        depth: tiles of weights that an invocation has on their way, up to 4.
+        lanes: invocations of a workgroup.
+        joins: the splits of a head are joined by one workgroup; otherwise by each that needs it.
     """
 
     workgroups: int
@@ -54,6 +56,8 @@ class Cut:
     out_parts: int
     down_parts: int
     depth: int
+    lanes: int
+    joins: bool
 
 
 @dataclass(frozen=True)

@@ -128,7 +128,8 @@ def _persistent_kernels() -> Iterator[Variant]:
     """All layers of a token, of weights of one kind."""
     heads = ("DIM", "HEADS", "KV_HEADS", "QUERIES", "SPLITS", "QK_NORM", "SCALE", "CAP")
     common = ("LANES", "GROUP", "DEPTH", "PATIENCE", *_NORM, *heads)
-    cut = ("INTERMEDIATE", "LAYERS", "DOWN_PARTS", "TEAMS", "HELD_TILES", "OUT_PARTS")
+    sizes = ("INTERMEDIATE", "LAYERS", "DOWN_PARTS", "TEAMS", "HELD_TILES", "OUT_PARTS")
+    cut = (*sizes, "ATTENDING", "JOINS")
     for cache, macros in _caches("persistent"):
         dotted = {**macros, "WEIGHT": "INT4", "INTEGER_DOT": 1}
         row = _kernel(f"{cache}_int4_dot", "persistent.comp", dotted, ("int8dot",), common)
