@@ -16,7 +16,7 @@ from uq.formats.checkpoint import open_checkpoint
 from uq.quantize.estimate import estimate
 from uq.quantize.pipeline import QuantizeOptions, quantize
 
-MEMORY_FACTOR = 1.5  # how far the estimate may be off, up or down
+UNDER, OVER = 1.1, 1.75  # how far off it may be; arrays of two threads do not always meet
 
 Tiny = Callable[..., Path]
 SCRIPT = """
@@ -81,7 +81,7 @@ def test_options_that_do_not_fit_are_refused(tiny_checkpoint: Tiny) -> None:
 def test_calibrated_memory_is_about_the_estimate(tiny_checkpoint: Tiny, tmp_path: Path) -> None:
     folder = tiny_checkpoint(hidden=512, ffn=2048, layers=1)
     expected, measured = peak(folder, tmp_path / "b", calibration_tokens=2048)
-    assert measured / MEMORY_FACTOR < expected < measured * MEMORY_FACTOR
+    assert measured / UNDER < expected < measured * OVER
 
 
 @pytest.mark.real
@@ -90,5 +90,5 @@ def test_memory_of_rounding_the_real_model_is_about_the_estimate(
 ) -> None:
     monkeypatch.setenv("UQ_CACHE", str(tmp_path / "cache"))  # the tokenizer is made, not found
     expected, measured = peak(real_gguf, tmp_path / "b", method="rtn")
-    assert measured / MEMORY_FACTOR < expected < measured * MEMORY_FACTOR
+    assert measured / UNDER < expected < measured * OVER
     assert measured < 1 << 30
