@@ -35,9 +35,8 @@ def idle() -> Event:
     return event
 
 
-def test_the_next_layer_is_read_before_it_is_asked_for(
-    tiny_checkpoint: Tiny, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def reading(monkeypatch: pytest.MonkeyPatch) -> list[Event]:
+    """Set as each of three layers begins to be read."""
     read, begun = Checkpoint.layer, [Event() for _ in range(3)]
 
     def noted(self: Checkpoint, index: int, contents: dict[str, str]) -> Layer:
@@ -45,6 +44,13 @@ def test_the_next_layer_is_read_before_it_is_asked_for(
         return read(self, index, contents)
 
     monkeypatch.setattr(Checkpoint, "layer", noted)
+    return begun
+
+
+def test_the_next_layer_is_read_before_it_is_asked_for(
+    tiny_checkpoint: Tiny, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begun = reading(monkeypatch)
     layers = LayersAhead(open_checkpoint(tiny_checkpoint(layers=3)), {}, idle())
     layers(0)
     assert begun[1].wait(10)
@@ -54,13 +60,7 @@ def test_the_next_layer_is_read_before_it_is_asked_for(
 def test_nothing_is_read_ahead_while_a_layer_is_being_written(
     tiny_checkpoint: Tiny, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    read, begun = Checkpoint.layer, [Event() for _ in range(3)]
-
-    def noted(self: Checkpoint, index: int, contents: dict[str, str]) -> Layer:
-        begun[index].set()
-        return read(self, index, contents)
-
-    monkeypatch.setattr(Checkpoint, "layer", noted)
+    begun = reading(monkeypatch)
     with Writing() as writing:
         layers = LayersAhead(open_checkpoint(tiny_checkpoint(layers=3)), {}, writing.idle)
         layers(0)
