@@ -169,7 +169,9 @@ def main() -> None:
     parser.add_argument("bundle", type=Path)
     parser.add_argument("--prompt", nargs="+", default=PROMPTS)
     parser.add_argument("--tokens", type=int, default=64)
-    parser.add_argument("--exports", nargs="*", default=[*ROWS], help="default: %(default)s")
+    parser.add_argument(
+        "--exports", nargs="*", choices=[*ROWS], default=[*ROWS], help="default: %(default)s"
+    )
     parser.add_argument("--server", type=Path, metavar="FILE", help="a llama-server")
     args = parser.parse_args()
     bundle = open_bundle(args.bundle, verify="lazy")

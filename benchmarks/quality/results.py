@@ -151,7 +151,7 @@ def _completed(row: RowResult, other: RowResult | None, texts: Set[str]) -> RowR
     have = {draw.draw for draw in row.draws}
     found = list(row.draws)
     for draw in other.draws if other else ():
-        scores = {name: found for name, found in draw.texts.items() if name in texts}
+        scores = {name: draw.texts[name] for name in draw.texts if name in texts}
         if draw.draw not in have and scores:
             found.append(replace(draw, texts=scores))
     found.sort(key=lambda draw: draw.draw)
