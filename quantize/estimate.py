@@ -11,7 +11,7 @@ import math
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
-from functools import partial
+from functools import cache, partial
 
 import numpy as np
 import psutil
@@ -30,7 +30,7 @@ from uq.quantize.gptq import OUTPUTS, Statistics, quantize_gptq
 from uq.quantize.job import curvature_on_disk, fitted_plan, recognised_plan, worker_threads
 from uq.quantize.memory import layer_kinds
 from uq.quantize.pipeline import QuantizeOptions
-from uq.quantize.plan import Plan, TensorPlan, WorkSizes
+from uq.quantize.plan import GptqOptions, Plan, TensorPlan, WorkSizes
 from uq.quantize.probes import (
     CANDIDATES,
     LIKELIEST,
@@ -48,7 +48,7 @@ from uq.text import duration, size, table
 TOKENIZER_SECONDS = 4e-6  # per token, likewise
 STAGED = {role for stage in STAGES for role in stage.roles}
 SAMPLE = 512  # side of the sample matrices
-REPEATS = 8
+REPEATS, ENOUGH = 8, 0.5  # runs of a sample, or two of them and these seconds
 GPTQ_PRODUCTS = 13  # multiplications per weight and input channel, all parts of GPTQ together
 OVERHEAD = 1.5  # of a forward pass over its matrix products: norms, softmax, activation
 
@@ -199,7 +199,7 @@ def _hashing_seconds(nbytes: int) -> float:
 
 def _layers_seconds(config: GemmaConfig, plan: Plan, options: QuantizeOptions) -> float:
     """All layers: the tokens' way through them, the second moments, GPTQ."""
-    rates, kinds = _rates(plan), layer_kinds(config)
+    rates, kinds = _rates(plan.gptq), layer_kinds(config)
     share = config.experts.active / config.experts.count if config.experts else 1.0
     return sum(
         n * _layer_seconds(dict(kind), share, plan, options, rates) for kind, n in kinds.items()
@@ -251,12 +251,12 @@ def _together_seconds(config: GemmaConfig, plan: Plan, options: QuantizeOptions)
             block = min(rows, OUTPUTS)
             products += 2 * tokens * rows * (round(3 * OVERHEAD) * cols + block)
             products += 2 * ROUNDS * (SWEEPS + STEPS + 1) * rows * cols * (block + cols)
-    return products / _rates(plan)[0]
+    return products / _rates(plan.gptq)[0]
 
 
 def _measuring_seconds(config: GemmaConfig, plan: Plan) -> float:
     """The probes' way through the layers and the head, and the search on every grid."""
-    single, _, per_weight = _rates(plan)
+    single, _, per_weight = _rates(plan.gptq)
     linears = config.linear_shapes(0)
     weights = sum(rows * cols for rows, cols in linears.values())
     models = probed_models(config)
@@ -268,8 +268,12 @@ def _measuring_seconds(config: GemmaConfig, plan: Plan) -> float:
     return OVERHEAD * 2 * (walks * weights + head) / single + searches
 
 
-def _rates(plan: Plan) -> tuple[float, float, float]:
-    """Operations per second of float32 and float64 products, and seconds per weight beside them."""
+@cache
+def _rates(gptq: GptqOptions) -> tuple[float, float, float]:
+    """Operations per second of float32 and float64 products, and seconds per weight beside them.
+
+    Measured once in a process.
+    """
     rng = np.random.default_rng(0)
     x = rng.standard_normal((4 * SAMPLE, SAMPLE))
     single = x.astype(np.float32)
@@ -277,12 +281,10 @@ def _rates(plan: Plan) -> tuple[float, float, float]:
     products = [partial(np.matmul, a.T, np.flip(a, 1).copy()) for a in (single, x)]
     rates = [operations / _fastest(product) for product in products]
     hessian = x.T @ x / len(x)
-    factor = factorize(hessian, plan.gptq.damping)
+    factor = factorize(hessian, gptq.damping)
     assert factor is not None
     statistics = Statistics(hessian, hessian)
-    took = _fastest(
-        lambda: quantize_gptq(single[:SAMPLE], Spec(4, 64), statistics, factor, plan.gptq)
-    )
+    took = _fastest(lambda: quantize_gptq(single[:SAMPLE], Spec(4, 64), statistics, factor, gptq))
     rest = took / SAMPLE**2 - GPTQ_PRODUCTS * SAMPLE / rates[1]
     return rates[0], rates[1], max(rest, 0.0)
 
@@ -290,8 +292,8 @@ def _rates(plan: Plan) -> tuple[float, float, float]:
 def _fastest(work: Callable[[], object]) -> float:
     """Seconds of the fastest of some runs, behind one that compiles: others may use the machine."""
     work()
-    took = []
-    for _ in range(REPEATS):
+    took: list[float] = []
+    while len(took) < 2 or (len(took) < REPEATS and sum(took) < ENOUGH):
         began = time.perf_counter()
         work()
         took.append(time.perf_counter() - began)
