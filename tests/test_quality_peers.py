@@ -14,16 +14,21 @@ from gguf import GGMLQuantizationType, GGUFReader, GGUFWriter
 from numpy.typing import NDArray
 
 from benchmarks.quality.calibration import Draw, draw
+from benchmarks.quality.engine import coded, read_scores, write_truth
 from benchmarks.quality.errors import NotRun
 from benchmarks.quality.models import open_gguf_model
 from benchmarks.quality.peers.foreign import CHILDREN, Foreign
 from benchmarks.quality.peers.llama_cpp import LlamaCpp
-from benchmarks.quality.rows import Row, llama_row
+from benchmarks.quality.rows import Row, engine_row, llama_row
+from benchmarks.quality.scoring import Scorer
 from benchmarks.quality.source import prepare, require_same_weights
 from benchmarks.quality.steps import OUT, run
+from benchmarks.quality.texts import EvaluationText
 from uq.formats.checkpoint import Checkpoint, open_checkpoint
 from uq.formats.config import EMBEDDING, FINAL_NORM, layer_tensor
 from uq.formats.spec import Spec
+from uq.kernels.numerics import FLOAT
+from uq.progress import SilentProgress
 from uq.quantize.scales import quantize_rtn
 
 Tiny = Callable[..., Path]
@@ -43,6 +48,7 @@ def drawn(folder: Path, tmp_path: Path) -> Draw:
 # llama.cpp, played by scripts
 
 TOOLS = {
+    "llama-perplexity": "print('no figures')",
     "llama-quantize": "shutil.copy(sys.argv[-4], sys.argv[-3])",
     "llama-imatrix": "shutil.copy(*(sys.argv[sys.argv.index(word) + 1] for word in ('-f', '-o')))",
 }
@@ -122,6 +128,7 @@ def test_a_reference_from_a_gguf_file_is_that_file(llama: LlamaCpp, folder: Path
     [
         ("llama-imatrix", llama_row("Q4_0", True), "has no llama-imatrix"),
         ("llama-quantize", llama_row("Q4_0", False), "has no llama-quantize"),
+        ("llama-perplexity", engine_row("Q8_0"), "has no llama-perplexity"),
     ],
 )
 def test_a_missing_tool_is_the_reason(
@@ -212,3 +219,83 @@ def test_sizes_of_a_gguf_file(folder: Path, tmp_path: Path) -> None:
     assert sizes.bits == 8 * sum(t.n_bytes for t in tensors) / sum(t.n_elements for t in tensors)
     assert sizes.body_bits == 8.5 and sizes.body == sizes.embedding == "Q8_0"
     assert sizes.nbytes == path.stat().st_size
+
+
+# Models that llama.cpp runs itself
+
+LOGITS = np.random.default_rng(5).normal(0, 4, (3, 7)).astype(np.float32)
+OUTPUT = """
+chunk PPL ln(PPL(Q)/PPL(base)) KL Divergence Δp RMS Same top p
+   1   54.3014 ± 13.9873    0.00150 ± 0.00380  0.00238 ± 0.00017  0.859 ± 0.083 %  98.039 ± 0.870 %
+   2   42.1071 ±  7.5013    0.00480 ± 0.00330  0.00269 ± 0.00014  1.041 ± 0.080 %  97.059 ± 0.749 %
+
+====== Perplexity statistics ======
+Mean PPL(Q)                   :  42.107073 ±   7.501279
+Mean PPL(base)                :  41.905702 ±   7.466015
+Mean PPL(Q)/PPL(base)         :   1.004806 ±   0.003311
+
+====== KL divergence statistics ======
+Mean    KLD:   0.002686 ±   0.000139
+Maximum KLD:   0.012690
+99.9%   KLD:   0.011770
+
+====== Token probability statistics ======
+Same top p: 97.059 ± 0.749 %
+"""
+
+
+def test_the_reference_is_coded_in_16_bits() -> None:
+    logits = LOGITS.copy()
+    logits[1, 2] -= 40  # further away than the codes reach
+    rows = coded(logits)
+    scale, least = rows[:, :4].copy().view("<f4").T[:, :, None]
+    exact = logits - np.log(np.exp(logits).sum(axis=1, keepdims=True))
+    found = least + scale * rows[:, 4:11]
+    assert rows.shape == (3, 12) and rows[1, 6] == 0
+    far = np.zeros(logits.shape, bool)
+    far[1, 2] = True
+    np.testing.assert_allclose(found[~far], exact[~far], rtol=0, atol=0.52 * scale.max())
+    assert found[1, 2] == pytest.approx(exact[1].max() - 16, abs=1e-4)
+
+
+def test_the_file_begins_with_the_tokens(tmp_path: Path) -> None:
+    windows = np.arange(16, dtype=np.int32).reshape(2, 8)
+    with (tmp_path / "truth").open("wb") as file:
+        write_truth(file, windows, [LOGITS, LOGITS])
+    data = (tmp_path / "truth").read_bytes()
+    assert data[:8] == b"_logits_"
+    np.testing.assert_array_equal(np.frombuffer(data, "<i4", 19, 8), [8, 7, 2, *range(16)])
+    assert data[84:] == 2 * coded(LOGITS).tobytes()
+
+
+def test_figures_of_the_engine_are_read() -> None:
+    found = read_scores(OUTPUT, 2)
+    assert found.kld.value == 0.002686 and found.kld_p99_9 == 0.01177
+    assert found.kld_windows == pytest.approx((0.00238, 0.00300))
+    assert found.same_top_percent.value == 97.059
+    assert found.same_top_percent.stderr == pytest.approx(0.98)
+    assert found.perplexity_ratio.value == 1.004806
+    for output in (OUTPUT.replace("Mean    KLD", "Mean"), OUTPUT.replace("   2 ", "two ")):
+        with pytest.raises(NotRun, match="llama-perplexity: "):
+            read_scores(output, 2)
+
+
+def test_the_engine_runs_a_model_on_the_references_words(
+    llama: LlamaCpp, drawn: Draw, tmp_path: Path
+) -> None:
+    tool = tmp_path / "llama-perplexity"
+    (tmp_path / "said").write_text(OUTPUT)
+    tool.write_text(f"#!/bin/sh\necho \"$@\" > '{tmp_path}/asked'\ncat '{tmp_path}/said'\n")
+    tool.chmod(0o755)
+    assert llama.missing(engine_row("Q8_0")) is None and llama.engine is not None
+    model = llama.open(run(llama.steps(engine_row("Q8_0"), drawn)[-1], llama.work, "here"))
+    text = EvaluationText("words", np.arange(6, 134).reshape(2, 64).astype(np.int32))
+    scorer = Scorer(llama.reference.checkpoint, tmp_path, SilentProgress())
+    scores = scorer.score(model, llama.engine, text)
+    assert scores.kld.value == 0.002686 and scorer.kept(model.content, FLOAT, text) is None
+    assert scorer.kept(model.content, llama.engine, text) == scores
+    assert (tmp_path / "asked").read_text().startswith(f"--kl-divergence -m {model.gguf} ")
+    assert not list((tmp_path / "truth").iterdir())
+    tool.write_text("#!/bin/sh\necho no such model >&2\nexit 3\n")
+    with pytest.raises(NotRun, match=r"failed \(3\): no such model"):
+        scorer.score(model, replace(llama.engine), text)

@@ -116,6 +116,12 @@ def test_tables(line: str) -> None:
     assert line in markdown(results(*ROWS)).splitlines()
 
 
+def test_small_divergences_show_two_figures() -> None:
+    draw = replace(DRAWS[0], texts={"words": scores(0.000088)})
+    table = markdown(results(replace(ROWS[0], draws=(draw,))))
+    assert "| one | 4.500 | 6.500 | 2.0 | 0.000088 ± 0.010000 |" in table.splitlines()
+
+
 def test_results_are_read_as_they_are_written() -> None:
     found = results(*ROWS)
     assert Results.from_json(json.loads(json.dumps(found.to_json()))) == found

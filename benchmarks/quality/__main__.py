@@ -51,7 +51,12 @@ def parser() -> argparse.ArgumentParser:
     )
     add = parser.add_argument
     add("--model", default=DEMO, help="what `uq quantize` takes; default: %(default)s")
-    add("--llama-bin", type=Path, metavar="DIR", help="folder of llama-quantize, llama-imatrix")
+    add(
+        "--llama-bin",
+        type=Path,
+        metavar="DIR",
+        help="folder of llama-quantize, llama-imatrix, llama-perplexity",
+    )
     add(
         "--peer-python", default=sys.executable, metavar="FILE",
         help="Python that has auto-round, hqq, gptqmodel; default: this one",
@@ -134,9 +139,10 @@ def open_bench(args: argparse.Namespace, work: Path, reference: Reference) -> Be
     machine = examine()
     where = f"{machine.cpu}, {machine.threads} threads"
     peer = reference, args.peer_python
+    llama = LlamaCpp(reference, args.llama_bin, work, where, machine.threads)
     peers: dict[str, Peer] = {
         UQ: Uq(reference, args.calibration_tokens),
-        LLAMA: LlamaCpp(reference, args.llama_bin, work, where, machine.threads),
+        LLAMA: llama,
         AUTO_ROUND: Foreign("auto-round", "auto_round_child.py", *peer, args.peer_device),
         HQQ: Foreign("hqq", "hqq_child.py", *peer),
         GPTQ: Foreign("gptqmodel", "gptqmodel_child.py", *peer, args.peer_device),
@@ -150,6 +156,7 @@ def open_bench(args: argparse.Namespace, work: Path, reference: Reference) -> Be
         work=work,
         machine=where,
         keep=args.keep or args.quantize_only,
+        engine=llama.engine,
     )
 
 

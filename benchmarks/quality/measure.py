@@ -10,6 +10,7 @@ from functools import cached_property
 from pathlib import Path
 
 from benchmarks.quality.calibration import Draw
+from benchmarks.quality.engine import Engine
 from benchmarks.quality.models import Model
 from benchmarks.quality.peers.peer import Peer
 from benchmarks.quality.results import DrawResult, RowResult, Sizes
@@ -38,6 +39,7 @@ class Bench:
         draws: of the calibrated rows; the others are measured once.
         chosen_draw: the only one to make now; None for all.
         keep: the quantized models stay on the disk.
+        engine: of llama.cpp.
     """
 
     peers: Mapping[str, Peer]
@@ -48,6 +50,7 @@ class Bench:
     machine: str
     keep: bool
     chosen_draw: int | None = None
+    engine: Engine | None = None
 
     def measure(self, row: Row, *, chosen: bool = True) -> RowResult:
         """Figures of a row; with `chosen` false those alone that an earlier run has left."""
@@ -70,12 +73,13 @@ class Bench:
         facts = model.facts() if chosen else model.kept_facts()
         if facts is None:
             return None
+        runner = self.engine if row.engine and self.engine else row.numerics
         texts = {}
         for text in self.texts:
-            scores = self.scorer.kept(facts.content, row.numerics, text)
+            scores = self.scorer.kept(facts.content, runner, text)
             if scores is None and chosen:
                 say(f"{row.name}, draw {draw.number}: scoring {text.name}")
-                scores = self.scorer.score(model.opened, row.numerics, text)
+                scores = self.scorer.score(model.opened, runner, text)
             if scores is not None:
                 texts[text.name] = scores
         if chosen and not (self.keep or row.shared):

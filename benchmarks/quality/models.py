@@ -29,11 +29,13 @@ class Model:
 
     Attributes:
         content: hash of all that decides the scores.
+        gguf: the file, where llama.cpp can run it.
     """
 
     weights: WeightSource
     content: str
     sizes: Sizes
+    gguf: Path | None = None
 
     def session(self, numerics: Numerics) -> ReferenceSession:
         """Runs the weights in float32, but for what `numerics` says."""
@@ -76,6 +78,7 @@ def open_gguf_model(path: Path) -> Model:
             embedding=tensors[EMBEDDING].dtype.upper(),
             body=shares(tensors[name].dtype.upper() for name in names),
         ),
+        path,
     )
 
 

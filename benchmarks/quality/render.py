@@ -129,10 +129,20 @@ def _kld(row: RowResult, name: str) -> str:
     scores = _scores(row, name)
     if not scores:
         return "not run"
-    error = max(text.kld.stderr for text in scores)
     values = [text.kld.value for text in scores]
-    spread = f" ({min(values):.4f} to {max(values):.4f})" if len(values) > 1 else ""
-    return f"{fmean(values):.4f} ± {error:.4f}{spread}"
+    digits = _digits(fmean(values))
+
+    def nats(value: float) -> str:
+        return format(value, f".{digits}f")
+
+    error = max(text.kld.stderr for text in scores)
+    spread = f" ({nats(min(values))} to {nats(max(values))})" if len(values) > 1 else ""
+    return f"{nats(fmean(values))} ± {nats(error)}{spread}"
+
+
+def _digits(value: float) -> int:
+    """Decimals: four, or as many as show two figures of a small value."""
+    return max(4, 1 - math.floor(math.log10(value))) if value > 0 else 4
 
 
 def _scores(row: RowResult, name: str) -> list[TextScores]:

@@ -29,6 +29,7 @@ class Row:
         numerics: what is not float32 when its model runs.
         model: the row in front whose model this one runs; its own where empty.
         shared: the next row runs the same model.
+        engine: llama.cpp itself runs the model, not uq's reference.
     """
 
     name: str
@@ -38,6 +39,7 @@ class Row:
     numerics: Numerics = FLOAT
     model: str = ""
     shared: bool = False
+    engine: bool = False
 
     @property
     def made_for(self) -> str:
@@ -50,10 +52,18 @@ def llama_row(grid: str, calibrated: bool) -> Row:
     return Row(name, LLAMA, (grid,), calibrated)
 
 
+def engine_row(grid: str) -> Row:
+    name = f"llama.cpp {grid}"
+    return Row(f"{name}, run by llama.cpp", LLAMA, (grid,), model=name, engine=True)
+
+
 LLAMA_ROWS = (
     *(llama_row(grid, matrix) for grid in ("Q4_0", "IQ4_NL", "Q4_1") for matrix in (False, True)),
     *(llama_row("Q4_K_M", matrix) for matrix in (False, True)),
-    *(llama_row(grid, False) for grid in ("Q5_0", "Q6_K", "Q8_0")),
+    *(llama_row(grid, False) for grid in ("Q5_0", "Q6_K")),
+    replace(llama_row("Q8_0", False), shared=True),
+    engine_row("Q8_0"),
+    engine_row("F16"),
 )
 
 

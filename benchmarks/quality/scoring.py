@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
@@ -11,6 +13,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from benchmarks.quality.engine import Engine
 from benchmarks.quality.models import Model
 from benchmarks.quality.results import Figure, TextScores
 from benchmarks.quality.steps import write_json
@@ -26,6 +29,8 @@ from uq.validate.text import targets
 
 PROTOCOL = 1  # raise it when the same weights would score otherwise
 
+Runner = Numerics | Engine  # uq's reference with these numerics, or llama.cpp
+
 
 @dataclass(frozen=True)
 class Scorer:
@@ -40,24 +45,38 @@ class Scorer:
     progress: Progress
     torch: TorchModel | None = None
 
-    def kept(self, content: str, numerics: Numerics, text: EvaluationText) -> TextScores | None:
+    def kept(self, content: str, runner: Runner, text: EvaluationText) -> TextScores | None:
         """What an earlier run found for a model, by the hash of its content."""
-        path = self._path(content, numerics, text)
+        path = self._path(content, runner, text)
         return TextScores.from_json(json.loads(path.read_text())) if path.is_file() else None
 
-    def score(self, model: Model, numerics: Numerics, text: EvaluationText) -> TextScores:
+    def score(self, model: Model, runner: Runner, text: EvaluationText) -> TextScores:
         """Score a model now; integers are emulated on the CPU.
 
         Raises:
             DeviceError: a hidden state is not finite.
+            NotRun: llama.cpp failed.
         """
-        if self.torch is None or numerics != FLOAT:
-            found = self._on_cpu(model.session(numerics), text)
+        scores = self._scores(model, runner, text)
+        write_json(self._path(model.content, runner, text), asdict(scores))
+        return scores
+
+    def _scores(self, model: Model, runner: Runner, text: EvaluationText) -> TextScores:
+        if isinstance(runner, Engine):
+            assert model.gguf is not None
+            draft = self._folder("truth") / f"{os.getpid()}.logits"
+            return runner.scores(model.gguf, text.windows, self._logits(text), draft)
+        if self.torch is None or runner != FLOAT:
+            found = self._on_cpu(model.session(runner), text)
         else:
             found = self.torch.scores(model.weights, text.windows)
-        scores = summary(found, len(text.windows))
-        write_json(self._path(model.content, numerics, text), asdict(scores))
-        return scores
+        return summary(found, len(text.windows))
+
+    def _logits(self, text: EvaluationText) -> Iterator[NDArray[np.float32]]:
+        """Of the reference, (scored, vocab) for each window."""
+        vocab = self._truth.config.vocab_size
+        for states in np.array_split(self._reference_states(text), len(text.windows)):
+            yield self._truth.logits(states, 0, vocab)
 
     def _on_cpu(self, session: ReferenceSession, text: EvaluationText) -> Scores:
         truth = self._truth
@@ -79,9 +98,9 @@ class Scorer:
             kept.save(path)
         return kept.hidden
 
-    def _path(self, content: str, numerics: Numerics, text: EvaluationText) -> Path:
+    def _path(self, content: str, runner: Runner, text: EvaluationText) -> Path:
         key = states_key(self.reference.fingerprint(), text.windows)
-        what = content if numerics == FLOAT else f"{content} {numerics}"
+        what = content if runner == FLOAT else f"{content} {runner}"
         digest = hashlib.sha256(f"{PROTOCOL} {what} {key}".encode()).hexdigest()
         return self._folder("scores") / f"{digest[:32]}.json"
 

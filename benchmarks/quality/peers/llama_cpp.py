@@ -8,6 +8,7 @@ from functools import cached_property
 from pathlib import Path
 
 from benchmarks.quality.calibration import Draw
+from benchmarks.quality.engine import TOOL, Engine
 from benchmarks.quality.errors import NotRun
 from benchmarks.quality.models import Model, open_gguf_model
 from benchmarks.quality.rows import Row
@@ -39,7 +40,7 @@ class LlamaCpp:
             return "llama-quantize starts from a GGUF file, and the model is none"
         if self.tools is None:
             return "no folder of llama.cpp tools was given (--llama-bin)"
-        needed = (QUANTIZE, IMATRIX) if row.calibrated else (QUANTIZE,)
+        needed = (QUANTIZE, *((IMATRIX,) * row.calibrated), *((TOOL,) * row.engine))
         absent = [name for name in needed if not (self.tools / name).is_file()]
         return f"{self.tools} has no {' and no '.join(absent)}" if absent else None
 
@@ -55,10 +56,14 @@ class LlamaCpp:
             "matrix": [step.key for step in matrix],
         }
         command = (self._tool(QUANTIZE), *options, f16, OUT, grid, str(self.threads))
-        return (*matrix, Step(row.name, command, identity))
+        return (*matrix, Step(row.made_for, command, identity))
 
     def open(self, output: Path) -> Model:
         return open_gguf_model(output)
+
+    @property
+    def engine(self) -> Engine | None:
+        return None if self.tools is None else Engine(self.tools / TOOL, self.threads)
 
     @cached_property
     def f16(self) -> Path:
