@@ -108,15 +108,17 @@ def write_truth(
 def coded(logits: NDArray[np.float32]) -> NDArray[np.uint16]:
     """Log-probabilities of rows (n, vocab): a scale and the least as float32, codes, padding."""
     n, vocab = logits.shape
-    largest = logits.max(axis=1, keepdims=True)
-    total = np.log(np.exp(logits - largest).sum(axis=1, keepdims=True, dtype=np.float64))
-    least = np.maximum(logits.min(axis=1, keepdims=True), largest - RANGE)
-    scale = (largest - least) / LEVELS
+    below = logits - logits.max(axis=1, keepdims=True)
+    total = np.log(np.exp(below).sum(axis=1, keepdims=True, dtype=np.float64))
+    least = np.maximum(below.min(axis=1, keepdims=True), -RANGE)
+    scale = -least / LEVELS
+    np.maximum(below, least, out=below)
+    below -= least
+    below /= np.maximum(scale, np.float32(1e-30))
+    head = np.concatenate([scale, least - total.astype(np.float32)], axis=1)
     found = np.zeros((n, 4 + vocab + vocab % 2), "<u2")
-    head = np.concatenate([scale, least - largest - total.astype(np.float32)], axis=1)
     found[:, :4] = head.astype("<f4").view("<u2")
-    steps = np.rint((np.maximum(logits, least) - least) / np.maximum(scale, np.float32(1e-30)))
-    found[:, 4 : 4 + vocab] = np.minimum(steps, LEVELS)
+    found[:, 4 : 4 + vocab] = np.rint(below, out=below)
     return found
 
 
