@@ -34,6 +34,7 @@ from uq.formats.config import EMBEDDING, FINAL_NORM, HEAD, layer_tensor
 from uq.formats.manifest import Manifest, Provenance, gain_name
 from uq.formats.row_scales import round_scales
 from uq.formats.spec import QuantTensor, Spec
+from uq.formats.tokenizer import Tokenizer
 from uq.formats.writer import ArrayEntry, BundleWriter, Entry, QuantEntry
 from uq.quantize.pipeline import QuantizeOptions, quantize
 from uq.quantize.plan import RECIPES, GptqOptions
@@ -44,6 +45,27 @@ def small_cache() -> Iterator[None]:
     """A processor whose cache is small: its bandwidth is measured in 256 MiB, not in gigabytes."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("uq.validate.bandwidth.last_level_cache", lambda: 64 << 20)
+        yield
+
+
+LONG = 10_000  # characters
+
+
+@pytest.fixture(scope="session", autouse=True)
+def texts_tokenized_once() -> Iterator[None]:
+    """The calibration text of millions of letters is the same for all tiny tokenizers of a kind."""
+    encode, found = Tokenizer.encode, dict[tuple[object, ...], list[int]]()
+
+    def remembered(self: Tokenizer, text: str, **options: bool) -> list[int]:
+        if len(text) < LONG or self.inner.get_vocab_size() > LONG:
+            return encode(self, text, **options)
+        key = self.inner.to_str(), self.bos, text, *sorted(options.items())
+        if key not in found:
+            found[key] = encode(self, text, **options)
+        return list(found[key])
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Tokenizer, "encode", remembered)
         yield
 
 

@@ -4,7 +4,8 @@ Blocks fenced as `sh` are read line by line. In a folder of its own for each pag
 random Gemma in the place of `google/gemma-3-1b-it`:
 
 - `uq` commands run, quantizing with little calibration text, validating four short windows without
-  measuring speeds, writing four tokens; a limit on the loss of a random model may be missed.
+  measuring speeds, timing a short run, writing four tokens; a limit on the loss of a random model
+  may be missed.
 - `uq serve` waits for clients, `uq publish` needs the Hub, `demo:` the real model, `--scheduler`
   other machines, and `uq doctor --fix` a person: their arguments are parsed. They run in their own
   tests, and so do the lines of `curl`.
@@ -51,6 +52,7 @@ AWAY = {"--scheduler"}  # needs other machines
 LIGHTER = {
     "quantize": ["--calibration-tokens", "64"],
     "validate": ["--chunks", "4", "--context", "32", "--no-speed"],
+    "bench": ["--prompt", "32", "--generate", "8", "--repeats", "1"],
     "generate": ["--max-tokens", "4"],
     "chat": ["--max-tokens", "4"],
 }
