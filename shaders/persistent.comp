@@ -5,12 +5,16 @@
 //
 // As many workgroups as the device runs at a time go through the layers together. A product is four
 // stages of a layer: q, k and v; attention's output; gate and up; down. What one workgroup makes and others
-// need are messages of 64 bits: a float and a tag, which is another one in every layer of every token. A
-// reader looks at a message until it has the tag that it waits for, so nobody waits for more than it needs,
-// and there are neither barriers nor fences among workgroups. Every workgroup has outputs of the gate, for
-// which it needs all that came before: so nobody is two stages behind, and messages may be overwritten.
+// need are messages, floats in places that are empty before: all bits set, which is no result of arithmetic.
+// A reader looks at a place until it is not empty, so nobody waits for more than it needs, and there are no
+// barriers among workgroups. Each layer has another copy of the places; between the layer that filled a copy
+// and the one that fills it again all workgroups together empty it.
 // Weights do not wait: a workgroup asks for the first ones of its next stage while it multiplies the last
 // ones of this.
+//
+// What a workgroup did in a layer n is seen by all four layers later: behind its fence (n + 1) it sends
+// outputs of the gate, every workgroup has some. Somebody has a product of them, and behind its fence (n + 2)
+// it sends outputs of down, which everyone needs in front of a fence (n + 3).
 //
 // Waiting needs every workgroup to be running. Vulkan promises that of none; whoever waits too long
 // says so in `failed`, waits no more, and the token is computed anew by other kernels.
@@ -18,8 +22,11 @@
 // Sums have the order of gemv.comp and attention.comp, so a token has the same bits there and here.
 #include "common.glsl"
 layout(constant_id = 1) const uint GROUP = 32;
-layout(constant_id = 2) const uint DEPTH = 4;     // tiles of weights on their way, up to 4
+layout(constant_id = 2) const uint DEPTH = 4;     // tiles of weights on their way, up to 8, of each block
 layout(constant_id = 3) const uint PATIENCE = 1;  // looks at a message before one gives up
+layout(constant_id = 5) const uint HIDDEN = 32;
+layout(constant_id = 6) const float EPS = 1e-6;
+layout(constant_id = 7) const bool POST_NORM = false;  // what joins the residual stream has a norm
 layout(constant_id = 10) const uint DIM = 8;
 layout(constant_id = 11) const uint HEADS = 1;
 layout(constant_id = 12) const uint KV_HEADS = 1;
@@ -36,16 +43,21 @@ layout(constant_id = 25) const uint HELD_TILES = 1;  // of activations, of a sta
 layout(constant_id = 26) const uint OUT_PARTS = 1;
 layout(constant_id = 27) const uint ATTENDING = 256;  // lanes that have keys and values
 layout(constant_id = 28) const bool JOINS = false;    // a head's splits are joined by one workgroup
+layout(constant_id = 29) const uint WIDTH = 1;        // blocks of rows of a slice, 1 or 2
+layout(constant_id = 30) const uint RUN = 32;         // keys of a split, at least
 #include "weights.glsl"
-#define EACH_ITEM [[dont_unroll]]
-#include "norm.glsl"
-
 
 layout(buffer_reference, std430, buffer_reference_align = 8) readonly restrict buffer Turns {
     vec2 at[];
 };
-layout(buffer_reference, std430, buffer_reference_align = 8) coherent volatile buffer Messages {
-    uint64_t at[];
+layout(buffer_reference, std430, buffer_reference_align = 4) coherent volatile buffer Messages {
+    uint at[];
+};
+layout(buffer_reference, std430, buffer_reference_align = 8) coherent volatile buffer MessagePairs {
+    uvec2 at[];
+};
+layout(buffer_reference, std430, buffer_reference_align = 16) coherent volatile buffer MessageQuads {
+    uvec4 at[];
 };
 layout(buffer_reference, std430, buffer_reference_align = 16) coherent buffer Ledger {
     uint epoch;  // tokens so far
@@ -60,7 +72,7 @@ layout(push_constant) uniform Push {
     Entries entries;  // of each layer, and what stands behind the last one
     State state;
     Ledger ledger;
-    Messages qkv, partials, stats, context, out_branch, gated, down_branch;
+    Messages messages;
     Quads hidden, normed;
     Uints next;
 };
@@ -79,15 +91,37 @@ Turns turns;
 uint WINDOW, SLOTS;
 const uint k_column = HEADS * DIM, v_column = (HEADS + KV_HEADS) * DIM;
 
-uint tag;  // of this layer's messages
+const uint COPIES = 8, EMPTY = 0xFFFFFFFFu;
+// Places of a copy, a word each, as kernels/vulkan/persistent.py counts them.
+#define PLANE(channels) (((channels) + 127) / 128 * 128)
+const uint QKV_AT = 0;
+const uint CONTEXT_AT = QKV_AT + PLANE((HEADS + 2 * KV_HEADS) * DIM);
+const uint OUT_AT = CONTEXT_AT + PLANE(HEADS * DIM);
+const uint GATED_AT = OUT_AT + OUT_PARTS * PLANE(HIDDEN);
+const uint DOWN_AT = GATED_AT + PLANE(INTERMEDIATE);
+const uint PARTIALS_AT = DOWN_AT + DOWN_PARTS * PLANE(HIDDEN);
+const uint STATS_AT = PARTIALS_AT + SPLITS * HEADS * DIM;
+const uint COPY = STATS_AT + PLANE(2 * SPLITS * HEADS);
+
+uint64_t copy_at;  // of this layer
+uint turn;         // layers so far, of all tokens
 uint patience = PATIENCE;
 
-uint message_place(uint quad, uint component) {
-    return quad / 32 * 128 + component * 32 + quad % 32;  // neighbours for neighbouring lanes
+uint64_t copy_of(uint turn_) {
+    return uint64_t(messages) + uint64_t(turn_ % COPIES * (4 * COPY));
 }
 
-void send(Messages to, uint place, float value) {
-    to.at[place] = pack64(uvec2(floatBitsToUint(value), tag));
+void send(uint place, float value) {
+    Messages(copy_at).at[place] = floatBitsToUint(value);
+}
+
+// The workgroup's share of the copy that is filled four layers later.
+void empty_copy() {
+    MessageQuads to = MessageQuads(copy_of(turn + 4));
+    uint first = gl_WorkGroupID.x * LANES + lane_index();
+    [[dont_unroll]] for (uint i = first; i < COPY / 4; i += gl_NumWorkGroups.x * LANES) {
+        to.at[i] = uvec4(EMPTY);
+    }
 }
 
 bool gives_up(uint looks) {
@@ -99,29 +133,17 @@ bool gives_up(uint looks) {
     return true;
 }
 
-// The message at `place`; whether it is there yet.
-bool look(Messages from, uint place, uint wanted, out float value) {
-    uvec2 message = unpack32(from.at[place]);
-    value = uintBitsToFloat(message.x);
-    return message.y == wanted;
-}
-
-bool look_quad(Messages from, uint first, uint quad, uint wanted, out vec4 v) {
-    bool there = true;
-    [[unroll]] for (uint c = 0; c < 4; c++) {
-        float one;
-        bool this_ = look(from, first + message_place(quad, c), wanted, one);
-        v[c] = one;
-        there = there && this_;
-    }
-    return there;
+bool is_empty(uvec4 quad) {
+    return max(max(quad.x, quad.y), max(quad.z, quad.w)) == EMPTY;
 }
 
 vec4 input_quad(uint column, uint quad) {
-    vec4 v;
-    for (uint looks = 0; !look_quad(qkv, 0, column / 4 + quad, tag, v) && !gives_up(looks); looks++) {
+    MessageQuads from = MessageQuads(copy_at);
+    uvec4 v = uvec4(EMPTY);
+    for (uint looks = 0; is_empty(v) && !gives_up(looks); looks++) {
+        v = from.at[QKV_AT / 4 + column / 4 + quad];
     }
-    return v;
+    return uintBitsToFloat(v);
 }
 
 #define values cached_values
@@ -136,11 +158,10 @@ const uint OUT_TILES = (Q_TILES + OUT_PARTS - 1) / OUT_PARTS;
 const uint DOWN_TILES = (MLP_TILES + DOWN_PARTS - 1) / DOWN_PARTS;
 
 shared uvec4 held[HELD_TILES * INPUT_VECTORS];
-shared float partial[2 * 16 * SLICES];  // in turns
+shared float partial[2 * 16 * SLICES * WIDTH];  // in turns
 uint flip = 0;
 
-#include "held.glsl"
-
+#include "persistent_stream.glsl"
 #include "persistent_work.glsl"
 #include "persistent_inputs.glsl"
 #include "persistent_products.glsl"
@@ -159,16 +180,12 @@ void attend_unit(uint split, uint block, uint first, uint run) {
     gather_values(low, high);
     barrier();
     for (uint i = lane; i < QUERIES * QUADS; i += LANES) {
-        vec4 total = gathered_quad(i);
-        uint place = partial_row(block * QUERIES + i / QUADS, split) * DIM + i % QUADS * 4;
-        [[unroll]] for (uint c = 0; c < 4; c++) {
-            send(partials, place + c, total[c]);
-        }
+        uint place = PARTIALS_AT / 4 + partial_row(block * QUERIES + i / QUADS, split) * QUADS + i % QUADS;
+        MessageQuads(copy_at).at[place] = floatBitsToUint(gathered_quad(i));
     }
     if (lane % 8 == 0 && lane / 8 < QUERIES) {
-        uint place = 2 * partial_row(block * QUERIES + lane / 8, split);
-        send(stats, place, stat.x);
-        send(stats, place + 1, stat.y);
+        uint place = STATS_AT / 2 + partial_row(block * QUERIES + lane / 8, split);
+        MessagePairs(copy_at).at[place] = floatBitsToUint(stat);
     }
     barrier();
 }
@@ -185,7 +202,7 @@ void attend_layer() {
     value_scales = Floats(entry[entry_at + 10]);
     turns = Turns(entry[entry_at + 11]);
     uint first = WINDOW > 0 && position >= WINDOW ? position + 1 - WINDOW : 0;
-    uint seen = position + 1 - first, run = max(TILE, (seen + SPLITS - 1) / SPLITS);
+    uint seen = position + 1 - first, run = max(max(TILE, RUN), (seen + SPLITS - 1) / SPLITS);
     splits = (seen + run - 1) / run;
     [[dont_unroll]] for (uint i = gl_WorkGroupID.x; i < splits * BLOCKS; i += gl_NumWorkGroups.x) {
         attend_unit(i % splits, i / splits, first, run);
@@ -196,8 +213,7 @@ void hold_part(uint stage) {
     if (stage == OUT && !JOINS) {
         hold_context(work.part * PART_HEADS);
     } else {
-        Messages from = stage == OUT ? context : gated;
-        hold_messages(from, stage == OUT ? HEADS * DIM : INTERMEDIATE);
+        hold_messages(stage == OUT ? CONTEXT_AT : GATED_AT, stage == OUT ? HEADS * DIM : INTERMEDIATE);
     }
     barrier();
 }
@@ -212,6 +228,9 @@ void run_stage(uint step, uint layer) {
     }
     if (stage == QKV || stage == GATE) {
         hold_stream(stage == QKV, layer);
+        if (stage == GATE) {
+            memoryBarrierBuffer();
+        }
         barrier();
     }
     [[dont_unroll]] while (ahead.step == step && layer < LAYERS) {
@@ -248,12 +267,15 @@ void run_layers(uint epoch) {
     [[dont_unroll]] for (uint step = 0; step < steps_; step++) {
         uint layer = step / 4;
         if (step % 4 == QKV) {
-            tag = epoch * LAYERS + layer + 1;
+            turn = epoch * LAYERS + layer;
+            copy_at = copy_of(turn);
             entry_at = layer % 2 * ENTRY;
             ask_entry(layer + 1);
         }
         run_stage(step, layer);
-        if (step % 4 == OUT) {
+        if (step % 4 == QKV) {
+            empty_copy();
+        } else if (step % 4 == OUT) {
             keep_entry(layer + 1);  // there are barriers before it is needed
         }
     }
@@ -269,9 +291,7 @@ void main() {
     }
     uint epoch = ledger.epoch;
     position = state.positions[0];
-    EACH_ITEM for (uint i = 0; i < ITEMS; i++) {
-        h[i] = quad_or_zero(hidden, 0, i * LANES + lane);
-    }
+    LOAD_OWN(h, hidden)
     ask_entry(0);
     keep_entry(0);
     barrier();

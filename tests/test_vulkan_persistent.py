@@ -32,6 +32,7 @@ ONE = Cut(
 WIDE = Cut(
     1, queries=2, teams=(8, 2, 1, 4), out_parts=1, down_parts=3, depth=2, lanes=512, joins=True
 )
+DOUBLE = replace(ONE, depth=4, width=2)
 INT8 = Numerics(ACTIVATIONS["int8"], KV["int8"])
 
 
@@ -83,7 +84,7 @@ def expected(config: GemmaConfig, tmp_path: Path) -> tuple[list[int], NDArray[np
     return found
 
 
-@pytest.mark.parametrize("cut", [ONE, WIDE], ids=["each joins", "one joins"])
+@pytest.mark.parametrize("cut", [ONE, WIDE, DOUBLE, replace(WIDE, depth=8, width=2)])
 def test_a_token_has_the_bits_of_dispatches(config: GemmaConfig, tmp_path: Path, cut: Cut) -> None:
     alone = cut_session(config, tmp_path, None, cut)
     expected = text_and_logits(alone)
@@ -117,7 +118,7 @@ def cuts_are_fastest(_gpu: object, records: dict[object, object]) -> dict[object
 def test_the_fastest_way_is_kept(
     config: GemmaConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(autotune, "cuts", lambda *_: iter([ONE]))
+    monkeypatch.setattr(autotune, "cuts", lambda *_: [ONE])
     monkeypatch.setattr(autotune, "_times", cuts_are_fastest)
     opened(config, tmp_path, tune=True).close()
     assert read_measured(measured_file(tmp_path)).layers == {model_key(config): ONE}
@@ -128,7 +129,7 @@ def test_a_way_with_other_bits_is_not_kept(
 ) -> None:
     """Here: of products that are summed up in other parts."""
     other = replace(ONE, out_parts=1, down_parts=3)
-    monkeypatch.setattr(autotune, "cuts", lambda *_: iter([ONE]))
+    monkeypatch.setattr(autotune, "cuts", lambda *_: [ONE])
     monkeypatch.setattr(autotune, "_times", cuts_are_fastest)
     monkeypatch.setattr(autotune, "shapes", lambda model, _: shapes(model, other))
     opened(config, tmp_path, tune=True).close()
@@ -144,9 +145,9 @@ def test_no_part_of_the_columns_is_empty() -> None:
 def test_every_workgroup_has_outputs_of_the_gate(name: str) -> None:
     """Otherwise messages could be overwritten before it has read them."""
     config = shape_config(name)
-    found = list(cuts(config, 500, 48 << 10))
-    assert found
+    found = cuts(config, 500, 48 << 10)
+    assert {cut.width for cut in found} == {1, 2}
     for cut in found:
-        outputs = 16 * (cut.lanes // 64 // cut.teams[2] // 2)
+        outputs = 16 * (cut.lanes // 64 * cut.width // cut.teams[2] // 2)
         assert outputs * (cut.workgroups - 1) < config.intermediate_size
         assert config.num_heads % cut.out_parts == 0

@@ -95,7 +95,7 @@ def _tune_queries(gpu: Gpu, stages: Stages, cache: Cache) -> tuple[Stages, int]:
 def _tune_layers(gpu: Gpu, stages: Stages, cache: Cache, transfers: Transfers) -> Cut | None:
     """The fastest of the cuts that gives the bits of dispatches, or None where those are faster."""
     physical, config = gpu.physical, stages.config
-    found = list(cuts(config, physical.multiprocessors, physical.shared_bytes))
+    found = cuts(config, physical.multiprocessors, physical.shared_bytes)
     records: dict[Cut | None, Record] = {None: _layers(stages, cache)}
     with closing(Arena(gpu, sum(arena_bytes(config, cut) for cut in found))) as arena:
         for cut in found:

@@ -46,6 +46,7 @@ MOST_PARTS = 8  # of a product, summed by who reads it
 MANY_PARTS = 4  # the same of a pass of more tokens than these
 MOST_SPLIT = 64
 WORKGROUPS = 256  # of attention, about, that keep a large GPU busy
+MANY_HEADS = 16  # of keys and values
 PEAK_LOGITS = 32  # of which peaks.comp keeps the greatest
 ITEM_TILE = 32  # items that a workgroup takes: an item is a token and one of its experts
 HEAD_ROWS = 1 << 14  # rows of the head whose logits of many tokens are computed at a time
@@ -277,6 +278,11 @@ class Work:
 def split_count(kv_heads: int) -> int:
     """Parts of the context that attention works on at the same time, for each key head."""
     return next((few for few in (16, 32) if few * kv_heads >= WORKGROUPS), 64)
+
+
+def least_tiles(kv_heads: int) -> int:
+    """Tiles of keys in a split, at least: many heads are workgroups enough with longer splits."""
+    return 3 if kv_heads >= MANY_HEADS else 1
 
 
 def work_sizes(

@@ -6,7 +6,6 @@ workgroup on each multiprocessor stays, and waits for what it needs of the other
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import product
@@ -18,22 +17,27 @@ from uq.kernels.vulkan.cache import Cache
 from uq.kernels.vulkan.commands import Recorder
 from uq.kernels.vulkan.device import PhysicalGpu
 from uq.kernels.vulkan.memory import Arena, Span, Transfers, aligned
-from uq.kernels.vulkan.model import Layer, Model, split_count
+from uq.kernels.vulkan.model import Layer, Model, least_tiles, split_count
 from uq.kernels.vulkan.push import addresses
 from uq.kernels.vulkan.stages import ATTENTION_LANES, Stages, shared_queries
 from uq.kernels.vulkan.tuning import BRANCH, GEGLU, STORE, Cut, Measured, Shape, product_key
 from uq.kernels.vulkan.variants import VARIANTS
 from uq.kernels.vulkan.weights import TILE_COLS, TILE_ROWS, tiles_of
 
+EMPTY = 0xFFFFFFFF  # what is no message
 PATIENCE = 1 << 16  # looks at a message, somewhat less than a microsecond each
 MOST_CHANNELS = 5376  # of the residual stream: it stays in registers
-# Lanes, and tiles on their way, of cuts to measure: twice the lanes have half the registers each.
-SIZES = (256, 2), (256, 4), (512, 2), (512, 4)
+# Lanes, the most tiles on their way, and blocks of a slice, of cuts to measure: twice the lanes
+# have half the registers each. Much on its way is for memory that is fast and far.
+SIZES = (256, 2, 1), (256, 4, 1), (512, 2, 1), (512, 4, 1)
+LARGE_SIZES = (256, 2, 1), (256, 4, 1), (256, 4, 2), (256, 6, 2)
+LARGE = 64  # multiprocessors
 DOWN_PARTS = 1, 2, 3
 TEAMS = 1, 2, 4, 8
 GROUP_TILES = 2  # so many tiles take as long as what follows a group of blocks does; a guess
 FEW_RUNS = 32  # of keys, for which there are workgroups enough: each then serves one head
 MOST_JOINED = 8  # heads up to which workgroups may join for themselves those they need
+COPIES, LEDGER_BYTES = 8, 16  # of the places for messages
 ENTRY = 17  # words of 64 bits of a layer, as in shaders/persistent.comp
 X_BYTES = 288  # of 128 channels of activations
 
@@ -44,14 +48,15 @@ class Persistent:
 
     Attributes:
         entries: addresses of each layer's weights, gains, keys and values.
-        messages: the ledger, and what workgroups tell each other.
+        messages: what workgroups tell each other.
     """
 
     stages: Stages
     cache: Cache
     cut: Cut
     entries: Span
-    messages: tuple[Span, ...]
+    ledger: Span
+    messages: Span
 
     @classmethod
     def make(
@@ -61,17 +66,17 @@ class Persistent:
         words = np.array([_entry(stages.model, cache, layer) for layer in layers], np.uint64)
         entries = arena.take(words.nbytes)
         transfers.write(entries, words)
-        messages = tuple(arena.take(size) for size in message_sizes(stages.config, cut))
-        for span in messages:
-            transfers.fill(span)  # no message has the tag 0
-        return cls(stages, cache, cut, entries, messages)
+        ledger = arena.take(LEDGER_BYTES)
+        transfers.fill(ledger)
+        messages = arena.take(message_bytes(stages.config, cut))
+        transfers.write(messages, np.full(messages.nbytes // 4, EMPTY, np.uint32))
+        return cls(stages, cache, cut, entries, ledger, messages)
 
     def record(self, recorder: Recorder) -> None:
         """From the embedding to the final norm's output."""
         recorder.label = "layers"
         stages, work = self.stages, self.stages.work
-        ledger, *messages = self.messages
-        push = addresses(self.entries, work.state, ledger, *messages)
+        push = addresses(self.entries, work.state, self.ledger, self.messages)
         push += addresses(work.hidden, work.normed, work.x)
         name = module(stages.model, self.cache.suffix)
         pipeline = stages.pipelines.get(name, **_constants(stages, self.cut))
@@ -127,11 +132,11 @@ def tuned(stages: Stages, known: Measured, suffix: str, physical: PhysicalGpu) -
     return replace(stages, tuning=tuning)
 
 
-def cuts(config: GemmaConfig, multiprocessors: int, most_shared: int) -> Iterator[Cut]:
+def cuts(config: GemmaConfig, multiprocessors: int, most_shared: int) -> list[Cut]:
     """Ways to share the layers that are worth measuring.
 
-    Every workgroup has outputs of the gate, or it could fall behind by a layer: messages that it
-    has not read yet would be overwritten.
+    Every workgroup has outputs of the gate: by these the others know how far it is, and messages
+    that it has not read yet are not overwritten.
     """
     workgroups = min(multiprocessors, config.intermediate_size // TILE_ROWS)
     queries = shared_queries(config.num_heads // config.num_kv_heads)
@@ -140,22 +145,36 @@ def cuts(config: GemmaConfig, multiprocessors: int, most_shared: int) -> Iterato
     ways = [(True, 1)]  # who joins the splits, and parts of attention's output
     if config.num_heads <= MOST_JOINED and config.num_heads % 2 == 0:
         ways.append((False, config.num_heads // 2))
-    for (lanes, depth), down_parts, (joins, out_parts) in product(SIZES, DOWN_PARTS, ways):
-        teams = best_teams(config, workgroups, lanes // 64, out_parts, down_parts)
-        cut = Cut(workgroups, queries, teams, out_parts, down_parts, depth, lanes, joins)
+    sizes = LARGE_SIZES if multiprocessors >= LARGE else SIZES
+    found: dict[Cut, None] = {}  # each once, in their order
+    for (lanes, most, width), down_parts, (joins, out_parts) in product(sizes, DOWN_PARTS, ways):
+        teams = best_teams(config, workgroups, lanes // 64, out_parts, down_parts, width)
+        depth = even_depth(-(-tiles_of(config.hidden_size) // teams[2]), most)
+        cut = Cut(workgroups, queries, teams, out_parts, down_parts, depth, lanes, joins, width)
         if _leaves_none_empty(config, cut) and shared_bytes(config, cut) <= most_shared:
-            yield cut
+            found[cut] = None
+    return list(found)
+
+
+def even_depth(tiles: int, most: int) -> int:
+    """`Cut.depth` for a slice's tiles of the largest product: its last chunk is full, too."""
+    return -(-tiles // -(-tiles // most))
 
 
 def best_teams(
-    config: GemmaConfig, workgroups: int, slices: int, out_parts: int, down_parts: int
+    config: GemmaConfig,
+    workgroups: int,
+    slices: int,
+    out_parts: int,
+    down_parts: int,
+    width: int = 1,
 ) -> tuple[int, int, int, int]:
     """`Cut.teams` with which none of a workgroup's slices has much more to do than another."""
     hidden, mlp = config.hidden_size, config.intermediate_size
     qkv = config.q_size + 2 * config.kv_size
-    work = partial(_tiles_of_slice, workgroups, slices)
+    work = partial(_tiles_of_slice, workgroups, slices, width)
     teams = [team for team in TEAMS if team <= slices]
-    pairs = [team for team in TEAMS if _groups(mlp, slices, 2 * team) >= workgroups]
+    pairs = [team for team in TEAMS if _groups(mlp, slices * width, 2 * team) >= workgroups]
     return (
         min(teams, key=lambda team: work(qkv, hidden, team)),
         min(teams, key=lambda team: work(hidden, config.q_size, team, parts=out_parts)),
@@ -164,15 +183,16 @@ def best_teams(
     )
 
 
-def _groups(rows: int, slices: int, team: int) -> int:
+def _groups(rows: int, at_once: int, team: int) -> int:
     """Of blocks of rows that a workgroup takes at a time, each with a team; 0 where none fits."""
     blocks = -(-rows // TILE_ROWS)
-    return -(-blocks * team // slices) if team <= slices else 0
+    return -(-blocks * team // at_once) if team <= at_once else 0
 
 
 def _tiles_of_slice(
     workgroups: int,
     slices: int,
+    width: int,
     rows: int,
     columns: int,
     team: int,
@@ -181,8 +201,9 @@ def _tiles_of_slice(
     matrices: int = 1,
 ) -> int:
     """That the one with the most work multiplies one after the other."""
-    rounds = -(-_groups(rows, slices, team * matrices) // max(1, workgroups // parts))
-    return rounds * (-(-tiles_of(columns) // (parts * team)) + GROUP_TILES)
+    groups = _groups(rows, slices * width, team * matrices)
+    rounds = -(-groups // max(1, workgroups // parts))
+    return rounds * (width * -(-tiles_of(columns) // (parts * team)) + GROUP_TILES)
 
 
 def _leaves_none_empty(config: GemmaConfig, cut: Cut) -> bool:
@@ -213,28 +234,27 @@ def model_key(config: GemmaConfig) -> str:
     return "x".join(map(str, (*sizes, *heads)))
 
 
-def message_sizes(config: GemmaConfig, cut: Cut) -> list[int]:
-    """Bytes of the ledger, and of the messages of each kind, 8 bytes a value."""
+def copy_words(config: GemmaConfig, cut: Cut) -> int:
+    """Places for the messages of a layer, as shaders/persistent.comp counts them."""
     splits = split_count(config.num_kv_heads)
-
-    def plane(channels: int) -> int:
-        return 8 * TILE_COLS * tiles_of(channels)
-
-    return [
-        16,
-        plane(config.q_size + 2 * config.kv_size),
-        8 * splits * config.q_size,
-        16 * splits * config.num_heads,
-        plane(config.q_size),
-        cut.out_parts * plane(config.hidden_size),
-        plane(config.intermediate_size),
-        cut.down_parts * plane(config.hidden_size),
+    places = [
+        config.q_size + 2 * config.kv_size,
+        config.q_size,
+        *[config.hidden_size] * cut.out_parts,
+        config.intermediate_size,
+        *[config.hidden_size] * cut.down_parts,
+        2 * splits * config.num_heads,
     ]
+    return splits * config.q_size + sum(TILE_COLS * tiles_of(count) for count in places)
+
+
+def message_bytes(config: GemmaConfig, cut: Cut) -> int:
+    return 4 * COPIES * copy_words(config, cut)
 
 
 def arena_bytes(config: GemmaConfig, cut: Cut) -> int:
     entries = 8 * ENTRY * (config.num_layers + 1)
-    return sum(map(aligned, (entries, *message_sizes(config, cut))))
+    return sum(map(aligned, (entries, LEDGER_BYTES, message_bytes(config, cut))))
 
 
 def held_tiles(config: GemmaConfig, cut: Cut) -> int:
@@ -261,11 +281,9 @@ def _constants(stages: Stages, cut: Cut) -> dict[str, int | float]:
         **stages.model.layers[0].out.kind.constants,
         "DEPTH": cut.depth,
         "PATIENCE": PATIENCE,
-        "ITEMS": -(-config.hidden_size // (4 * cut.lanes)),
         "HIDDEN": config.hidden_size,
         "EPS": float(config.rms_norm_eps),
         "POST_NORM": config.post_norms,
-        "HAS_BRANCH": True,
         "DIM": config.head_dim,
         "HEADS": config.num_heads,
         "KV_HEADS": config.num_kv_heads,
@@ -281,6 +299,8 @@ def _constants(stages: Stages, cut: Cut) -> dict[str, int | float]:
         "HELD_TILES": held_tiles(config, cut),
         "OUT_PARTS": cut.out_parts,
         "JOINS": cut.joins,
+        "WIDTH": cut.width,
+        "RUN": ATTENTION_LANES // 8 * least_tiles(config.num_kv_heads),
     }
 
 

@@ -12,7 +12,7 @@ from dataclasses import replace
 
 from uq.kernels.vulkan.cache import Cache
 from uq.kernels.vulkan.commands import Recorder
-from uq.kernels.vulkan.model import PEAK_LOGITS, Layer, split_count
+from uq.kernels.vulkan.model import PEAK_LOGITS, Layer, least_tiles, split_count
 from uq.kernels.vulkan.products import Joining
 from uq.kernels.vulkan.push import addresses, floats, words
 from uq.kernels.vulkan.residual import ROW_LANES
@@ -231,7 +231,7 @@ class Stages(Streams):
         config, work, index = self.config, self.work, layer.index
         queries = shared_queries(config.num_heads // layer.kv_heads, self.tuning.queries)
         blocks = config.num_heads // queries
-        run = self._least_run(blocks)
+        run = self._least_run(layer.kv_heads, blocks)
         pipeline = self.pipelines.get(
             f"attention{cache.suffix}",
             LANES=ATTENTION_LANES,
@@ -264,10 +264,10 @@ class Stages(Streams):
         splits = 1 if mode == PREPARE else min(split_count(layer.kv_heads), -(-seen // run))
         self.run(recorder, pipeline, push, (splits, blocks, self.columns))
 
-    def _least_run(self, blocks: int) -> int:
+    def _least_run(self, kv_heads: int, blocks: int) -> int:
         """Keys of a split at least: many columns are enough workgroups as they are."""
-        tile = ATTENTION_LANES // 8
-        return tile * max(1, blocks * self.columns // MANY_BLOCKS) if self.wide else tile
+        tiles = blocks * self.columns // MANY_BLOCKS if self.wide else 1
+        return ATTENTION_LANES // 8 * max(least_tiles(kv_heads), tiles)
 
 
 def with_queries(stages: Stages, count: int) -> Stages:

@@ -45,9 +45,10 @@ class Cut:
             attention's output; of gate and up; of down.
         out_parts, down_parts: of the columns of attention's output and of down, each another
             workgroup's.
-        depth: tiles of weights that an invocation has on their way, up to 4.
+        depth: tiles of weights that an invocation has on their way, up to 8, of each of its blocks.
         lanes: invocations of a workgroup.
         joins: the splits of a head are joined by one workgroup; otherwise by each that needs it.
+        width: blocks of rows that a slice multiplies at a time, 1 or 2.
     """
 
     workgroups: int
@@ -58,6 +59,7 @@ class Cut:
     depth: int
     lanes: int
     joins: bool
+    width: int = 1
 
 
 @dataclass(frozen=True)

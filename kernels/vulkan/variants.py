@@ -129,7 +129,7 @@ def _persistent_kernels() -> Iterator[Variant]:
     heads = ("DIM", "HEADS", "KV_HEADS", "QUERIES", "SPLITS", "QK_NORM", "SCALE", "CAP")
     common = ("LANES", "GROUP", "DEPTH", "PATIENCE", *_NORM, *heads)
     sizes = ("INTERMEDIATE", "LAYERS", "DOWN_PARTS", "TEAMS", "HELD_TILES", "OUT_PARTS")
-    cut = (*sizes, "ATTENDING", "JOINS")
+    cut = (*sizes, "ATTENDING", "JOINS", "WIDTH", "RUN")
     for cache, macros in _caches("persistent"):
         dotted = {**macros, "WEIGHT": "INT4", "INTEGER_DOT": 1}
         row = _kernel(f"{cache}_int4_dot", "persistent.comp", dotted, ("int8dot",), common)

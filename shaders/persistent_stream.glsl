@@ -1,0 +1,222 @@
+// The residual stream in persistent.comp, with the sums of norm.glsl in their order. Four lanes have the 32
+// channels of a run, eight each, an octet. A lane makes a step for all of its octets before the next step:
+// what takes long then is the steps, not the octets.
+
+const uint OCTETS = HIDDEN / 8, RUNS = HIDDEN / 32, HIDDEN_TILES = (HIDDEN + 127) / 128;
+const uint OWN = (OCTETS + LANES - 1) / LANES;  // octets of a lane
+const uint OWN_QUADS = 2 * OWN;
+
+shared float run_squares[2 * RUNS];  // of what joins, of the sum
+
+vec4 h[OWN_QUADS], joining[OWN_QUADS];
+vec4 branch_gains[OWN_QUADS], gains[OWN_QUADS];
+
+uint own_octet(uint i) {
+    return i * LANES + lane;
+}
+
+// Quads of the lane's octets; beyond the last octet they are the last one's again.
+#define LOAD_OWN(to, from) \
+    [[unroll]] for (uint k = 0; k < OWN_QUADS; k++) { \
+        to[k] = from.at[2 * min(own_octet(k / 2), OCTETS - 1) + k % 2]; \
+    }
+
+float squares_of(vec4 v) {
+    precise float squares = v.x * v.x;
+    squares += v.y * v.y;
+    squares += v.z * v.z;
+    squares += v.w * v.w;
+    return squares;
+}
+
+void add_squares(vec4 v[OWN_QUADS], uint place) {
+    float squares[OWN];
+    [[unroll]] for (uint i = 0; i < OWN; i++) {
+        squares[i] = squares_of(v[2 * i]) + squares_of(v[2 * i + 1]);
+    }
+    [[unroll]] for (uint step = 1; step < 4; step *= 2) {
+        [[unroll]] for (uint i = 0; i < OWN; i++) {
+            squares[i] += subgroupShuffleXor(squares[i], step);
+        }
+    }
+    [[unroll]] for (uint i = 0; i < OWN; i++) {
+        if (own_octet(i) < OCTETS && lane % 4 == 0) {
+            run_squares[place * RUNS + own_octet(i) / 4] = squares[i];
+        }
+    }
+    barrier();
+}
+
+// 1 / RMS, known to the whole workgroup.
+float factor_of(uint place) {
+    const uint loads = (RUNS + 7) / 8;
+    float run[loads], total = 0.0;
+    [[unroll]] for (uint k = 0; k < loads; k++) {
+        run[k] = run_squares[place * RUNS + min(8 * k + lane % 8, RUNS - 1)];
+    }
+    [[unroll]] for (uint k = 0; k < loads; k++) {
+        total += 8 * k + lane % 8 < RUNS ? run[k] : 0.0;
+    }
+    precise float mean = team_sum(total, 8) / float(HIDDEN);
+    mean = mean + EPS;
+    return inversesqrt(mean);
+}
+
+void load_gains(Quads branch_gain, Quads gain) {
+    if (POST_NORM) {
+        LOAD_OWN(branch_gains, branch_gain)
+    }
+    LOAD_OWN(gains, gain)
+}
+
+// h += norm(joining), or + joining; then 1 / RMS of h.
+float join_stream(Quads branch_gain, Quads gain) {
+    float factor = 1.0;
+    if (POST_NORM) {
+        if (OWN >= 3) {
+            LOAD_OWN(branch_gains, branch_gain)
+        }
+        add_squares(joining, 0);
+        factor = factor_of(0);
+    }
+    [[unroll]] for (uint k = 0; k < OWN_QUADS; k++) {
+        precise vec4 sum = joining[k];
+        if (POST_NORM) {
+            sum = sum * factor;
+            sum = sum * branch_gains[k];
+        }
+        sum = h[k] + sum;
+        h[k] = sum;
+    }
+    if (OWN >= 3) {
+        LOAD_OWN(gains, gain)
+    }
+    add_squares(h, 1);
+    return factor_of(1);
+}
+
+// Activations of COUNT octets of a lane, as products take them: `octet` of the first, LANES from one to the
+// next; those from `end` on are not there. QUADS_ is 2 * COUNT by a name: so compilers know the type again.
+#define DEFINE_HOLD(NAME, COUNT, QUADS_) \
+    void NAME(uint octet, uint end, vec4 v[QUADS_]) { \
+        float peak[COUNT]; \
+        [[unroll]] for (uint i = 0; i < COUNT; i++) { \
+            vec4 size = max(abs(v[2 * i]), abs(v[2 * i + 1])); \
+            peak[i] = max(max(size.x, size.y), max(size.z, size.w)); \
+        } \
+        [[unroll]] for (uint step = 1; step < 4; step *= 2) { \
+            [[unroll]] for (uint i = 0; i < COUNT; i++) { \
+                peak[i] = max(peak[i], subgroupShuffleXor(peak[i], step)); \
+            } \
+        } \
+        uvec4 word[COUNT]; \
+        float scale[COUNT]; \
+        [[unroll]] for (uint i = 0; i < COUNT; i++) { \
+            ivec4 one = quantized(v[2 * i], peak[i], scale[i]), two = quantized(v[2 * i + 1], peak[i], scale[i]); \
+            word[i] = words_of(one, two); \
+        } \
+        [[unroll]] for (uint i = 0; i < COUNT; i++) { \
+            if (octet + i * LANES < end) { \
+                hold_words(octet + i * LANES, word[i], scale[i]); \
+            } \
+        } \
+    }
+
+// High bytes of both, low bytes of both.
+uvec4 words_of(ivec4 one, ivec4 two) {
+    ivec4 high_one = INT8_X ? one : (one + 128) >> 8, high_two = INT8_X ? two : (two + 128) >> 8;
+    uvec2 low = uvec2(packed_bytes(one - (high_one << 8)), packed_bytes(two - (high_two << 8)));
+    return uvec4(packed_bytes(high_one), packed_bytes(high_two), low);
+}
+
+// Weights with zero points would need the sums, too.
+void hold_words(uint octet, uvec4 words, float scale) {
+    uint tile = octet / 16 * INPUT_VECTORS, piece = octet / 4 % 4, part = octet % 4;
+    uint place = tile + part / 2 * 4 + piece, first = part % 2 * 2;
+    held[place][first] = words.x;
+    held[place][first + 1] = words.y;
+    if (!INT8_X) {
+        held[place + LOW_AT][first] = words.z;
+        held[place + LOW_AT][first + 1] = words.w;
+    }
+    if (part == 0) {
+        held[tile + SCALE_AT][piece] = floatBitsToUint(scale);
+    }
+}
+
+DEFINE_HOLD(hold_own, OWN, OWN_QUADS)
+
+const uint MOST_ON_WAY = 12;  // quads of messages
+const uint ROOM = MOST_ON_WAY / (2 * MOST_PARTS) > 0 ? MOST_ON_WAY / (2 * MOST_PARTS) : 1;
+const uint OWN_ON_WAY = OWN < ROOM ? OWN : ROOM;
+const uint ON_WAY = 2 * MOST_PARTS * OWN_ON_WAY;
+
+// Loads an octet of messages again, as long as one is missing.
+void look_octet(MessageQuads from, uint octet, inout uvec4 one, inout uvec4 two) {
+    if (is_empty(max(one, two))) {
+        one = from.at[2 * octet];
+        two = from.at[2 * octet + 1];
+    }
+}
+
+// What joins octets `first` .. of the lane: the sum of the parts.
+void receive_octets(MessageQuads from, uint parts, uint first) {
+    uvec4 v[ON_WAY];
+    [[unroll]] for (uint k = 0; k < ON_WAY; k++) {
+        v[k] = uvec4(EMPTY);
+    }
+    bool waits = true;
+    for (uint looks = 0; waits && !gives_up(looks); looks++) {
+        [[unroll]] for (uint k = 0; k < ON_WAY; k += 2) {
+            uint octet = min(own_octet(first + k / 2 / MOST_PARTS), OCTETS - 1);
+            uint part = min(k / 2 % MOST_PARTS, parts - 1);
+            look_octet(from, part * (PLANE(HIDDEN) / 8) + octet, v[k], v[k + 1]);
+        }
+        waits = false;
+        [[unroll]] for (uint k = 0; k < ON_WAY; k += 2) {
+            waits = waits || is_empty(max(v[k], v[k + 1]));
+        }
+    }
+    [[unroll]] for (uint k = 0; k < 2 * OWN_ON_WAY; k++) {
+        precise vec4 sum = vec4(0.0);
+        [[unroll]] for (uint p = 0; p < MOST_PARTS; p++) {
+            sum = p < parts ? sum + uintBitsToFloat(v[k / 2 * 2 * MOST_PARTS + 2 * p + k % 2]) : sum;
+        }
+        if (2 * first + k < 2 * OWN) {
+            joining[2 * first + k] = sum;
+        }
+    }
+}
+
+// What stands in front of a layer, or of its MLP, and behind the last layer. Nothing joins the embedding.
+void hold_stream(bool enters, uint layer) {
+    Quads gain = Quads(entry[entry_at + (enters ? GAIN_AT : MLP_GAIN_AT)]);
+    Quads branch_gain = Quads(entry[entry_at + (enters ? BRANCH_GAIN_AT : ATTENTION_GAIN_AT)]);
+    if (OWN < 3) {  // otherwise there are no registers for what is not needed yet
+        load_gains(branch_gain, gain);
+    }
+    [[unroll]] for (uint k = 0; k < OWN_QUADS; k++) {
+        joining[k] = vec4(0.0);
+    }
+    if (layer > 0 || !enters) {
+        uint64_t from = enters ? copy_of(turn - 1) + 4 * DOWN_AT : copy_at + 4 * OUT_AT;
+        [[unroll]] for (uint first = 0; first < OWN; first += OWN_ON_WAY) {
+            receive_octets(MessageQuads(from), enters ? DOWN_PARTS : OUT_PARTS, first);
+        }
+    }
+    float factor = join_stream(branch_gain, gain);
+    vec4 y[OWN_QUADS];
+    [[unroll]] for (uint k = 0; k < OWN_QUADS; k++) {
+        precise vec4 normed_ = h[k] * factor;
+        normed_ = normed_ * gains[k];
+        y[k] = own_octet(k / 2) < OCTETS ? normed_ : vec4(0.0);
+    }
+    hold_own(lane, 16 * HIDDEN_TILES, y);  // the padding too: it meets weights of zero
+    if (layer == LAYERS) {
+        [[unroll]] for (uint k = 0; k < OWN_QUADS; k++) {
+            if (own_octet(k / 2) < OCTETS) {
+                normed.at[2 * own_octet(k / 2) + k % 2] = y[k];
+            }
+        }
+    }
+}
