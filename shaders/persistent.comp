@@ -1,6 +1,7 @@
 #version 460
 #extension GL_GOOGLE_include_directive : require
 #extension GL_EXT_buffer_reference_uvec2 : require
+#extension GL_KHR_shader_subgroup_ballot : require
 // All layers of one token in one dispatch.
 //
 // As many workgroups as the device runs at a time go through the layers together. A product is four
@@ -205,7 +206,7 @@ void attend_layer() {
     uint seen = position + 1 - first, run = max(max(TILE, RUN), (seen + SPLITS - 1) / SPLITS);
     splits = (seen + run - 1) / run;
     [[dont_unroll]] for (uint i = gl_WorkGroupID.x; i < splits * BLOCKS; i += gl_NumWorkGroups.x) {
-        attend_unit(i % splits, i / splits, first, run);
+        attend_unit(i / BLOCKS, i % BLOCKS, first, run);
     }
 }
 

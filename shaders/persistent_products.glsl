@@ -17,11 +17,13 @@ Piece other_0, other_1, other_2, other_3, other_4, other_5, other_6, other_7;  /
 #define MULTIPLY(k) \
     if (k < DEPTH && tile + k * work.team < work.last_tile) { \
         ahead_##k.unit = unit.x; \
+        ahead_##k.group = lane % 64 / (GROUP / 32); \
         Input y_ = INPUT(held, (tile + k * work.team - work.first_tile) * INPUT_VECTORS, lane % 4); \
         precise vec2 sum = total; \
         sum.x += multiply(ahead_##k, y_); \
         if (WIDTH == 2) { \
             other_##k.unit = unit.y; \
+            other_##k.group = lane % 64 / (GROUP / 32); \
             sum.y += multiply(other_##k, y_); \
         } \
         total = sum; \
@@ -54,11 +56,10 @@ float team_result(uint first, uint row) {
 }
 
 void finish_group(uint stage, uint group, vec2 total) {
-    uint own = lane / 64 / work.team * WIDTH;
     [[unroll]] for (uint i = 0; i < WIDTH; i++) {
         float sum = team_sum(total[i], 4);
         if (lane % 4 == 0) {
-            partial[flip + ((own + i) * work.team + work.place) * 16 + lane % 64 / 4] = sum;
+            partial[flip + ((work.first_sum + i) * work.team + work.place) * 16 + lane % 64 / 4] = sum;
         }
     }
     barrier();

@@ -29,7 +29,7 @@ struct Work {
     uint part, first_tile, last_tile;
     uint group;
     uint chunk, chunks;
-    uint team, block_of_team, place;  // of the slice
+    uint team, place, first_sum;      // of the slice; its sums among the group's
     uint tile;                        // its first one of the chunk
     Words matrix, other;              // of the slice's team
     uint tiles;                       // of a row of them
@@ -38,13 +38,24 @@ struct Work {
 
 Work ahead, work;  // what is asked for, what is multiplied
 
+// What is the same in a whole slice, so that compilers know it for a subgroup: those have 64 lanes at most.
+uint of_slice(uint value) {
+    return subgroupBroadcastFirst(value);
+}
+
+uint64_t of_slice(uint64_t value) {
+    uvec2 words = unpack32(value);
+    return pack64(uvec2(of_slice(words.x), of_slice(words.y)));
+}
+
 void enter_stage() {
-    uint stage = ahead.step % 4, slice = lane / 64;
-    uint team = PICK(TEAM(QKV), TEAM(OUT), TEAM(GATE), TEAM(DOWN)), own = slice >> findMSB(team);
+    uint stage = ahead.step % 4, slice = of_slice(lane / 64);
+    uint team = PICK(TEAM(QKV), TEAM(OUT), TEAM(GATE), TEAM(DOWN));
+    uint own = PICK(slice / TEAM(QKV), slice / TEAM(OUT), slice / TEAM(GATE), slice / TEAM(DOWN));
     ahead.tiles = PICK(HIDDEN_TILES, Q_TILES, HIDDEN_TILES, MLP_TILES);
     ahead.team = team;
-    ahead.place = slice & team - 1;
-    ahead.block_of_team = stage == GATE ? own * WIDTH / 2 : own * WIDTH;
+    ahead.place = slice - own * team;
+    ahead.first_sum = own * WIDTH;
     ahead.chunks = PICK(
         CHUNKS(QKV, HIDDEN_TILES), CHUNKS(OUT, OUT_TILES), CHUNKS(GATE, HIDDEN_TILES), CHUNKS(DOWN, DOWN_TILES)
     );
@@ -71,11 +82,11 @@ uint group_step() {
 
 void enter_group() {
     uint stage = ahead.step % 4, last = blocks_of(stage) - 1;
-    uint block = ahead.group * at_once(stage) + ahead.block_of_team;
-    ahead.rows_at = block_address(ahead.matrix, min(block, last), ahead.tiles);
+    uint block = ahead.group * at_once(stage) + (stage == GATE ? ahead.first_sum / 2 : ahead.first_sum);
+    ahead.rows_at = of_slice(block_address(ahead.matrix, min(block, last), ahead.tiles));
     if (WIDTH == 2) {
         block += uint(stage != GATE);
-        ahead.other_at = block_address(ahead.other, min(block, last), ahead.tiles);
+        ahead.other_at = of_slice(block_address(ahead.other, min(block, last), ahead.tiles));
     }
     ahead.chunk = 0;
     ahead.tile = ahead.first_tile + ahead.place;

@@ -30,10 +30,12 @@ MOST_CHANNELS = 5376  # of the residual stream: it stays in registers
 # Lanes, the most tiles on their way, and blocks of a slice, of cuts to measure: twice the lanes
 # have half the registers each. Much on its way is for memory that is fast and far.
 SIZES = (256, 2, 1), (256, 4, 1), (512, 2, 1), (512, 4, 1)
-LARGE_SIZES = (256, 2, 1), (256, 4, 1), (256, 4, 2), (256, 6, 2)
+LARGE_SIZES = (256, 2, 1), (256, 4, 1), (256, 4, 2), (256, 6, 2), (384, 4, 2)
 LARGE = 64  # multiprocessors
+SLICE = 64  # lanes that multiply a block of rows together: whole subgroups
+OCTETS = 2  # of the residual stream in a lane, at most, where AMD's compiler spills no registers
 DOWN_PARTS = 1, 2, 3
-TEAMS = 1, 2, 4, 8
+TEAMS = 1, 2, 3, 4, 6, 8
 GROUP_TILES = 2  # so many tiles take as long as what follows a group of blocks does; a guess
 FEW_RUNS = 32  # of keys, for which there are workgroups enough: each then serves one head
 MOST_JOINED = 8  # heads up to which workgroups may join for themselves those they need
@@ -91,7 +93,8 @@ def module(model: Model, suffix: str) -> str:
 
 def suits(stages: Stages, suffix: str, physical: PhysicalGpu) -> bool:
     """Whether the kernel knows such a model, and such a device."""
-    return physical.multiprocessors > 0 and knows(stages, suffix)
+    narrow = physical.subgroup[0] <= SLICE
+    return physical.multiprocessors > 0 and narrow and knows(stages, suffix)
 
 
 def knows(stages: Stages, suffix: str) -> bool:
@@ -145,15 +148,21 @@ def cuts(config: GemmaConfig, multiprocessors: int, most_shared: int) -> list[Cu
     ways = [(True, 1)]  # who joins the splits, and parts of attention's output
     if config.num_heads <= MOST_JOINED and config.num_heads % 2 == 0:
         ways.append((False, config.num_heads // 2))
-    sizes = LARGE_SIZES if multiprocessors >= LARGE else SIZES
+    sizes = _sizes(config, multiprocessors)
     found: dict[Cut, None] = {}  # each once, in their order
     for (lanes, most, width), down_parts, (joins, out_parts) in product(sizes, DOWN_PARTS, ways):
-        teams = best_teams(config, workgroups, lanes // 64, out_parts, down_parts, width)
+        teams = best_teams(config, workgroups, lanes // SLICE, out_parts, down_parts, width)
         depth = even_depth(-(-tiles_of(config.hidden_size) // teams[2]), most)
         cut = Cut(workgroups, queries, teams, out_parts, down_parts, depth, lanes, joins, width)
         if _leaves_none_empty(config, cut) and shared_bytes(config, cut) <= most_shared:
             found[cut] = None
     return list(found)
+
+
+def _sizes(config: GemmaConfig, multiprocessors: int) -> list[tuple[int, int, int]]:
+    if multiprocessors >= LARGE:
+        return list(LARGE_SIZES)
+    return [size for size in SIZES if config.hidden_size <= 8 * OCTETS * size[0]]
 
 
 def even_depth(tiles: int, most: int) -> int:
@@ -173,8 +182,8 @@ def best_teams(
     hidden, mlp = config.hidden_size, config.intermediate_size
     qkv = config.q_size + 2 * config.kv_size
     work = partial(_tiles_of_slice, workgroups, slices, width)
-    teams = [team for team in TEAMS if team <= slices]
-    pairs = [team for team in TEAMS if _groups(mlp, slices * width, 2 * team) >= workgroups]
+    teams = [team for team in TEAMS if slices % team == 0]
+    pairs = [team for team in teams if _groups(mlp, slices * width, 2 * team) >= workgroups]
     return (
         min(teams, key=lambda team: work(qkv, hidden, team)),
         min(teams, key=lambda team: work(hidden, config.q_size, team, parts=out_parts)),
@@ -186,7 +195,7 @@ def best_teams(
 def _groups(rows: int, at_once: int, team: int) -> int:
     """Of blocks of rows that a workgroup takes at a time, each with a team; 0 where none fits."""
     blocks = -(-rows // TILE_ROWS)
-    return -(-blocks * team // at_once) if team <= at_once else 0
+    return -(-blocks * team // at_once) if at_once % team == 0 else 0
 
 
 def _tiles_of_slice(
