@@ -30,7 +30,7 @@ MOST_CHANNELS = 5376  # of the residual stream: it stays in registers
 # Lanes, the most tiles on their way, and blocks of a slice, of cuts to measure: twice the lanes
 # have half the registers each. Much on its way is for memory that is fast and far.
 SIZES = (256, 2, 1), (256, 4, 1), (512, 2, 1), (512, 4, 1)
-LARGE_SIZES = (256, 2, 1), (256, 4, 1), (256, 4, 2), (256, 6, 2), (384, 4, 2)
+LARGE_SIZES = (256, 2, 1), (256, 4, 1), (256, 4, 2), (256, 6, 2), (256, 8, 2)
 LARGE = 64  # multiprocessors
 SLICE = 64  # lanes that multiply a block of rows together: whole subgroups
 OCTETS = 2  # of the residual stream in a lane, at most, where AMD's compiler spills no registers
