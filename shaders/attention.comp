@@ -70,6 +70,7 @@ vec4 input_quad(uint column, uint quad) {
     return sum;
 }
 
+const uint SHARING = HEADS / KV_HEADS;
 #define ATTENDING LANES
 #include "attention.glsl"
 #include "attention_join.glsl"

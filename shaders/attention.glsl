@@ -1,32 +1,47 @@
 // One token's attention to a run of keys: norms of queries, keys and values, RoPE, the new row of the
 // cache, softmax(Q K^T) V. Who includes it has the sizes of heads and cache, and says where queries,
 // keys and values come from (`input_quad`), and how many of its lanes have keys and values (ATTENDING).
+// DIM is a constant, or, with HEADS_VARY, a variable: powers of two up to MOST_DIM.
+#ifndef HEADS_VARY
+#define HEADS_VARY false
+#define MOST_DIM DIM
+#endif
+#define PAIRS (DIM / 2)
+#define QUADS (DIM / 4)
+#define VECTORS (DIM / 8)  // of 8 channels in a row of the cache
+#define V_SLICES over(ATTENDING, VECTORS)
+#define TURN_ROWS over(LANES, PAIRS)  // that are turned at a time
 
 const uint TILE = ATTENDING / 8;  // keys between two barriers
-const uint PAIRS = DIM / 2;
-const uint QUADS = DIM / 4;
-const uint VECTORS = DIM / 8;  // of 8 channels in a row of the cache
-const uint SHARING = HEADS / KV_HEADS;
 const uint BLOCKS = HEADS / QUERIES;
-const uint V_SLICES = ATTENDING / VECTORS;
-const uint KEY_LOADS = (VECTORS + 7) / 8;                   // of a lane for a key
-const uint VALUE_LOADS = (TILE + V_SLICES - 1) / V_SLICES;  // of a lane for a tile
-const uint TURN_ROWS = LANES / PAIRS;                       // that are turned at a time
+const uint MOST_VECTORS = MOST_DIM / 8;
+const uint KEY_LOADS = (MOST_VECTORS + 7) / 8;  // of a lane for a key
+const uint LEAST_SLICES = ATTENDING / MOST_VECTORS;
+const uint VALUE_LOADS = (TILE + LEAST_SLICES - 1) / LEAST_SLICES;  // of a lane for a tile
 
 // Rows of DIM channels: the quads with even numbers, then the others, so that lanes that read eight
 // channels each find neighbours.
-shared vec4 rows[(QUERIES + 1) * QUADS];  // the queries, then the new key
-shared vec4 new_value[QUADS];
-shared STORED fresh_key[QUADS], fresh_value[QUADS];  // as the cache has them
+shared vec4 rows[(QUERIES + 1) * 2 * MOST_VECTORS];  // the queries, then the new key
+shared vec4 new_value[2 * MOST_VECTORS];
+shared STORED fresh_key[2 * MOST_VECTORS], fresh_value[2 * MOST_VECTORS];  // as the cache has them
 shared float factors[QUERIES + 1];
 shared float weights[QUERIES * TILE];  // of a tile's keys
 shared float correction[QUERIES];
-shared vec4 gathered[QUERIES * V_SLICES * QUADS];
+shared vec4 gathered[QUERIES * LEAST_SLICES * 2 * MOST_VECTORS];
 
 uint lane;
 uint position;
 uint head;  // of keys and values
 uint first_row;  // of the head in the cache
+
+// x / size and x % size, of sizes that are made of DIM.
+uint over(uint x, uint size) {
+    return HEADS_VARY ? x >> findLSB(size) : x / size;
+}
+
+uint rest(uint x, uint size) {
+    return HEADS_VARY ? x & size - 1 : x % size;
+}
 
 uint quad_place(uint quad) {
     return quad % 2 * VECTORS + quad / 2;
@@ -34,10 +49,10 @@ uint quad_place(uint quad) {
 
 // Queries, and with `appends` the new key and value.
 void load_rows(uint block, bool appends) {
-    const uint own = QUERIES * QUADS;
+    uint own = QUERIES * QUADS;
     [[dont_unroll]] for (uint i = lane; i < own + (appends ? 2 * QUADS : 0); i += LANES) {
         if (i < own) {
-            rows[i / QUADS * QUADS + quad_place(i % QUADS)] = input_quad(block * QUERIES * DIM, i);
+            rows[over(i, QUADS) * QUADS + quad_place(rest(i, QUADS))] = input_quad(block * QUERIES * DIM, i);
         } else if (i < own + QUADS) {
             rows[own + quad_place(i - own)] = input_quad(k_column + head * DIM, i - own);
         } else {
@@ -72,7 +87,7 @@ vec2 fine, coarse;
 vec4 pair_gains;
 
 void load_turns() {
-    uint pair = lane % PAIRS;
+    uint pair = rest(lane, PAIRS);
     fine = turns.at[position % 256 * PAIRS + pair];
     coarse = turns.at[(256 + position / 256) * PAIRS + pair];
     if (QK_NORM) {
@@ -84,14 +99,14 @@ void load_turns() {
 // Norm and RoPE of the first `count` rows. Component i turns with component i + DIM / 2; the angle of
 // a position is that of its multiple of 256 and that of the rest.
 void turn_rows(uint count) {
-    uint pair = lane % PAIRS;
+    uint pair = rest(lane, PAIRS);
     precise float c = fine.x * coarse.x - fine.y * coarse.y;
     precise float s = fine.y * coarse.x + fine.x * coarse.y;
     if (QK_NORM) {
         measure_rows(count);
     }
     uint rows_end = lane < TURN_ROWS * PAIRS ? count : 0;
-    [[dont_unroll]] for (uint row = lane / PAIRS; row < rows_end; row += TURN_ROWS) {
+    [[dont_unroll]] for (uint row = over(lane, PAIRS); row < rows_end; row += TURN_ROWS) {
         uint low_at = row * QUADS + quad_place(pair / 4);
         uint high_at = row * QUADS + quad_place((pair + PAIRS) / 4);
         precise float low = rows[low_at][pair % 4], high = rows[high_at][pair % 4];
@@ -152,9 +167,9 @@ void fetch_keys(uint first, uint last) {
 
 void fetch_values(uint first, uint last) {
     [[unroll]] for (uint i = 0; i < VALUE_LOADS; i++) {
-        uint key = min(lane / VECTORS + i * V_SLICES, last - first);
+        uint key = min(over(lane, VECTORS) + i * V_SLICES, last - first);
         uint row = cache_row(first % SLOTS + key);
-        value_parts[i] = fetch(values, value_scales, row, lane % VECTORS);
+        value_parts[i] = fetch(values, value_scales, row, rest(lane, VECTORS));
     }
 }
 
@@ -216,7 +231,7 @@ void renormalize(inout float peak, inout float sum) {
 }
 
 void mix(uint first, uint fresh, inout vec4 low[QUERIES], inout vec4 high[QUERIES]) {
-    uint vector = lane % VECTORS, slice = lane / VECTORS;
+    uint vector = rest(lane, VECTORS), slice = over(lane, VECTORS);
     [[unroll]] for (uint q = 0; q < QUERIES; q++) {
         low[q] *= correction[q];
         high[q] *= correction[q];
@@ -268,7 +283,7 @@ void attend(
 
 // The weighted values of all lanes to shared memory, for `gathered_quad`.
 void gather_values(vec4 low[QUERIES], vec4 high[QUERIES]) {
-    uint vector = lane % VECTORS, slice = lane / VECTORS;
+    uint vector = rest(lane, VECTORS), slice = over(lane, VECTORS);
     if (slice < V_SLICES) {
         [[unroll]] for (uint q = 0; q < QUERIES; q++) {
             gathered[(slice * QUERIES + q) * QUADS + vector] = low[q];
@@ -279,7 +294,7 @@ void gather_values(vec4 low[QUERIES], vec4 high[QUERIES]) {
 
 // Quad i of the workgroup's queries.
 vec4 gathered_quad(uint i) {
-    uint at = i / QUADS * QUADS + quad_place(i % QUADS);
+    uint at = over(i, QUADS) * QUADS + quad_place(rest(i, QUADS));
     vec4 total = gathered[at];
     [[unroll]] for (uint s = 1; s < V_SLICES; s++) {
         total += gathered[s * QUERIES * QUADS + at];

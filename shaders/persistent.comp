@@ -4,12 +4,14 @@
 #extension GL_KHR_shader_subgroup_ballot : require
 // All layers of one token in one dispatch.
 //
-// As many workgroups as the device runs at a time go through the layers together. A product is four
-// stages of a layer: q, k and v; attention's output; gate and up; down. What one workgroup makes and others
-// need are messages, floats in places that are empty before: all bits set, which is no result of arithmetic.
-// A reader looks at a place until it is not empty, so nobody waits for more than it needs, and there are no
-// barriers among workgroups. Each layer has another copy of the places; between the layer that filled a copy
-// and the one that fills it again all workgroups together empty it.
+// As many workgroups as the device runs at a time go through the layers together. Products are four
+// stages of a layer: q, k and v; attention's output; gate and up; down. With TOLD channels of a per-layer
+// embedding there are two more: its gate and its projection. With ACTIVE experts there are three: the router,
+// beside gate and up, the experts' gate and up, and their down. What one workgroup makes and others need are
+// messages, floats in places that are empty before: all bits set, which is no result of arithmetic. A reader
+// looks at a place until it is not empty, so nobody waits for more than it needs, and there are no barriers
+// among workgroups. Each layer has another copy of the places; between the layer that filled a copy and the
+// one that fills it again all workgroups together empty it.
 // Weights do not wait: a workgroup asks for the first ones of its next stage while it multiplies the last
 // ones of this.
 //
@@ -28,15 +30,15 @@ layout(constant_id = 3) const uint PATIENCE = 1;  // looks at a message before o
 layout(constant_id = 5) const uint HIDDEN = 32;
 layout(constant_id = 6) const float EPS = 1e-6;
 layout(constant_id = 7) const bool POST_NORM = false;  // what joins the residual stream has a norm
-layout(constant_id = 10) const uint DIM = 8;
+layout(constant_id = 10) const uint HEAD_DIM = 8;
 layout(constant_id = 11) const uint HEADS = 1;
-layout(constant_id = 12) const uint KV_HEADS = 1;
+layout(constant_id = 12) const uint KEY_HEADS = 1;
 layout(constant_id = 13) const uint QUERIES = 1;
-layout(constant_id = 14) const uint SPLITS = 16;
+layout(constant_id = 14) const uint SPLITS = 16;  // at most
 layout(constant_id = 15) const bool QK_NORM = false;
 layout(constant_id = 16) const float SCALE = 1.0;
 layout(constant_id = 17) const float CAP = 0.0;
-layout(constant_id = 21) const uint INTERMEDIATE = 32;
+layout(constant_id = 21) const uint INTERMEDIATE = 32;  // at most
 layout(constant_id = 22) const uint LAYERS = 1;
 layout(constant_id = 23) const uint DOWN_PARTS = 1;
 layout(constant_id = 24) const uint TEAMS = 0;  // slices that share a block's tiles: 4 bits for each stage
@@ -46,6 +48,14 @@ layout(constant_id = 27) const uint ATTENDING = 256;  // lanes that have keys an
 layout(constant_id = 28) const bool JOINS = false;    // a head's splits are joined by one workgroup
 layout(constant_id = 29) const uint WIDTH = 1;        // blocks of rows of a slice, 1 or 2
 layout(constant_id = 30) const uint RUN = 32;         // keys of a split, at least
+layout(constant_id = 31) const uint FULL_DIM = 0;     // of heads of other layers; 0: all layers have the same sizes
+layout(constant_id = 32) const uint QKV_COLUMNS = 1;  // of a layer, at most
+layout(constant_id = 33) const uint KEPT_COLUMNS = 0; // keys and values of layers whose ones others read, too
+layout(constant_id = 34) const bool VALUE_NORM = false;
+layout(constant_id = 35) const uint TOLD = 0;
+layout(constant_id = 36) const uint ACTIVE = 0;
+layout(constant_id = 37) const uint COUNT = 0;        // experts
+layout(constant_id = 38) const uint EXPERT_ROWS = 0;  // of an expert's gate
 #include "weights.glsl"
 
 layout(buffer_reference, std430, buffer_reference_align = 8) readonly restrict buffer Turns {
@@ -78,39 +88,56 @@ layout(push_constant) uniform Push {
     Uints next;
 };
 
-const uint ENTRY = 17;
-const uint WINDOW_AT = 12, GAIN_AT = 13, BRANCH_GAIN_AT = 14, ATTENTION_GAIN_AT = 15, MLP_GAIN_AT = 16;
+const uint ENTRY = 35;
+// Behind four matrices and the up projection. Sizes are two in a word.
+const uint Q_GAIN_AT = 5, KEYS_AT = 7, TURNS_AT = 11, WINDOW_AT = 12, HEADS_AT = 13, ROWS_AT = 14, NEW_AT = 15;
+const uint SOURCE_AT = 16, FACTOR_AT = 17, GAINS_AT = 18, TOLD_AT = 23;
+const uint EXPERTS_AT = 26, ROUTER_AT = 29, EXPERT_GAINS_AT = 31;
 shared uvec2 entry[2 * ENTRY];  // of this layer and of the next one
 uint entry_at;
 
 const uint WHOLE = 0, PREPARE = 1, ATTEND = 2, MODE = WHOLE;
-const bool VALUE_NORM = false;
 Floats q_gain, k_gain;
 Uints keys, cached_values;
 Floats key_scales, value_scales;
 Turns turns;
 uint WINDOW, SLOTS;
-const uint k_column = HEADS * DIM, v_column = (HEADS + KV_HEADS) * DIM;
+uint k_column, v_column;  // among the messages of q, k and v
+uint layer_dim, layer_kv_heads;
+#define HEADS_VARY (FULL_DIM > 0)
+#define MOST_DIM (FULL_DIM > HEAD_DIM ? FULL_DIM : HEAD_DIM)
+#define DIM (HEADS_VARY ? layer_dim : HEAD_DIM)
+#define KV_HEADS (HEADS_VARY ? layer_kv_heads : KEY_HEADS)
 
 const uint COPIES = 8, EMPTY = 0xFFFFFFFFu;
 // Places of a copy, a word each, as kernels/vulkan/persistent.py counts them.
 #define PLANE(channels) (((channels) + 127) / 128 * 128)
 const uint QKV_AT = 0;
-const uint CONTEXT_AT = QKV_AT + PLANE((HEADS + 2 * KV_HEADS) * DIM);
-const uint OUT_AT = CONTEXT_AT + PLANE(HEADS * DIM);
+const uint CONTEXT_AT = QKV_AT + PLANE(QKV_COLUMNS);
+const uint OUT_AT = CONTEXT_AT + PLANE(HEADS * MOST_DIM);
 const uint GATED_AT = OUT_AT + OUT_PARTS * PLANE(HIDDEN);
 const uint DOWN_AT = GATED_AT + PLANE(INTERMEDIATE);
 const uint PARTIALS_AT = DOWN_AT + DOWN_PARTS * PLANE(HIDDEN);
-const uint STATS_AT = PARTIALS_AT + SPLITS * HEADS * DIM;
-const uint COPY = STATS_AT + PLANE(2 * SPLITS * HEADS);
+const uint STATS_AT = PARTIALS_AT + SPLITS * HEADS * MOST_DIM;
+const uint EXPERT_TILES = (EXPERT_ROWS + 127) / 128;
+const uint BESIDE_AT = STATS_AT + PLANE(2 * SPLITS * HEADS);  // of the per-layer gate, or of the router
+const uint BESIDE_BRANCH_AT = BESIDE_AT + PLANE(TOLD + COUNT);  // what joins behind the MLP
+const uint EXPERTS_GATED_AT = BESIDE_BRANCH_AT + (TOLD + ACTIVE > 0 ? PLANE(HIDDEN) : 0);
+const uint COPY = EXPERTS_GATED_AT + ACTIVE * EXPERT_TILES * 128;
 
-uint64_t copy_at;  // of this layer
 uint turn;         // layers so far, of all tokens
 uint patience = PATIENCE;
 
 uint64_t copy_of(uint turn_) {
     return uint64_t(messages) + uint64_t(turn_ % COPIES * (4 * COPY));
 }
+
+// Keys and values that later layers read have two places, for tokens by turns: the other one is emptied.
+uint64_t kept_copy(uint epoch) {
+    return uint64_t(messages) + uint64_t(4 * (COPIES * COPY + epoch % 2 * PLANE(KEPT_COLUMNS)));
+}
+
+#define copy_at copy_of(turn)  // of this layer: not kept, scalar registers are few
 
 void send(uint place, float value) {
     Messages(copy_at).at[place] = floatBitsToUint(value);
@@ -122,6 +149,19 @@ void empty_copy() {
     uint first = gl_WorkGroupID.x * LANES + lane_index();
     [[dont_unroll]] for (uint i = first; i < COPY / 4; i += gl_NumWorkGroups.x * LANES) {
         to.at[i] = uvec4(EMPTY);
+    }
+}
+
+// Where a layer's keys and values are, behind its queries.
+uint64_t keys_copy() {
+    bool are_kept = KEPT_COLUMNS > 0 && entry[entry_at + SOURCE_AT].x != 0;
+    return are_kept ? kept_copy(turn / LAYERS) - uint64_t(4 * PLANE(QKV_COLUMNS)) : copy_at;
+}
+
+void empty_kept(uint epoch) {
+    uint first = gl_WorkGroupID.x * LANES + lane_index();
+    [[dont_unroll]] for (uint i = first; i < KEPT_COLUMNS / 4; i += gl_NumWorkGroups.x * LANES) {
+        MessageQuads(kept_copy(epoch + 1)).at[i] = uvec4(EMPTY);
     }
 }
 
@@ -139,10 +179,10 @@ bool is_empty(uvec4 quad) {
 }
 
 vec4 input_quad(uint column, uint quad) {
-    MessageQuads from = MessageQuads(copy_at);
+    MessageQuads from = MessageQuads(column < HEADS * DIM ? copy_at : keys_copy());
     uvec4 v = uvec4(EMPTY);
     for (uint looks = 0; is_empty(v) && !gives_up(looks); looks++) {
-        v = from.at[QKV_AT / 4 + column / 4 + quad];
+        v = from.at[column / 4 + quad];
     }
     return uintBitsToFloat(v);
 }
@@ -150,15 +190,20 @@ vec4 input_quad(uint column, uint quad) {
 #define values cached_values
 #include "cache.glsl"
 #include "attention.glsl"
+#include "route.glsl"
 
 const uint SLICES = LANES / 64;
 const uint MOST_PARTS = OUT_PARTS > DOWN_PARTS ? OUT_PARTS : DOWN_PARTS;
-const uint QKV = 0, OUT = 1, GATE = 2, DOWN = 3;
-const uint MLP_TILES = (INTERMEDIATE + 127) / 128, Q_TILES = (HEADS * DIM + 127) / 128;
-const uint OUT_TILES = (Q_TILES + OUT_PARTS - 1) / OUT_PARTS;
-const uint DOWN_TILES = (MLP_TILES + DOWN_PARTS - 1) / DOWN_PARTS;
+// In their order. A stage that the model lacks has the number of another one, which comes first wherever one
+// asks for both.
+const uint QKV = 0, OUT = 1, GATE = 2, EXPERT_GATE = 3, DOWN = ACTIVE > 0 ? 4 : 3, EXPERT_DOWN = 5;
+const uint PRODUCTS = ACTIVE > 0 ? 6 : 4;  // stages of weights that are codes
+const uint TELL = 4, PROJECT = 5, ROUTE = 6;
+const uint STAGES = TOLD > 0 ? 6 : PRODUCTS;
 
-shared uvec4 held[HELD_TILES * INPUT_VECTORS];
+const uint HELD_VECTORS = HELD_TILES * INPUT_VECTORS;
+const uint FLOAT_VECTORS = TOLD + ACTIVE > 0 ? (HIDDEN + 127) / 128 * 32 : 0;
+shared uvec4 held[HELD_VECTORS > FLOAT_VECTORS ? HELD_VECTORS : FLOAT_VECTORS];
 shared float partial[2 * 16 * SLICES * WIDTH];  // in turns
 uint flip = 0;
 
@@ -166,9 +211,11 @@ uint flip = 0;
 #include "persistent_work.glsl"
 #include "persistent_inputs.glsl"
 #include "persistent_products.glsl"
+#include "persistent_kept.glsl"
+#include "persistent_experts.glsl"
 
 void attend_unit(uint split, uint block, uint first, uint run) {
-    head = block * QUERIES / SHARING;
+    head = block * QUERIES * KV_HEADS / HEADS;
     first_row = (state.slots[0] * KV_HEADS + head) * SLOTS;
     uint begin = first + split * run, stop = min(begin + run, position + 1);
     bool appends = split + 1 == splits;
@@ -181,7 +228,8 @@ void attend_unit(uint split, uint block, uint first, uint run) {
     gather_values(low, high);
     barrier();
     for (uint i = lane; i < QUERIES * QUADS; i += LANES) {
-        uint place = PARTIALS_AT / 4 + partial_row(block * QUERIES + i / QUADS, split) * QUADS + i % QUADS;
+        uint row = partial_row(block * QUERIES + over(i, QUADS), split);
+        uint place = PARTIALS_AT / 4 + row * QUADS + rest(i, QUADS);
         MessageQuads(copy_at).at[place] = floatBitsToUint(gathered_quad(i));
     }
     if (lane % 8 == 0 && lane / 8 < QUERIES) {
@@ -191,19 +239,25 @@ void attend_unit(uint split, uint block, uint first, uint run) {
     barrier();
 }
 
+// Layers without keys of their own read an earlier one's, and make the token's row of them again: nobody
+// reads from the cache what was written in this dispatch.
 void attend_layer() {
-    uvec2 sizes = entry[entry_at + WINDOW_AT];
+    uvec2 sizes = entry[entry_at + WINDOW_AT], new = entry[entry_at + NEW_AT];
     WINDOW = sizes.x;
     SLOTS = sizes.y;
-    q_gain = Floats(entry[entry_at + 5]);
-    k_gain = Floats(entry[entry_at + 6]);
-    keys = Uints(entry[entry_at + 7]);
-    cached_values = Uints(entry[entry_at + 8]);
-    key_scales = Floats(entry[entry_at + 9]);
-    value_scales = Floats(entry[entry_at + 10]);
-    turns = Turns(entry[entry_at + 11]);
+    k_column = new.x;
+    v_column = new.y;
+    q_gain = Floats(entry[entry_at + Q_GAIN_AT]);
+    k_gain = Floats(entry[entry_at + Q_GAIN_AT + 1]);
+    keys = Uints(entry[entry_at + KEYS_AT]);
+    cached_values = Uints(entry[entry_at + KEYS_AT + 1]);
+    key_scales = Floats(entry[entry_at + KEYS_AT + 2]);
+    value_scales = Floats(entry[entry_at + KEYS_AT + 3]);
+    turns = Turns(entry[entry_at + TURNS_AT]);
+    uint most = HEADS_VARY ? entry[entry_at + SOURCE_AT].y : SPLITS;
+    uint least = HEADS_VARY ? entry[entry_at + FACTOR_AT].y : RUN;
     uint first = WINDOW > 0 && position >= WINDOW ? position + 1 - WINDOW : 0;
-    uint seen = position + 1 - first, run = max(max(TILE, RUN), (seen + SPLITS - 1) / SPLITS);
+    uint seen = position + 1 - first, run = max(least, (seen + most - 1) / most);
     splits = (seen + run - 1) / run;
     [[dont_unroll]] for (uint i = gl_WorkGroupID.x; i < splits * BLOCKS; i += gl_NumWorkGroups.x) {
         attend_unit(i / BLOCKS, i % BLOCKS, first, run);
@@ -213,30 +267,54 @@ void attend_layer() {
 void hold_part(uint stage) {
     if (stage == OUT && !JOINS) {
         hold_context(work.part * PART_HEADS);
+    } else if (ACTIVE > 0 && stage == EXPERT_DOWN) {
+        hold_messages(EXPERTS_GATED_AT, EXPERT_ROWS, EXPERT_TILES);
     } else {
-        hold_messages(stage == OUT ? CONTEXT_AT : GATED_AT, stage == OUT ? HEADS * DIM : INTERMEDIATE);
+        uint mlp = HEADS_VARY ? entry[entry_at + ROWS_AT].x : INTERMEDIATE;
+        hold_messages(stage == OUT ? CONTEXT_AT : GATED_AT, stage == OUT ? HEADS * DIM : mlp, work.last_tile);
     }
     barrier();
 }
 
-void run_stage(uint step, uint layer) {
-    uint stage = step % 4;
+bool is_kept(uint stage) {
+    return TOLD > 0 && stage >= TELL;
+}
+
+void run_stage(uint stage, uint layer) {
     if (stage == OUT) {
         attend_layer();
         if (JOINS) {
             join_heads();
         }
     }
-    if (stage == QKV || stage == GATE) {
-        hold_stream(stage == QKV, layer);
+    if (is_kept(stage) || ACTIVE > 0 && stage == GATE) {
+        ask_kept(is_kept(stage) ? stage : ROUTE);
+    }
+    if (stage == QKV || stage == GATE || TOLD > 0 && stage == TELL) {
+        join_stream(stage, layer);
+        if (ACTIVE > 0 && stage == GATE) {
+            score_experts();
+        }
+        hold_stream(stage, layer);
         if (stage == GATE) {
             memoryBarrierBuffer();
         }
         barrier();
     }
+    if (is_kept(stage)) {
+        if (stage == PROJECT && kept.group < kept.groups) {
+            hold_told();
+        }
+        multiply_kept(stage);
+        return;
+    }
+    if (ACTIVE > 0 && stage == EXPERT_GATE) {
+        choose_experts();
+    }
+    uint step = PRODUCTS * layer + stage;
     [[dont_unroll]] while (ahead.step == step && layer < LAYERS) {
         work = ahead;
-        if (stage == OUT || stage == DOWN) {
+        if (stage == OUT || stage == DOWN || ACTIVE > 0 && stage == EXPERT_DOWN) {
             hold_part(stage);
         }
         multiply_part(stage);
@@ -262,21 +340,28 @@ void finish() {
     }
 }
 
+void enter_layer(uint layer, uint epoch) {
+    turn = epoch * LAYERS + layer;
+    entry_at = layer % 2 * ENTRY;
+    if (HEADS_VARY) {
+        layer_dim = entry[entry_at + HEADS_AT].x;
+        layer_kv_heads = entry[entry_at + HEADS_AT].y;
+    }
+    ask_entry(layer + 1);
+}
+
 // The first workgroup makes what stands behind the last layer, too.
 void run_layers(uint epoch) {
-    uint steps_ = 4 * LAYERS + (gl_WorkGroupID.x == 0 ? 1 : 0);
+    uint steps_ = STAGES * LAYERS + (gl_WorkGroupID.x == 0 ? 1 : 0);
     [[dont_unroll]] for (uint step = 0; step < steps_; step++) {
-        uint layer = step / 4;
-        if (step % 4 == QKV) {
-            turn = epoch * LAYERS + layer;
-            copy_at = copy_of(turn);
-            entry_at = layer % 2 * ENTRY;
-            ask_entry(layer + 1);
+        uint layer = step / STAGES, stage = step % STAGES;
+        if (stage == QKV) {
+            enter_layer(layer, epoch);
         }
-        run_stage(step, layer);
-        if (step % 4 == QKV) {
+        run_stage(stage, layer);
+        if (stage == QKV) {
             empty_copy();
-        } else if (step % 4 == OUT) {
+        } else if (stage == OUT) {
             keep_entry(layer + 1);  // there are barriers before it is needed
         }
     }
@@ -293,6 +378,10 @@ void main() {
     uint epoch = ledger.epoch;
     position = state.positions[0];
     LOAD_OWN(h, hidden)
+    if (lane < ACTIVE) {
+        picked[lane] = 0;  // what is asked for before experts are chosen must be there
+    }
+    empty_kept(epoch);
     ask_entry(0);
     keep_entry(0);
     barrier();

@@ -1,22 +1,23 @@
 // What the other products of persistent.comp take: the context of some heads, the gate's outputs. A workgroup
 // makes what it needs by itself, of messages.
 
-const uint MOST_OCTETS = 16 * (DOWN_TILES > OUT_TILES ? DOWN_TILES : OUT_TILES);
+const uint MOST_OCTETS = 16 * HELD_TILES;
 const uint BATCH = MOST_OCTETS > 3 * LANES ? 4 : (MOST_OCTETS + LANES - 1) / LANES;  // octets on their way
 
 const uint BATCH_QUADS = 2 * BATCH;
 
 DEFINE_HOLD(hold_batch, BATCH, BATCH_QUADS)
 
-// A part of what a stage has sent.
-void hold_messages(uint place, uint channels) {
+// A part of what a stage has sent: of each `period` tiles so many channels, and 0 behind them.
+void hold_messages(uint place, uint channels, uint period) {
     MessageQuads from = MessageQuads(copy_at + 4 * place);
     uint first = 16 * work.first_tile, count = 16 * (work.last_tile - work.first_tile);
     [[dont_unroll]] for (uint octet = lane; octet < count + lane; octet += BATCH * LANES) {
         uvec4 v[BATCH_QUADS];
         [[unroll]] for (uint k = 0; k < BATCH_QUADS; k++) {
             uint own = octet + k / 2 * LANES;
-            v[k] = uvec4(own < count && first + own < channels / 8 ? EMPTY : 0);
+            uint at = ACTIVE > 0 ? (first + own) % (16 * period) : first + own;
+            v[k] = uvec4(own < count && at < channels / 8 ? EMPTY : 0);
         }
         bool waits = true;
         for (uint looks = 0; waits && !gives_up(looks); looks++) {
@@ -95,21 +96,20 @@ void weigh_heads(uint first_head, uvec2 stat[STATS_ON_WAY]) {
     barrier();
 }
 
-const uint PART_CHANNELS = PART_HEADS * DIM;
-const uint OWN_CHANNELS = (PART_CHANNELS + LANES - 1) / LANES;
+// Of a part's heads, or, where one workgroup joins, of one or half of one.
+const uint PART_CHANNELS = JOINS ? (MOST_DIM < LANES ? MOST_DIM : LANES) : PART_HEADS * MOST_DIM;
+const uint OWN_CHANNELS = PART_CHANNELS > LANES ? 2 : 1;  // of a lane, at a time
 const uint AT_MOST = SPLITS > 16 ? 24 : 8;  // splits that are asked for at a time
-const uint TOGETHER = AT_MOST / OWN_CHANNELS > 0 ? AT_MOST / OWN_CHANNELS : 1;
+const uint TOGETHER = AT_MOST / OWN_CHANNELS;
 const uint SUMS_ON_WAY = OWN_CHANNELS * TOGETHER;
 
-// Splits `first` .. of the lane's channels.
-void receive_splits(uint first_head, uint first, out uint sums[SUMS_ON_WAY]) {
+// Splits `first` .. of the lane's channels, whose places in the first split these are.
+void receive_splits(uint places[OWN_CHANNELS], uint first, out uint sums[SUMS_ON_WAY]) {
     Messages from = Messages(copy_at + 4 * PARTIALS_AT);
     bool waits = true;
     for (uint looks = 0; waits && !gives_up(looks); looks++) {
         [[unroll]] for (uint k = 0; k < SUMS_ON_WAY; k++) {
-            uint channel = min(k / TOGETHER * LANES + lane, PART_CHANNELS - 1);
-            uint split = min(first + k % TOGETHER, splits - 1);
-            sums[k] = from.at[partial_row(first_head + channel / DIM, split) * DIM + channel % DIM];
+            sums[k] = from.at[places[k / TOGETHER] + min(first + k % TOGETHER, splits - 1) * DIM];
         }
         uint most = 0;
         [[unroll]] for (uint k = 0; k < SUMS_ON_WAY; k++) {
@@ -119,25 +119,46 @@ void receive_splits(uint first_head, uint first, out uint sums[SUMS_ON_WAY]) {
     }
 }
 
-// The context of a part's heads: each lane has channels of its own.
-void sum_splits(uint first_head, out float total[OWN_CHANNELS]) {
-    uvec2 stat[STATS_ON_WAY] = uvec2[4](uvec2(EMPTY), uvec2(EMPTY), uvec2(EMPTY), uvec2(EMPTY));
-    look_stats(first_head, 0, stat);
-    [[unroll]] for (uint i = 0; i < OWN_CHANNELS; i++) {
-        total[i] = 0.0;
+void deliver(uint first_channel, uint channel, float total) {
+    if (JOINS) {
+        send(CONTEXT_AT + first_channel + channel, total);
+    } else {
+        gathered[channel / 4][channel % 4] = total;
     }
-    [[dont_unroll]] for (uint first = 0; first < splits; first += TOGETHER) {
-        uint sums[SUMS_ON_WAY];
-        receive_splits(first_head, first, sums);
-        if (first == 0) {
-            weigh_heads(first_head, stat);
+}
+
+// `count` channels of the context, of whole heads or of one: each lane has channels of its own.
+void sum_splits(uint first_channel, uint count) {
+    uvec2 stat[STATS_ON_WAY] = uvec2[4](uvec2(EMPTY), uvec2(EMPTY), uvec2(EMPTY), uvec2(EMPTY));
+    uint first_head = over(first_channel, DIM);
+    look_stats(first_head, 0, stat);
+    [[dont_unroll]] for (uint base = 0; base < count; base += OWN_CHANNELS * LANES) {
+        float total[OWN_CHANNELS];
+        uint own[OWN_CHANNELS], places[OWN_CHANNELS];
+        [[unroll]] for (uint i = 0; i < OWN_CHANNELS; i++) {
+            uint at = first_channel + min(base + i * LANES + lane, count - 1);
+            total[i] = 0.0;
+            own[i] = (over(at, DIM) - first_head) * SPLITS;
+            places[i] = partial_row(over(at, DIM), 0) * DIM + rest(at, DIM);
+        }
+        [[dont_unroll]] for (uint first = 0; first < splits; first += TOGETHER) {
+            uint sums[SUMS_ON_WAY];
+            receive_splits(places, first, sums);
+            if (first + base == 0) {
+                weigh_heads(first_head, stat);
+            }
+            [[unroll]] for (uint i = 0; i < OWN_CHANNELS; i++) {
+                [[unroll]] for (uint s = 0; s < TOGETHER; s++) {
+                    float weight = first + s < splits ? shares[own[i] + first + s] : 0.0;
+                    precise float sum = fma(weight, uintBitsToFloat(sums[i * TOGETHER + s]), total[i]);
+                    total[i] = sum;
+                }
+            }
         }
         [[unroll]] for (uint i = 0; i < OWN_CHANNELS; i++) {
-            uint h = min(i * LANES + lane, PART_CHANNELS - 1) / DIM;
-            [[unroll]] for (uint s = 0; s < TOGETHER; s++) {
-                float weight = first + s < splits ? shares[h * SPLITS + first + s] : 0.0;
-                precise float sum = fma(weight, uintBitsToFloat(sums[i * TOGETHER + s]), total[i]);
-                total[i] = sum;
+            uint channel = base + i * LANES + lane;
+            if (channel < count) {
+                deliver(first_channel, channel, total[i]);
             }
         }
     }
@@ -145,15 +166,9 @@ void sum_splits(uint first_head, out float total[OWN_CHANNELS]) {
 
 // Whoever has no run of keys joins first.
 void join_heads() {
-    uint own = gl_NumWorkGroups.x - 1 - gl_WorkGroupID.x;
-    [[dont_unroll]] for (uint head_ = own; head_ < HEADS; head_ += gl_NumWorkGroups.x) {
-        float total[OWN_CHANNELS];
-        sum_splits(head_, total);
-        [[unroll]] for (uint i = 0; i < OWN_CHANNELS; i++) {
-            if (i * LANES + lane < DIM) {
-                send(CONTEXT_AT + head_ * DIM + i * LANES + lane, total[i]);
-            }
-        }
+    uint own = gl_NumWorkGroups.x - 1 - gl_WorkGroupID.x, count = DIM > LANES ? DIM / 2 : DIM;
+    [[dont_unroll]] for (uint first = own * count; first < HEADS * DIM; first += gl_NumWorkGroups.x * count) {
+        sum_splits(first, count);
         barrier();  // before the shares are written again
     }
 }
@@ -161,17 +176,11 @@ void join_heads() {
 DEFINE_HOLD(hold_one, 1, 2)
 
 void hold_context(uint first_head) {
-    float total[OWN_CHANNELS];
-    sum_splits(first_head, total);
-    [[unroll]] for (uint i = 0; i < OWN_CHANNELS; i++) {
-        uint channel = i * LANES + lane;
-        if (channel < PART_CHANNELS) {
-            gathered[channel / 4][channel % 4] = total[i];
-        }
-    }
+    uint count = PART_HEADS * DIM;
+    sum_splits(first_head * DIM, count);
     barrier();
-    for (uint octet = lane; octet < PART_CHANNELS / 8 + lane; octet += LANES) {
-        uint quad = 2 * min(octet, PART_CHANNELS / 8 - 1);
-        hold_one(octet, PART_CHANNELS / 8, vec4[2](gathered[quad], gathered[quad + 1]));
+    for (uint octet = lane; octet < count / 8 + lane; octet += LANES) {
+        uint quad = 2 * min(octet, count / 8 - 1);
+        hold_one(octet, count / 8, vec4[2](gathered[quad], gathered[quad + 1]));
     }
 }

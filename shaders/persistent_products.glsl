@@ -1,30 +1,54 @@
 // The products of persistent.comp.
 
+shared float parts[ACTIVE > 0 ? ACTIVE : 1];  // of the experts' outputs in their sum
+
 Piece ahead_0, ahead_1, ahead_2, ahead_3, ahead_4, ahead_5, ahead_6, ahead_7;
 Piece other_0, other_1, other_2, other_3, other_4, other_5, other_6, other_7;  // of the second block
+
+// A tile of rows; of the experts' down projections those of all that were chosen follow each other, and each
+// has steps of its own.
+Piece load_ahead(uint64_t rows_at, uint tile) {
+    if (ACTIVE == 0) {
+        return load_piece(rows_at, tile, lane % 64, 0.0);
+    }
+    if (ahead.step % PRODUCTS == EXPERT_DOWN) {
+        uint slot = tile / EXPERT_TILES;
+        tile -= slot * EXPERT_TILES;
+        rows_at = of_slice(block_address(Words(rows_at), picked[slot] * (HIDDEN / 16), ahead.tiles));
+    }
+    Piece piece = load_piece(rows_at, tile, lane % 64, 0.0);
+    piece.zeros = load_steps(rows_at, ahead.tiles, lane % 64 / 4);  // INT4 has none
+    return piece;
+}
 
 // Tile k of the slice's chunk. Nothing is loaded under a condition, so no compiler waits for it: behind the
 // last tile it is loaded again.
 #define FETCH(k) \
     if (k < DEPTH) { \
         uint tile_ = min(ahead.tile + k * ahead.team, ahead.last_tile - 1); \
-        ahead_##k = load_piece(ahead.rows_at, tile_, lane % 64, 0.0); \
+        ahead_##k = load_ahead(ahead.rows_at, tile_); \
         if (WIDTH == 2) { \
-            other_##k = load_piece(ahead.other_at, tile_, lane % 64, 0.0); \
+            other_##k = load_ahead(ahead.other_at, tile_); \
         } \
     }
 
+float product_of(Piece piece, float unit, Input y) {
+    piece.unit = ACTIVE > 0 ? unit_of(piece.zeros, lane % 64 / 4) : unit;
+    piece.group = lane % 64 / (GROUP / 32);
+    return multiply(piece, y);
+}
+
 #define MULTIPLY(k) \
     if (k < DEPTH && tile + k * work.team < work.last_tile) { \
-        ahead_##k.unit = unit.x; \
-        ahead_##k.group = lane % 64 / (GROUP / 32); \
-        Input y_ = INPUT(held, (tile + k * work.team - work.first_tile) * INPUT_VECTORS, lane % 4); \
+        uint at_ = tile + k * work.team - work.first_tile; \
+        Input y_ = INPUT(held, at_ * INPUT_VECTORS, lane % 4); \
+        float share_ = ACTIVE > 0 && stage == EXPERT_DOWN ? parts[at_ / EXPERT_TILES] : 1.0; \
         precise vec2 sum = total; \
-        sum.x += multiply(ahead_##k, y_); \
+        precise float one_ = share_ * product_of(ahead_##k, unit.x, y_); \
+        sum.x += one_; \
         if (WIDTH == 2) { \
-            other_##k.unit = unit.y; \
-            other_##k.group = lane % 64 / (GROUP / 32); \
-            sum.y += multiply(other_##k, y_); \
+            precise float two_ = share_ * product_of(other_##k, unit.y, y_); \
+            sum.y += two_; \
         } \
         total = sum; \
     }
@@ -64,15 +88,22 @@ void finish_group(uint stage, uint group, vec2 total) {
     }
     barrier();
     uint result = lane / 16, row = lane % 16, block = group * at_once(stage) + result;
-    if (result < at_once(stage) && block < blocks_of(stage)) {
-        float y;
-        if (stage == GATE) {
-            y = gelu(team_result(2 * result, row)) * team_result(2 * result + 1, row);
-        } else {
-            y = team_result(result, row);
+    if (result < at_once(stage) && block < blocks_of(work.step)) {
+        float y = team_result(is_gate(stage) ? 2 * result : result, row);
+        if (is_gate(stage)) {
+            y = gelu(y) * team_result(2 * result + 1, row);
         }
-        uint plane = stage == QKV || stage == GATE ? 0 : work.part * PLANE(HIDDEN);
-        send(PICK(QKV_AT, OUT_AT, GATED_AT, DOWN_AT) + plane + 16 * block + row, y);
+        uint channel = 16 * block + row, plane = stage == OUT || stage == DOWN ? work.part * PLANE(HIDDEN) : 0;
+        uint place = PICK(QKV_AT, OUT_AT, GATED_AT, DOWN_AT, EXPERTS_GATED_AT, BESIDE_BRANCH_AT) + plane + channel;
+        if (ACTIVE > 0 && stage == EXPERT_GATE) {
+            place += block / (EXPERT_ROWS / 16) * (128 * EXPERT_TILES - EXPERT_ROWS);
+        }
+        if (KEPT_COLUMNS > 0 && stage == QKV && channel >= HEADS * DIM) {
+            place = channel - HEADS * DIM + entry[entry_at + NEW_AT].x;
+            Messages(keys_copy()).at[place] = floatBitsToUint(y);
+        } else {
+            send(place, y);
+        }
     }
     flip = 16 * SLICES * WIDTH - flip;
 }

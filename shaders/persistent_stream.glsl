@@ -62,20 +62,10 @@ float factor_of(uint place) {
     return inversesqrt(mean);
 }
 
-void load_gains(Quads branch_gain, Quads gain) {
-    if (POST_NORM) {
-        LOAD_OWN(branch_gains, branch_gain)
-    }
-    LOAD_OWN(gains, gain)
-}
-
-// h += norm(joining), or + joining; then 1 / RMS of h.
-float join_stream(Quads branch_gain, Quads gain) {
+// h += norm(joining), or + joining, all of it times `scale`.
+void add_branch(float scale) {
     float factor = 1.0;
     if (POST_NORM) {
-        if (OWN >= 3) {
-            LOAD_OWN(branch_gains, branch_gain)
-        }
         add_squares(joining, 0);
         factor = factor_of(0);
     }
@@ -86,11 +76,13 @@ float join_stream(Quads branch_gain, Quads gain) {
             sum = sum * branch_gains[k];
         }
         sum = h[k] + sum;
+        sum = sum * scale;
         h[k] = sum;
     }
-    if (OWN >= 3) {
-        LOAD_OWN(gains, gain)
-    }
+}
+
+// 1 / RMS of h.
+float measure_stream() {
     add_squares(h, 1);
     return factor_of(1);
 }
@@ -163,14 +155,13 @@ void look_octet(MessageQuads from, uint octet, inout uvec4 one, inout uvec4 two)
 void receive_octets(MessageQuads from, uint parts, uint first) {
     uvec4 v[ON_WAY];
     [[unroll]] for (uint k = 0; k < ON_WAY; k++) {
-        v[k] = uvec4(EMPTY);
+        v[k] = uvec4(k / 2 % MOST_PARTS < parts ? EMPTY : 0);
     }
     bool waits = true;
     for (uint looks = 0; waits && !gives_up(looks); looks++) {
         [[unroll]] for (uint k = 0; k < ON_WAY; k += 2) {
             uint octet = min(own_octet(first + k / 2 / MOST_PARTS), OCTETS - 1);
-            uint part = min(k / 2 % MOST_PARTS, parts - 1);
-            look_octet(from, part * (PLANE(HIDDEN) / 8) + octet, v[k], v[k + 1]);
+            look_octet(from, k / 2 % MOST_PARTS * (PLANE(HIDDEN) / 8) + octet, v[k], v[k + 1]);
         }
         waits = false;
         [[unroll]] for (uint k = 0; k < ON_WAY; k += 2) {
@@ -188,29 +179,105 @@ void receive_octets(MessageQuads from, uint parts, uint first) {
     }
 }
 
-// What stands in front of a layer, or of its MLP, and behind the last layer. Nothing joins the embedding.
-void hold_stream(bool enters, uint layer) {
-    Quads gain = Quads(entry[entry_at + (enters ? GAIN_AT : MLP_GAIN_AT)]);
-    Quads branch_gain = Quads(entry[entry_at + (enters ? BRANCH_GAIN_AT : ATTENTION_GAIN_AT)]);
+void receive_branch(uint64_t copy, uint place, uint parts) {
+    [[unroll]] for (uint first = 0; first < OWN; first += OWN_ON_WAY) {
+        receive_octets(MessageQuads(copy + 4 * place), parts, first);
+    }
+}
+
+vec4 others[OWN_QUADS];
+
+// What joins is norm(joining) + norm(others), of the MLP's output and the experts'.
+void join_others() {
+    Quads own_gain = Quads(entry[entry_at + EXPERT_GAINS_AT + 2]);
+    Quads others_gain = Quads(entry[entry_at + EXPERT_GAINS_AT + 3]);
+    vec4 own_gains[OWN_QUADS], others_gains[OWN_QUADS];
+    LOAD_OWN(own_gains, own_gain)
+    LOAD_OWN(others_gains, others_gain)
+    add_squares(joining, 0);
+    add_squares(others, 1);
+    float own_factor = factor_of(0), others_factor = factor_of(1);
+    barrier();  // before the sums are written again
+    [[unroll]] for (uint k = 0; k < OWN_QUADS; k++) {
+        precise vec4 own = joining[k] * own_factor * own_gains[k];
+        precise vec4 sum = own + others[k] * others_factor * others_gains[k];
+        joining[k] = sum;
+    }
+}
+
+// What joins the residual stream in front of `stage`.
+void receive(uint stage) {
+    bool enters = stage == QKV, is_told = TOLD > 0 && enters;
+    uint64_t copy = enters ? copy_of(turn - 1) : copy_at;
+    if (ACTIVE > 0 && enters) {
+        receive_branch(copy, BESIDE_BRANCH_AT, 1);
+        [[unroll]] for (uint k = 0; k < OWN_QUADS; k++) {
+            others[k] = joining[k];
+        }
+    }
+    uint place = stage == GATE ? OUT_AT : is_told ? BESIDE_BRANCH_AT : DOWN_AT;
+    receive_branch(copy, place, stage == GATE ? OUT_PARTS : is_told ? 1 : DOWN_PARTS);
+    if (ACTIVE > 0 && enters) {
+        join_others();
+    }
+}
+
+float stream_factor;  // of the last norm
+
+// The residual stream in front of a layer, of its MLP or of its per-layer gate, which has no norm, and behind
+// the last layer. Nothing joins the embedding.
+void join_stream(uint stage, uint layer) {
+    bool is_plain = TOLD > 0 && stage == TELL;
+    uint gains_at = entry_at + GAINS_AT + stage;  // 0, 2 or 4
+    Quads branch_gain = Quads(entry[gains_at]), gain = Quads(entry[is_plain ? gains_at : gains_at + 1]);
     if (OWN < 3) {  // otherwise there are no registers for what is not needed yet
-        load_gains(branch_gain, gain);
+        if (POST_NORM) {
+            LOAD_OWN(branch_gains, branch_gain)
+        }
+        LOAD_OWN(gains, gain)
     }
     [[unroll]] for (uint k = 0; k < OWN_QUADS; k++) {
         joining[k] = vec4(0.0);
     }
-    if (layer > 0 || !enters) {
-        uint64_t from = enters ? copy_of(turn - 1) + 4 * DOWN_AT : copy_at + 4 * OUT_AT;
-        [[unroll]] for (uint first = 0; first < OWN; first += OWN_ON_WAY) {
-            receive_octets(MessageQuads(from), enters ? DOWN_PARTS : OUT_PARTS, first);
+    if (layer > 0 || stage != QKV) {
+        receive(stage);
+    }
+    if (OWN >= 3 && POST_NORM) {
+        LOAD_OWN(branch_gains, branch_gain)
+    }
+    add_branch(HEADS_VARY && stage == QKV ? uintBitsToFloat(entry[entry_at + FACTOR_AT].x) : 1.0);
+    if (OWN >= 3) {
+        LOAD_OWN(gains, gain)
+    }
+    stream_factor = is_plain ? 1.0 : measure_stream();
+}
+
+void hold_floats(vec4 y[OWN_QUADS]) {
+    [[unroll]] for (uint k = 0; k < OWN_QUADS; k++) {
+        if (own_octet(k / 2) < 16 * HIDDEN_TILES) {
+            held[2 * own_octet(k / 2) + k % 2] = floatBitsToUint(y[k]);
         }
     }
-    float factor = join_stream(branch_gain, gain);
-    vec4 y[OWN_QUADS];
-    [[unroll]] for (uint k = 0; k < OWN_QUADS; k++) {
-        precise vec4 normed_ = h[k] * factor;
-        normed_ = normed_ * gains[k];
-        y[k] = own_octet(k / 2) < OCTETS ? normed_ : vec4(0.0);
+}
+
+#define NORMED(y, by) \
+    vec4 y[OWN_QUADS]; \
+    [[unroll]] for (uint k = 0; k < OWN_QUADS; k++) { \
+        precise vec4 normed_ = h[k] * stream_factor; \
+        normed_ = normed_ * by[k]; \
+        y[k] = own_octet(k / 2) < OCTETS ? normed_ : vec4(0.0); \
     }
+
+void hold_stream(uint stage, uint layer) {
+    if (TOLD > 0 && stage == TELL) {
+        vec4 y[OWN_QUADS];
+        [[unroll]] for (uint k = 0; k < OWN_QUADS; k++) {
+            y[k] = own_octet(k / 2) < OCTETS ? h[k] : vec4(0.0);
+        }
+        hold_floats(y);
+        return;
+    }
+    NORMED(y, gains)
     hold_own(lane, 16 * HIDDEN_TILES, y);  // the padding too: it meets weights of zero
     if (layer == LAYERS) {
         [[unroll]] for (uint k = 0; k < OWN_QUADS; k++) {
@@ -219,4 +286,17 @@ void hold_stream(bool enters, uint layer) {
             }
         }
     }
+}
+
+// The last norm of the stream by other gains, as floats or not.
+void hold_norm(Quads gain, bool is_float) {
+    vec4 other_gains[OWN_QUADS];
+    LOAD_OWN(other_gains, gain)
+    NORMED(y, other_gains)
+    if (is_float) {
+        hold_floats(y);
+    } else {
+        hold_own(lane, 16 * HIDDEN_TILES, y);
+    }
+    barrier();
 }

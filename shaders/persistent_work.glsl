@@ -1,32 +1,45 @@
 // Which weights of persistent.comp a workgroup multiplies, one after the other. Its slices of 64 lanes are
 // teams; a team has WIDTH blocks of 16 rows and shares their tiles, and a group of blocks is what all teams
-// have at a time. Two blocks, of the gate a block of each matrix, share the loads of activations. DEPTH tiles of each slice are a chunk. Chunks, groups, parts of the columns and stages follow each
-// other without a break: what is asked for is one chunk ahead of what is multiplied, in the next stage too.
+// have at a time. Two blocks, of the gate a block of each matrix, share the loads of activations. DEPTH tiles
+// of each slice are a chunk. Chunks, groups, parts of the columns and stages follow each other without a
+// break: what is asked for is one chunk ahead of what is multiplied, in the next stage too.
 
 // One of constants, by `stage`.
-#define PICK(q, o, g, d) (stage == QKV ? (q) : stage == OUT ? (o) : stage == GATE ? (g) : (d))
-#define TEAM(stage_) (TEAMS >> 4 * (stage_) & 15u)
-#define AT_ONCE(stage_) (SLICES * WIDTH / TEAM(stage_) / ((stage_) == GATE ? 2 : 1))
-#define GROUPS(stage_, rows_) (((rows_) / 16 + AT_ONCE(stage_) - 1) / AT_ONCE(stage_))
-#define CHUNKS(stage_, tiles_) (((tiles_) + TEAM(stage_) * DEPTH - 1) / (TEAM(stage_) * DEPTH))
-const uint QKV_ROWS = (HEADS + 2 * KV_HEADS) * DIM;
+#define PICK(q, o, g, d, eg, ed) (stage == QKV ? (q) : stage == OUT ? (o) : stage == GATE ? (g) : \
+    stage == DOWN ? (d) : stage == EXPERT_GATE ? (eg) : (ed))
+#define EACH(of) PICK(of(0, 1), of(1, 1), of(2, 2), of(3, 1), of(4, 2), of(5, 1))
+#define TEAM(which, matrices) (TEAMS >> 4 * which & 15u)
+#define OWN(which, matrices) (slice / TEAM(which, 1))
+#define AT_ONCE(which, matrices) (SLICES * WIDTH / TEAM(which, 1) / matrices)
+#define GROUPS(which, matrices) ((blocks + AT_ONCE(which, matrices) - 1) / AT_ONCE(which, matrices))
+#define CHUNKS(which, matrices) \
+    ((ahead.part_tiles + TEAM(which, 1) * DEPTH - 1) / (TEAM(which, 1) * DEPTH))
+
+// Rows of a layer's gate, and of q, k and v.
+uvec2 rows_of(uint step) {
+    uvec2 same = uvec2(INTERMEDIATE, (HEADS + 2 * KEY_HEADS) * HEAD_DIM);
+    return HEADS_VARY ? entry[step / PRODUCTS % 2 * ENTRY + ROWS_AT] : same;
+}
+
+uint blocks_of(uint step) {
+    uint stage = step % PRODUCTS;
+    uvec2 own = rows_of(step);
+    return PICK(own.y, HIDDEN, own.x, HIDDEN, ACTIVE * EXPERT_ROWS, HIDDEN) / 16;
+}
 
 // Blocks of a group, of a matrix.
 uint at_once(uint stage) {
-    return PICK(AT_ONCE(QKV), AT_ONCE(OUT), AT_ONCE(GATE), AT_ONCE(DOWN));
+    return EACH(AT_ONCE);
 }
 
-uint groups_of(uint stage) {
-    return PICK(GROUPS(QKV, QKV_ROWS), GROUPS(OUT, HIDDEN), GROUPS(GATE, INTERMEDIATE), GROUPS(DOWN, HIDDEN));
-}
-
-uint blocks_of(uint stage) {
-    return PICK(QKV_ROWS, HIDDEN, INTERMEDIATE, HIDDEN) / 16;
+uint groups_of(uint step) {
+    uint stage = step % PRODUCTS, blocks = blocks_of(step);
+    return EACH(GROUPS);
 }
 
 struct Work {
-    uint step;  // 4 * layer + stage
-    uint part, first_tile, last_tile;
+    uint step;  // PRODUCTS * layer + stage
+    uint part, part_tiles, first_tile, last_tile;
     uint group;
     uint chunk, chunks;
     uint team, place, first_sum;      // of the slice; its sums among the group's
@@ -38,9 +51,14 @@ struct Work {
 
 Work ahead, work;  // what is asked for, what is multiplied
 
+bool is_gate(uint stage) {
+    return stage == GATE || ACTIVE > 0 && stage == EXPERT_GATE;
+}
+
 // What is the same in a whole slice, so that compilers know it for a subgroup: those have 64 lanes at most.
+// Attention with scales and sizes of its own leaves no scalar registers for that.
 uint of_slice(uint value) {
-    return subgroupBroadcastFirst(value);
+    return HEADS_VARY && KV_INT8 == 1 ? value : subgroupBroadcastFirst(value);
 }
 
 uint64_t of_slice(uint64_t value) {
@@ -49,44 +67,56 @@ uint64_t of_slice(uint64_t value) {
 }
 
 void enter_stage() {
-    uint stage = ahead.step % 4, slice = of_slice(lane / 64);
-    uint team = PICK(TEAM(QKV), TEAM(OUT), TEAM(GATE), TEAM(DOWN));
-    uint own = PICK(slice / TEAM(QKV), slice / TEAM(OUT), slice / TEAM(GATE), slice / TEAM(DOWN));
-    ahead.tiles = PICK(HIDDEN_TILES, Q_TILES, HIDDEN_TILES, MLP_TILES);
+    uint stage = ahead.step % PRODUCTS, slice = of_slice(lane / 64), from = ahead.step / PRODUCTS % 2 * ENTRY;
+    uint team = EACH(TEAM), own = EACH(OWN);
+    uint queries = HEADS * (HEADS_VARY ? entry[from + HEADS_AT].x : HEAD_DIM), mlp = rows_of(ahead.step).x;
+    uint tiles = (PICK(HIDDEN, queries, HIDDEN, mlp, HIDDEN, EXPERT_ROWS) + 127) / 128;
+    ahead.tiles = tiles;
+    ahead.part_tiles = PICK(
+        tiles, (tiles + OUT_PARTS - 1) / OUT_PARTS, tiles, (tiles + DOWN_PARTS - 1) / DOWN_PARTS,
+        tiles, ACTIVE * tiles
+    );
     ahead.team = team;
     ahead.place = slice - own * team;
     ahead.first_sum = own * WIDTH;
-    ahead.chunks = PICK(
-        CHUNKS(QKV, HIDDEN_TILES), CHUNKS(OUT, OUT_TILES), CHUNKS(GATE, HIDDEN_TILES), CHUNKS(DOWN, DOWN_TILES)
-    );
-    uint which = stage + uint(stage == DOWN || stage == GATE && WIDTH == 1 && own % 2 == 1);
-    uint from = ahead.step / 4 % 2 * ENTRY;
+    ahead.chunks = EACH(CHUNKS);
+    uint which = PICK(0, 1, 2, 4, EXPERTS_AT, EXPERTS_AT + 2);
+    which += uint(is_gate(stage) && WIDTH == 1 && own % 2 == 1);
     ahead.matrix = Words(entry[from + which]);
-    ahead.other = Words(entry[from + which + uint(stage == GATE)]);  // the up projection is 3
+    ahead.other = Words(entry[from + which + uint(is_gate(stage))]);
 }
 
 // The workgroup's first group of a part.
 void enter_part() {
-    uint stage = ahead.step % 4, count = gl_NumWorkGroups.x, id = gl_WorkGroupID.x;
-    uint part_tiles = PICK(HIDDEN_TILES, OUT_TILES, HIDDEN_TILES, DOWN_TILES);
-    ahead.first_tile = ahead.part * part_tiles;
-    ahead.last_tile = min(ahead.first_tile + part_tiles, ahead.tiles);
-    ahead.group = PICK(id, id / OUT_PARTS, id, id / DOWN_PARTS);
+    uint stage = ahead.step % PRODUCTS, count = gl_NumWorkGroups.x, id = gl_WorkGroupID.x;
+    uint all = stage == OUT || stage == DOWN ? ahead.tiles : ahead.part_tiles;
+    ahead.first_tile = ahead.part * ahead.part_tiles;
+    ahead.last_tile = min(ahead.first_tile + ahead.part_tiles, all);
+    ahead.group = PICK(id, id / OUT_PARTS, id, id / DOWN_PARTS, id, id);
 }
 
 // From a workgroup's group to its next one.
 uint group_step() {
-    uint stage = ahead.step % 4, count = gl_NumWorkGroups.x, rest = count - min(ahead.part, count - 1);
-    return PICK(count, (rest + OUT_PARTS - 1) / OUT_PARTS, count, (rest + DOWN_PARTS - 1) / DOWN_PARTS);
+    uint stage = ahead.step % PRODUCTS, count = gl_NumWorkGroups.x, left = count - min(ahead.part, count - 1);
+    return PICK(count, (left + OUT_PARTS - 1) / OUT_PARTS, count, (left + DOWN_PARTS - 1) / DOWN_PARTS, count, count);
+}
+
+// Of experts the rows of all that were chosen follow each other.
+uint64_t address_of(Words matrix, uint block) {
+    block = min(block, blocks_of(ahead.step) - 1);
+    if (ACTIVE > 0 && ahead.step % PRODUCTS == EXPERT_GATE) {
+        const uint own = EXPERT_ROWS > 0 ? EXPERT_ROWS / 16 : 1;
+        block = picked[block / own] * 2 * own + block % own;
+    }
+    return of_slice(block_address(matrix, block, ahead.tiles));
 }
 
 void enter_group() {
-    uint stage = ahead.step % 4, last = blocks_of(stage) - 1;
-    uint block = ahead.group * at_once(stage) + (stage == GATE ? ahead.first_sum / 2 : ahead.first_sum);
-    ahead.rows_at = of_slice(block_address(ahead.matrix, min(block, last), ahead.tiles));
+    uint stage = ahead.step % PRODUCTS, block = ahead.group * at_once(stage);
+    block += is_gate(stage) ? ahead.first_sum / 2 : ahead.first_sum;
+    ahead.rows_at = address_of(ahead.matrix, block);
     if (WIDTH == 2) {
-        block += uint(stage != GATE);
-        ahead.other_at = of_slice(block_address(ahead.other, min(block, last), ahead.tiles));
+        ahead.other_at = address_of(ahead.other, block + uint(!is_gate(stage)));
     }
     ahead.chunk = 0;
     ahead.tile = ahead.first_tile + ahead.place;
@@ -95,16 +125,16 @@ void enter_group() {
 // Every workgroup has groups of the gate.
 void find_part() {
     [[dont_unroll]] do {
-        uint stage = ahead.step % 4;
+        uint stage = ahead.step % PRODUCTS;
         ahead.part += gl_NumWorkGroups.x;
-        if (ahead.part >= PICK(1, OUT_PARTS, 1, DOWN_PARTS)) {
+        if (ahead.part >= PICK(1, OUT_PARTS, 1, DOWN_PARTS, 1, 1)) {
             ahead.step += 1;
-            stage = ahead.step % 4;
-            ahead.part = gl_WorkGroupID.x % PICK(1, OUT_PARTS, 1, DOWN_PARTS);
+            stage = ahead.step % PRODUCTS;
+            ahead.part = gl_WorkGroupID.x % PICK(1, OUT_PARTS, 1, DOWN_PARTS, 1, 1);
             enter_stage();
         }
         enter_part();
-    } while (ahead.group >= groups_of(ahead.step % 4));
+    } while (ahead.group >= groups_of(ahead.step));
 }
 
 // To the next chunk.
@@ -113,7 +143,7 @@ void go_on() {
     ahead.tile += DEPTH * ahead.team;
     if (ahead.chunk == ahead.chunks) {
         ahead.group += group_step();
-        if (ahead.group >= groups_of(ahead.step % 4)) {
+        if (ahead.group >= groups_of(ahead.step)) {
             find_part();
         }
         enter_group();

@@ -4,12 +4,9 @@
 shared float known[COUNT > 0 ? COUNT : 1];
 shared uint picked[ACTIVE > 0 ? ACTIVE : 1];
 
-// Four lanes count the scores in front of one.
-void pick(Floats scores, uint first) {
+// Of the scores that `known` is about to hold. Four lanes count those in front of one.
+void pick_known() {
     uint lane = lane_index();
-    for (uint i = lane; i < COUNT; i += LANES) {
-        known[i] = scores.at[first + i];
-    }
     for (uint i = lane; i < ACTIVE; i += LANES) {
         picked[i] = 0;  // scores that are no numbers have no order
     }
@@ -26,6 +23,13 @@ void pick(Floats scores, uint first) {
         }
     }
     barrier();
+}
+
+void pick(Floats scores, uint first) {
+    for (uint i = lane_index(); i < COUNT; i += LANES) {
+        known[i] = scores.at[first + i];
+    }
+    pick_known();
 }
 
 // Of picked[slot].

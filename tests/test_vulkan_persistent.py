@@ -6,22 +6,25 @@ no one to wait for, or two that wait in vain.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from benchmarks.shapes import shape_config
+from benchmarks.shapes import gemma4_config, shape_config, text_config
 from benchmarks.vulkan_speed import RandomWeights
 from tests.vulkan_lab import no_messages  # noqa: F401
-from uq.formats.config import GemmaConfig
+from uq.formats.config import FULL, SLIDING, Experts, GemmaConfig, PerLayerEmbedding
 from uq.kernels.numerics import ACTIVATIONS, KV, Numerics
 from uq.kernels.session import Sampling
 from uq.kernels.vulkan import autotune, persistent
 from uq.kernels.vulkan.device import choose
-from uq.kernels.vulkan.persistent import cuts, model_key, shapes
+from uq.kernels.vulkan.persistent import model_key
+from uq.kernels.vulkan.persistent_cuts import cuts, shapes
 from uq.kernels.vulkan.session import VulkanSession
 from uq.kernels.vulkan.tuning import Cut, Measured, read_measured, write_measured
 
@@ -32,14 +35,66 @@ ONE = Cut(
 WIDE = Cut(
     1, queries=2, teams=(8, 2, 1, 4), out_parts=1, down_parts=3, depth=2, lanes=512, joins=True
 )
-DOUBLE = replace(ONE, depth=4, width=2)
+DOUBLE, WIDEST = replace(ONE, depth=4, width=2), replace(WIDE, depth=8, width=2)
 INT8 = Numerics(ACTIVATIONS["int8"], KV["int8"])
+
+
+SIZES: dict[str, Any] = {
+    "hidden_size": 256,
+    "intermediate_size": 384,
+    "head_dim": 128,
+    "sliding_window": 32,
+}
 
 
 @pytest.fixture
 def config() -> GemmaConfig:
-    config = shape_config("270m", 2, 512)
-    return replace(config, hidden_size=256, intermediate_size=384, head_dim=128, sliding_window=32)
+    return plain()
+
+
+def plain() -> GemmaConfig:
+    return replace(shape_config("270m", 2, 512), **SIZES)
+
+
+def dense() -> GemmaConfig:
+    """Of both kinds of layers, with keys of their own and with others', whose MLPs are larger."""
+    config = gemma4_config("e2b", 8)
+    own = config.num_layers - config.kv_shared_layers
+    assert config.full
+    return replace(
+        config,
+        **SIZES,
+        vocab_size=512,
+        num_heads=4,
+        full=replace(config.full, head_dim=256, rotary_pairs=32),
+        intermediate_sizes=(384,) * own + (768,) * config.kv_shared_layers,
+        per_layer=PerLayerEmbedding(512, 64),
+    )
+
+
+def experts() -> GemmaConfig:
+    """No size is one of whole tiles."""
+    config = gemma4_config("26b-a4b", 3)
+    assert config.full
+    return replace(
+        config,
+        **SIZES | {"hidden_size": 288, "intermediate_size": 416},
+        vocab_size=512,
+        num_heads=4,
+        num_kv_heads=2,
+        layer_types=(SLIDING, FULL, SLIDING),
+        full=replace(config.full, head_dim=256, num_kv_heads=1, rotary_pairs=32),
+        experts=Experts(count=16, active=3, intermediate_size=96),
+    )
+
+
+class Weights(RandomWeights):
+    """Its gains and layer scalars differ."""
+
+    def array(self, name: str) -> NDArray[np.float32]:
+        values = super().array(name)
+        uneven = 0.5 + np.arange(len(values)) * 37 % 64 / 64
+        return uneven.astype(np.float32) if values.ndim == 1 else values
 
 
 @pytest.fixture(autouse=True)
@@ -48,14 +103,21 @@ def one_multiprocessor(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def opened(config: GemmaConfig, folder: Path, *, tune: bool = False) -> VulkanSession:
-    source, gpu = RandomWeights(config), choose()
+    source, gpu = Weights(config), choose()
+    numerics = Numerics(kv=KV["int8"]) if config.experts else INT8
     return VulkanSession(
-        config, source, gpu, pipeline_cache=folder, max_context=64, numerics=INT8, tune=tune
+        config, source, gpu, pipeline_cache=folder, max_context=64, numerics=numerics, tune=tune
     )
 
 
 def measured_file(folder: Path) -> Path:
     return folder / f"{choose().identity}-int8.json"
+
+
+def write_all(folder: Path, measured: Measured) -> None:
+    """For sessions of either activations."""
+    write_measured(measured_file(folder), measured)
+    write_measured(folder / f"{choose().identity}.json", measured)
 
 
 def cut_session(
@@ -65,7 +127,7 @@ def cut_session(
     first = opened(config, folder)
     products = shapes(first._engine.model, like)
     first.close()
-    write_measured(measured_file(folder), Measured(products, {model_key(config): cut}))
+    write_all(folder, Measured(products, {model_key(config): cut}))
     return opened(config, folder)
 
 
@@ -84,15 +146,26 @@ def expected(config: GemmaConfig, tmp_path: Path) -> tuple[list[int], NDArray[np
     return found
 
 
-@pytest.mark.parametrize("cut", [ONE, WIDE, DOUBLE, replace(WIDE, depth=8, width=2)])
-def test_a_token_has_the_bits_of_dispatches(config: GemmaConfig, tmp_path: Path, cut: Cut) -> None:
+@pytest.mark.parametrize(
+    ("make", "cut"),
+    [
+        *((plain, cut) for cut in (ONE, WIDE, DOUBLE, WIDEST)),
+        *((make, cut) for make in (dense, experts) for cut in (ONE, WIDEST)),
+    ],
+)
+def test_a_token_has_the_bits_of_dispatches(
+    make: Callable[[], GemmaConfig], tmp_path: Path, cut: Cut
+) -> None:
+    config = make()
+    if config.experts:
+        cut = replace(cut, teams=(*cut.teams, cut.teams[2], cut.teams[0]))
     alone = cut_session(config, tmp_path, None, cut)
     expected = text_and_logits(alone)
     alone.close()
     session = cut_session(config, tmp_path, cut, cut)
     text, logits = text_and_logits(session)
     labels = {kernel.label for kernel in session.profile().kernels}
-    assert labels == {"embedding", "layers", "head"}
+    assert labels - {"per-layer inputs"} == {"embedding", "layers", "head"}
     assert text == expected[0] and np.array_equal(logits, expected[1])
     session.close()
 
@@ -141,13 +214,22 @@ def test_no_part_of_the_columns_is_empty() -> None:
     assert {cut.down_parts for cut in cuts(config, 8, 48 << 10)} == {1, 2}
 
 
-@pytest.mark.parametrize("name", ["270m", "1b", "4b", "27b"])
+@pytest.mark.parametrize("name", ["270m", "1b", "4b", "27b", "e2b", "26b-a4b"])
 def test_every_workgroup_has_outputs_of_the_gate(name: str) -> None:
     """Otherwise messages could be overwritten before it has read them."""
-    config = shape_config(name)
+    config = text_config(name)
     found = cuts(config, 500, 48 << 10)
     assert {cut.width for cut in found} == {1, 2}
     for cut in found:
-        outputs = 16 * (cut.lanes // 64 * cut.width // cut.teams[2] // 2)
-        assert outputs * (cut.workgroups - 1) < config.intermediate_size
+        for team, rows in zip(cut.teams[2::2], gates_of(config), strict=True):
+            outputs = 16 * (cut.lanes // 64 * cut.width // team // 2)
+            assert outputs * (cut.workgroups - 1) < rows
         assert config.num_heads % cut.out_parts == 0
+
+
+def gates_of(config: GemmaConfig) -> list[int]:
+    """Rows of the gate, and of those of all experts that a token meets."""
+    rows = [config.intermediate_size]
+    if config.experts:
+        rows.append(config.experts.active * config.experts.intermediate_size)
+    return rows

@@ -31,10 +31,11 @@ from uq.kernels.vulkan.dense.products import (
     cut_constants,
     systems_cut,
 )
-from uq.kernels.vulkan.extras import EXPERT_DEPTH, EXPERT_LANES, TOLD_LANES
+from uq.kernels.vulkan.extras import EXPERT_DEPTH, TOLD_LANES
 from uq.kernels.vulkan.memory import Arena, Span, Transfers
 from uq.kernels.vulkan.model import Work, load_model, work_sizes
-from uq.kernels.vulkan.persistent import Persistent, cuts, knows
+from uq.kernels.vulkan.persistent import Persistent, knows
+from uq.kernels.vulkan.persistent_cuts import cuts
 from uq.kernels.vulkan.pipelines import Constants, Pipelines
 from uq.kernels.vulkan.prefill import (
     AttentionCut,
@@ -46,7 +47,7 @@ from uq.kernels.vulkan.prefill import (
 from uq.kernels.vulkan.runs import WIDTHS
 from uq.kernels.vulkan.stages import Stages
 from uq.kernels.vulkan.state import MOST_SEQUENCES, MOST_TOKENS
-from uq.kernels.vulkan.tuning import Tuning
+from uq.kernels.vulkan.tuning import EXPERT_LANES, Tuning
 from uq.kernels.vulkan.variants import VARIANTS
 from uq.kernels.vulkan.weights import Kind, Loader, Weight
 from uq.kernels.vulkan.wide import Abilities

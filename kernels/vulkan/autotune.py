@@ -15,14 +15,8 @@ from uq.kernels.vulkan.commands import Recorder, Submission
 from uq.kernels.vulkan.device import Gpu
 from uq.kernels.vulkan.memory import Arena, Transfers
 from uq.kernels.vulkan.model import Layer
-from uq.kernels.vulkan.persistent import (
-    Persistent,
-    arena_bytes,
-    cuts,
-    model_key,
-    shapes,
-    suits,
-)
+from uq.kernels.vulkan.persistent import Persistent, arena_bytes, model_key, suits
+from uq.kernels.vulkan.persistent_cuts import cuts, shapes
 from uq.kernels.vulkan.profile import ClockedRecorder
 from uq.kernels.vulkan.stages import Stages, with_queries
 from uq.kernels.vulkan.state import one_token, views

@@ -11,11 +11,10 @@ from uq.kernels.vulkan.memory import Span
 from uq.kernels.vulkan.products import Joining
 from uq.kernels.vulkan.push import addresses, floats, words
 from uq.kernels.vulkan.residual import ROW_LANES, Residual
-from uq.kernels.vulkan.tuning import GEGLU, TELL
+from uq.kernels.vulkan.tuning import ADD, GEGLU, TELL
 from uq.kernels.vulkan.weights import Matrix, padded_rows
 
 TOLD_LANES = 64  # of a workgroup that makes a token's input of a layer
-EXPERT_LANES = 512
 EXPERT_DEPTH = 3  # tiles of the down projections that a lane has on their way
 
 
@@ -138,7 +137,7 @@ class Extras(Residual):
         recorder.label, work, down = "experts' down", self.work, mixture.down
         pipeline = self.pipelines.get(
             self.tuning.kernel(down.kind).replace("gemv", "experts"),
-            LANES=EXPERT_LANES,
+            LANES=self.tuning.shape(down, 1, ADD).lanes,
             ACTIVE=mixture.active,
             DEPTH=EXPERT_DEPTH,
             **down.kind.constants,

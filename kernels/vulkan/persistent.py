@@ -7,8 +7,6 @@ workgroup on each multiprocessor stays, and waits for what it needs of the other
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from functools import partial
-from itertools import product
 
 import numpy as np
 
@@ -18,30 +16,28 @@ from uq.kernels.vulkan.commands import Recorder
 from uq.kernels.vulkan.device import PhysicalGpu
 from uq.kernels.vulkan.memory import Arena, Span, Transfers, aligned
 from uq.kernels.vulkan.model import Layer, Model, least_tiles, split_count
+from uq.kernels.vulkan.persistent_cuts import MOST_LANES, SLICE, held_tiles, shapes
+from uq.kernels.vulkan.persistent_places import (
+    LEDGER_BYTES,
+    expert_sizes,
+    head_sizes,
+    kept_columns,
+    key_column,
+    layers_vary,
+    message_bytes,
+    most_splits,
+    own_columns,
+)
 from uq.kernels.vulkan.push import addresses
-from uq.kernels.vulkan.stages import ATTENTION_LANES, Stages, shared_queries
-from uq.kernels.vulkan.tuning import BRANCH, GEGLU, STORE, Cut, Measured, Shape, product_key
+from uq.kernels.vulkan.stages import ATTENTION_LANES, Stages
+from uq.kernels.vulkan.tuning import Cut, Measured
 from uq.kernels.vulkan.variants import VARIANTS
-from uq.kernels.vulkan.weights import TILE_COLS, TILE_ROWS, tiles_of
+from uq.kernels.vulkan.weights import TILE_COLS, Matrix
 
 EMPTY = 0xFFFFFFFF  # what is no message
 PATIENCE = 1 << 16  # looks at a message, somewhat less than a microsecond each
 MOST_CHANNELS = 5376  # of the residual stream: it stays in registers
-# Lanes, the most tiles on their way, and blocks of a slice, of cuts to measure: twice the lanes
-# have half the registers each. Much on its way is for memory that is fast and far.
-SIZES = (256, 2, 1), (256, 4, 1), (512, 2, 1), (512, 4, 1)
-LARGE_SIZES = (256, 2, 1), (256, 4, 1), (256, 4, 2), (256, 6, 2), (256, 8, 2)
-LARGE = 64  # multiprocessors
-SLICE = 64  # lanes that multiply a block of rows together: whole subgroups
-OCTETS = 2  # of the residual stream in a lane, at most, where AMD's compiler spills no registers
-DOWN_PARTS = 1, 2, 3
-TEAMS = 1, 2, 3, 4, 6, 8
-GROUP_TILES = 2  # so many tiles take as long as what follows a group of blocks does; a guess
-FEW_RUNS = 32  # of keys, for which there are workgroups enough: each then serves one head
-MOST_JOINED = 8  # heads up to which workgroups may join for themselves those they need
-COPIES, LEDGER_BYTES = 8, 16  # of the places for messages
-ENTRY = 17  # words of 64 bits of a layer, as in shaders/persistent.comp
-X_BYTES = 288  # of 128 channels of activations
+ENTRY = 35  # words of 64 bits of a layer, as in shaders/persistent.comp
 
 
 @dataclass(frozen=True)
@@ -65,7 +61,7 @@ class Persistent:
         cls, stages: Stages, cache: Cache, cut: Cut, arena: Arena, transfers: Transfers
     ) -> Persistent:
         layers = range(stages.config.num_layers + 1)
-        words = np.array([_entry(stages.model, cache, layer) for layer in layers], np.uint64)
+        words = np.array([_entry(stages, cache, layer) for layer in layers], np.uint64)
         entries = arena.take(words.nbytes)
         transfers.write(entries, words)
         ledger = arena.take(LEDGER_BYTES)
@@ -76,8 +72,10 @@ class Persistent:
 
     def record(self, recorder: Recorder) -> None:
         """From the embedding to the final norm's output."""
-        recorder.label = "layers"
         stages, work = self.stages, self.stages.work
+        if stages.model.per_layer:
+            stages.per_layer_inputs(recorder, stages.model.per_layer)
+        recorder.label = "layers"
         push = addresses(self.entries, work.state, self.ledger, self.messages)
         push += addresses(work.hidden, work.normed, work.x)
         name = module(stages.model, self.cache.suffix)
@@ -93,35 +91,45 @@ def module(model: Model, suffix: str) -> str:
 
 def suits(stages: Stages, suffix: str, physical: PhysicalGpu) -> bool:
     """Whether the kernel knows such a model, and such a device."""
-    narrow = physical.subgroup[0] <= SLICE
-    return physical.multiprocessors > 0 and narrow and knows(stages, suffix)
+    enough = physical.multiprocessors > 0 and physical.most_lanes >= MOST_LANES
+    return enough and physical.subgroup[0] <= SLICE and knows(stages, suffix)
 
 
 def knows(stages: Stages, suffix: str) -> bool:
     config, model = stages.config, stages.model
-    kinds = {matrix.kind for layer in model.layers for matrix in layer.matrices}
+    kinds = {matrix.kind for layer in model.layers for matrix in _linears(layer)}
     return (
         stages.tuning.integer_dot
-        and not (model.per_layer or model.ways or config.value_norm)
+        and not model.ways
         and len(kinds) == 1
         and module(model, suffix) in VARIANTS
-        and all(_is_plain(layer, config) for layer in model.layers)
+        and all(_is_plain(layer) for layer in model.layers)
+        and not (config.per_layer and config.experts)
         and config.hidden_size <= MOST_CHANNELS
-        and config.head_dim % TILE_COLS == 0
+        and _fit(config)
     )
 
 
-def _is_plain(layer: Layer, config: GemmaConfig) -> bool:
-    """As Gemma 1 to 3 have it."""
-    extras = (layer.told, layer.mixture, layer.laurel, layer.updates, layer.quantile)
-    return (
-        not any(extras)
-        and layer.owns_keys
-        and layer.scale == 1
-        and len(layer.qkv) == 1
-        and (layer.head_dim, layer.kv_heads) == (config.head_dim, config.num_kv_heads)
-        and layer.gate.rows == config.intermediate_size
-    )
+def _linears(layer: Layer) -> tuple[Matrix, ...]:
+    qkv = (matrix for matrix, _ in layer.qkv)
+    experts = (layer.mixture.gate, layer.mixture.down) if layer.mixture else ()
+    return (*qkv, layer.out, layer.gate, layer.up, layer.down, *experts)
+
+
+def _is_plain(layer: Layer) -> bool:
+    """As Gemma 1 to 4 have it."""
+    extras, told, mixture = (layer.laurel, layer.updates, layer.quantile), layer.told, layer.mixture
+    kept = [told.gate, told.projection] if told else []
+    kept += [mixture.router] if mixture else []
+    names = {matrix.kind.name for matrix in kept}
+    return not any(extras) and len(layer.qkv) == 1 and names <= {"bf16"}
+
+
+def _fit(config: GemmaConfig) -> bool:
+    """Whether the kernel has such heads: where layers differ, it shifts instead of dividing."""
+    varies = layers_vary(config)
+    dims = [dim for dim, _ in head_sizes(config)]
+    return all(dim % TILE_COLS == 0 and not (varies and dim & dim - 1) for dim in dims)
 
 
 def tuned(stages: Stages, known: Measured, suffix: str, physical: PhysicalGpu) -> Stages:
@@ -135,107 +143,6 @@ def tuned(stages: Stages, known: Measured, suffix: str, physical: PhysicalGpu) -
     return replace(stages, tuning=tuning)
 
 
-def cuts(config: GemmaConfig, multiprocessors: int, most_shared: int) -> list[Cut]:
-    """Ways to share the layers that are worth measuring.
-
-    Every workgroup has outputs of the gate: by these the others know how far it is, and messages
-    that it has not read yet are not overwritten.
-    """
-    workgroups = min(multiprocessors, config.intermediate_size // TILE_ROWS)
-    queries = shared_queries(config.num_heads // config.num_kv_heads)
-    if config.num_heads * FEW_RUNS <= workgroups:
-        queries = 1
-    ways = [(True, 1)]  # who joins the splits, and parts of attention's output
-    if config.num_heads <= MOST_JOINED and config.num_heads % 2 == 0:
-        ways.append((False, config.num_heads // 2))
-    sizes = _sizes(config, multiprocessors)
-    found: dict[Cut, None] = {}  # each once, in their order
-    for (lanes, most, width), down_parts, (joins, out_parts) in product(sizes, DOWN_PARTS, ways):
-        teams = best_teams(config, workgroups, lanes // SLICE, out_parts, down_parts, width)
-        depth = even_depth(-(-tiles_of(config.hidden_size) // teams[2]), most)
-        cut = Cut(workgroups, queries, teams, out_parts, down_parts, depth, lanes, joins, width)
-        if _leaves_none_empty(config, cut) and shared_bytes(config, cut) <= most_shared:
-            found[cut] = None
-    return list(found)
-
-
-def _sizes(config: GemmaConfig, multiprocessors: int) -> list[tuple[int, int, int]]:
-    if multiprocessors >= LARGE:
-        return list(LARGE_SIZES)
-    return [size for size in SIZES if config.hidden_size <= 8 * OCTETS * size[0]]
-
-
-def even_depth(tiles: int, most: int) -> int:
-    """`Cut.depth` for a slice's tiles of the largest product: its last chunk is full, too."""
-    return -(-tiles // -(-tiles // most))
-
-
-def best_teams(
-    config: GemmaConfig,
-    workgroups: int,
-    slices: int,
-    out_parts: int,
-    down_parts: int,
-    width: int = 1,
-) -> tuple[int, int, int, int]:
-    """`Cut.teams` with which none of a workgroup's slices has much more to do than another."""
-    hidden, mlp = config.hidden_size, config.intermediate_size
-    qkv = config.q_size + 2 * config.kv_size
-    work = partial(_tiles_of_slice, workgroups, slices, width)
-    teams = [team for team in TEAMS if slices % team == 0]
-    pairs = [team for team in teams if _groups(mlp, slices * width, 2 * team) >= workgroups]
-    return (
-        min(teams, key=lambda team: work(qkv, hidden, team)),
-        min(teams, key=lambda team: work(hidden, config.q_size, team, parts=out_parts)),
-        min(pairs, key=lambda team: work(mlp, hidden, team, matrices=2)),
-        min(teams, key=lambda team: work(hidden, mlp, team, parts=down_parts)),
-    )
-
-
-def _groups(rows: int, at_once: int, team: int) -> int:
-    """Of blocks of rows that a workgroup takes at a time, each with a team; 0 where none fits."""
-    blocks = -(-rows // TILE_ROWS)
-    return -(-blocks * team // at_once) if at_once % team == 0 else 0
-
-
-def _tiles_of_slice(
-    workgroups: int,
-    slices: int,
-    width: int,
-    rows: int,
-    columns: int,
-    team: int,
-    *,
-    parts: int = 1,
-    matrices: int = 1,
-) -> int:
-    """That the one with the most work multiplies one after the other."""
-    groups = _groups(rows, slices * width, team * matrices)
-    rounds = -(-groups // max(1, workgroups // parts))
-    return rounds * (width * -(-tiles_of(columns) // (parts * team)) + GROUP_TILES)
-
-
-def _leaves_none_empty(config: GemmaConfig, cut: Cut) -> bool:
-    """Whether each part of the down projection has columns."""
-    tiles = tiles_of(config.intermediate_size)
-    return (cut.down_parts - 1) * -(-tiles // cut.down_parts) < tiles
-
-
-def shapes(model: Model, cut: Cut) -> dict[str, Shape]:
-    """Of products that are dispatches: with these a token has the same bits there."""
-    layer = model.layers[0]
-    products = (
-        (layer.qkv[0][0], STORE, 1),
-        (layer.out, BRANCH, cut.out_parts),
-        (layer.gate, GEGLU, 1),
-        (layer.down, BRANCH, cut.down_parts),
-    )
-    return {
-        product_key(matrix, epilogue): Shape(64 * team, 4 if epilogue == GEGLU else 1, parts=parts)
-        for (matrix, epilogue, parts), team in zip(products, cut.teams, strict=True)
-    }
-
-
 def model_key(config: GemmaConfig) -> str:
     """Of `Measured.layers`."""
     sizes = (config.hidden_size, config.intermediate_size, config.head_dim)
@@ -243,47 +150,15 @@ def model_key(config: GemmaConfig) -> str:
     return "x".join(map(str, (*sizes, *heads)))
 
 
-def copy_words(config: GemmaConfig, cut: Cut) -> int:
-    """Places for the messages of a layer, as shaders/persistent.comp counts them."""
-    splits = split_count(config.num_kv_heads)
-    places = [
-        config.q_size + 2 * config.kv_size,
-        config.q_size,
-        *[config.hidden_size] * cut.out_parts,
-        config.intermediate_size,
-        *[config.hidden_size] * cut.down_parts,
-        2 * splits * config.num_heads,
-    ]
-    return splits * config.q_size + sum(TILE_COLS * tiles_of(count) for count in places)
-
-
-def message_bytes(config: GemmaConfig, cut: Cut) -> int:
-    return 4 * COPIES * copy_words(config, cut)
-
-
 def arena_bytes(config: GemmaConfig, cut: Cut) -> int:
     entries = 8 * ENTRY * (config.num_layers + 1)
     return sum(map(aligned, (entries, LEDGER_BYTES, message_bytes(config, cut))))
 
 
-def held_tiles(config: GemmaConfig, cut: Cut) -> int:
-    """Tiles of 128 channels that a stage's input has at most."""
-    out, down = tiles_of(config.q_size), tiles_of(config.intermediate_size)
-    parts = (-(-out // cut.out_parts), -(-down // cut.down_parts))
-    return max(tiles_of(config.hidden_size), *parts)
-
-
-def shared_bytes(config: GemmaConfig, cut: Cut) -> int:
-    """Of a workgroup, at most: activations, attention's sums, and what is small."""
-    dim, splits = config.head_dim, split_count(config.num_kv_heads)
-    sums = 4 * cut.queries * ATTENTION_LANES * 8 + 4 * dim * (cut.queries + 4)
-    heads = 1 if cut.joins else config.num_heads // cut.out_parts
-    weights = 4 * splits * (cut.queries + heads) + 4 * cut.lanes
-    return X_BYTES * held_tiles(config, cut) + sums + weights + 4 * config.hidden_size // 16 + 2048
-
-
 def _constants(stages: Stages, cut: Cut) -> dict[str, int | float]:
     config = stages.config
+    heads = head_sizes(config)
+    active, count, size = expert_sizes(config)
     return {
         "LANES": cut.lanes,
         "ATTENDING": ATTENTION_LANES,  # as attention has alone: the same bits
@@ -293,15 +168,19 @@ def _constants(stages: Stages, cut: Cut) -> dict[str, int | float]:
         "HIDDEN": config.hidden_size,
         "EPS": float(config.rms_norm_eps),
         "POST_NORM": config.post_norms,
-        "DIM": config.head_dim,
+        "HEAD_DIM": heads[0][0],
+        "FULL_DIM": heads[-1][0] if layers_vary(config) else 0,
         "HEADS": config.num_heads,
-        "KV_HEADS": config.num_kv_heads,
+        "KEY_HEADS": heads[0][1],
         "QUERIES": cut.queries,
-        "SPLITS": split_count(config.num_kv_heads),
+        "SPLITS": most_splits(config),
         "QK_NORM": config.qk_norm,
+        "VALUE_NORM": config.value_norm,
         "SCALE": float(config.attention_scale),
         "CAP": float(config.attn_softcap or 0.0),
-        "INTERMEDIATE": config.intermediate_size,
+        "INTERMEDIATE": max(map(config.layer_intermediate_size, range(config.num_layers))),
+        "QKV_COLUMNS": own_columns(config),
+        "KEPT_COLUMNS": kept_columns(config),
         "LAYERS": config.num_layers,
         "DOWN_PARTS": cut.down_parts,
         "TEAMS": sum(team << 4 * i for i, team in enumerate(cut.teams)),
@@ -309,24 +188,76 @@ def _constants(stages: Stages, cut: Cut) -> dict[str, int | float]:
         "OUT_PARTS": cut.out_parts,
         "JOINS": cut.joins,
         "WIDTH": cut.width,
-        "RUN": ATTENTION_LANES // 8 * least_tiles(config.num_kv_heads),
+        "RUN": least_run(heads[0][1]),
+        "TOLD": config.per_layer.size if config.per_layer else 0,
+        "ACTIVE": active,
+        "COUNT": count,
+        "EXPERT_ROWS": size,
     }
 
 
-def _entry(model: Model, cache: Cache, index: int) -> list[int]:
-    """Of a layer, or of what stands behind the last one: addresses, and two sizes.
+def _entry(stages: Stages, cache: Cache, index: int) -> list[int]:
+    """Of a layer, or of what stands behind the last one: addresses, and sizes, two in a word.
 
     Behind the last one are weights, too: some are asked for and not used.
     """
-    layers, config = model.layers, cache.size.config
-    before = layers[index - 1] if index else None
-    gain = before.next_gain if before else model.first_gain
-    joined = (before.branch_gain if before else None) or gain
+    config, layers = stages.config, stages.model.layers
     layer = layers[min(index, len(layers) - 1)]
+    source = layers[config.kv_source(layer.index)]
     turns = cache.turns[config.is_sliding(layer.index)]
     matrices = (layer.qkv[0][0], layer.out, layer.gate, layer.up, layer.down)
     spans = [matrix.span for matrix in matrices]
-    spans += [layer.q_gain or turns, layer.k_gain or turns, *cache.spans(layer.index), turns]
-    sizes = layer.window | cache.size.slots[layer.index] << 32
-    gains = (gain, joined, layer.attention_gain or gain, layer.mlp_gain)
-    return [*(span.address for span in spans), sizes, *(span.address for span in gains)]
+    spans += [layer.q_gain or turns, source.k_gain or turns, *cache.spans(layer.index), turns]
+    keys = key_column(config, source.index)
+    sizes = (
+        (layer.window, cache.size.slots[layer.index]),
+        (layer.head_dim, layer.kv_heads),
+        (layer.gate.rows, layer.qkv[0][0].rows),
+        (keys, keys + source.columns[2] - source.columns[1]),
+        (source.index in config.shared_sources, split_count(layer.kv_heads)),
+        (_word(layers[index - 1].scale if index else 1.0), least_run(layer.kv_heads)),
+    )
+    words = [low | high << 32 for low, high in sizes]
+    behind = [*_gains(stages.model, index), *_told(stages, layer)]
+    behind += _mixture(layer, layers[index - 1] if index else layer)
+    return [*(span.address for span in spans), *words, *(span.address for span in behind)]
+
+
+def least_run(kv_heads: int) -> int:
+    """Keys of a split, at least."""
+    return ATTENTION_LANES // 8 * least_tiles(kv_heads)
+
+
+def _word(value: float) -> int:
+    return int(np.float32(value).view(np.uint32))
+
+
+def _gains(model: Model, index: int) -> tuple[Span, ...]:
+    """Of the norms behind the layer before and in front of this one, behind attention and in front
+    of the MLP, and behind that; what there is none of is anything."""
+    before = model.layers[index - 1] if index else None
+    layer = model.layers[min(index, len(model.layers) - 1)]
+    gain = before.next_gain if before else model.first_gain
+    joined = before and (before.told.gain if before.told else before.branch_gain)
+    attention, mlp = layer.attention_gain or gain, layer.branch_gain or gain
+    return joined or gain, gain, attention, layer.mlp_gain, mlp
+
+
+def _mixture(layer: Layer, before: Layer) -> list[Span]:
+    """Its experts' weights, its router, and gains in front of router and experts; and those behind
+    the MLP and the experts of the layer before."""
+    own, other = layer.mixture, before.mixture
+    if own is None or other is None:
+        return [layer.mlp_gain] * 9
+    weights = [own.gate.span, own.up.span, own.down.span, own.router.span, own.factors]
+    return [*weights, own.router_gain, own.input_gain, other.mlp_gain, other.output_gain]
+
+
+def _told(stages: Stages, layer: Layer) -> tuple[Span, Span, Span]:
+    """Weights of its per-layer gate and projection, and its part of the embedding."""
+    told, gain = layer.told, layer.mlp_gain
+    if told is None:
+        return gain, gain, gain
+    size = 4 * told.gate.rows
+    part = stages.work.told.part(layer.index * size, size)
+    return told.gate.span, told.projection.span, part

@@ -10,10 +10,12 @@ from typing import Any
 
 from uq.kernels.vulkan.weights import Kind, Matrix
 
-STORE, GEGLU, CHOOSE, BRANCH, TELL = range(5)  # what follows a product, as in shaders/gemv.comp
+# What follows a product, as in shaders/gemv.comp; ADD is the sum of shaders/experts.comp.
+STORE, GEGLU, CHOOSE, BRANCH, TELL, ADD = range(6)
 MOST_LANES = 512
 ENOUGH_LANES = 1 << 17  # that keep the memory of a large GPU busy
 SUMS = 4096  # floats of shared memory that a product may use
+EXPERT_LANES = 512
 QUERIES = 2  # heads that a workgroup of attention serves, where that was not measured
 NORMED_CHANNELS = 1536  # up to which a product makes the norm in front of it in every workgroup
 
@@ -42,7 +44,7 @@ class Cut:
     Attributes:
         queries: heads that a workgroup of attention serves.
         teams: slices of 64 invocations that share the columns of a block: of q, k and v; of
-            attention's output; of gate and up; of down.
+            attention's output; of gate and up; of down; of experts' gate and up, and of their down.
         out_parts, down_parts: of the columns of attention's output and of down, each another
             workgroup's.
         depth: tiles of weights that an invocation has on their way, up to 8, of each of its blocks.
@@ -53,7 +55,7 @@ class Cut:
 
     workgroups: int
     queries: int
-    teams: tuple[int, int, int, int]
+    teams: tuple[int, ...]
     out_parts: int
     down_parts: int
     depth: int
@@ -122,6 +124,8 @@ def product_key(matrix: Matrix, epilogue: int) -> str:
 
 def usual_shape(matrix: Matrix, epilogue: int) -> Shape:
     """Few blocks get many lanes each, so that all of the device has work."""
+    if epilogue == ADD:
+        return Shape(EXPERT_LANES, 1)
     gated = epilogue == GEGLU
     blocks = 4 if gated else 2 if matrix.blocks >= 4096 else 1
     groups = -(-matrix.blocks // (blocks // 2 if gated else blocks))

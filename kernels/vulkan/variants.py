@@ -126,14 +126,15 @@ def _decode_kernels() -> Iterator[Variant]:
 
 def _persistent_kernels() -> Iterator[Variant]:
     """All layers of a token, of weights of one kind."""
-    heads = ("DIM", "HEADS", "KV_HEADS", "QUERIES", "SPLITS", "QK_NORM", "SCALE", "CAP")
+    heads = ("HEAD_DIM", "HEADS", "KEY_HEADS", "QUERIES", "SPLITS", "QK_NORM", "SCALE", "CAP")
     common = ("LANES", "GROUP", "DEPTH", "PATIENCE", *_NORM, *heads)
     sizes = ("INTERMEDIATE", "LAYERS", "DOWN_PARTS", "TEAMS", "HELD_TILES", "OUT_PARTS")
-    cut = (*sizes, "ATTENDING", "JOINS", "WIDTH", "RUN")
+    cut = (*sizes, "ATTENDING", "JOINS", "WIDTH", "RUN", "FULL_DIM", "QKV_COLUMNS", "KEPT_COLUMNS")
+    extras = ("VALUE_NORM", "TOLD", "ACTIVE", "COUNT", "EXPERT_ROWS")
     for cache, macros in _caches("persistent"):
         dotted = {**macros, "WEIGHT": "INT4", "INTEGER_DOT": 1}
         row = _kernel(f"{cache}_int4_dot", "persistent.comp", dotted, ("int8dot",), common)
-        yield replace(row, spec_constants=(*row.spec_constants, *cut))
+        yield replace(row, spec_constants=(*row.spec_constants, *cut, *extras))
 
 
 def _caches(name: str) -> Iterator[tuple[str, dict[str, str | int]]]:

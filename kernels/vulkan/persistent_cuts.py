@@ -1,0 +1,211 @@
+"""Ways to share the layers of a token among the workgroups of one dispatch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from functools import partial
+from itertools import product
+from math import gcd
+
+from uq.formats.config import GemmaConfig
+from uq.kernels.vulkan.model import Layer, Model
+from uq.kernels.vulkan.persistent_places import expert_sizes, head_sizes, most_splits
+from uq.kernels.vulkan.stages import ATTENTION_LANES, shared_queries
+from uq.kernels.vulkan.tuning import ADD, BRANCH, GEGLU, STORE, TELL, Cut, Shape, product_key
+from uq.kernels.vulkan.weights import TILE_COLS, TILE_ROWS, Matrix, tiles_of
+
+# Lanes, the most tiles on their way, and blocks of a slice, of cuts to measure: twice the lanes
+# have half the registers each. Much on its way is for memory that is fast and far.
+SIZES = (256, 2, 1), (256, 4, 1), (512, 2, 1), (512, 4, 1)
+LARGE_SIZES = (256, 2, 1), (256, 4, 1), (256, 4, 2), (256, 6, 2), (256, 8, 2)
+LARGE = 64  # multiprocessors
+SLICE = 64  # lanes that multiply a block of rows together: whole subgroups
+OCTETS = 2  # of the residual stream in a lane, at most, where AMD's compiler spills no registers
+DOWN_PARTS = 1, 2, 3
+TEAMS = 1, 2, 3, 4, 6, 8
+GROUP_TILES = 2  # so many tiles take as long as what follows a group of blocks does; a guess
+FEW_RUNS = 32  # of keys, for which there are workgroups enough: each then serves one head
+MOST_SHARED = 256  # channels of heads of which a workgroup may serve more: the registers are few
+MOST_JOINED = 8  # heads up to which workgroups may join for themselves those they need
+X_BYTES, FLOAT_BYTES = 288, 512  # of 128 channels of activations
+MOST_LANES = 1024  # of a dispatch with the sums of the kernel's finest product
+
+
+def cuts(config: GemmaConfig, multiprocessors: int, most_shared: int) -> list[Cut]:
+    """Ways to share the layers that are worth measuring.
+
+    Every workgroup has outputs of the gate: by these the others know how far it is, and messages
+    that it has not read yet are not overwritten.
+    """
+    workgroups = min(multiprocessors, min(_gates(config)) // TILE_ROWS)
+    heads = head_sizes(config)
+    queries = shared_queries(gcd(*(config.num_heads // kv_heads for _, kv_heads in heads)))
+    if config.num_heads * FEW_RUNS <= workgroups or max(heads)[0] > MOST_SHARED:
+        queries = 1
+    ways = [(True, 1)]  # who joins the splits, and parts of attention's output
+    if config.num_heads <= MOST_JOINED and config.num_heads % 2 == 0:
+        ways.append((False, config.num_heads // 2))
+    sizes = _sizes(config, multiprocessors)
+    found: dict[Cut, None] = {}  # each once, in their order
+    for (lanes, most, width), down_parts, (joins, out_parts) in product(sizes, DOWN_PARTS, ways):
+        teams = best_teams(config, workgroups, lanes // SLICE, out_parts, down_parts, width)
+        depth = even_depth(-(-tiles_of(config.hidden_size) // teams[2]), most)
+        cut = Cut(workgroups, queries, teams, out_parts, down_parts, depth, lanes, joins, width)
+        if _leaves_none_empty(config, cut) and shared_bytes(config, cut) <= most_shared:
+            found[cut] = None
+    return list(found)
+
+
+def _gates(config: GemmaConfig) -> list[int]:
+    """Rows of every gate: a layer's own, and of the experts that a token meets."""
+    rows = [config.layer_intermediate_size(layer) for layer in range(config.num_layers)]
+    active, _, size = expert_sizes(config)
+    return rows + [active * size] * (active > 0)
+
+
+def _sizes(config: GemmaConfig, multiprocessors: int) -> list[tuple[int, int, int]]:
+    if multiprocessors >= LARGE:
+        return list(LARGE_SIZES)
+    return [size for size in SIZES if config.hidden_size <= 8 * OCTETS * size[0]]
+
+
+def even_depth(tiles: int, most: int) -> int:
+    """`Cut.depth` for a slice's tiles of the largest product: its last chunk is full, too."""
+    return -(-tiles // -(-tiles // most))
+
+
+def best_teams(
+    config: GemmaConfig,
+    workgroups: int,
+    slices: int,
+    out_parts: int,
+    down_parts: int,
+    width: int = 1,
+) -> tuple[int, ...]:
+    """`Cut.teams` with which none of a workgroup's slices has much more to do than another."""
+    products = [_shapes_of(config, layer) for layer in range(config.num_layers)]
+    work = partial(_tiles_of_slice, workgroups, slices, width)
+    teams = [team for team in TEAMS if slices % team == 0]
+
+    def pairs(stage: int) -> list[int]:
+        """Of which every workgroup has some: or it could fall behind by a layer."""
+        rows = [each[stage][0] for each in products]
+        return [
+            team
+            for team in teams
+            if all(_groups(n, slices * width, 2 * team) >= workgroups for n in rows)
+        ]
+
+    def best(stage: int, among: Sequence[int], **how: int) -> int:
+        found = {team: sum(work(*each[stage], team, **how) for each in products) for team in among}
+        return min(found, key=found.__getitem__)
+
+    found = (
+        best(0, teams),
+        best(1, teams, parts=out_parts),
+        best(2, pairs(2), matrices=2),
+        best(3, teams, parts=down_parts),
+    )
+    return (*found, best(4, pairs(4), matrices=2), best(5, teams)) if config.experts else found
+
+
+def _shapes_of(config: GemmaConfig, layer: int) -> tuple[tuple[int, int], ...]:
+    """Rows and columns of q, k and v together, attention's output, the gate, and down; of the gate
+    and of down of all experts that a token meets."""
+    shapes, hidden = config.linear_shapes(layer), config.hidden_size
+    qkv = sum(shapes[role][0] for x in "qkv" if (role := f"self_attn.{x}_proj") in shapes)
+    q, mlp = config.layer_q_size(layer), config.layer_intermediate_size(layer)
+    dense = (qkv, hidden), (hidden, q), (mlp, hidden), (hidden, mlp)
+    if config.experts is None:
+        return dense
+    active, size = config.experts.active, config.experts.intermediate_size
+    return (*dense, (active * size, hidden), (hidden, active * tiles_of(size) * TILE_COLS))
+
+
+def _groups(rows: int, at_once: int, team: int) -> int:
+    """Of blocks of rows that a workgroup takes at a time, each with a team; 0 where none fits."""
+    blocks = -(-rows // TILE_ROWS)
+    return -(-blocks * team // at_once) if at_once % team == 0 else 0
+
+
+def _tiles_of_slice(
+    workgroups: int,
+    slices: int,
+    width: int,
+    rows: int,
+    columns: int,
+    team: int,
+    *,
+    parts: int = 1,
+    matrices: int = 1,
+) -> int:
+    """That the one with the most work multiplies one after the other."""
+    groups = _groups(rows, slices * width, team * matrices)
+    rounds = -(-groups // max(1, workgroups // parts))
+    return rounds * (width * -(-tiles_of(columns) // (parts * team)) + GROUP_TILES)
+
+
+def _leaves_none_empty(config: GemmaConfig, cut: Cut) -> bool:
+    """Whether each part of the down projection has columns."""
+    sizes = map(config.layer_intermediate_size, range(config.num_layers))
+    parts = cut.down_parts
+    return all((parts - 1) * -(-tiles // parts) < tiles for tiles in map(tiles_of, sizes))
+
+
+def shapes(model: Model, cut: Cut) -> dict[str, Shape]:
+    """Of products that are dispatches: with these a token has the same bits there."""
+    return {
+        product_key(matrix, epilogue): Shape(64 * team, 4 if epilogue == GEGLU else 1, parts=parts)
+        for layer in model.layers
+        for matrix, epilogue, parts, team in _products_of(layer, cut)
+    }
+
+
+def _products_of(layer: Layer, cut: Cut) -> Iterator[tuple[Matrix, int, int, int]]:
+    """Matrix, what follows its product, parts of its columns, and its teams' slices."""
+    qkv, out, gate, down, *experts = cut.teams
+    yield layer.qkv[0][0], STORE, 1, qkv
+    yield layer.out, BRANCH, cut.out_parts, out
+    yield layer.gate, GEGLU, 1, gate
+    yield layer.down, BRANCH, cut.down_parts, down
+    if layer.told:
+        told = layer.told
+        yield told.gate, TELL, 1, _slices(cut, told.gate, _kept_rows(cut))
+        yield told.projection, BRANCH, 1, _slices(cut, told.projection, TILE_ROWS)
+    if layer.mixture:
+        router = layer.mixture.router
+        yield router, STORE, 1, _slices(cut, router, _kept_rows(cut))
+        yield layer.mixture.gate, GEGLU, 1, experts[0]
+        yield layer.mixture.down, ADD, 1, experts[1]
+
+
+def _kept_rows(cut: Cut) -> int:
+    """At a time, of weights that are not quantized, as in shaders/persistent_kept.glsl."""
+    return 8 if cut.lanes > 256 else 4
+
+
+def _slices(cut: Cut, matrix: Matrix, rows: int) -> int:
+    """That share the columns of a matrix, so many rows of which a workgroup takes at a time."""
+    return min(matrix.tiles, cut.lanes // (4 * rows))
+
+
+def held_tiles(config: GemmaConfig, cut: Cut) -> int:
+    """Tiles of 128 channels that a stage's input has at most."""
+    layers = range(config.num_layers)
+    out = tiles_of(max(map(config.layer_q_size, layers)))
+    down = tiles_of(max(map(config.layer_intermediate_size, layers)))
+    active, _, size = expert_sizes(config)
+    parts = (-(-out // cut.out_parts), -(-down // cut.down_parts), active * tiles_of(size))
+    return max(tiles_of(config.hidden_size), *parts)
+
+
+def shared_bytes(config: GemmaConfig, cut: Cut) -> int:
+    """Of a workgroup, at most: activations, attention's sums, and what is small."""
+    dim, splits = max(dim for dim, _ in head_sizes(config)), most_splits(config)
+    sums = 4 * cut.queries * ATTENTION_LANES * 8 + 4 * dim * (cut.queries + 4)
+    heads = 1 if cut.joins else config.num_heads // cut.out_parts
+    weights = 4 * splits * (cut.queries + heads) + 4 * cut.lanes
+    held = X_BYTES * held_tiles(config, cut)
+    if config.per_layer or config.experts:
+        held = max(held, FLOAT_BYTES * tiles_of(config.hidden_size))
+    return held + sums + weights + 4 * config.hidden_size // 16 + 2048
