@@ -233,3 +233,9 @@ def gates_of(config: GemmaConfig) -> list[int]:
     if config.experts:
         rows.append(config.experts.active * config.experts.intermediate_size)
     return rows
+
+
+def test_no_workgroup_is_idle_where_larger_teams_are_to_be_had() -> None:
+    """84 groups of two blocks in teams of 2 leave 48 of 132 workgroups without any."""
+    found = {cut.teams[1] for cut in cuts(shape_config("27b"), 132, 48 << 10) if cut.width == 2}
+    assert found == {2, 4}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from functools import partial
 from itertools import product
 from math import gcd
@@ -17,7 +18,7 @@ from uq.kernels.vulkan.weights import TILE_COLS, TILE_ROWS, Matrix, tiles_of
 # Lanes, the most tiles on their way, and blocks of a slice, of cuts to measure: twice the lanes
 # have half the registers each. Much on its way is for memory that is fast and far.
 SIZES = (256, 2, 1), (256, 4, 1), (512, 2, 1), (512, 4, 1)
-LARGE_SIZES = (256, 2, 1), (256, 4, 1), (256, 4, 2), (256, 6, 2), (256, 8, 2)
+LARGE_SIZES = (256, 2, 1), (256, 4, 1), (256, 4, 2), (256, 6, 2)
 LARGE = 64  # multiprocessors
 SLICE = 64  # lanes that multiply a block of rows together: whole subgroups
 OCTETS = 2  # of the residual stream in a lane, at most, where AMD's compiler spills no registers
@@ -52,8 +53,19 @@ def cuts(config: GemmaConfig, multiprocessors: int, most_shared: int) -> list[Cu
         depth = even_depth(-(-tiles_of(config.hidden_size) // teams[2]), most)
         cut = Cut(workgroups, queries, teams, out_parts, down_parts, depth, lanes, joins, width)
         if _leaves_none_empty(config, cut) and shared_bytes(config, cut) <= most_shared:
-            found[cut] = None
+            found |= dict.fromkeys(_busier(config, cut))
     return list(found)
+
+
+def _busier(config: GemmaConfig, cut: Cut) -> Iterator[Cut]:
+    """The cut, and one with larger teams where two blocks of attention's output leave workgroups
+    idle."""
+    yield cut
+    slices, (qkv, out, *others) = cut.lanes // SLICE, cut.teams
+    larger = [team for team in TEAMS if team > out and slices % team == 0]
+    idle = _groups(config.hidden_size, slices * cut.width, out) < cut.workgroups
+    if cut.width == 2 and cut.joins and idle and larger:
+        yield replace(cut, teams=(qkv, larger[0], *others))
 
 
 def _gates(config: GemmaConfig) -> list[int]:
