@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from functools import cached_property
-from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -38,47 +36,22 @@ def attend(config: GemmaConfig, layer: int, q: Array, k: Array, v: Array) -> Arr
         k, v: (batch, keys, kv_heads, dim).
     """
     batch, length, heads, dim = q.shape
-    kv_heads = k.shape[2]
-    out = np.empty((batch, length, kv_heads, heads // kv_heads, dim), np.float32)
-    for share in attention_shares(config, layer, q, k):
-        mixed = share.weights @ v[share.sequence, share.seen, share.head]
-        part = out[share.sequence, share.queries, share.head]
-        part[:] = mixed.reshape(part.shape)
-    return out.reshape(batch, length, heads * dim)
-
-
-class Share(NamedTuple):
-    """What some queries of a key head take of each key that they see.
-
-    Attributes:
-        sequence, head: of the keys.
-        queries, seen: positions of the queries and of the keys.
-        weights: (queries * group, keys seen), the heads of a query side by side; rows sum to 1.
-    """
-
-    sequence: int
-    head: int
-    queries: slice
-    seen: slice
-    weights: Array
-
-
-def attention_shares(config: GemmaConfig, layer: int, q: Array, k: Array) -> Iterator[Share]:
-    """softmax(Q K^T) of all queries, a block at a time; q and k as `attend` takes them."""
-    batch, length, heads, dim = q.shape
     keys, kv_heads = k.shape[1:3]
     past, group = keys - length, heads // kv_heads
     window = config.window(layer) or keys
     cap = config.attn_softcap or 0.0
     q = q.reshape(batch, length, kv_heads, group, dim)
+    out = np.empty_like(q)
     for first in range(0, length, QUERY_BLOCK):
         last = min(first + QUERY_BLOCK, length)
         low, high = max(0, past + first - window + 1), past + last  # keys that the block sees
         for b, head in np.ndindex(batch, kv_heads):
             block = q[b, first:last, head].reshape(-1, dim)  # (queries * group, dim)
-            weights = block @ k[b, low:high, head].T
+            weights = block @ k[b, low:high, head].T  # (queries * group, keys seen)
             masked_softmax(weights, group, past + first - low, window, config.attention_scale, cap)
-            yield Share(b, head, slice(first, last), slice(low, high), weights)
+            mixed = weights @ v[b, low:high, head]
+            out[b, first:last, head] = mixed.reshape(-1, group, dim)
+    return out.reshape(batch, length, heads * dim)
 
 
 class KVCache:

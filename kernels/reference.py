@@ -76,7 +76,10 @@ def attention_context(
     """
     shared = {} if beside is None else beside.shared
     start = 0 if cache is None else cache.position
-    q = placed(config, layer, weights, "q", linear(x, weights["self_attn.q_proj"]), start)
+    q = _heads(config, layer, linear(x, weights["self_attn.q_proj"]))
+    if config.qk_norm:
+        q = rms_norm(q, weights["self_attn.q_norm"], config.rms_norm_eps)
+    rotate(q, *rope_tables(config, layer, start, x.shape[1]))
     source = config.kv_source(layer)
     if source == layer:
         k, v = _keys_and_values(config, layer, weights, x, start)
@@ -97,27 +100,13 @@ def _keys_and_values(
     """
     raw = linear(x, weights["self_attn.k_proj"])
     v = raw if config.key_is_value(layer) else linear(x, weights["self_attn.v_proj"])
-    v = _heads(config, layer, v)
+    k, v = _heads(config, layer, raw), _heads(config, layer, v)
     if config.value_norm:  # in front of the keys' norm and rotation, where they are one array
         v = rms_norm(v, np.ones(v.shape[-1], np.float32), config.rms_norm_eps)
-    return placed(config, layer, weights, "k", raw, start), v
-
-
-def placed(
-    config: GemmaConfig, layer: int, weights: Weights, name: str, out: Array, start: int = 0
-) -> Array:
-    """Queries or keys, normed and turned as attention takes them: (batch, length, heads, dim).
-
-    Args:
-        name: `q` or `k`.
-        out: of their linear, (batch, length, rows); may be overwritten.
-        start: position of the first one.
-    """
-    y = _heads(config, layer, out)
     if config.qk_norm:
-        y = rms_norm(y, weights[f"self_attn.{name}_norm"], config.rms_norm_eps)
-    rotate(y, *rope_tables(config, layer, start, out.shape[1]))
-    return y
+        k = rms_norm(k, weights["self_attn.k_norm"], config.rms_norm_eps)
+    rotate(k, *rope_tables(config, layer, start, x.shape[1]))
+    return k, v
 
 
 def _heads(config: GemmaConfig, layer: int, y: Array) -> Array:

@@ -46,7 +46,6 @@ from uq.kernels.reference import (
     mlp_input,
 )
 from uq.quantize.activations import Activations, Batch, SpilledActivations
-from uq.quantize.attended import attended_statistics
 from uq.quantize.calibration_engine import Array, ExpertWork, TokenRows, Weights
 from uq.quantize.expert_calibration import calibrate_experts
 from uq.quantize.gptq import Statistics, row_blocks
@@ -221,7 +220,7 @@ class Calibration:
         for stage in STAGES:
             self._go(stage, layer, mixed, weights)
             roles = [role for role in stage.roles if role in weights]
-            mixed |= quantize(roles, self._statistics(stage, layer, weights))
+            mixed |= quantize(roles, self._statistics(stage, weights))
         if experts is not None:
             exact = () if self._exact is None else self._exact.batches
             sizes = self._options.work
@@ -260,15 +259,13 @@ class Calibration:
         assert self._quantized is not None, "no batch of tokens"
         return self._quantized
 
-    def _statistics(self, stage: Stage, layer: int, weights: Weights) -> Statistics:
+    def _statistics(self, stage: Stage, weights: Weights) -> Statistics:
         """Of the stage's input; `weights` are the checkpoint's."""
         if stage.norm is None:
-            shared = statistics(
+            return statistics(
                 (Inputs(flat(q.x), None if e is None else flat(e.x)) for q, e in self._pairs()),
                 self._options.work,
             )
-            attends = stage is STAGES[0] and self._options.attended > 0
-            return self._with_attended(shared, layer, weights) if attends else shared
         weight = weights[stage.roles[0]]
         sizes = list(self._output_sizes(weight))
         counts: Sequence[Array | None] = [None] * len(sizes)
@@ -291,13 +288,6 @@ class Calibration:
                 part = weight[rows].astype(found.hessian.dtype)
                 found.wanted[rows] -= self._options.correction * (part @ found.hessian)
         return found
-
-    def _with_attended(self, shared: Statistics, layer: int, weights: Weights) -> Statistics:
-        """With statistics of its own for k_proj."""
-        inputs = ((q.x, None if e is None else e.x) for q, e in self._pairs())
-        share = self._options.attended
-        own = attended_statistics(self._config, layer, weights, inputs, shared, share)
-        return replace(shared, own=own)
 
     def _output_sizes(self, weight: Array) -> Iterator[Array]:
         """(tokens, 1) per batch: mean square of each token's output, as the norm behind it takes

@@ -101,10 +101,6 @@ class StageStatistics(Protocol):
         """Of the inputs divided by `scale`, (n,). The statistics it was asked of are used up."""
         ...
 
-    def for_role(self, role: str) -> StageStatistics:
-        """Of one of the stage's linears: itself, unless that has moments of its own."""
-        ...
-
     def factorize(self, damping: float) -> GptqSolver | str:
         """What quantizes the stage's linears, or why there is none.
 

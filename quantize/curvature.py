@@ -1,11 +1,10 @@
 """How the model's loss bends with the outputs of each linear: the mean of g g^T over the tokens.
 
-g is the gradient, at a linear's output, of cross-entropies with random signs whose covariance is
-that of a token drawn from the model's own prediction: the mean is a block of the Fisher
-information, the Hessian of the KL divergence from the model itself. Together with the moments of
-the inputs it says what a rounding error costs (Tseng et al., "Model-Preserving Adaptive Rounding",
-2025; Martens and Grosse, "Optimizing Neural Networks with Kronecker-factored Approximate
-Curvature", 2015).
+g is the gradient of the model's own cross-entropy, for a token drawn from its prediction, at a
+linear's output: the mean is a block of the Fisher information, the Hessian of the KL divergence
+from the model itself. Together with the moments of the inputs it says what a rounding error costs
+(Tseng et al., "Model-Preserving Adaptive Rounding", 2025; Martens and Grosse, "Optimizing Neural
+Networks with Kronecker-factored Approximate Curvature", 2015).
 
 The tokens go once through the floating-point layers, and their gradients once back. In memory are
 one layer, what happens to one batch in it, what its outputs sum up to, and the residual stream of
@@ -164,7 +163,10 @@ def _capped(slope: Array) -> Array:
 def _loss_slopes(
     config: GemmaConfig, source: CheckpointWeights, hidden: Sequence[Array]
 ) -> list[Array]:
-    """Gradient of the loss at the residual stream behind the last layer, batch by batch."""
+    """Gradient of the loss at the residual stream behind the last layer, batch by batch.
+
+    The loss at a position is the cross-entropy of a token drawn from the model's own prediction.
+    """
     gain, eps = source.final_norm, config.rms_norm_eps
     states = [rms_norm(batch, gain, eps) for batch in hidden]
     every = max(1, sum(map(_positions, states)) // STATES)
@@ -180,18 +182,14 @@ def _loss_slopes(
 
 
 def _head_slope(config: GemmaConfig, head: Array, states: Array, rng: np.random.Generator) -> Array:
-    """Gradient at the states (n, hidden) in front of the head.
-
-    Of the cross-entropies of all tokens, each times the root of its chance p and a random sign:
-    their covariance at the logits is that of one token drawn from p, diag(p) - p p^T, with less
-    noise, since no unlikely token is drawn and then counts in full.
-    """
+    """Gradient at the states (n, hidden) in front of the head."""
     logits = soft_cap(config, linear(states, head))  # (n, tokens)
     steep = 1 - (logits / config.final_softcap) ** 2 if config.final_softcap else None
-    chance = np.exp(logits - logits.max(axis=1, keepdims=True))
-    chance /= chance.sum(axis=1, keepdims=True)
-    slope = np.sqrt(chance) * (rng.integers(0, 2, chance.shape, np.int8) * 2 - 1)
-    slope -= chance * slope.sum(axis=1, keepdims=True)
+    slope = np.exp(logits - logits.max(axis=1, keepdims=True))
+    reached = np.cumsum(slope, axis=1, dtype=np.float64)
+    drawn = (reached < rng.random((len(slope), 1)) * reached[:, -1:]).sum(axis=1)
+    slope /= reached[:, -1:].astype(np.float32)
+    slope[np.arange(len(slope)), np.minimum(drawn, len(head) - 1)] -= 1
     slope[np.abs(slope) < CERTAIN] = 0
     if steep is not None:
         slope *= steep

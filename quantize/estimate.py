@@ -23,7 +23,6 @@ from uq.formats.layouts import LAYOUTS
 from uq.formats.manifest import expected_tensors
 from uq.formats.spec import Spec
 from uq.formats.towers import stored_bytes
-from uq.quantize.attended import EVERY as ATTENDED_EVERY
 from uq.quantize.calibrate import STAGES
 from uq.quantize.curvature import EVERY, STATES, VOCABULARY
 from uq.quantize.factor import factorize
@@ -252,21 +251,7 @@ def _together_seconds(config: GemmaConfig, plan: Plan, options: QuantizeOptions)
             block = min(rows, OUTPUTS)
             products += 2 * tokens * rows * (round(3 * OVERHEAD) * cols + block)
             products += 2 * ROUNDS * (SWEEPS + STEPS + 1) * rows * cols * (block + cols)
-        if plan.gptq.attended:
-            products += _attended_products(config, layer, plan, options)
     return products / _rates(plan.gptq)[0]
-
-
-def _attended_products(
-    config: GemmaConfig, layer: int, plan: Plan, options: QuantizeOptions
-) -> int:
-    """Operations of the moments of the keys' inputs as attention takes them."""
-    length, n = options.calibration_length, config.hidden_size
-    attention = config.num_heads * length * (config.head_dim + length // 3)
-    projected = (config.layer_q_size(layer) + config.layer_kv_size(layer)) * n
-    moments = n * (length + n * (2 if plan.corrected else 1))
-    tokens = options.calibration_tokens // ATTENDED_EVERY
-    return 2 * tokens * (projected + attention + moments)
 
 
 def _measuring_seconds(config: GemmaConfig, plan: Plan) -> float:

@@ -13,8 +13,8 @@ Index spaces: `col` counts a weight's own columns, `place` counts columns in the
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import repeat
 
@@ -47,7 +47,6 @@ class Statistics:
             its own.
         scale: (n,) what the inputs were divided by.
         row_numbers: weights whose errors are summed at once.
-        own: role -> those of a linear that has others than those it shares its inputs with.
     """
 
     hessian: Matrix
@@ -55,7 +54,6 @@ class Statistics:
     wanted: Matrix | None = None
     scale: NDArray[np.float32] | None = None
     row_numbers: int = WorkSizes.row_numbers
-    own: Mapping[str, Statistics] = field(default_factory=dict)
 
     @property
     def importance(self) -> NDArray[np.float32]:
@@ -72,16 +70,11 @@ class Statistics:
                 self.cross[row] /= factor * scale
         if self.wanted is not None:
             np.divide(self.wanted, scale, out=self.wanted)
-        own = {role: found.rescaled(scale) for role, found in self.own.items()}
-        return replace(self, scale=scale, own=own)
+        return replace(self, scale=scale)
 
     def of_rows(self, rows: slice) -> Statistics:
         """For some rows of the linear."""
         return replace(self, wanted=None if self.wanted is None else self.wanted[rows])
-
-    def for_role(self, role: str) -> Statistics:
-        """As `StageStatistics` asks for it."""
-        return self.own.get(role, self)
 
     def factorize(self, damping: float) -> FactorizedStatistics | str:
         """As `StageStatistics` asks for it."""

@@ -28,7 +28,7 @@ from uq.quantize.farm import Farm
 from uq.quantize.memory import Fitted, Load, fit
 from uq.quantize.mixing import mixed_plan
 from uq.quantize.options import CALIBRATE_LAYERS, QuantizeOptions
-from uq.quantize.plan import ATTENDED, CURVATURE_DAMPING, RECIPES, Plan, WorkSizes, make_plan
+from uq.quantize.plan import CURVATURE_DAMPING, RECIPES, Plan, WorkSizes, make_plan
 from uq.quantize.record import identity_of, manifest_of, tools_of
 from uq.quantize.recover import recognise
 from uq.quantize.shards import shard_bytes
@@ -229,8 +229,7 @@ def _with_curvature(config: GemmaConfig, plan: Plan, options: QuantizeOptions) -
     if options.curvature and obstacle:
         raise UsageError(f"--curvature {obstacle}; leave it out")
     if options.curvature:
-        gptq = replace(plan.gptq, outputs=CURVATURE_DAMPING, attended=ATTENDED)
-        return replace(plan, gptq=gptq)
+        return replace(plan, gptq=replace(plan.gptq, outputs=CURVATURE_DAMPING))
     return plan if options.curvature is None and not obstacle else without_curvature(plan)
 
 
@@ -257,8 +256,8 @@ def _missed(
 
 
 def without_curvature(plan: Plan) -> Plan:
-    """Each row is rounded for itself, and each token counts as itself."""
-    return replace(plan, gptq=replace(plan.gptq, outputs=None, attended=0.0))
+    """Each row is rounded for itself."""
+    return replace(plan, gptq=replace(plan.gptq, outputs=None))
 
 
 def recognised_plan(checkpoint: Checkpoint, options: QuantizeOptions) -> Plan:

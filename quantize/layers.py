@@ -139,12 +139,10 @@ class LayerQuantizer:
             scale = self._equalize(layer, roles, statistics.importance, gains)
             statistics = statistics.rescaled(scale)
             importance = statistics.importance
-            shared = statistics.factorize(self._plan.gptq.damping)
+            solver = statistics.factorize(self._plan.gptq.damping)
             found: dict[str, QuantTensor] = {}
             for role in roles:
-                own, name = statistics.for_role(role), layer_tensor(layer, role)
-                alike = own is statistics
-                solver = shared if alike else own.factorize(self._plan.gptq.damping)
+                name = layer_tensor(layer, role)
                 found[role], entry = self._linear(name, weights[role], scale, importance, solver)
                 linears.append(entry)
             return QuantizedWeights(found, scale)

@@ -151,7 +151,7 @@ def footprint(config: GemmaConfig, plan: Plan, load: Load) -> Footprint:
     paths = 2 if plan.corrected else 1
     batch = min(load.tokens, max(plan.gptq.work.batch_tokens, load.length))
     moments = [
-        _stage_bytes(config, plan, shapes, stage, batch, load.length)
+        _stage_bytes(config, plan, shapes, stage, batch)
         for shapes in layer_kinds(config)
         for stage in STAGES
     ]
@@ -200,9 +200,7 @@ def layer_kinds(config: GemmaConfig) -> dict[Shapes, int]:
     return Counter(layers)
 
 
-def _stage_bytes(
-    config: GemmaConfig, plan: Plan, linears: Shapes, stage: Stage, batch: int, length: int
-) -> int:
+def _stage_bytes(config: GemmaConfig, plan: Plan, linears: Shapes, stage: Stage, batch: int) -> int:
     """Weights that are held, and the larger of taking the stage's moments and using them."""
     shapes = dict(linears)
     rows, n = shapes[stage.roles[0]]
@@ -212,16 +210,9 @@ def _stage_bytes(
     kept = hessian
     if plan.corrected:
         kept += hessian if stage.norm is None else item * rows * n
-    attended = stage is STAGES[0] and plan.uses_gptq and plan.gptq.attended > 0
-    if attended:  # the keys' own, and what they take over of the shared ones
-        kept *= 2
     strip = 4 * min(n * n, WIDE**2)
-    if attended:
-        strip += hessian + 4 * length**2
     entering = 4 * batch * (paths * token_bytes(config) // 4 + BATCH_COPIES * n)
     taking = kept + strip + entering
-    if attended:  # the shared ones' factor
-        kept += hessian
     factorizing = kept + hessian + hessian // 2
     largest = max(shapes[role][0] for role in stage.roles if role in shapes) * n
     block = min(largest, plan.gptq.work.row_numbers) * (ROW_COPIES * item + ROW_FLOATS * 4)

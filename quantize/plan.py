@@ -26,7 +26,6 @@ LAYOUT_OF_TARGET = {
 
 
 CURVATURE_DAMPING = 1.0  # `GptqOptions.outputs`, where the curvature is measured
-ATTENDED = 0.5  # `GptqOptions.attended`, there too
 
 
 @dataclass(frozen=True)
@@ -69,8 +68,6 @@ class GptqOptions:
             the weights behind it; 0 moves nothing.
         descents: rounds of coordinate descent on the codes.
         refit: the scales are fitted once more whenever the codes have changed.
-        attended: part of the second moments of k_proj's inputs that is taken as attention takes
-            them; 0 counts all tokens alike.
         outputs: added to the diagonal of the curvature of the outputs, in units of its mean; None
             leaves it out, and rows are rounded each for itself.
         work: how much of it is done at once.
@@ -83,7 +80,6 @@ class GptqOptions:
     equalize: float = 0.25
     descents: int = 2
     refit: bool = True
-    attended: float = 0.0
     outputs: float | None = None
     work: WorkSizes = WorkSizes()
 
@@ -111,7 +107,7 @@ class Recipe:
     method: Method
     mixed: bool = False
     table: Spec = Spec(8, 64)
-    gptq: GptqOptions = GptqOptions(outputs=CURVATURE_DAMPING, attended=ATTENDED)
+    gptq: GptqOptions = GptqOptions(outputs=CURVATURE_DAMPING)
 
 
 # What INT8 has to give is all spent at group 32, so it is not mixed, and rounded row by row.

@@ -26,7 +26,7 @@ def identity_of(
     tools: dict[str, str],
 ) -> dict[str, object]:
     """What fixes the bytes of the bundle; what is known later is a fact of the journal."""
-    revision, attended = checkpoint.source.revision, plan.gptq.attended
+    revision = checkpoint.source.revision
     return {
         "repository": checkpoint.source.id if revision else None,
         "revision": revision,
@@ -35,7 +35,7 @@ def identity_of(
         "sizes": asdict(plan.gptq.work),
         "calibration": None if text is None else text.sha256,
         "tools": tools,
-    } | ({"attended": attended} if plan.uses_gptq and attended else {})
+    }
 
 
 def tools_of(engine: CalibrationEngine | None) -> dict[str, str]:

@@ -102,10 +102,6 @@ class DeviceStatistics:
         found = self.placed.get(id(weight))
         return self.workshop.store.put("uploaded", weight) if found is None else found
 
-    def for_role(self, role: str) -> DeviceStatistics:
-        """As `StageStatistics` asks for it: the same for all."""
-        return self
-
     def factorize(self, damping: float) -> DeviceSolver | str:
         """As `StageStatistics` asks for it."""
         diagonal = self.diagonal
