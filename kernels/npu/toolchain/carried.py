@@ -10,6 +10,8 @@ import hashlib
 import json
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -133,7 +135,13 @@ def compile_carried(
 
 
 def _job(text: str, name: str, objects: tuple[Object, ...]) -> Job:
-    return prepare(parse_design(text, name), name=name, sources=Path(), objects=objects)
+    return replace(_checked(text, name), objects=objects)
+
+
+@lru_cache(maxsize=16)
+def _checked(text: str, name: str) -> Job:
+    """Without its objects. What a bundle carries is what uq makes: one check serves both."""
+    return prepare(parse_design(text, name), name=name, sources=Path(), objects=())
 
 
 def _carry(root: Path, job: Job) -> dict[str, Any]:
