@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -256,9 +257,14 @@ def digest_of_products() -> str:
     return hashlib.sha256(inputs + products.tobytes()).hexdigest()
 
 
-def test_processors_without_wide_vectors_give_the_same_bits() -> None:
-    """The generic instructions, on a processor that numba believes to be of 2013."""
+def test_processors_without_wide_vectors_give_the_same_bits(tmp_path: Path) -> None:
+    """The generic instructions, on a processor that numba believes to be of 2013.
+
+    In a cache of their own: where processes of two processors compile a function at the same time,
+    numba's cache may hand one the code of the other.
+    """
     environment = os.environ | {"NUMBA_CPU_NAME": "haswell", "NUMBA_CPU_FEATURES": ""}
+    environment["NUMBA_CACHE_DIR"] = str(tmp_path)
     command = [sys.executable, __file__]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
     assert done.stdout.strip() == digest_of_products()
