@@ -141,9 +141,10 @@ class Design:
     functions: Mapping[str, FuncOp]
     core_at: Mapping[Place, CoreProgram]
     reserved: int  # bytes of every core that tables and constants of its kernels take
+    walked: tuple[Operation, ...]  # the device and all in it
 
     def ops(self, kind: type[Op]) -> Iterator[Op]:
-        return _ops(self.device, kind)
+        return _of(kind, self.walked)
 
     def in_sequences(self) -> Iterator[Operation]:
         for sequence in self.sequences:
@@ -195,30 +196,32 @@ def nbytes(kind: MemRefType) -> int:
 
 
 def gather(device: Device, target: Target, *, reserved: int = 0) -> Design:
-    fifos = {op.sym_name.data: _fifo(op) for op in _ops(device, ObjectFifo)}
-    cores = tuple(_core(op) for op in _ops(device, Core))
-    programs = tuple(op for op in device.walk() if isinstance(op, Mem | MemTileDma | ShimDma))
+    found = tuple(device.walk())
+    fifos = {op.sym_name.data: _fifo(op) for op in _of(ObjectFifo, found)}
+    cores = tuple(_core(op) for op in _of(Core, found))
+    programs = tuple(op for op in found if isinstance(op, Mem | MemTileDma | ShimDma))
     return Design(
         device=device,
         target=target,
-        tiles=tuple(_ops(device, Tile)),
+        tiles=tuple(_of(Tile, found)),
         fifos=fifos,
-        links=tuple(_link(op, fifos) for op in _ops(device, Link)),
+        links=tuple(_link(op, fifos) for op in _of(Link, found)),
         cores=cores,
-        buffers=tuple(_ops(device, Buffer)),
-        locks=tuple(_ops(device, Lock)),
+        buffers=tuple(_of(Buffer, found)),
+        locks=tuple(_of(Lock, found)),
         programs=programs,
         channels=tuple(channel for op in programs for channel in _channels(op)),
-        allocations={op.sym_name.data: op for op in _ops(device, ShimDmaAllocation)},
+        allocations={op.sym_name.data: op for op in _of(ShimDmaAllocation, found)},
         sequences=tuple(op for op in device.body.block.ops if isinstance(op, SequenceOperation)),
-        functions={op.sym_name.data: op for op in _ops(device, FuncOp)},
+        functions={op.sym_name.data: op for op in _of(FuncOp, found)},
         core_at={core.place: core for core in cores if core.place is not None},
         reserved=reserved,
+        walked=found,
     )
 
 
-def _ops(device: Device, kind: type[Op]) -> Iterator[Op]:
-    return (op for op in device.walk() if isinstance(op, kind))
+def _of(kind: type[Op], found: Sequence[Operation]) -> Iterator[Op]:
+    return (op for op in found if isinstance(op, kind))
 
 
 def _fifo(op: ObjectFifo) -> Fifo:
