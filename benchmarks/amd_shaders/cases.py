@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cache, partial
 from itertools import product
 from typing import Any
 
@@ -91,7 +91,8 @@ ALONE = (
 )
 
 
-def cases() -> list[Case]:
+@cache
+def cases() -> tuple[Case, ...]:
     """Gemma 3, 3n and 4 as `uq quantize` makes them; in Gemma 3's 4B every kind of weight, and INT8
     activations with and without zero points; and what calibrates the 4B and the 27B."""
     found: dict[Case, None] = {}
@@ -109,7 +110,7 @@ def cases() -> list[Case]:
         found |= dict.fromkeys((per_layer_case(kind), experts_case(kind)))
     for name in ("4b", "27b"):
         found |= dict.fromkeys(calibration_cases(shape_config(name)))
-    return list(found | dict.fromkeys(ALONE))
+    return tuple(found | dict.fromkeys(ALONE))
 
 
 def session_cases(
