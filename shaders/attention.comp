@@ -24,6 +24,7 @@ layout(constant_id = 14) const uint PARTS = 1;  // (part, column, stride) of qkv
 layout(constant_id = 15) const uint RUN = 1;    // keys of a split at least, and a tile
 layout(constant_id = 16) const bool VALUE_NORM = false;  // without a gain
 layout(constant_id = 17) const bool OWNS_KEYS = true;    // otherwise they are an earlier layer's
+layout(constant_id = 18) const uint MOST_SPLITS = 16;    // SPLITS or fewer
 #include "activations.glsl"
 #include "cache.glsl"
 
@@ -91,7 +92,7 @@ void main() {
     }
     uint first = WINDOW > 0 && position >= WINDOW ? position + 1 - WINDOW : 0;
     uint seen = position + 1 - first;
-    uint run = max(max(TILE, RUN), (seen + SPLITS - 1) / SPLITS);
+    uint run = max(max(TILE, RUN), (seen + MOST_SPLITS - 1) / MOST_SPLITS);
     uint splits = MODE == PREPARE ? 1 : (seen + run - 1) / run;
     uint split = gl_WorkGroupID.x, block = gl_WorkGroupID.y;
     head = block * QUERIES / SHARING;

@@ -3,12 +3,13 @@
 // y = sum of the down projections of the experts that a column has chosen, each times its share. Workgroup
 // (blocks of 16 rows, column).
 //
-// Slices of 64 lanes take tiles of all experts by turns, as in gemv.comp. A column's sums are made in an
-// order that depends on LANES alone.
+// SHARING slices of 64 lanes take the tiles of an expert by turns, and as many experts at a time as that leaves
+// slices for. A column's sums are made in an order that depends on both alone.
 #include "common.glsl"
 layout(constant_id = 1) const uint GROUP = 32;
 layout(constant_id = 2) const uint ACTIVE = 1;
 layout(constant_id = 3) const uint DEPTH = 1;  // tiles that a lane has on their way
+layout(constant_id = 4) const uint SHARING = 1;
 #include "weights.glsl"
 
 layout(push_constant) uniform Push {
@@ -20,7 +21,7 @@ layout(push_constant) uniform Push {
     uint tiles, rows, step;  // step: row blocks from an expert to the next
 };
 
-const uint SLICES = LANES / 64;
+const uint SLICES = LANES / 64, AT_ONCE = SLICES / SHARING;
 
 shared float partial[SLICES * 16];
 shared uint experts[ACTIVE];
@@ -49,18 +50,25 @@ float end_turn(Turn turn, uint lane, float sum) {
     return both;
 }
 
+// The tile that a slice takes as its turn `i`; `own` are those of an expert that it has.
+uint number_of(uint i, uint own, uint slice) {
+    uint slot = min(i / own * AT_ONCE + slice / SHARING, ACTIVE - 1);
+    return slot * tiles + i % own * SHARING + slice % SHARING;
+}
+
 // Nothing that is loaded is looked at before DEPTH tiles are asked for; behind the last one it is loaded
 // again.
 float accumulate(uint lane, uint slice) {
-    uint count = ACTIVE * tiles;
+    uint own = tiles / SHARING, first_slot = slice / SHARING;
+    uint count = first_slot < ACTIVE ? (ACTIVE - first_slot + AT_ONCE - 1) / AT_ONCE * own : 0;
     float total = 0.0;
     Turn turns[DEPTH];
-    for (uint first = slice; first < count; first += DEPTH * SLICES) {
+    for (uint first = 0; first < count; first += DEPTH) {
         [[unroll]] for (uint i = 0; i < DEPTH; i++) {
-            turns[i] = begin_turn(min(first + i * SLICES, count - 1), lane);
+            turns[i] = begin_turn(number_of(min(first + i, count - 1), own, slice), lane);
         }
         [[unroll]] for (uint i = 0; i < DEPTH; i++) {
-            if (first + i * SLICES < count) {
+            if (first + i < count) {
                 total = end_turn(turns[i], lane, total);
             }
         }

@@ -56,6 +56,7 @@ layout(constant_id = 35) const uint TOLD = 0;
 layout(constant_id = 36) const uint ACTIVE = 0;
 layout(constant_id = 37) const uint COUNT = 0;        // experts
 layout(constant_id = 38) const uint EXPERT_ROWS = 0;  // of an expert's gate
+layout(constant_id = 39) const uint SHARING = 1;      // slices that share an expert's columns of down
 #include "weights.glsl"
 
 layout(buffer_reference, std430, buffer_reference_align = 8) readonly restrict buffer Turns {
@@ -127,6 +128,7 @@ const uint COPY = EXPERTS_GATED_AT + ACTIVE * EXPERT_TILES * 128;
 
 uint turn;         // layers so far, of all tokens
 uint patience = PATIENCE;
+bool knows_experts;  // of this layer
 
 uint64_t copy_of(uint turn_) {
     return uint64_t(messages) + uint64_t(turn_ % COPIES * (4 * COPY));
@@ -268,6 +270,7 @@ void hold_part(uint stage) {
     if (stage == OUT && !JOINS) {
         hold_context(work.part * PART_HEADS);
     } else if (ACTIVE > 0 && stage == EXPERT_DOWN) {
+        work.last_tile = work.part_tiles;
         hold_messages(EXPERTS_GATED_AT, EXPERT_ROWS, EXPERT_TILES);
     } else {
         uint mlp = HEADS_VARY ? entry[entry_at + ROWS_AT].x : INTERMEDIATE;
@@ -294,6 +297,7 @@ void run_stage(uint stage, uint layer) {
         join_stream(stage, layer);
         if (ACTIVE > 0 && stage == GATE) {
             score_experts();
+            hold_for_experts();
         }
         hold_stream(stage, layer);
         if (stage == GATE) {
@@ -342,6 +346,7 @@ void finish() {
 
 void enter_layer(uint layer, uint epoch) {
     turn = epoch * LAYERS + layer;
+    knows_experts = false;
     entry_at = layer % 2 * ENTRY;
     if (HEADS_VARY) {
         layer_dim = entry[entry_at + HEADS_AT].x;
@@ -378,9 +383,6 @@ void main() {
     uint epoch = ledger.epoch;
     position = state.positions[0];
     LOAD_OWN(h, hidden)
-    if (lane < ACTIVE) {
-        picked[lane] = 0;  // what is asked for before experts are chosen must be there
-    }
     empty_kept(epoch);
     ask_entry(0);
     keep_entry(0);

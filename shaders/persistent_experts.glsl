@@ -4,26 +4,34 @@
 // The router's part of the workgroup, whose weights are on their way.
 void score_experts() {
     if (kept.group < kept.groups) {
-        hold_norm(Quads(entry[entry_at + EXPERT_GAINS_AT]), true);
+        NORMED(y, first_gains)
+        hold_floats(y);
+        barrier();
         multiply_kept(ROUTE);
     }
 }
 
-// What is on its way behind gate and up is of no expert that is chosen: it is asked for anew.
+// Behind what gate and up take.
+void hold_for_experts() {
+    NORMED(y, second_gains)
+    hold_own(lane + 16 * HIDDEN_TILES, 32 * HIDDEN_TILES, y);
+}
+
+// What is on its way behind gate and up is of no expert: the first chunk is asked for anew.
 void choose_experts() {
-    hold_norm(Quads(entry[entry_at + EXPERT_GAINS_AT + 1]), false);
-    for (uint i = lane; i < COUNT; i += LANES) {
-        uint score = EMPTY;
+    for (uint i = lane; i < 4 * SCORE_QUADS; i += LANES) {
+        uint score = i < COUNT ? EMPTY : 0;
         for (uint looks = 0; score == EMPTY && !gives_up(looks); looks++) {
             score = Messages(copy_at).at[BESIDE_AT + i];
         }
-        known[i] = uintBitsToFloat(score);
+        know_score(i, uintBitsToFloat(score));
     }
     pick_known();
-    if (lane < ACTIVE) {
-        parts[lane] = share_of(lane, Floats(entry[entry_at + ROUTER_AT + 1]));
-    }
+    knows_experts = true;
     enter_group();
     ask_steps();
     EACH_TILE(FETCH)
+    if (lane < ACTIVE) {
+        parts[lane] = share_of(lane, Floats(entry[entry_at + ROUTER_AT + 1]));
+    }
 }

@@ -5,49 +5,31 @@ shared float parts[ACTIVE > 0 ? ACTIVE : 1];  // of the experts' outputs in thei
 Piece ahead_0, ahead_1, ahead_2, ahead_3, ahead_4, ahead_5, ahead_6, ahead_7;
 Piece other_0, other_1, other_2, other_3, other_4, other_5, other_6, other_7;  // of the second block
 
-// A tile of rows; of the experts' down projections those of all that were chosen follow each other, and each
-// has steps of its own.
-Piece load_ahead(uint64_t rows_at, uint tile) {
-    if (ACTIVE == 0) {
-        return load_piece(rows_at, tile, lane % 64, 0.0);
-    }
-    if (ahead.step % PRODUCTS == EXPERT_DOWN) {
-        uint slot = tile / EXPERT_TILES;
-        tile -= slot * EXPERT_TILES;
-        rows_at = of_slice(block_address(Words(rows_at), picked[slot] * (HIDDEN / 16), ahead.tiles));
-    }
-    Piece piece = load_piece(rows_at, tile, lane % 64, 0.0);
-    piece.zeros = load_steps(rows_at, ahead.tiles, lane % 64 / 4);  // INT4 has none
-    return piece;
-}
-
 // Tile k of the slice's chunk. Nothing is loaded under a condition, so no compiler waits for it: behind the
 // last tile it is loaded again.
 #define FETCH(k) \
     if (k < DEPTH) { \
-        uint tile_ = min(ahead.tile + k * ahead.team, ahead.last_tile - 1); \
-        ahead_##k = load_ahead(ahead.rows_at, tile_); \
+        uint tile_ = min(ahead.tile + k * ahead.apart, ahead.last_tile - 1); \
+        ahead_##k = load_piece(ahead.rows_at, tile_, lane % 64, 0.0); \
         if (WIDTH == 2) { \
-            other_##k = load_ahead(ahead.other_at, tile_); \
+            other_##k = load_piece(ahead.other_at, tile_, lane % 64, 0.0); \
         } \
     }
 
 float product_of(Piece piece, float unit, Input y) {
-    piece.unit = ACTIVE > 0 ? unit_of(piece.zeros, lane % 64 / 4) : unit;
+    piece.unit = unit;
     piece.group = lane % 64 / (GROUP / 32);
     return multiply(piece, y);
 }
 
 #define MULTIPLY(k) \
-    if (k < DEPTH && tile + k * work.team < work.last_tile) { \
-        uint at_ = tile + k * work.team - work.first_tile; \
-        Input y_ = INPUT(held, at_ * INPUT_VECTORS, lane % 4); \
-        float share_ = ACTIVE > 0 && stage == EXPERT_DOWN ? parts[at_ / EXPERT_TILES] : 1.0; \
+    if (k < DEPTH && tile + k * work.apart < last) { \
+        Input y_ = INPUT(held, (held_at + k * work.apart) * INPUT_VECTORS, lane % 4); \
         precise vec2 sum = total; \
-        precise float one_ = share_ * product_of(ahead_##k, unit.x, y_); \
+        precise float one_ = share * product_of(ahead_##k, unit.x, y_); \
         sum.x += one_; \
         if (WIDTH == 2) { \
-            precise float two_ = share_ * product_of(other_##k, unit.y, y_); \
+            precise float two_ = share * product_of(other_##k, unit.y, y_); \
             sum.y += two_; \
         } \
         total = sum; \
@@ -59,9 +41,10 @@ float product_of(Piece piece, float unit, Input y) {
 uvec2 steps;  // of the scales of a row of each block, on their way
 
 void ask_steps() {
-    steps.x = load_steps(ahead.rows_at, ahead.tiles, lane % 64 / 4);
+    uint behind_ = is_of_experts(ahead.step) ? ahead.last_tile : ahead.tiles;
+    steps.x = load_steps(ahead.rows_at, behind_, lane % 64 / 4);
     if (WIDTH == 2) {
-        steps.y = load_steps(ahead.other_at, ahead.tiles, lane % 64 / 4);
+        steps.y = load_steps(ahead.other_at, behind_, lane % 64 / 4);
     }
 }
 
@@ -111,15 +94,20 @@ void finish_group(uint stage, uint group, vec2 total) {
 // All groups of a part, whose input is there and whose first chunk is on its way.
 void multiply_part(uint stage) {
     vec2 total = vec2(0.0), unit = vec2(0.0);
+    float share = 1.0;  // of an expert in the sum
     bool more = true;
     [[dont_unroll]] while (more) {
-        uint group = ahead.group, tile = ahead.tile;
-        if (ahead.chunk == 0) {
+        uint group = ahead.group, tile = ahead.tile, last = ahead.last_tile;
+        uint held_at = tile - work.first_tile + (ACTIVE > 0 && stage == EXPERT_GATE ? HIDDEN_TILES : 0);
+        if (has_other_rows()) {
             unit.x = unit_of(steps.x, lane % 64 / 4);
             unit.y = unit_of(steps.y, lane % 64 / 4);
+            if (ACTIVE > 0) {
+                share = stage == EXPERT_DOWN ? parts[last / EXPERT_TILES - 1] : 1.0;
+            }
         }
         go_on();
-        if (ahead.chunk == 0) {
+        if (has_other_rows()) {
             ask_steps();
         }
         EACH_TILE(MULTIPLY_AND_FETCH)

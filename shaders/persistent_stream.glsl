@@ -6,10 +6,12 @@ const uint OCTETS = HIDDEN / 8, RUNS = HIDDEN / 32, HIDDEN_TILES = (HIDDEN + 127
 const uint OWN = (OCTETS + LANES - 1) / LANES;  // octets of a lane
 const uint OWN_QUADS = 2 * OWN;
 
-shared float run_squares[2 * RUNS];  // of what joins, of the sum
+shared float run_squares[(ACTIVE > 0 ? 4 : 2) * RUNS];  // of what joins, of the sum; of two branches before
 
 vec4 h[OWN_QUADS], joining[OWN_QUADS];
 vec4 branch_gains[OWN_QUADS], gains[OWN_QUADS];
+vec4 others[OWN_QUADS];                           // the experts' outputs, which join the MLP's
+vec4 first_gains[OWN_QUADS], second_gains[OWN_QUADS];  // of the router and of the experts; of what joins
 
 uint own_octet(uint i) {
     return i * LANES + lane;
@@ -29,7 +31,7 @@ float squares_of(vec4 v) {
     return squares;
 }
 
-void add_squares(vec4 v[OWN_QUADS], uint place) {
+void put_squares(vec4 v[OWN_QUADS], uint place) {
     float squares[OWN];
     [[unroll]] for (uint i = 0; i < OWN; i++) {
         squares[i] = squares_of(v[2 * i]) + squares_of(v[2 * i + 1]);
@@ -44,6 +46,10 @@ void add_squares(vec4 v[OWN_QUADS], uint place) {
             run_squares[place * RUNS + own_octet(i) / 4] = squares[i];
         }
     }
+}
+
+void add_squares(vec4 v[OWN_QUADS], uint place) {
+    put_squares(v, place);
     barrier();
 }
 
@@ -139,9 +145,11 @@ void hold_words(uint octet, uvec4 words, float scale) {
 DEFINE_HOLD(hold_own, OWN, OWN_QUADS)
 
 const uint MOST_ON_WAY = 12;  // quads of messages
-const uint ROOM = MOST_ON_WAY / (2 * MOST_PARTS) > 0 ? MOST_ON_WAY / (2 * MOST_PARTS) : 1;
+const uint DOWN_BRANCHES = DOWN_PARTS + (ACTIVE > 0 ? 1 : 0);  // the last one is the experts'
+const uint BRANCHES = OUT_PARTS > DOWN_BRANCHES ? OUT_PARTS : DOWN_BRANCHES;
+const uint ROOM = MOST_ON_WAY / (2 * BRANCHES) > 0 ? MOST_ON_WAY / (2 * BRANCHES) : 1;
 const uint OWN_ON_WAY = OWN < ROOM ? OWN : ROOM;
-const uint ON_WAY = 2 * MOST_PARTS * OWN_ON_WAY;
+const uint ON_WAY = 2 * BRANCHES * OWN_ON_WAY;
 
 // Loads an octet of messages again, as long as one is missing.
 void look_octet(MessageQuads from, uint octet, inout uvec4 one, inout uvec4 two) {
@@ -151,17 +159,20 @@ void look_octet(MessageQuads from, uint octet, inout uvec4 one, inout uvec4 two)
     }
 }
 
-// What joins octets `first` .. of the lane: the sum of the parts.
-void receive_octets(MessageQuads from, uint parts, uint first) {
+// What joins octets `first` .. of the lane: the sum of the parts; behind them `others`, if there are such.
+void receive_octets(MessageQuads from, uint parts, bool has_others, uint first) {
     uvec4 v[ON_WAY];
+    uint branches = parts + uint(has_others);
     [[unroll]] for (uint k = 0; k < ON_WAY; k++) {
-        v[k] = uvec4(k / 2 % MOST_PARTS < parts ? EMPTY : 0);
+        v[k] = uvec4(k / 2 % BRANCHES < branches ? EMPTY : 0);
     }
     bool waits = true;
     for (uint looks = 0; waits && !gives_up(looks); looks++) {
         [[unroll]] for (uint k = 0; k < ON_WAY; k += 2) {
-            uint octet = min(own_octet(first + k / 2 / MOST_PARTS), OCTETS - 1);
-            look_octet(from, k / 2 % MOST_PARTS * (PLANE(HIDDEN) / 8) + octet, v[k], v[k + 1]);
+            uint octet = min(own_octet(first + k / 2 / BRANCHES), OCTETS - 1), branch = k / 2 % BRANCHES;
+            bool is_other = has_others && branch == parts;
+            uint plane = is_other ? (BESIDE_BRANCH_AT - DOWN_AT) / 8 : branch * (PLANE(HIDDEN) / 8);
+            look_octet(from, plane + octet, v[k], v[k + 1]);
         }
         waits = false;
         [[unroll]] for (uint k = 0; k < ON_WAY; k += 2) {
@@ -170,37 +181,36 @@ void receive_octets(MessageQuads from, uint parts, uint first) {
     }
     [[unroll]] for (uint k = 0; k < 2 * OWN_ON_WAY; k++) {
         precise vec4 sum = vec4(0.0);
-        [[unroll]] for (uint p = 0; p < MOST_PARTS; p++) {
-            sum = p < parts ? sum + uintBitsToFloat(v[k / 2 * 2 * MOST_PARTS + 2 * p + k % 2]) : sum;
+        vec4 other = vec4(0.0);
+        [[unroll]] for (uint p = 0; p < BRANCHES; p++) {
+            vec4 part = uintBitsToFloat(v[k / 2 * 2 * BRANCHES + 2 * p + k % 2]);
+            sum = p < parts ? sum + part : sum;
+            other = has_others && p == parts ? part : other;
         }
         if (2 * first + k < 2 * OWN) {
             joining[2 * first + k] = sum;
+            if (ACTIVE > 0) {
+                others[2 * first + k] = other;
+            }
         }
     }
 }
 
-void receive_branch(uint64_t copy, uint place, uint parts) {
+void receive_branch(uint64_t copy, uint place, uint parts, bool has_others) {
     [[unroll]] for (uint first = 0; first < OWN; first += OWN_ON_WAY) {
-        receive_octets(MessageQuads(copy + 4 * place), parts, first);
+        receive_octets(MessageQuads(copy + 4 * place), parts, has_others, first);
     }
 }
 
-vec4 others[OWN_QUADS];
-
 // What joins is norm(joining) + norm(others), of the MLP's output and the experts'.
 void join_others() {
-    Quads own_gain = Quads(entry[entry_at + EXPERT_GAINS_AT + 2]);
-    Quads others_gain = Quads(entry[entry_at + EXPERT_GAINS_AT + 3]);
-    vec4 own_gains[OWN_QUADS], others_gains[OWN_QUADS];
-    LOAD_OWN(own_gains, own_gain)
-    LOAD_OWN(others_gains, others_gain)
-    add_squares(joining, 0);
-    add_squares(others, 1);
-    float own_factor = factor_of(0), others_factor = factor_of(1);
-    barrier();  // before the sums are written again
+    put_squares(joining, 2);
+    put_squares(others, 3);
+    barrier();
+    float own_factor = factor_of(2), others_factor = factor_of(3);
     [[unroll]] for (uint k = 0; k < OWN_QUADS; k++) {
-        precise vec4 own = joining[k] * own_factor * own_gains[k];
-        precise vec4 sum = own + others[k] * others_factor * others_gains[k];
+        precise vec4 own = joining[k] * own_factor * first_gains[k];
+        precise vec4 sum = own + others[k] * others_factor * second_gains[k];
         joining[k] = sum;
     }
 }
@@ -209,14 +219,8 @@ void join_others() {
 void receive(uint stage) {
     bool enters = stage == QKV, is_told = TOLD > 0 && enters;
     uint64_t copy = enters ? copy_of(turn - 1) : copy_at;
-    if (ACTIVE > 0 && enters) {
-        receive_branch(copy, BESIDE_BRANCH_AT, 1);
-        [[unroll]] for (uint k = 0; k < OWN_QUADS; k++) {
-            others[k] = joining[k];
-        }
-    }
     uint place = stage == GATE ? OUT_AT : is_told ? BESIDE_BRANCH_AT : DOWN_AT;
-    receive_branch(copy, place, stage == GATE ? OUT_PARTS : is_told ? 1 : DOWN_PARTS);
+    receive_branch(copy, place, stage == GATE ? OUT_PARTS : is_told ? 1 : DOWN_PARTS, ACTIVE > 0 && enters);
     if (ACTIVE > 0 && enters) {
         join_others();
     }
@@ -235,6 +239,12 @@ void join_stream(uint stage, uint layer) {
             LOAD_OWN(branch_gains, branch_gain)
         }
         LOAD_OWN(gains, gain)
+    }
+    if (ACTIVE > 0) {
+        uint others_at = entry_at + EXPERT_GAINS_AT + (stage == GATE ? 0 : 2);
+        Quads first_gain = Quads(entry[others_at]), second_gain = Quads(entry[others_at + 1]);
+        LOAD_OWN(first_gains, first_gain)
+        LOAD_OWN(second_gains, second_gain)
     }
     [[unroll]] for (uint k = 0; k < OWN_QUADS; k++) {
         joining[k] = vec4(0.0);
@@ -286,17 +296,4 @@ void hold_stream(uint stage, uint layer) {
             }
         }
     }
-}
-
-// The last norm of the stream by other gains, as floats or not.
-void hold_norm(Quads gain, bool is_float) {
-    vec4 other_gains[OWN_QUADS];
-    LOAD_OWN(other_gains, gain)
-    NORMED(y, other_gains)
-    if (is_float) {
-        hold_floats(y);
-    } else {
-        hold_own(lane, 16 * HIDDEN_TILES, y);
-    }
-    barrier();
 }

@@ -15,6 +15,11 @@
 #define CHUNKS(which, matrices) \
     ((ahead.part_tiles + TEAM(which, 1) * DEPTH - 1) / (TEAM(which, 1) * DEPTH))
 
+// Experts whose columns of down the slices of a team have at a time, how often, and chunks of each.
+const uint EXPERTS_AT_ONCE = ACTIVE > 0 ? (TEAMS >> 20 & 15u) / SHARING : 1;
+const uint EXPERT_ROUNDS = (ACTIVE + EXPERTS_AT_ONCE - 1) / EXPERTS_AT_ONCE;
+const uint EXPERT_CHUNKS = ACTIVE > 0 ? (EXPERT_TILES / SHARING + DEPTH - 1) / DEPTH : 1;
+
 // Rows of a layer's gate, and of q, k and v.
 uvec2 rows_of(uint step) {
     uvec2 same = uvec2(INTERMEDIATE, (HEADS + 2 * KEY_HEADS) * HEAD_DIM);
@@ -43,6 +48,7 @@ struct Work {
     uint group;
     uint chunk, chunks;
     uint team, place, first_sum;      // of the slice; its sums among the group's
+    uint apart;                       // from a tile of the slice to its next one
     uint tile;                        // its first one of the chunk
     Words matrix, other;              // of the slice's team
     uint tiles;                       // of a row of them
@@ -50,6 +56,16 @@ struct Work {
 };
 
 Work ahead, work;  // what is asked for, what is multiplied
+
+// The down projection of all experts that were chosen: a chunk is of one of them, SHARING slices share it.
+bool is_of_experts(uint step) {
+    return ACTIVE > 0 && step % PRODUCTS == EXPERT_DOWN;
+}
+
+// Than the chunk before.
+bool has_other_rows() {
+    return ahead.chunk == 0 || is_of_experts(ahead.step);
+}
 
 bool is_gate(uint stage) {
     return stage == GATE || ACTIVE > 0 && stage == EXPERT_GATE;
@@ -79,7 +95,8 @@ void enter_stage() {
     ahead.team = team;
     ahead.place = slice - own * team;
     ahead.first_sum = own * WIDTH;
-    ahead.chunks = EACH(CHUNKS);
+    ahead.apart = is_of_experts(ahead.step) ? SHARING : team;
+    ahead.chunks = is_of_experts(ahead.step) ? EXPERT_ROUNDS * EXPERT_CHUNKS : EACH(CHUNKS);
     uint which = PICK(0, 1, 2, 4, EXPERTS_AT, EXPERTS_AT + 2);
     which += uint(is_gate(stage) && WIDTH == 1 && own % 2 == 1);
     ahead.matrix = Words(entry[from + which]);
@@ -92,7 +109,8 @@ void enter_part() {
     uint all = stage == OUT || stage == DOWN ? ahead.tiles : ahead.part_tiles;
     ahead.first_tile = ahead.part * ahead.part_tiles;
     ahead.last_tile = min(ahead.first_tile + ahead.part_tiles, all);
-    ahead.group = PICK(id, id / OUT_PARTS, id, id / DOWN_PARTS, id, id);
+    uint back = ACTIVE > 0 ? count - 1 - id : id;  // who has no rows of the experts' has some of the MLP's
+    ahead.group = PICK(id, id / OUT_PARTS, id, back / DOWN_PARTS, id, id);
 }
 
 // From a workgroup's group to its next one.
@@ -101,24 +119,49 @@ uint group_step() {
     return PICK(count, (left + OUT_PARTS - 1) / OUT_PARTS, count, (left + DOWN_PARTS - 1) / DOWN_PARTS, count, count);
 }
 
-// Of experts the rows of all that were chosen follow each other.
+// Of experts the rows of all that were chosen follow each other; before they are, it is any.
 uint64_t address_of(Words matrix, uint block) {
     block = min(block, blocks_of(ahead.step) - 1);
     if (ACTIVE > 0 && ahead.step % PRODUCTS == EXPERT_GATE) {
         const uint own = EXPERT_ROWS > 0 ? EXPERT_ROWS / 16 : 1;
-        block = picked[block / own] * 2 * own + block % own;
+        block = knows_experts ? picked[block / own] * 2 * own + block % own : 0;
     }
     return of_slice(block_address(matrix, block, ahead.tiles));
 }
 
+// A chunk of the experts' down: tiles of all of them are counted, so the rows begin as far in front of theirs.
+void enter_expert(uint block) {
+    uint slot = ahead.chunk / EXPERT_CHUNKS * EXPERTS_AT_ONCE + ahead.place / SHARING;
+    uint own = min(slot, ACTIVE - 1), first = own * EXPERT_TILES, blocks = picked[own] * (HIDDEN / 16);
+    uint tile = ahead.chunk % EXPERT_CHUNKS * DEPTH * SHARING + ahead.place % SHARING;
+    uint64_t before = uint64_t(16 * TILE_VECTORS * first);
+    ahead.tile = first + (slot < ACTIVE ? tile : EXPERT_TILES);
+    ahead.last_tile = first + EXPERT_TILES;
+    block = min(block, HIDDEN / 16 - 1);
+    ahead.rows_at = of_slice(block_address(ahead.matrix, blocks + block, EXPERT_TILES) - before);
+    if (WIDTH == 2) {
+        block = min(block + 1, HIDDEN / 16 - 1);
+        ahead.other_at = of_slice(block_address(ahead.matrix, blocks + block, EXPERT_TILES) - before);
+    }
+}
+
+// The block of the slice's team.
+uint first_block() {
+    uint stage = ahead.step % PRODUCTS;
+    return ahead.group * at_once(stage) + (is_gate(stage) ? ahead.first_sum / 2 : ahead.first_sum);
+}
+
 void enter_group() {
-    uint stage = ahead.step % PRODUCTS, block = ahead.group * at_once(stage);
-    block += is_gate(stage) ? ahead.first_sum / 2 : ahead.first_sum;
+    uint block = first_block();
+    ahead.chunk = 0;
+    if (is_of_experts(ahead.step)) {
+        enter_expert(block);
+        return;
+    }
     ahead.rows_at = address_of(ahead.matrix, block);
     if (WIDTH == 2) {
-        ahead.other_at = address_of(ahead.other, block + uint(!is_gate(stage)));
+        ahead.other_at = address_of(ahead.other, block + uint(!is_gate(ahead.step % PRODUCTS)));
     }
-    ahead.chunk = 0;
     ahead.tile = ahead.first_tile + ahead.place;
 }
 
@@ -130,7 +173,8 @@ void find_part() {
         if (ahead.part >= PICK(1, OUT_PARTS, 1, DOWN_PARTS, 1, 1)) {
             ahead.step += 1;
             stage = ahead.step % PRODUCTS;
-            ahead.part = gl_WorkGroupID.x % PICK(1, OUT_PARTS, 1, DOWN_PARTS, 1, 1);
+            uint back = ACTIVE > 0 ? gl_NumWorkGroups.x - 1 - gl_WorkGroupID.x : gl_WorkGroupID.x;
+            ahead.part = PICK(0, gl_WorkGroupID.x % OUT_PARTS, 0, back % DOWN_PARTS, 0, 0);
             enter_stage();
         }
         enter_part();
@@ -147,6 +191,8 @@ void go_on() {
             find_part();
         }
         enter_group();
+    } else if (is_of_experts(ahead.step)) {
+        enter_expert(first_block());
     }
 }
 

@@ -88,6 +88,11 @@ def experts() -> GemmaConfig:
     )
 
 
+def large_experts() -> GemmaConfig:
+    """Of several tiles each."""
+    return replace(experts(), experts=Experts(count=24, active=8, intermediate_size=704))
+
+
 class Weights(RandomWeights):
     """Its gains and layer scalars differ."""
 
@@ -151,6 +156,7 @@ def expected(config: GemmaConfig, tmp_path: Path) -> tuple[list[int], NDArray[np
     [
         *((plain, cut) for cut in (ONE, WIDE, DOUBLE, WIDEST)),
         *((make, cut) for make in (dense, experts) for cut in (ONE, WIDEST)),
+        *((large_experts, replace(cut, splits=1)) for cut in (ONE, replace(DOUBLE, depth=3))),
     ],
 )
 def test_a_token_has_the_bits_of_dispatches(

@@ -19,6 +19,7 @@ from uq.kernels.vulkan.model import Layer, Model, least_tiles, split_count
 from uq.kernels.vulkan.persistent_cuts import MOST_LANES, SLICE, held_tiles, shapes
 from uq.kernels.vulkan.persistent_places import (
     LEDGER_BYTES,
+    expert_sharing,
     expert_sizes,
     head_sizes,
     kept_columns,
@@ -61,7 +62,7 @@ class Persistent:
         cls, stages: Stages, cache: Cache, cut: Cut, arena: Arena, transfers: Transfers
     ) -> Persistent:
         layers = range(stages.config.num_layers + 1)
-        words = np.array([_entry(stages, cache, layer) for layer in layers], np.uint64)
+        words = np.array([_entry(stages, cache, cut, layer) for layer in layers], np.uint64)
         entries = arena.take(words.nbytes)
         transfers.write(entries, words)
         ledger = arena.take(LEDGER_BYTES)
@@ -193,10 +194,11 @@ def _constants(stages: Stages, cut: Cut) -> dict[str, int | float]:
         "ACTIVE": active,
         "COUNT": count,
         "EXPERT_ROWS": size,
+        "SHARING": expert_sharing(config, cut),
     }
 
 
-def _entry(stages: Stages, cache: Cache, index: int) -> list[int]:
+def _entry(stages: Stages, cache: Cache, cut: Cut, index: int) -> list[int]:
     """Of a layer, or of what stands behind the last one: addresses, and sizes, two in a word.
 
     Behind the last one are weights, too: some are asked for and not used.
@@ -214,7 +216,7 @@ def _entry(stages: Stages, cache: Cache, index: int) -> list[int]:
         (layer.head_dim, layer.kv_heads),
         (layer.gate.rows, layer.qkv[0][0].rows),
         (keys, keys + source.columns[2] - source.columns[1]),
-        (source.index in config.shared_sources, split_count(layer.kv_heads)),
+        (source.index in config.shared_sources, cut.splits or split_count(layer.kv_heads)),
         (_word(layers[index - 1].scale if index else 1.0), least_run(layer.kv_heads)),
     )
     words = [low | high << 32 for low, high in sizes]

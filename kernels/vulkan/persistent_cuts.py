@@ -12,7 +12,7 @@ from uq.formats.config import GemmaConfig
 from uq.kernels.vulkan.model import Layer, Model
 from uq.kernels.vulkan.persistent_places import expert_sizes, head_sizes, most_splits
 from uq.kernels.vulkan.stages import ATTENTION_LANES, shared_queries
-from uq.kernels.vulkan.tuning import ADD, BRANCH, GEGLU, STORE, TELL, Cut, Shape, product_key
+from uq.kernels.vulkan.tuning import ADD, ATTENTION, BRANCH, GEGLU, STORE, TELL, Cut, Shape, product_key
 from uq.kernels.vulkan.weights import TILE_COLS, TILE_ROWS, Matrix, tiles_of
 
 # Lanes, the most tiles on their way, and blocks of a slice, of cuts to measure: twice the lanes
@@ -112,13 +112,14 @@ def best_teams(
         found = {team: sum(work(*each[stage], team, **how) for each in products) for team in among}
         return min(found, key=found.__getitem__)
 
-    found = (
-        best(0, teams),
-        best(1, teams, parts=out_parts),
-        best(2, pairs(2), matrices=2),
-        best(3, teams, parts=down_parts),
-    )
-    return (*found, best(4, pairs(4), matrices=2), best(5, teams)) if config.experts else found
+    found = (best(0, teams), best(1, teams, parts=out_parts), best(2, pairs(2), matrices=2))
+    if config.experts is None:
+        return (*found, best(3, teams, parts=down_parts))
+    gate, down = best(4, pairs(4), matrices=2), best(5, teams)
+    rows, at_once = config.hidden_size, slices * width
+    idle = workgroups - _groups(rows, at_once, down)
+    beside = [team for team in teams if down_parts * _groups(rows, at_once, team) <= idle]
+    return (*found, best(3, beside or teams, parts=down_parts), gate, down)
 
 
 def _shapes_of(config: GemmaConfig, layer: int) -> tuple[tuple[int, int], ...]:
@@ -166,11 +167,14 @@ def _leaves_none_empty(config: GemmaConfig, cut: Cut) -> bool:
 
 def shapes(model: Model, cut: Cut) -> dict[str, Shape]:
     """Of products that are dispatches: with these a token has the same bits there."""
-    return {
+    found = {
         product_key(matrix, epilogue): Shape(64 * team, 4 if epilogue == GEGLU else 1, parts=parts)
         for layer in model.layers
         for matrix, epilogue, parts, team in _products_of(layer, cut)
     }
+    if cut.splits:
+        found[ATTENTION] = Shape(ATTENTION_LANES, 1, parts=cut.splits)
+    return found
 
 
 def _products_of(layer: Layer, cut: Cut) -> Iterator[tuple[Matrix, int, int, int]]:
@@ -208,7 +212,8 @@ def held_tiles(config: GemmaConfig, cut: Cut) -> int:
     down = tiles_of(max(map(config.layer_intermediate_size, layers)))
     active, _, size = expert_sizes(config)
     parts = (-(-out // cut.out_parts), -(-down // cut.down_parts), active * tiles_of(size))
-    return max(tiles_of(config.hidden_size), *parts)
+    inputs = 2 if active else 1  # of the MLP, and of the experts
+    return max(inputs * tiles_of(config.hidden_size), *parts)
 
 
 def shared_bytes(config: GemmaConfig, cut: Cut) -> int:

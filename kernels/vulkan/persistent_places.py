@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from math import gcd
+
 from uq.formats.config import GemmaConfig
 from uq.kernels.vulkan.model import split_count
 from uq.kernels.vulkan.tuning import Cut
@@ -29,6 +31,11 @@ def expert_sizes(config: GemmaConfig) -> tuple[int, int, int]:
     """That a token meets; how many there are, and rows of one's gate."""
     found = config.experts
     return (found.active, found.count, found.intermediate_size) if found else (0, 0, 0)
+
+
+def expert_sharing(config: GemmaConfig, cut: Cut) -> int:
+    """Slices of a team that share an expert's columns of down."""
+    return gcd(cut.teams[5], tiles_of(expert_sizes(config)[2])) if config.experts else 1
 
 
 def most_splits(config: GemmaConfig) -> int:

@@ -18,7 +18,7 @@ from uq.kernels.vulkan.push import addresses, floats, words
 from uq.kernels.vulkan.residual import ROW_LANES
 from uq.kernels.vulkan.state import ATTENTION_COUNTER, CHOOSE_COUNTER
 from uq.kernels.vulkan.streams import Streams
-from uq.kernels.vulkan.tuning import CHOOSE, GEGLU, QUERIES
+from uq.kernels.vulkan.tuning import ATTENTION, CHOOSE, GEGLU, QUERIES
 from uq.kernels.vulkan.weights import Matrix, padded_rows
 from uq.kernels.vulkan.wide import slices
 
@@ -231,7 +231,7 @@ class Stages(Streams):
         config, work, index = self.config, self.work, layer.index
         queries = shared_queries(config.num_heads // layer.kv_heads, self.tuning.queries)
         blocks = config.num_heads // queries
-        run = self._least_run(layer.kv_heads, blocks)
+        run, most = self._least_run(layer.kv_heads, blocks), self._most_splits(layer.kv_heads)
         pipeline = self.pipelines.get(
             f"attention{cache.suffix}",
             LANES=ATTENTION_LANES,
@@ -252,6 +252,7 @@ class Stages(Streams):
             CAP=float(config.attn_softcap or 0.0),
             PARTS=1 if mode == ATTEND else self._qkv_parts(layer),
             RUN=run,
+            MOST_SPLITS=most,
         )
         turns = cache.turns[config.is_sliding(index)]
         gains = (layer.q_gain or turns, layer.k_gain or turns)
@@ -261,8 +262,12 @@ class Stages(Streams):
         push += words(stride, k, v, ATTENTION_COUNTER)
         capacity = cache.size.capacity
         seen = min(layer.window or capacity, capacity)
-        splits = 1 if mode == PREPARE else min(split_count(layer.kv_heads), -(-seen // run))
+        splits = 1 if mode == PREPARE else min(most, -(-seen // run))
         self.run(recorder, pipeline, push, (splits, blocks, self.columns))
+
+    def _most_splits(self, kv_heads: int) -> int:
+        measured = self.tuning.measured.get(ATTENTION)
+        return measured.parts if measured else split_count(kv_heads)
 
     def _least_run(self, kv_heads: int, blocks: int) -> int:
         """Keys of a split at least: many columns are enough workgroups as they are."""

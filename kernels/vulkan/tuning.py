@@ -13,6 +13,7 @@ from uq.kernels.vulkan.weights import Kind, Matrix
 # What follows a product, as in shaders/gemv.comp; ADD is the sum of shaders/experts.comp.
 STORE, GEGLU, CHOOSE, BRANCH, TELL, ADD = range(6)
 MOST_LANES = 512
+ATTENTION = "attention"  # measured as a product: `Shape.parts` are parts of the context
 ENOUGH_LANES = 1 << 17  # that keep the memory of a large GPU busy
 SUMS = 4096  # floats of shared memory that a product may use
 EXPERT_LANES = 512
@@ -51,6 +52,7 @@ class Cut:
         lanes: invocations of a workgroup.
         joins: the splits of a head are joined by one workgroup; otherwise by each that needs it.
         width: blocks of rows that a slice multiplies at a time, 1 or 2.
+        splits: of the context, at most; 0: as many as dispatches have.
     """
 
     workgroups: int
@@ -62,6 +64,7 @@ class Cut:
     lanes: int
     joins: bool
     width: int = 1
+    splits: int = 0
 
 
 @dataclass(frozen=True)

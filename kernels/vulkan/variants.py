@@ -90,7 +90,7 @@ def _decode_kernels() -> Iterator[Variant]:
     gemv = ("LANES", "GROUP", "COLUMNS", "BLOCKS", *_NORM, *what)
     embed = ("LANES", "GROUP", "DECODE", "SCALE", "HIDDEN")
     per_layer = ("LANES", "GROUP", "SIZE", "ROWS", "EPS", "SCALE")
-    experts = ("LANES", "GROUP", "ACTIVE", "DEPTH")
+    experts = ("LANES", "GROUP", "ACTIVE", "DEPTH", "SHARING")
     for kind, macros in _weights().items():
         yield _kernel(f"gemv_{kind}", "gemv.comp", macros, constants=gemv)
         yield _kernel(f"experts_{kind}", "experts.comp", macros, constants=experts)
@@ -119,7 +119,7 @@ def _decode_kernels() -> Iterator[Variant]:
         yield _kernel(name, f"{name}.comp", constants=("LANES", "CAP"))
     shape = ("DIM", "HEADS", "KV_HEADS", "QUERIES", "WINDOW", "SLOTS", "SPLITS")
     scores, keys = ("QK_NORM", "EPS", "SCALE", "CAP"), ("VALUE_NORM", "OWNS_KEYS")
-    attention = ("LANES", "FLOAT_X", "MODE", *shape, *scores, "PARTS", "RUN", *keys)
+    attention = ("LANES", "FLOAT_X", "MODE", *shape, *scores, "PARTS", "RUN", *keys, "MOST_SPLITS")
     for name, macros in _caches("attention"):
         yield _kernel(name, "attention.comp", macros, constants=attention)
 
@@ -130,7 +130,7 @@ def _persistent_kernels() -> Iterator[Variant]:
     common = ("LANES", "GROUP", "DEPTH", "PATIENCE", *_NORM, *heads)
     sizes = ("INTERMEDIATE", "LAYERS", "DOWN_PARTS", "TEAMS", "HELD_TILES", "OUT_PARTS")
     cut = (*sizes, "ATTENDING", "JOINS", "WIDTH", "RUN", "FULL_DIM", "QKV_COLUMNS", "KEPT_COLUMNS")
-    extras = ("VALUE_NORM", "TOLD", "ACTIVE", "COUNT", "EXPERT_ROWS")
+    extras = ("VALUE_NORM", "TOLD", "ACTIVE", "COUNT", "EXPERT_ROWS", "SHARING")
     for cache, macros in _caches("persistent"):
         dotted = {**macros, "WEIGHT": "INT4", "INTEGER_DOT": 1}
         row = _kernel(f"{cache}_int4_dot", "persistent.comp", dotted, ("int8dot",), common)
