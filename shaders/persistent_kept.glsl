@@ -43,7 +43,8 @@ void ask_kept(uint stage) {
     kept.tiles = is_projection ? (TOLD + 127) / 128 : HIDDEN_TILES;
     kept.rows = is_projection ? 16 : LANES > 256 ? 8 : 4;
     kept.groups = (is_projection ? HIDDEN : stage == ROUTE ? COUNT : TOLD) / kept.rows;
-    kept.group = gl_WorkGroupID.x;
+    // Of the router whoever has least to do for experts.
+    kept.group = stage == ROUTE ? gl_NumWorkGroups.x - 1 - gl_WorkGroupID.x : gl_WorkGroupID.x;
     enter_kept_group();
 }
 

@@ -38,6 +38,7 @@ from uq.kernels.vulkan.weights import TILE_COLS, Matrix
 EMPTY = 0xFFFFFFFF  # what is no message
 PATIENCE = 1 << 16  # looks at a message, somewhat less than a microsecond each
 MOST_CHANNELS = 5376  # of the residual stream: it stays in registers
+ROUTED = 8  # experts whose scores a workgroup makes at a time, at most
 ENTRY = 35  # words of 64 bits of a layer, as in shaders/persistent.comp
 
 
@@ -108,6 +109,7 @@ def knows(stages: Stages, suffix: str) -> bool:
         and not (config.per_layer and config.experts)
         and config.hidden_size <= MOST_CHANNELS
         and _fit(config)
+        and expert_sizes(config)[1] % ROUTED == 0
     )
 
 
