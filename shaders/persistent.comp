@@ -34,7 +34,7 @@ layout(constant_id = 10) const uint HEAD_DIM = 8;
 layout(constant_id = 11) const uint HEADS = 1;
 layout(constant_id = 12) const uint KEY_HEADS = 1;
 layout(constant_id = 13) const uint QUERIES = 1;
-layout(constant_id = 14) const uint SPLITS = 16;  // at most
+layout(constant_id = 14) const uint SPLITS = 16;  // for which there are places: a multiple of 16
 layout(constant_id = 15) const bool QK_NORM = false;
 layout(constant_id = 16) const float SCALE = 1.0;
 layout(constant_id = 17) const float CAP = 0.0;
@@ -57,6 +57,7 @@ layout(constant_id = 36) const uint ACTIVE = 0;
 layout(constant_id = 37) const uint COUNT = 0;        // experts
 layout(constant_id = 38) const uint EXPERT_ROWS = 0;  // of an expert's gate
 layout(constant_id = 39) const uint SHARING = 1;      // slices that share an expert's columns of down
+layout(constant_id = 40) const uint MOST_SPLITS = 16;
 #include "weights.glsl"
 
 layout(buffer_reference, std430, buffer_reference_align = 8) readonly restrict buffer Turns {
@@ -256,7 +257,7 @@ void attend_layer() {
     key_scales = Floats(entry[entry_at + KEYS_AT + 2]);
     value_scales = Floats(entry[entry_at + KEYS_AT + 3]);
     turns = Turns(entry[entry_at + TURNS_AT]);
-    uint most = HEADS_VARY ? entry[entry_at + SOURCE_AT].y : SPLITS;
+    uint most = HEADS_VARY ? entry[entry_at + SOURCE_AT].y : MOST_SPLITS;
     uint least = HEADS_VARY ? entry[entry_at + FACTOR_AT].y : RUN;
     uint first = WINDOW > 0 && position >= WINDOW ? position + 1 - WINDOW : 0;
     uint seen = position + 1 - first, run = max(least, (seen + most - 1) / most);

@@ -176,7 +176,7 @@ def _constants(stages: Stages, cut: Cut) -> dict[str, int | float]:
         "HEADS": config.num_heads,
         "KEY_HEADS": heads[0][1],
         "QUERIES": cut.queries,
-        "SPLITS": most_splits(config),
+        "SPLITS": most_splits(config, cut),
         "QK_NORM": config.qk_norm,
         "VALUE_NORM": config.value_norm,
         "SCALE": float(config.attention_scale),
@@ -197,6 +197,7 @@ def _constants(stages: Stages, cut: Cut) -> dict[str, int | float]:
         "COUNT": count,
         "EXPERT_ROWS": size,
         "SHARING": expert_sharing(config, cut),
+        "MOST_SPLITS": cut.splits or most_splits(config, cut),
     }
 
 

@@ -218,7 +218,7 @@ def held_tiles(config: GemmaConfig, cut: Cut) -> int:
 
 def shared_bytes(config: GemmaConfig, cut: Cut) -> int:
     """Of a workgroup, at most: activations, attention's sums, and what is small."""
-    dim, splits = max(dim for dim, _ in head_sizes(config)), most_splits(config)
+    dim, splits = max(dim for dim, _ in head_sizes(config)), most_splits(config, cut)
     sums = 4 * cut.queries * ATTENTION_LANES * 8 + 4 * dim * (cut.queries + 4)
     heads = 1 if cut.joins else config.num_heads // cut.out_parts
     weights = 4 * splits * (cut.queries + heads) + 4 * cut.lanes

@@ -10,6 +10,7 @@ from uq.kernels.vulkan.tuning import Cut
 from uq.kernels.vulkan.weights import TILE_COLS, tiles_of
 
 COPIES, LEDGER_BYTES = 8, 16  # of the places for messages
+SPLIT_STEP = 16  # shares of so many splits are made at a time
 
 
 def head_sizes(config: GemmaConfig) -> list[tuple[int, int]]:
@@ -38,7 +39,10 @@ def expert_sharing(config: GemmaConfig, cut: Cut) -> int:
     return gcd(cut.teams[5], tiles_of(expert_sizes(config)[2])) if config.experts else 1
 
 
-def most_splits(config: GemmaConfig) -> int:
+def most_splits(config: GemmaConfig, cut: Cut) -> int:
+    """Of the context, for which there are places: a multiple of 16."""
+    if cut.splits:
+        return -(-cut.splits // SPLIT_STEP) * SPLIT_STEP
     return max(split_count(kv_heads) for _, kv_heads in head_sizes(config))
 
 
@@ -66,7 +70,7 @@ def key_column(config: GemmaConfig, layer: int) -> int:
 
 def copy_words(config: GemmaConfig, cut: Cut) -> int:
     """Places for the messages of a layer, as shaders/persistent.comp counts them."""
-    layers, splits = range(config.num_layers), most_splits(config)
+    layers, splits = range(config.num_layers), most_splits(config, cut)
     q = max(map(config.layer_q_size, layers))
     told = config.per_layer.size if config.per_layer else 0
     active, count, size = expert_sizes(config)
