@@ -129,7 +129,6 @@ const uint COPY = EXPERTS_GATED_AT + ACTIVE * EXPERT_TILES * 128;
 
 uint turn;         // layers so far, of all tokens
 uint patience = PATIENCE;
-bool knows_experts;  // of this layer
 
 uint64_t copy_of(uint turn_) {
     return uint64_t(messages) + uint64_t(turn_ % COPIES * (4 * COPY));
@@ -213,9 +212,9 @@ uint flip = 0;
 #include "persistent_stream.glsl"
 #include "persistent_work.glsl"
 #include "persistent_inputs.glsl"
-#include "persistent_products.glsl"
 #include "persistent_kept.glsl"
 #include "persistent_experts.glsl"
+#include "persistent_products.glsl"
 
 void attend_unit(uint split, uint block, uint first, uint run) {
     head = block * QUERIES * KV_HEADS / HEADS;
@@ -313,9 +312,6 @@ void run_stage(uint stage, uint layer) {
         multiply_kept(stage);
         return;
     }
-    if (ACTIVE > 0 && stage == EXPERT_GATE) {
-        choose_experts();
-    }
     uint step = PRODUCTS * layer + stage;
     [[dont_unroll]] while (ahead.step == step && layer < LAYERS) {
         work = ahead;
@@ -347,7 +343,6 @@ void finish() {
 
 void enter_layer(uint layer, uint epoch) {
     turn = epoch * LAYERS + layer;
-    knows_experts = false;
     entry_at = layer % 2 * ENTRY;
     if (HEADS_VARY) {
         layer_dim = entry[entry_at + HEADS_AT].x;

@@ -1,6 +1,8 @@
 // Experts, of which a token meets ACTIVE. Their scores are made beside gate and up; each workgroup chooses
 // by itself.
 
+shared float parts[ACTIVE > 0 ? ACTIVE : 1];  // of the experts' outputs in their sum
+
 // The router's part of the workgroup, whose weights are on their way.
 void score_experts() {
     if (kept.group < kept.groups) {
@@ -17,7 +19,6 @@ void hold_for_experts() {
     hold_own(lane + 16 * HIDDEN_TILES, 32 * HIDDEN_TILES, y);
 }
 
-// What is on its way behind gate and up is of no expert: the first chunk is asked for anew.
 void choose_experts() {
     for (uint i = lane; i < 4 * SCORE_QUADS; i += LANES) {
         uint score = i < COUNT ? EMPTY : 0;
@@ -27,10 +28,6 @@ void choose_experts() {
         know_score(i, uintBitsToFloat(score));
     }
     pick_known();
-    knows_experts = true;
-    enter_group();
-    ask_steps();
-    EACH_TILE(FETCH)
     if (lane < ACTIVE) {
         parts[lane] = share_of(lane, Floats(entry[entry_at + ROUTER_AT + 1]));
     }

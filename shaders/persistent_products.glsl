@@ -1,7 +1,5 @@
 // The products of persistent.comp.
 
-shared float parts[ACTIVE > 0 ? ACTIVE : 1];  // of the experts' outputs in their sum
-
 Piece ahead_0, ahead_1, ahead_2, ahead_3, ahead_4, ahead_5, ahead_6, ahead_7;
 Piece other_0, other_1, other_2, other_3, other_4, other_5, other_6, other_7;  // of the second block
 
@@ -107,6 +105,10 @@ void multiply_part(uint stage) {
             }
         }
         go_on();
+        if (ACTIVE > 0 && stage == GATE && ahead.step != work.step) {
+            choose_experts();  // in front of the first weights of theirs
+            enter_group();
+        }
         if (has_other_rows()) {
             ask_steps();
         }

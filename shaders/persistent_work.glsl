@@ -119,12 +119,12 @@ uint group_step() {
     return PICK(count, (left + OUT_PARTS - 1) / OUT_PARTS, count, (left + DOWN_PARTS - 1) / DOWN_PARTS, count, count);
 }
 
-// Of experts the rows of all that were chosen follow each other; before they are, it is any.
+// Of experts the rows of all that were chosen follow each other.
 uint64_t address_of(Words matrix, uint block) {
     block = min(block, blocks_of(ahead.step) - 1);
     if (ACTIVE > 0 && ahead.step % PRODUCTS == EXPERT_GATE) {
         const uint own = EXPERT_ROWS > 0 ? EXPERT_ROWS / 16 : 1;
-        block = knows_experts ? picked[block / own] * 2 * own + block % own : 0;
+        block = picked[block / own] * 2 * own + block % own;
     }
     return of_slice(block_address(matrix, block, ahead.tiles));
 }
