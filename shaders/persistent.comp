@@ -90,7 +90,8 @@ layout(push_constant) uniform Push {
     Uints next;
 };
 
-const uint ENTRY = 35;
+const uint PLANS_AT = 35;  // of each stage of products two words
+const uint ENTRY = PLANS_AT + 12;
 // Behind four matrices and the up projection. Sizes are two in a word.
 const uint Q_GAIN_AT = 5, KEYS_AT = 7, TURNS_AT = 11, WINDOW_AT = 12, HEADS_AT = 13, ROWS_AT = 14, NEW_AT = 15;
 const uint SOURCE_AT = 16, FACTOR_AT = 17, GAINS_AT = 18, TOLD_AT = 23;
@@ -269,12 +270,13 @@ void attend_layer() {
 void hold_part(uint stage) {
     if (stage == OUT && !JOINS) {
         hold_context(work.part * PART_HEADS);
-    } else if (ACTIVE > 0 && stage == EXPERT_DOWN) {
-        work.last_tile = work.part_tiles;
-        hold_messages(EXPERTS_GATED_AT, EXPERT_ROWS, EXPERT_TILES);
     } else {
+        bool is_experts = is_of_experts(work.step);
+        work.last_tile = is_experts ? work.part_tiles : work.last_tile;
         uint mlp = HEADS_VARY ? entry[entry_at + ROWS_AT].x : INTERMEDIATE;
-        hold_messages(stage == OUT ? CONTEXT_AT : GATED_AT, stage == OUT ? HEADS * DIM : mlp, work.last_tile);
+        uint place = stage == OUT ? CONTEXT_AT : is_experts ? EXPERTS_GATED_AT : GATED_AT;
+        uint channels = stage == OUT ? HEADS * DIM : is_experts ? EXPERT_ROWS : mlp;
+        hold_messages(place, channels, is_experts ? EXPERT_TILES : work.last_tile);
     }
     barrier();
 }
@@ -297,7 +299,6 @@ void run_stage(uint stage, uint layer) {
         join_stream(stage, layer);
         if (ACTIVE > 0 && stage == GATE) {
             score_experts();
-            hold_for_experts();
         }
         hold_stream(stage, layer);
         if (stage == GATE) {

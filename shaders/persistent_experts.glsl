@@ -13,12 +13,6 @@ void score_experts() {
     }
 }
 
-// Behind what gate and up take.
-void hold_for_experts() {
-    NORMED(y, second_gains)
-    hold_own(lane + 16 * HIDDEN_TILES, 32 * HIDDEN_TILES, y);
-}
-
 void choose_experts() {
     for (uint i = lane; i < 4 * SCORE_QUADS; i += LANES) {
         uint score = i < COUNT ? EMPTY : 0;

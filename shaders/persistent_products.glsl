@@ -69,13 +69,13 @@ void finish_group(uint stage, uint group, vec2 total) {
     }
     barrier();
     uint result = lane / 16, row = lane % 16, block = group * at_once(stage) + result;
-    if (result < at_once(stage) && block < blocks_of(work.step)) {
+    if (result < at_once(stage) && block < work.blocks) {
         float y = team_result(is_gate(stage) ? 2 * result : result, row);
         if (is_gate(stage)) {
             y = gelu(y) * team_result(2 * result + 1, row);
         }
         uint channel = 16 * block + row, plane = stage == OUT || stage == DOWN ? work.part * PLANE(HIDDEN) : 0;
-        uint place = PICK(QKV_AT, OUT_AT, GATED_AT, DOWN_AT, EXPERTS_GATED_AT, BESIDE_BRANCH_AT) + plane + channel;
+        uint place = plan_of(work.step, 1).y + plane + channel;
         if (ACTIVE > 0 && stage == EXPERT_GATE) {
             place += block / (EXPERT_ROWS / 16) * (128 * EXPERT_TILES - EXPERT_ROWS);
         }
@@ -107,8 +107,8 @@ void multiply_part(uint stage) {
         go_on();
         if (ACTIVE > 0 && stage == GATE && ahead.step != work.step) {
             choose_experts();  // in front of the first weights of theirs
-            enter_group();
         }
+        enter_chunk();
         if (has_other_rows()) {
             ask_steps();
         }

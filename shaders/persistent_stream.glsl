@@ -287,8 +287,16 @@ void hold_stream(uint stage, uint layer) {
         hold_floats(y);
         return;
     }
+    // Of the MLP, and behind it of the experts.
+    [[dont_unroll]] for (uint input_ = 0; input_ < (ACTIVE > 0 && stage == GATE ? 2 : 1); input_++) {
+        vec4 own_gains[OWN_QUADS];
+        [[unroll]] for (uint k = 0; k < OWN_QUADS; k++) {
+            own_gains[k] = input_ == 0 ? gains[k] : second_gains[k];
+        }
+        NORMED(z, own_gains)
+        hold_own(lane + input_ * 16 * HIDDEN_TILES, (1 + input_) * 16 * HIDDEN_TILES, z);  // the padding too
+    }
     NORMED(y, gains)
-    hold_own(lane, 16 * HIDDEN_TILES, y);  // the padding too: it meets weights of zero
     if (layer == LAYERS) {
         [[unroll]] for (uint k = 0; k < OWN_QUADS; k++) {
             if (own_octet(k / 2) < OCTETS) {

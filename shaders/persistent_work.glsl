@@ -11,25 +11,15 @@
 #define TEAM(which, matrices) (TEAMS >> 4 * which & 15u)
 #define OWN(which, matrices) (slice / TEAM(which, 1))
 #define AT_ONCE(which, matrices) (SLICES * WIDTH / TEAM(which, 1) / matrices)
-#define GROUPS(which, matrices) ((blocks + AT_ONCE(which, matrices) - 1) / AT_ONCE(which, matrices))
-#define CHUNKS(which, matrices) \
-    ((ahead.part_tiles + TEAM(which, 1) * DEPTH - 1) / (TEAM(which, 1) * DEPTH))
 
 // Experts whose columns of down the slices of a team have at a time, how often, and chunks of each.
 const uint EXPERTS_AT_ONCE = ACTIVE > 0 ? (TEAMS >> 20 & 15u) / SHARING : 1;
 const uint EXPERT_ROUNDS = (ACTIVE + EXPERTS_AT_ONCE - 1) / EXPERTS_AT_ONCE;
 const uint EXPERT_CHUNKS = ACTIVE > 0 ? (EXPERT_TILES / SHARING + DEPTH - 1) / DEPTH : 1;
 
-// Rows of a layer's gate, and of q, k and v.
-uvec2 rows_of(uint step) {
-    uvec2 same = uvec2(INTERMEDIATE, (HEADS + 2 * KEY_HEADS) * HEAD_DIM);
-    return HEADS_VARY ? entry[step / PRODUCTS % 2 * ENTRY + ROWS_AT] : same;
-}
-
-uint blocks_of(uint step) {
-    uint stage = step % PRODUCTS;
-    uvec2 own = rows_of(step);
-    return PICK(own.y, HIDDEN, own.x, HIDDEN, ACTIVE * EXPERT_ROWS, HIDDEN) / 16;
+// What Python says of a stage: sizes, or blocks and the place of its messages.
+uvec2 plan_of(uint step, uint which) {
+    return entry[step / PRODUCTS % 2 * ENTRY + PLANS_AT + 2 * (step % PRODUCTS) + which];
 }
 
 // Blocks of a group, of a matrix.
@@ -37,16 +27,11 @@ uint at_once(uint stage) {
     return EACH(AT_ONCE);
 }
 
-uint groups_of(uint step) {
-    uint stage = step % PRODUCTS, blocks = blocks_of(step);
-    return EACH(GROUPS);
-}
-
 struct Work {
     uint step;  // PRODUCTS * layer + stage
     uint part, part_tiles, first_tile, last_tile;
     uint group;
-    uint chunk, chunks;
+    uint chunk, chunks, groups, blocks;
     uint team, place, first_sum;      // of the slice; its sums among the group's
     uint apart;                       // from a tile of the slice to its next one
     uint tile;                        // its first one of the chunk
@@ -85,18 +70,16 @@ uint64_t of_slice(uint64_t value) {
 void enter_stage() {
     uint stage = ahead.step % PRODUCTS, slice = of_slice(lane / 64), from = ahead.step / PRODUCTS % 2 * ENTRY;
     uint team = EACH(TEAM), own = EACH(OWN);
-    uint queries = HEADS * (HEADS_VARY ? entry[from + HEADS_AT].x : HEAD_DIM), mlp = rows_of(ahead.step).x;
-    uint tiles = (PICK(HIDDEN, queries, HIDDEN, mlp, HIDDEN, EXPERT_ROWS) + 127) / 128;
-    ahead.tiles = tiles;
-    ahead.part_tiles = PICK(
-        tiles, (tiles + OUT_PARTS - 1) / OUT_PARTS, tiles, (tiles + DOWN_PARTS - 1) / DOWN_PARTS,
-        tiles, ACTIVE * tiles
-    );
+    uvec2 plan = plan_of(ahead.step, 0);
+    ahead.tiles = plan.x & 0xFFFFu;
+    ahead.part_tiles = plan.x >> 16;
+    ahead.groups = plan.y >> 16;
+    ahead.blocks = plan_of(ahead.step, 1).x;
     ahead.team = team;
     ahead.place = slice - own * team;
     ahead.first_sum = own * WIDTH;
     ahead.apart = is_of_experts(ahead.step) ? SHARING : team;
-    ahead.chunks = is_of_experts(ahead.step) ? EXPERT_ROUNDS * EXPERT_CHUNKS : EACH(CHUNKS);
+    ahead.chunks = plan.y & 0xFFFFu;
     uint which = PICK(0, 1, 2, 4, EXPERTS_AT, EXPERTS_AT + 2);
     which += uint(is_gate(stage) && WIDTH == 1 && own % 2 == 1);
     ahead.matrix = Words(entry[from + which]);
@@ -121,7 +104,7 @@ uint group_step() {
 
 // Of experts the rows of all that were chosen follow each other.
 uint64_t address_of(Words matrix, uint block) {
-    block = min(block, blocks_of(ahead.step) - 1);
+    block = min(block, ahead.blocks - 1);
     if (ACTIVE > 0 && ahead.step % PRODUCTS == EXPERT_GATE) {
         const uint own = EXPERT_ROWS > 0 ? EXPERT_ROWS / 16 : 1;
         block = picked[block / own] * 2 * own + block % own;
@@ -153,11 +136,6 @@ uint first_block() {
 
 void enter_group() {
     uint block = first_block();
-    ahead.chunk = 0;
-    if (is_of_experts(ahead.step)) {
-        enter_expert(block);
-        return;
-    }
     ahead.rows_at = address_of(ahead.matrix, block);
     if (WIDTH == 2) {
         ahead.other_at = address_of(ahead.other, block + uint(!is_gate(ahead.step % PRODUCTS)));
@@ -178,21 +156,27 @@ void find_part() {
             enter_stage();
         }
         enter_part();
-    } while (ahead.group >= groups_of(ahead.step));
+    } while (ahead.group >= ahead.groups);
 }
 
-// To the next chunk.
+// To the next chunk, without its addresses.
 void go_on() {
     ahead.chunk += 1;
     ahead.tile += DEPTH * ahead.team;
     if (ahead.chunk == ahead.chunks) {
+        ahead.chunk = 0;
         ahead.group += group_step();
-        if (ahead.group >= groups_of(ahead.step)) {
+        if (ahead.group >= ahead.groups) {
             find_part();
         }
-        enter_group();
-    } else if (is_of_experts(ahead.step)) {
+    }
+}
+
+void enter_chunk() {
+    if (is_of_experts(ahead.step)) {
         enter_expert(first_block());
+    } else if (ahead.chunk == 0) {
+        enter_group();
     }
 }
 
@@ -201,5 +185,6 @@ void begin() {
     ahead.step = 0xFFFFFFFFu;  // behind the last part of the one in front
     ahead.part = DOWN_PARTS;
     find_part();
+    ahead.chunk = 0;
     enter_group();
 }

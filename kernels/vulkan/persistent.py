@@ -16,7 +16,7 @@ from uq.kernels.vulkan.commands import Recorder
 from uq.kernels.vulkan.device import PhysicalGpu
 from uq.kernels.vulkan.memory import Arena, Span, Transfers, aligned
 from uq.kernels.vulkan.model import Layer, Model, least_tiles, split_count
-from uq.kernels.vulkan.persistent_cuts import MOST_LANES, SLICE, held_tiles, shapes
+from uq.kernels.vulkan.persistent_cuts import MOST_LANES, SLICE, held_tiles, shapes, stage_plans
 from uq.kernels.vulkan.persistent_places import (
     LEDGER_BYTES,
     expert_sharing,
@@ -39,7 +39,7 @@ EMPTY = 0xFFFFFFFF  # what is no message
 PATIENCE = 1 << 16  # looks at a message, somewhat less than a microsecond each
 MOST_CHANNELS = 5376  # of the residual stream: it stays in registers
 ROUTED = 8  # experts whose scores a workgroup makes at a time, at most
-ENTRY = 35  # words of 64 bits of a layer, as in shaders/persistent.comp
+ENTRY = 47  # words of 64 bits of a layer, as in shaders/persistent.comp
 
 
 @dataclass(frozen=True)
@@ -225,7 +225,9 @@ def _entry(stages: Stages, cache: Cache, cut: Cut, index: int) -> list[int]:
     words = [low | high << 32 for low, high in sizes]
     behind = [*_gains(stages.model, index), *_told(stages, layer)]
     behind += _mixture(layer, layers[index - 1] if index else layer)
-    return [*(span.address for span in spans), *words, *(span.address for span in behind)]
+    found = [*(span.address for span in spans), *words, *(span.address for span in behind)]
+    plans = [low | high << 32 for low, high in stage_plans(config, cut, layer.index)]
+    return [*found, *plans, *[0] * (ENTRY - len(found) - len(plans))]
 
 
 def least_run(kv_heads: int) -> int:

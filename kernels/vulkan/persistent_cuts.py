@@ -10,7 +10,7 @@ from math import gcd
 
 from uq.formats.config import GemmaConfig
 from uq.kernels.vulkan.model import Layer, Model
-from uq.kernels.vulkan.persistent_places import expert_sizes, head_sizes, most_splits
+from uq.kernels.vulkan.persistent_places import expert_sizes, head_sizes, most_splits, stage_places
 from uq.kernels.vulkan.stages import ATTENTION_LANES, shared_queries
 from uq.kernels.vulkan.tuning import ADD, ATTENTION, BRANCH, GEGLU, STORE, TELL, Cut, Shape, product_key
 from uq.kernels.vulkan.weights import TILE_COLS, TILE_ROWS, Matrix, tiles_of
@@ -226,3 +226,24 @@ def shared_bytes(config: GemmaConfig, cut: Cut) -> int:
     if config.per_layer or config.experts:
         held = max(held, FLOAT_BYTES * tiles_of(config.hidden_size))
     return held + sums + weights + 4 * config.hidden_size // 16 + 2048
+
+
+def stage_plans(config: GemmaConfig, cut: Cut, layer: int) -> list[tuple[int, int]]:
+    """Of each stage of products two words: tiles of a row and of a part of it, chunks of a group and groups of
+    blocks, each 16 bits; blocks, and where its messages begin."""
+    active, _, size = expert_sizes(config)
+    order = (0, 1, 2, 4, 3, 5) if active else (0, 1, 2, 3)
+    matrices, parts = {2: 2, 4: 2}, {1: cut.out_parts, 3: cut.down_parts}
+    all_shapes, places, at_once = _shapes_of(config, layer), stage_places(config, cut), cut.lanes // SLICE * cut.width
+    found = []
+    for stage in order:
+        rows, columns = all_shapes[stage]
+        tiles, team = tiles_of(size) if stage == 5 else tiles_of(columns), cut.teams[stage]
+        part = active * tiles if stage == 5 else -(-tiles // parts.get(stage, 1))
+        chunks = -(-part // (team * cut.depth))
+        if stage == 5:
+            sharing = gcd(team, tiles)
+            chunks = -(-active * sharing // team) * -(-tiles // (sharing * cut.depth))
+        groups = _groups(rows, at_once, team * matrices.get(stage, 1))
+        found += [(tiles | part << 16, chunks | groups << 16), (rows // TILE_ROWS, places[stage])]
+    return found

@@ -92,3 +92,17 @@ def message_bytes(config: GemmaConfig, cut: Cut) -> int:
 
 def _plane(channels: int) -> int:
     return TILE_COLS * tiles_of(channels)
+
+
+def stage_places(config: GemmaConfig, cut: Cut) -> list[int]:
+    """Where messages of q, k and v begin in a copy; of attention's output, gate, down, and of the experts'."""
+    layers, hidden = range(config.num_layers), _plane(config.hidden_size)
+    q = max(map(config.layer_q_size, layers))
+    told, (active, count, _) = config.per_layer.size if config.per_layer else 0, expert_sizes(config)
+    out = _plane(own_columns(config)) + _plane(q)
+    gate = out + cut.out_parts * hidden
+    down = gate + _plane(max(map(config.layer_intermediate_size, layers)))
+    splits = most_splits(config, cut)
+    stats = down + cut.down_parts * hidden + splits * q
+    beside = stats + _plane(2 * splits * config.num_heads) + _plane(told + count)
+    return [0, out, gate, down, beside + bool(told or count) * hidden, beside]
