@@ -90,7 +90,7 @@ layout(push_constant) uniform Push {
     Uints next;
 };
 
-const uint PLANS_AT = 35;  // of each stage of products two words
+const uint PLANS_AT = 35;  // two words of each stage of products
 const uint ENTRY = PLANS_AT + 12;
 // Behind four matrices and the up projection. Sizes are two in a word.
 const uint Q_GAIN_AT = 5, KEYS_AT = 7, TURNS_AT = 11, WINDOW_AT = 12, HEADS_AT = 13, ROWS_AT = 14, NEW_AT = 15;

@@ -12,12 +12,11 @@
 #define OWN(which, matrices) (slice / TEAM(which, 1))
 #define AT_ONCE(which, matrices) (SLICES * WIDTH / TEAM(which, 1) / matrices)
 
-// Experts whose columns of down the slices of a team have at a time, how often, and chunks of each.
+// Experts whose columns of down the slices of a team have at a time, and chunks of each.
 const uint EXPERTS_AT_ONCE = ACTIVE > 0 ? (TEAMS >> 20 & 15u) / SHARING : 1;
-const uint EXPERT_ROUNDS = (ACTIVE + EXPERTS_AT_ONCE - 1) / EXPERTS_AT_ONCE;
 const uint EXPERT_CHUNKS = ACTIVE > 0 ? (EXPERT_TILES / SHARING + DEPTH - 1) / DEPTH : 1;
 
-// What Python says of a stage: sizes, or blocks and the place of its messages.
+// As kernels/vulkan/persistent_plans.py writes them.
 uvec2 plan_of(uint step, uint which) {
     return entry[step / PRODUCTS % 2 * ENTRY + PLANS_AT + 2 * (step % PRODUCTS) + which];
 }
@@ -31,7 +30,8 @@ struct Work {
     uint step;  // PRODUCTS * layer + stage
     uint part, part_tiles, first_tile, last_tile;
     uint group;
-    uint chunk, chunks, groups, blocks;
+    uint groups, blocks;              // of the stage
+    uint chunk, chunks;
     uint team, place, first_sum;      // of the slice; its sums among the group's
     uint apart;                       // from a tile of the slice to its next one
     uint tile;                        // its first one of the chunk

@@ -16,7 +16,7 @@ from uq.kernels.vulkan.commands import Recorder
 from uq.kernels.vulkan.device import PhysicalGpu
 from uq.kernels.vulkan.memory import Arena, Span, Transfers, aligned
 from uq.kernels.vulkan.model import Layer, Model, least_tiles, split_count
-from uq.kernels.vulkan.persistent_cuts import MOST_LANES, SLICE, held_tiles, shapes, stage_plans
+from uq.kernels.vulkan.persistent_cuts import MOST_LANES, SLICE, held_tiles, shapes
 from uq.kernels.vulkan.persistent_places import (
     LEDGER_BYTES,
     expert_sharing,
@@ -29,6 +29,7 @@ from uq.kernels.vulkan.persistent_places import (
     most_splits,
     own_columns,
 )
+from uq.kernels.vulkan.persistent_plans import WORDS, stage_plans
 from uq.kernels.vulkan.push import addresses
 from uq.kernels.vulkan.stages import ATTENTION_LANES, Stages
 from uq.kernels.vulkan.tuning import Cut, Measured
@@ -39,7 +40,7 @@ EMPTY = 0xFFFFFFFF  # what is no message
 PATIENCE = 1 << 16  # looks at a message, somewhat less than a microsecond each
 MOST_CHANNELS = 5376  # of the residual stream: it stays in registers
 ROUTED = 8  # experts whose scores a workgroup makes at a time, at most
-ENTRY = 47  # words of 64 bits of a layer, as in shaders/persistent.comp
+ENTRY = 35 + WORDS  # words of 64 bits of a layer, as in shaders/persistent.comp
 
 
 @dataclass(frozen=True)

@@ -10,9 +10,24 @@ from math import gcd
 
 from uq.formats.config import GemmaConfig
 from uq.kernels.vulkan.model import Layer, Model
-from uq.kernels.vulkan.persistent_places import expert_sizes, head_sizes, most_splits, stage_places
+from uq.kernels.vulkan.persistent_places import (
+    SPLIT_STEP,
+    expert_sizes,
+    head_sizes,
+    most_splits,
+)
 from uq.kernels.vulkan.stages import ATTENTION_LANES, shared_queries
-from uq.kernels.vulkan.tuning import ADD, ATTENTION, BRANCH, GEGLU, STORE, TELL, Cut, Shape, product_key
+from uq.kernels.vulkan.tuning import (
+    ADD,
+    ATTENTION,
+    BRANCH,
+    GEGLU,
+    STORE,
+    TELL,
+    Cut,
+    Shape,
+    product_key,
+)
 from uq.kernels.vulkan.weights import TILE_COLS, TILE_ROWS, Matrix, tiles_of
 
 # Lanes, the most tiles on their way, and blocks of a slice, of cuts to measure: twice the lanes
@@ -23,6 +38,7 @@ LARGE = 64  # multiprocessors
 SLICE = 64  # lanes that multiply a block of rows together: whole subgroups
 OCTETS = 2  # of the residual stream in a lane, at most, where AMD's compiler spills no registers
 DOWN_PARTS = 1, 2, 3
+EXPERTS_OUT_PARTS = 3  # which leave no workgroup of a large GPU without any
 TEAMS = 1, 2, 3, 4, 6, 8
 GROUP_TILES = 2  # so many tiles take as long as what follows a group of blocks does; a guess
 FEW_RUNS = 32  # of keys, for which there are workgroups enough: each then serves one head
@@ -44,17 +60,28 @@ def cuts(config: GemmaConfig, multiprocessors: int, most_shared: int) -> list[Cu
     if config.num_heads * FEW_RUNS <= workgroups or max(heads)[0] > MOST_SHARED:
         queries = 1
     ways = [(True, 1)]  # who joins the splits, and parts of attention's output
+    if config.experts:
+        ways.append((True, EXPERTS_OUT_PARTS))
     if config.num_heads <= MOST_JOINED and config.num_heads % 2 == 0:
         ways.append((False, config.num_heads // 2))
-    sizes = _sizes(config, multiprocessors)
+    sizes, splits = _sizes(config, multiprocessors), _even_splits(config, workgroups, queries)
+    all_parts = DOWN_PARTS[:1] if config.experts else DOWN_PARTS
     found: dict[Cut, None] = {}  # each once, in their order
-    for (lanes, most, width), down_parts, (joins, out_parts) in product(sizes, DOWN_PARTS, ways):
+    for (lanes, most, width), down_parts, (joins, out_parts) in product(sizes, all_parts, ways):
         teams = best_teams(config, workgroups, lanes // SLICE, out_parts, down_parts, width)
         depth = even_depth(-(-tiles_of(config.hidden_size) // teams[2]), most)
-        cut = Cut(workgroups, queries, teams, out_parts, down_parts, depth, lanes, joins, width)
+        cut = Cut(
+            workgroups, queries, teams, out_parts, down_parts, depth, lanes, joins, width, splits
+        )
         if _leaves_none_empty(config, cut) and shared_bytes(config, cut) <= most_shared:
             found |= dict.fromkeys(_busier(config, cut))
     return list(found)
+
+
+def _even_splits(config: GemmaConfig, workgroups: int, queries: int) -> int:
+    """`Cut.splits` with which no workgroup has two runs of keys; 0 where that takes many."""
+    splits = max(1, workgroups // (config.num_heads // queries))
+    return splits if splits <= SPLIT_STEP else 0
 
 
 def _busier(config: GemmaConfig, cut: Cut) -> Iterator[Cut]:
@@ -63,7 +90,7 @@ def _busier(config: GemmaConfig, cut: Cut) -> Iterator[Cut]:
     yield cut
     slices, (qkv, out, *others) = cut.lanes // SLICE, cut.teams
     larger = [team for team in TEAMS if team > out and slices % team == 0]
-    idle = _groups(config.hidden_size, slices * cut.width, out) < cut.workgroups
+    idle = groups_of(config.hidden_size, slices * cut.width, out) < cut.workgroups
     if cut.width == 2 and cut.joins and idle and larger:
         yield replace(cut, teams=(qkv, larger[0], *others))
 
@@ -95,7 +122,7 @@ def best_teams(
     width: int = 1,
 ) -> tuple[int, ...]:
     """`Cut.teams` with which none of a workgroup's slices has much more to do than another."""
-    products = [_shapes_of(config, layer) for layer in range(config.num_layers)]
+    products = [shapes_of(config, layer) for layer in range(config.num_layers)]
     work = partial(_tiles_of_slice, workgroups, slices, width)
     teams = [team for team in TEAMS if slices % team == 0]
 
@@ -105,7 +132,7 @@ def best_teams(
         return [
             team
             for team in teams
-            if all(_groups(n, slices * width, 2 * team) >= workgroups for n in rows)
+            if all(groups_of(n, slices * width, 2 * team) >= workgroups for n in rows)
         ]
 
     def best(stage: int, among: Sequence[int], **how: int) -> int:
@@ -117,12 +144,12 @@ def best_teams(
         return (*found, best(3, teams, parts=down_parts))
     gate, down = best(4, pairs(4), matrices=2), best(5, teams)
     rows, at_once = config.hidden_size, slices * width
-    idle = workgroups - _groups(rows, at_once, down)
-    beside = [team for team in teams if down_parts * _groups(rows, at_once, team) <= idle]
+    idle = workgroups - groups_of(rows, at_once, down)
+    beside = [team for team in teams if down_parts * groups_of(rows, at_once, team) <= idle]
     return (*found, best(3, beside or teams, parts=down_parts), gate, down)
 
 
-def _shapes_of(config: GemmaConfig, layer: int) -> tuple[tuple[int, int], ...]:
+def shapes_of(config: GemmaConfig, layer: int) -> tuple[tuple[int, int], ...]:
     """Rows and columns of q, k and v together, attention's output, the gate, and down; of the gate
     and of down of all experts that a token meets."""
     shapes, hidden = config.linear_shapes(layer), config.hidden_size
@@ -135,7 +162,7 @@ def _shapes_of(config: GemmaConfig, layer: int) -> tuple[tuple[int, int], ...]:
     return (*dense, (active * size, hidden), (hidden, active * tiles_of(size) * TILE_COLS))
 
 
-def _groups(rows: int, at_once: int, team: int) -> int:
+def groups_of(rows: int, at_once: int, team: int) -> int:
     """Of blocks of rows that a workgroup takes at a time, each with a team; 0 where none fits."""
     blocks = -(-rows // TILE_ROWS)
     return -(-blocks * team // at_once) if at_once % team == 0 else 0
@@ -153,7 +180,7 @@ def _tiles_of_slice(
     matrices: int = 1,
 ) -> int:
     """That the one with the most work multiplies one after the other."""
-    groups = _groups(rows, slices * width, team * matrices)
+    groups = groups_of(rows, slices * width, team * matrices)
     rounds = -(-groups // max(1, workgroups // parts))
     return rounds * (width * -(-tiles_of(columns) // (parts * team)) + GROUP_TILES)
 
@@ -226,24 +253,3 @@ def shared_bytes(config: GemmaConfig, cut: Cut) -> int:
     if config.per_layer or config.experts:
         held = max(held, FLOAT_BYTES * tiles_of(config.hidden_size))
     return held + sums + weights + 4 * config.hidden_size // 16 + 2048
-
-
-def stage_plans(config: GemmaConfig, cut: Cut, layer: int) -> list[tuple[int, int]]:
-    """Of each stage of products two words: tiles of a row and of a part of it, chunks of a group and groups of
-    blocks, each 16 bits; blocks, and where its messages begin."""
-    active, _, size = expert_sizes(config)
-    order = (0, 1, 2, 4, 3, 5) if active else (0, 1, 2, 3)
-    matrices, parts = {2: 2, 4: 2}, {1: cut.out_parts, 3: cut.down_parts}
-    all_shapes, places, at_once = _shapes_of(config, layer), stage_places(config, cut), cut.lanes // SLICE * cut.width
-    found = []
-    for stage in order:
-        rows, columns = all_shapes[stage]
-        tiles, team = tiles_of(size) if stage == 5 else tiles_of(columns), cut.teams[stage]
-        part = active * tiles if stage == 5 else -(-tiles // parts.get(stage, 1))
-        chunks = -(-part // (team * cut.depth))
-        if stage == 5:
-            sharing = gcd(team, tiles)
-            chunks = -(-active * sharing // team) * -(-tiles // (sharing * cut.depth))
-        groups = _groups(rows, at_once, team * matrices.get(stage, 1))
-        found += [(tiles | part << 16, chunks | groups << 16), (rows // TILE_ROWS, places[stage])]
-    return found

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import accumulate
 from math import gcd
 
 from uq.formats.config import GemmaConfig
@@ -70,20 +71,37 @@ def key_column(config: GemmaConfig, layer: int) -> int:
 
 def copy_words(config: GemmaConfig, cut: Cut) -> int:
     """Places for the messages of a layer, as shaders/persistent.comp counts them."""
+    return sum(_planes(config, cut))
+
+
+def stage_places(config: GemmaConfig, cut: Cut) -> tuple[int, ...]:
+    """Where messages begin: of q, k and v; of attention's output; of gate and up; of down; of
+    experts' gate and up; of their down."""
+    begins = [0, *accumulate(_planes(config, cut))]
+    return begins[0], begins[2], begins[3], begins[4], begins[9], begins[8]
+
+
+def _planes(config: GemmaConfig, cut: Cut) -> list[int]:
+    """Words of what follows each other: q, k and v; attention's context and output; gate and up;
+    down; attention's partial sums, and their peaks and totals; the per-layer gate or the router;
+    what joins behind the MLP; the experts' gate and up."""
     layers, splits = range(config.num_layers), most_splits(config, cut)
     q = max(map(config.layer_q_size, layers))
     told = config.per_layer.size if config.per_layer else 0
     active, count, size = expert_sizes(config)
-    places = [
-        own_columns(config),
-        q,
-        *[config.hidden_size] * (cut.out_parts + cut.down_parts + bool(told or count)),
-        max(map(config.layer_intermediate_size, layers)),
-        2 * splits * config.num_heads,
-        told + count,
-        *[size] * active,
+    hidden = _plane(config.hidden_size)
+    return [
+        _plane(own_columns(config)),
+        _plane(q),
+        cut.out_parts * hidden,
+        _plane(max(map(config.layer_intermediate_size, layers))),
+        cut.down_parts * hidden,
+        splits * q,
+        _plane(2 * splits * config.num_heads),
+        _plane(told + count),
+        hidden if told or count else 0,
+        active * _plane(size),
     ]
-    return splits * q + sum(map(_plane, places))
 
 
 def message_bytes(config: GemmaConfig, cut: Cut) -> int:
@@ -92,17 +110,3 @@ def message_bytes(config: GemmaConfig, cut: Cut) -> int:
 
 def _plane(channels: int) -> int:
     return TILE_COLS * tiles_of(channels)
-
-
-def stage_places(config: GemmaConfig, cut: Cut) -> list[int]:
-    """Where messages of q, k and v begin in a copy; of attention's output, gate, down, and of the experts'."""
-    layers, hidden = range(config.num_layers), _plane(config.hidden_size)
-    q = max(map(config.layer_q_size, layers))
-    told, (active, count, _) = config.per_layer.size if config.per_layer else 0, expert_sizes(config)
-    out = _plane(own_columns(config)) + _plane(q)
-    gate = out + cut.out_parts * hidden
-    down = gate + _plane(max(map(config.layer_intermediate_size, layers)))
-    splits = most_splits(config, cut)
-    stats = down + cut.down_parts * hidden + splits * q
-    beside = stats + _plane(2 * splits * config.num_heads) + _plane(told + count)
-    return [0, out, gate, down, beside + bool(told or count) * hidden, beside]
