@@ -57,14 +57,15 @@ bool is_gate(uint stage) {
 }
 
 // What is the same in a whole slice, so that compilers know it for a subgroup: those have 64 lanes at most.
-// Attention with scales and sizes of its own leaves no scalar registers for that.
+// Attention with sizes of its own leaves few scalar registers for that, with scales besides none.
 uint of_slice(uint value) {
-    return HEADS_VARY && KV_INT8 == 1 ? value : subgroupBroadcastFirst(value);
+    return HEADS_VARY ? value : subgroupBroadcastFirst(value);
 }
 
 uint64_t of_slice(uint64_t value) {
     uvec2 words = unpack32(value);
-    return pack64(uvec2(of_slice(words.x), of_slice(words.y)));
+    words = uvec2(subgroupBroadcastFirst(words.x), subgroupBroadcastFirst(words.y));
+    return HEADS_VARY && KV_INT8 == 1 ? value : pack64(words);
 }
 
 void enter_stage() {

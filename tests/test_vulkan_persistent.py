@@ -260,7 +260,7 @@ def test_scores_of_experts_that_no_workgroup_makes_are_for_dispatches(tmp_path: 
     config = replace(experts(), experts=Experts(count=22, active=3, intermediate_size=96))
     cut = replace(ONE, teams=(4, 2, 2, 4, 2, 4))
     session = cut_session(config, tmp_path, cut, cut)
-    list(session.decode(2, Sampling()))
+    text_and_logits(session)
     assert len({kernel.label for kernel in session.profile().kernels}) > 3
     session.close()
 
