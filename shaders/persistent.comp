@@ -58,6 +58,7 @@ layout(constant_id = 37) const uint COUNT = 0;        // experts
 layout(constant_id = 38) const uint EXPERT_ROWS = 0;  // of an expert's gate
 layout(constant_id = 39) const uint SHARING = 1;      // slices that share an expert's columns of down
 layout(constant_id = 40) const uint MOST_SPLITS = 16;
+layout(constant_id = 41) const uint LIST = 1;         // items of a workgroup's list
 #include "weights.glsl"
 
 layout(buffer_reference, std430, buffer_reference_align = 8) readonly restrict buffer Turns {
@@ -81,11 +82,17 @@ layout(buffer_reference, std430, buffer_reference_align = 16) readonly restrict 
     uvec2 at[];
 };
 
+// Of each workgroup, as kernels/vulkan/persistent_shares.py writes them.
+layout(buffer_reference, std430, buffer_reference_align = 4) readonly restrict buffer Items {
+    uint at[];
+};
+
 layout(push_constant) uniform Push {
     Entries entries;  // of each layer, and what stands behind the last one
     State state;
     Ledger ledger;
     Messages messages;
+    Items items;
     Quads hidden, normed;
     Uints next;
 };

@@ -69,13 +69,14 @@ void finish_group(uint stage, uint group, vec2 total) {
     }
     barrier();
     uint result = lane / 16, row = lane % 16, block = group * at_once(stage) + result;
-    if (result < at_once(stage) && block < work.blocks) {
+    uvec2 plan = plan_of(work.step, 1);  // blocks, and the place of messages
+    if (result < at_once(stage) && block < plan.x) {
         float y = team_result(is_gate(stage) ? 2 * result : result, row);
         if (is_gate(stage)) {
             y = gelu(y) * team_result(2 * result + 1, row);
         }
         uint channel = 16 * block + row, plane = stage == OUT || stage == DOWN ? work.part * PLANE(HIDDEN) : 0;
-        uint place = plan_of(work.step, 1).y + plane + channel;
+        uint place = plan.y + plane + channel;
         if (ACTIVE > 0 && stage == EXPERT_GATE) {
             place += block / (EXPERT_ROWS / 16) * (128 * EXPERT_TILES - EXPERT_ROWS);
         }

@@ -147,9 +147,9 @@ DEFINE_HOLD(hold_own, OWN, OWN_QUADS)
 const uint MOST_ON_WAY = 12;  // quads of messages
 const uint DOWN_BRANCHES = DOWN_PARTS + (ACTIVE > 0 ? 1 : 0);  // the last one is the experts'
 const uint BRANCHES = OUT_PARTS > DOWN_BRANCHES ? OUT_PARTS : DOWN_BRANCHES;
-const uint ROOM = MOST_ON_WAY / (2 * BRANCHES) > 0 ? MOST_ON_WAY / (2 * BRANCHES) : 1;
-const uint OWN_ON_WAY = OWN < ROOM ? OWN : ROOM;
-const uint ON_WAY = 2 * BRANCHES * OWN_ON_WAY;
+const uint ROOM = MOST_ON_WAY / OWN_QUADS > 0 ? MOST_ON_WAY / OWN_QUADS : 1;
+const uint PARTS_ON_WAY = BRANCHES < ROOM ? BRANCHES : ROOM;
+const uint ON_WAY = PARTS_ON_WAY * OWN_QUADS;
 
 // Loads an octet of messages again, as long as one is missing.
 void look_octet(MessageQuads from, uint octet, inout uvec4 one, inout uvec4 two) {
@@ -159,19 +159,18 @@ void look_octet(MessageQuads from, uint octet, inout uvec4 one, inout uvec4 two)
     }
 }
 
-// What joins octets `first` .. of the lane: the sum of the parts; behind them `others`, if there are such.
-void receive_octets(MessageQuads from, uint parts, bool has_others, uint first) {
+// Adds what joins the lane's octets: of all parts, those from `first` on; behind them `others`, if there are such.
+void receive_parts(MessageQuads from, uint first, uint parts, bool has_others) {
     uvec4 v[ON_WAY];
-    uint branches = parts + uint(has_others);
     [[unroll]] for (uint k = 0; k < ON_WAY; k++) {
-        v[k] = uvec4(k / 2 % BRANCHES < branches ? EMPTY : 0);
+        v[k] = uvec4(first + k / OWN_QUADS < parts + uint(has_others) ? EMPTY : 0);
     }
     bool waits = true;
     for (uint looks = 0; waits && !gives_up(looks); looks++) {
         [[unroll]] for (uint k = 0; k < ON_WAY; k += 2) {
-            uint octet = min(own_octet(first + k / 2 / BRANCHES), OCTETS - 1), branch = k / 2 % BRANCHES;
-            bool is_other = has_others && branch == parts;
-            uint plane = is_other ? (BESIDE_BRANCH_AT - DOWN_AT) / 8 : branch * (PLANE(HIDDEN) / 8);
+            uint octet = min(own_octet(k % OWN_QUADS / 2), OCTETS - 1), part = first + k / OWN_QUADS;
+            bool is_other = has_others && part == parts;
+            uint plane = is_other ? (BESIDE_BRANCH_AT - DOWN_AT) / 8 : part * (PLANE(HIDDEN) / 8);
             look_octet(from, plane + octet, v[k], v[k + 1]);
         }
         waits = false;
@@ -179,26 +178,24 @@ void receive_octets(MessageQuads from, uint parts, bool has_others, uint first) 
             waits = waits || is_empty(max(v[k], v[k + 1]));
         }
     }
-    [[unroll]] for (uint k = 0; k < 2 * OWN_ON_WAY; k++) {
-        precise vec4 sum = vec4(0.0);
-        vec4 other = vec4(0.0);
-        [[unroll]] for (uint p = 0; p < BRANCHES; p++) {
-            vec4 part = uintBitsToFloat(v[k / 2 * 2 * BRANCHES + 2 * p + k % 2]);
-            sum = p < parts ? sum + part : sum;
-            other = has_others && p == parts ? part : other;
-        }
-        if (2 * first + k < 2 * OWN) {
-            joining[2 * first + k] = sum;
-            if (ACTIVE > 0) {
-                others[2 * first + k] = other;
-            }
+    [[unroll]] for (uint k = 0; k < ON_WAY; k++) {
+        uint part = first + k / OWN_QUADS;
+        precise vec4 sum = joining[k % OWN_QUADS] + uintBitsToFloat(v[k]);
+        joining[k % OWN_QUADS] = part < parts ? sum : joining[k % OWN_QUADS];
+        if (ACTIVE > 0) {
+            others[k % OWN_QUADS] = part == parts ? uintBitsToFloat(v[k]) : others[k % OWN_QUADS];
         }
     }
 }
 
 void receive_branch(uint64_t copy, uint place, uint parts, bool has_others) {
-    [[unroll]] for (uint first = 0; first < OWN; first += OWN_ON_WAY) {
-        receive_octets(MessageQuads(copy + 4 * place), parts, has_others, first);
+    MessageQuads from = MessageQuads(copy + 4 * place);
+    if (PARTS_ON_WAY == BRANCHES) {
+        receive_parts(from, 0, parts, has_others);
+    } else {
+        [[dont_unroll]] for (uint first = 0; first < parts + uint(has_others); first += PARTS_ON_WAY) {
+            receive_parts(from, first, parts, has_others);
+        }
     }
 }
 

@@ -1,8 +1,9 @@
 // Which weights of persistent.comp a workgroup multiplies, one after the other. Its slices of 64 lanes are
 // teams; a team has WIDTH blocks of 16 rows and shares their tiles, and a group of blocks is what all teams
-// have at a time. Two blocks, of the gate a block of each matrix, share the loads of activations. DEPTH tiles
-// of each slice are a chunk. Chunks, groups, parts of the columns and stages follow each other without a
-// break: what is asked for is one chunk ahead of what is multiplied, in the next stage too.
+// have at a time. Which groups a workgroup has is a list that kernels/vulkan/persistent_shares.py writes. Two
+// blocks, of the gate a block of each matrix, share the loads of activations. DEPTH tiles of each slice are a
+// chunk. Chunks, groups, parts of the columns and stages follow each other without a break: what is asked for
+// is one chunk ahead of what is multiplied, in the next stage too.
 
 // One of constants, by `stage`.
 #define PICK(q, o, g, d, eg, ed) (stage == QKV ? (q) : stage == OUT ? (o) : stage == GATE ? (g) : \
@@ -30,7 +31,7 @@ struct Work {
     uint step;  // PRODUCTS * layer + stage
     uint part, part_tiles, first_tile, last_tile;
     uint group;
-    uint groups, blocks;              // of the stage
+    uint next, item;                  // its place in the list, and itself, on its way
     uint chunk, chunks;
     uint team, place, first_sum;      // of the slice; its sums among the group's
     uint apart;                       // from a tile of the slice to its next one
@@ -74,38 +75,20 @@ void enter_stage() {
     uvec2 plan = plan_of(ahead.step, 0);
     ahead.tiles = plan.x & 0xFFFFu;
     ahead.part_tiles = plan.x >> 16;
-    ahead.groups = plan.y >> 16;
-    ahead.blocks = plan_of(ahead.step, 1).x;
     ahead.team = team;
     ahead.place = slice - own * team;
     ahead.first_sum = own * WIDTH;
     ahead.apart = is_of_experts(ahead.step) ? SHARING : team;
-    ahead.chunks = plan.y & 0xFFFFu;
+    ahead.chunks = plan.y;
     uint which = PICK(0, 1, 2, 4, EXPERTS_AT, EXPERTS_AT + 2);
     which += uint(is_gate(stage) && WIDTH == 1 && own % 2 == 1);
     ahead.matrix = Words(entry[from + which]);
     ahead.other = Words(entry[from + which + uint(is_gate(stage))]);
 }
 
-// The workgroup's first group of a part.
-void enter_part() {
-    uint stage = ahead.step % PRODUCTS, count = gl_NumWorkGroups.x, id = gl_WorkGroupID.x;
-    uint all = stage == OUT || stage == DOWN ? ahead.tiles : ahead.part_tiles;
-    ahead.first_tile = ahead.part * ahead.part_tiles;
-    ahead.last_tile = min(ahead.first_tile + ahead.part_tiles, all);
-    uint back = ACTIVE > 0 ? count - 1 - id : id;  // who has no rows of the experts' has some of the MLP's
-    ahead.group = PICK(id, id / OUT_PARTS, id, back / DOWN_PARTS, id, id);
-}
-
-// From a workgroup's group to its next one.
-uint group_step() {
-    uint stage = ahead.step % PRODUCTS, count = gl_NumWorkGroups.x, left = count - min(ahead.part, count - 1);
-    return PICK(count, (left + OUT_PARTS - 1) / OUT_PARTS, count, (left + DOWN_PARTS - 1) / DOWN_PARTS, count, count);
-}
-
 // Of experts the rows of all that were chosen follow each other.
 uint64_t address_of(Words matrix, uint block) {
-    block = min(block, ahead.blocks - 1);
+    block = min(block, plan_of(ahead.step, 1).x - 1);
     if (ACTIVE > 0 && ahead.step % PRODUCTS == EXPERT_GATE) {
         const uint own = EXPERT_ROWS > 0 ? EXPERT_ROWS / 16 : 1;
         block = picked[block / own] * 2 * own + block % own;
@@ -144,20 +127,21 @@ void enter_group() {
     ahead.tile = ahead.first_tile + ahead.place;
 }
 
-// Every workgroup has groups of the gate.
-void find_part() {
-    [[dont_unroll]] do {
-        uint stage = ahead.step % PRODUCTS;
-        ahead.part += gl_NumWorkGroups.x;
-        if (ahead.part >= PICK(1, OUT_PARTS, 1, DOWN_PARTS, 1, 1)) {
-            ahead.step += 1;
-            stage = ahead.step % PRODUCTS;
-            uint back = ACTIVE > 0 ? gl_NumWorkGroups.x - 1 - gl_WorkGroupID.x : gl_WorkGroupID.x;
-            ahead.part = PICK(0, gl_WorkGroupID.x % OUT_PARTS, 0, back % DOWN_PARTS, 0, 0);
-            enter_stage();
-        }
-        enter_part();
-    } while (ahead.group >= ahead.groups);
+// The next item of the list, which is there, without its addresses; the one behind it is asked for.
+void enter_item() {
+    uint item = of_slice(ahead.item), step = item >> 20, stage = step % PRODUCTS;
+    ahead.part = item >> 16 & 15u;
+    ahead.group = item & 0xFFFFu;
+    if (step != ahead.step) {
+        ahead.step = step;
+        enter_stage();
+    }
+    ahead.next += 1;
+    ahead.item = items.at[ahead.next];
+    ahead.chunk = 0;
+    ahead.first_tile = ahead.part * ahead.part_tiles;
+    uint last = ahead.first_tile + ahead.part_tiles;
+    ahead.last_tile = stage == OUT || stage == DOWN ? min(last, ahead.tiles) : last;
 }
 
 // To the next chunk, without its addresses.
@@ -165,11 +149,7 @@ void go_on() {
     ahead.chunk += 1;
     ahead.tile += DEPTH * ahead.team;
     if (ahead.chunk == ahead.chunks) {
-        ahead.chunk = 0;
-        ahead.group += group_step();
-        if (ahead.group >= ahead.groups) {
-            find_part();
-        }
+        enter_item();
     }
 }
 
@@ -183,9 +163,9 @@ void enter_chunk() {
 
 // The first chunk.
 void begin() {
-    ahead.step = 0xFFFFFFFFu;  // behind the last part of the one in front
-    ahead.part = DOWN_PARTS;
-    find_part();
-    ahead.chunk = 0;
+    ahead.step = 0xFFFFFFFFu;
+    ahead.next = gl_WorkGroupID.x * LIST;
+    ahead.item = items.at[ahead.next];
+    enter_item();
     enter_group();
 }

@@ -6,6 +6,7 @@ no one to wait for, or two that wait in vain.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -25,6 +26,7 @@ from uq.kernels.vulkan import autotune, persistent
 from uq.kernels.vulkan.device import choose
 from uq.kernels.vulkan.persistent import model_key
 from uq.kernels.vulkan.persistent_cuts import cuts, groups_of, shapes
+from uq.kernels.vulkan.persistent_shares import layer_shares, layer_stages, shares
 from uq.kernels.vulkan.session import VulkanSession
 from uq.kernels.vulkan.tuning import Cut, Measured, read_measured, write_measured
 
@@ -231,6 +233,31 @@ def test_every_workgroup_has_outputs_of_the_gate(name: str) -> None:
             outputs = 16 * (cut.lanes // 64 * cut.width // team // 2)
             assert outputs * (cut.workgroups - 1) < rows
         assert cut.joins or config.num_heads % cut.out_parts == 0
+
+
+@pytest.mark.parametrize("name", ["270m", "1b", "27b", "e2b", "26b-a4b"])
+def test_each_group_is_one_workgroups(name: str) -> None:
+    config = text_config(name)
+    for cut in (found := cuts(config, 132, 48 << 10))[:: len(found) - 1]:
+        lists = shares(config, cut)
+        steps, stages = (lists >> 20).astype(int), 6 if config.experts else 4
+        assert len(lists) == cut.workgroups and (np.diff(steps) >= 0).all()
+        for layer in range(config.num_layers):
+            for number, stage in enumerate(layer_stages(config, cut, layer)):
+                own = steps == stages * layer + number
+                parts = range(len(stage.needs))
+                whole = [part << 16 | group for part in parts for group in range(stage.groups)]
+                assert sorted(lists[own] & 0xFFFFF) == whole
+                assert number != 2 or own.any(axis=1).all()  # everyone has some of the gate
+
+
+def test_who_has_fewer_groups_of_the_gate_has_more_of_down() -> None:
+    """27b: 672 groups of the gate are five for each of 132 workgroups, and twelve are left."""
+    config = shape_config("27b")
+    cut = next(cut for cut in cuts(config, 132, 48 << 10) if cut.width == 2 and cut.down_parts == 3)
+    stages = layer_stages(config, replace(cut, teams=(2, 4, 2, 2)), 0)
+    found = [Counter(stage for stage, _, _ in own) for own in layer_shares(stages, 132)]
+    assert Counter((own[2], own[3]) for own in found) == {(6, 1): 12, (5, 2): 120}
 
 
 def gates_of(config: GemmaConfig) -> list[int]:

@@ -30,6 +30,7 @@ from uq.kernels.vulkan.persistent_places import (
     own_columns,
 )
 from uq.kernels.vulkan.persistent_plans import WORDS, stage_plans
+from uq.kernels.vulkan.persistent_shares import shares
 from uq.kernels.vulkan.push import addresses
 from uq.kernels.vulkan.stages import ATTENTION_LANES, Stages
 from uq.kernels.vulkan.tuning import Cut, Measured
@@ -50,6 +51,7 @@ class Persistent:
     Attributes:
         entries: addresses of each layer's weights, gains, keys and values.
         messages: what workgroups tell each other.
+        items: what each of them multiplies.
     """
 
     stages: Stages
@@ -58,6 +60,7 @@ class Persistent:
     entries: Span
     ledger: Span
     messages: Span
+    items: Span
 
     @classmethod
     def make(
@@ -71,7 +74,10 @@ class Persistent:
         transfers.fill(ledger)
         messages = arena.take(message_bytes(stages.config, cut))
         transfers.write(messages, np.full(messages.nbytes // 4, EMPTY, np.uint32))
-        return cls(stages, cache, cut, entries, ledger, messages)
+        lists = shares(stages.config, cut)
+        items = arena.take(lists.nbytes)
+        transfers.write(items, lists)
+        return cls(stages, cache, cut, entries, ledger, messages, items)
 
     def record(self, recorder: Recorder) -> None:
         """From the embedding to the final norm's output."""
@@ -79,7 +85,7 @@ class Persistent:
         if stages.model.per_layer:
             stages.per_layer_inputs(recorder, stages.model.per_layer)
         recorder.label = "layers"
-        push = addresses(self.entries, work.state, self.ledger, self.messages)
+        push = addresses(self.entries, work.state, self.ledger, self.messages, self.items)
         push += addresses(work.hidden, work.normed, work.x)
         name = module(stages.model, self.cache.suffix)
         pipeline = stages.pipelines.get(name, **_constants(stages, self.cut))
@@ -156,7 +162,8 @@ def model_key(config: GemmaConfig) -> str:
 
 def arena_bytes(config: GemmaConfig, cut: Cut) -> int:
     entries = 8 * ENTRY * (config.num_layers + 1)
-    return sum(map(aligned, (entries, LEDGER_BYTES, message_bytes(config, cut))))
+    lists = shares(config, cut).nbytes
+    return sum(map(aligned, (entries, LEDGER_BYTES, message_bytes(config, cut), lists)))
 
 
 def _constants(stages: Stages, cut: Cut) -> dict[str, int | float]:
@@ -199,6 +206,7 @@ def _constants(stages: Stages, cut: Cut) -> dict[str, int | float]:
         "EXPERT_ROWS": size,
         "SHARING": expert_sharing(config, cut),
         "MOST_SPLITS": cut.splits or most_splits(config, cut),
+        "LIST": shares(config, cut).shape[1],
     }
 
 

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from uq.formats.config import GemmaConfig
-from uq.kernels.vulkan.persistent_cuts import SLICE, groups_of, shapes_of
+from uq.kernels.vulkan.persistent_cuts import shapes_of
 from uq.kernels.vulkan.persistent_places import expert_sharing, expert_sizes, stage_places
 from uq.kernels.vulkan.tuning import Cut
 from uq.kernels.vulkan.weights import TILE_ROWS, tiles_of
@@ -20,7 +20,6 @@ class _Stage:
 
     Attributes:
         team: slices that share the columns of a block.
-        matrices: that are multiplied together.
         parts: of the columns.
         place: where its messages begin.
     """
@@ -29,11 +28,10 @@ class _Stage:
     columns: int
     team: int
     place: int
-    matrices: int = 1
     parts: int = 1
 
     def words(self, cut: Cut) -> Iterator[tuple[int, int]]:
-        """Tiles of a row and of a part, chunks of a group, groups, 16 bits each; blocks, place."""
+        """Tiles of a row and of a part, 16 bits each; chunks of a group; blocks, place."""
         tiles = tiles_of(self.columns)
         part = -(-tiles // self.parts)
         yield from self._words(cut, tiles, part, -(-part // (self.team * cut.depth)))
@@ -45,8 +43,7 @@ class _Stage:
         yield from self._words(cut, tiles, active * tiles, chunks)
 
     def _words(self, cut: Cut, tiles: int, part: int, chunks: int) -> Iterator[tuple[int, int]]:
-        groups = groups_of(self.rows, cut.lanes // SLICE * cut.width, self.team * self.matrices)
-        yield tiles | part << 16, chunks | groups << 16
+        yield tiles | part << 16, chunks
         yield self.rows // TILE_ROWS, self.place
 
 
@@ -55,11 +52,11 @@ def stage_plans(config: GemmaConfig, cut: Cut, layer: int) -> list[tuple[int, in
     active, _, size = expert_sizes(config)
     shapes, places, teams = shapes_of(config, layer), stage_places(config, cut), cut.teams
 
-    def stage(which: int, matrices: int = 1, parts: int = 1) -> _Stage:
-        return _Stage(*shapes[which], teams[which], places[which], matrices, parts)
+    def stage(which: int, parts: int = 1) -> _Stage:
+        return _Stage(*shapes[which], teams[which], places[which], parts)
 
-    stages = [stage(0), stage(1, parts=cut.out_parts), stage(2, matrices=2)]
-    stages += [stage(4, matrices=2)] if active else []
+    stages = [stage(0), stage(1, parts=cut.out_parts), stage(2)]
+    stages += [stage(4)] if active else []
     stages.append(stage(3, parts=cut.down_parts))
     found = [word for each in stages for word in each.words(cut)]
     if active:

@@ -58,6 +58,10 @@ def _table(*rows: Variant) -> Mapping[str, Variant]:
     table = {row.name: row for row in rows}
     if len(table) != len(rows):
         raise ValueError("two variants of one name")
+    for row in rows:
+        names = [name for name in row.spec_constants if name != "-"]
+        if len(names) != len(set(names)):
+            raise ValueError(f"{row.name}: two constants of one name")
     return MappingProxyType(table)
 
 
@@ -130,7 +134,16 @@ def _persistent_kernels() -> Iterator[Variant]:
     common = ("LANES", "GROUP", "DEPTH", "PATIENCE", *_NORM, *heads)
     sizes = ("INTERMEDIATE", "LAYERS", "DOWN_PARTS", "TEAMS", "HELD_TILES", "OUT_PARTS")
     cut = (*sizes, "ATTENDING", "JOINS", "WIDTH", "RUN", "FULL_DIM", "QKV_COLUMNS", "KEPT_COLUMNS")
-    extras = ("VALUE_NORM", "TOLD", "ACTIVE", "COUNT", "EXPERT_ROWS", "SHARING", "MOST_SPLITS")
+    extras = (
+        "VALUE_NORM",
+        "TOLD",
+        "ACTIVE",
+        "COUNT",
+        "EXPERT_ROWS",
+        "SHARING",
+        "MOST_SPLITS",
+        "LIST",
+    )
     for cache, macros in _caches("persistent"):
         dotted = {**macros, "WEIGHT": "INT4", "INTEGER_DOT": 1}
         row = _kernel(f"{cache}_int4_dot", "persistent.comp", dotted, ("int8dot",), common)
