@@ -59,6 +59,7 @@ layout(constant_id = 38) const uint EXPERT_ROWS = 0;  // of an expert's gate
 layout(constant_id = 39) const uint SHARING = 1;      // slices that share an expert's columns of down
 layout(constant_id = 40) const uint MOST_SPLITS = 16;
 layout(constant_id = 41) const uint LIST = 1;         // items of a workgroup's list
+layout(constant_id = 42) const bool STRAIGHT = false;  // full chunks have code of their own; not with experts
 #include "weights.glsl"
 
 layout(buffer_reference, std430, buffer_reference_align = 8) readonly restrict buffer Turns {

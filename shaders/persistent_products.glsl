@@ -33,6 +33,47 @@ float product_of(Piece piece, float unit, Input y) {
         total = sum; \
     }
 
+// A chunk all of whose tiles there are, in front of such a one: no branches, and addresses that differ by
+// constants, those of the gate's teams.
+const uint APART = TEAM(2, 1);
+
+bool is_full() {
+    return STRAIGHT && ahead.team == APART && ahead.tile + (DEPTH - 1) * APART < ahead.last_tile;
+}
+
+struct Place {
+    uint64_t codes, scales;
+};
+
+// Of the lane's piece of the first tile of what is ahead.
+Place place_of(uint64_t rows_at) {
+    uint tile = 16 * TILE_VECTORS * ahead.tile, own = lane % 64;
+    uint scales = tile + 16 * SCALE_VECTORS + own / (GROUP / 32) / WORD_SCALES * 4;
+    return Place(rows_at + uint64_t(tile + 16 * own), rows_at + uint64_t(scales));
+}
+
+Piece piece_behind(Place place, uint bytes) {
+    Piece piece;
+    piece.panel[0] = behind(place.codes, bytes).at[0];
+    piece.scales = singles_behind(place.scales, bytes).at[0];
+    return piece;
+}
+
+#define MULTIPLY_STRAIGHT(k) \
+    if (k < DEPTH) { \
+        Input y_ = INPUT(held, held_at * INPUT_VECTORS + k * APART * INPUT_VECTORS, lane % 4); \
+        precise vec2 sum = total; \
+        precise float one_ = product_of(ahead_##k, unit.x, y_); \
+        sum.x += one_; \
+        ahead_##k = piece_behind(place_, k * APART * 16 * TILE_VECTORS); \
+        if (WIDTH == 2) { \
+            precise float two_ = product_of(other_##k, unit.y, y_); \
+            sum.y += two_; \
+            other_##k = piece_behind(other_place_, k * APART * 16 * TILE_VECTORS); \
+        } \
+        total = sum; \
+    }
+
 #define EACH_TILE(what) what(0) what(1) what(2) what(3) what(4) what(5) what(6) what(7)
 #define MULTIPLY_AND_FETCH(k) MULTIPLY(k) FETCH(k)
 
@@ -105,6 +146,7 @@ void multiply_part(uint stage) {
                 share = stage == EXPERT_DOWN ? parts[last / EXPERT_TILES - 1] : 1.0;
             }
         }
+        bool is_straight = is_full();
         go_on();
         if (ACTIVE > 0 && stage == GATE && ahead.step != work.step) {
             choose_experts();  // in front of the first weights of theirs
@@ -113,7 +155,12 @@ void multiply_part(uint stage) {
         if (has_other_rows()) {
             ask_steps();
         }
-        EACH_TILE(MULTIPLY_AND_FETCH)
+        if (is_straight && is_full()) {
+            Place place_ = place_of(ahead.rows_at), other_place_ = place_of(ahead.other_at);
+            EACH_TILE(MULTIPLY_STRAIGHT)
+        } else {
+            EACH_TILE(MULTIPLY_AND_FETCH)
+        }
         if (ahead.chunk == 0) {
             finish_group(stage, group, total);
             total = vec2(0.0);

@@ -38,6 +38,8 @@ WIDE = Cut(
     1, queries=2, teams=(8, 2, 1, 4), out_parts=1, down_parts=3, depth=2, lanes=512, joins=True
 )
 DOUBLE, WIDEST = replace(ONE, depth=4, width=2), replace(WIDE, depth=8, width=2)
+STRAIGHT = replace(WIDEST, teams=(1, 2, 1, 1), depth=2, straight=True)
+UNLIKE = replace(DOUBLE, depth=1, straight=True)
 INT8 = Numerics(ACTIVATIONS["int8"], KV["int8"])
 
 
@@ -156,7 +158,8 @@ def expected(config: GemmaConfig, tmp_path: Path) -> tuple[list[int], NDArray[np
 @pytest.mark.parametrize(
     ("make", "cut"),
     [
-        *((plain, cut) for cut in (ONE, WIDE, DOUBLE, WIDEST)),
+        *((plain, cut) for cut in (ONE, WIDE, DOUBLE, WIDEST, STRAIGHT, UNLIKE)),
+        (dense, STRAIGHT),
         *((make, cut) for make in (dense, experts) for cut in (ONE, WIDEST)),
         *((large_experts, replace(cut, splits=1)) for cut in (ONE, replace(DOUBLE, depth=3))),
     ],

@@ -207,6 +207,7 @@ def _constants(stages: Stages, cut: Cut) -> dict[str, int | float]:
         "SHARING": expert_sharing(config, cut),
         "MOST_SPLITS": cut.splits or most_splits(config, cut),
         "LIST": shares(config, cut).shape[1],
+        "STRAIGHT": cut.straight,
     }
 
 

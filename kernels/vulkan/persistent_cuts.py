@@ -43,6 +43,7 @@ TEAMS = 1, 2, 3, 4, 6, 8
 GROUP_TILES = 2  # so many tiles take as long as what follows a group of blocks does; a guess
 FEW_RUNS = 32  # of keys, for which there are workgroups enough: each then serves one head
 MOST_SHARED = 256  # channels of heads of which a workgroup may serve more: the registers are few
+MOST_STRAIGHT = 7  # tiles of a chunk that has code of its own: the registers are few
 MOST_JOINED = 8  # heads up to which workgroups may join for themselves those they need
 X_BYTES, FLOAT_BYTES = 288, 512  # of 128 channels of activations
 MOST_LANES = 1024  # of a dispatch with the sums of the kernel's finest product
@@ -74,7 +75,9 @@ def cuts(config: GemmaConfig, multiprocessors: int, most_shared: int) -> list[Cu
             workgroups, queries, teams, out_parts, down_parts, depth, lanes, joins, width, splits
         )
         if _leaves_none_empty(config, cut) and shared_bytes(config, cut) <= most_shared:
-            found |= dict.fromkeys(_busier(config, cut))
+            found |= dict.fromkeys(
+                way for each in _busier(config, cut) for way in _straighter(config, each)
+            )
     return list(found)
 
 
@@ -93,6 +96,19 @@ def _busier(config: GemmaConfig, cut: Cut) -> Iterator[Cut]:
     idle = groups_of(config.hidden_size, slices * cut.width, out) < cut.workgroups
     if cut.width == 2 and cut.joins and idle and larger:
         yield replace(cut, teams=(qkv, larger[0], *others))
+
+
+def _straighter(config: GemmaConfig, cut: Cut) -> Iterator[Cut]:
+    """The cut, and ways with full chunks, of the gate at least."""
+    yield cut
+    (qkv, out, gate, down, *experts), tiles = cut.teams, tiles_of(config.hidden_size)
+    for team, other in dict.fromkeys(((gate, down), (qkv, qkv))):
+        depth = even_depth(-(-tiles // team), MOST_STRAIGHT)
+        at_once = cut.lanes // SLICE * cut.width
+        is_everyones = groups_of(min(_gates(config)), at_once, 2 * team) >= cut.workgroups
+        is_full = tiles % (team * depth) == 0 and cut.depth > depth // 2
+        if cut.width == 2 and not experts and is_everyones and is_full:
+            yield replace(cut, teams=(qkv, out, team, other), depth=depth, straight=True)
 
 
 def _gates(config: GemmaConfig) -> list[int]:

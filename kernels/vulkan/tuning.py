@@ -53,6 +53,7 @@ class Cut:
         joins: the splits of a head are joined by one workgroup; otherwise by each that needs it.
         width: blocks of rows that a slice multiplies at a time, 1 or 2.
         splits: of the context, at most; 0: as many as dispatches have.
+        straight: chunks of tiles that are full have code of their own.
     """
 
     workgroups: int
@@ -65,6 +66,7 @@ class Cut:
     joins: bool
     width: int = 1
     splits: int = 0
+    straight: bool = False
 
 
 @dataclass(frozen=True)
