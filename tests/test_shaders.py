@@ -14,7 +14,7 @@ from uq.errors import DeviceError, UqError
 from uq.formats.layouts import LAYOUTS
 from uq.formats.spec import BITS, GROUPS, Spec
 from uq.kernels.vulkan import compile as compiler
-from uq.kernels.vulkan import spirv
+from uq.kernels.vulkan import spirv, variants
 from uq.kernels.vulkan.compile import ShaderError, compile_all, compile_variant, main, sources_hash
 from uq.kernels.vulkan.layout_header import layout_header
 from uq.kernels.vulkan.spirv import in_vulkan_12, load
@@ -199,6 +199,13 @@ def test_a_module_that_is_not_what_its_row_says(
     (tmp_path / "v.comp").write_text(text)
     with pytest.raises(ShaderError, match=message):
         compile_variant(row, tmp_path)
+
+
+def test_a_name_is_no_two_constants() -> None:
+    """A value would reach the first one only."""
+    row = Variant("twice", "read.comp", spec_constants=("LANES", "-", "-", "LANES"))
+    with pytest.raises(ValueError, match="twice: two constants of one name"):
+        variants._table(row)
 
 
 def test_macros_reach_the_source(tmp_path: Path) -> None:
