@@ -60,7 +60,6 @@ layout(constant_id = 39) const uint SHARING = 1;      // slices that share an ex
 layout(constant_id = 40) const uint MOST_SPLITS = 16;
 layout(constant_id = 41) const uint LIST = 1;         // items of a workgroup's list
 layout(constant_id = 42) const bool STRAIGHT = false;  // full chunks have code of their own; not with experts
-layout(constant_id = 44) const bool LATE = false;      // a stage's last messages go in front of the next one's weights
 #include "weights.glsl"
 
 layout(buffer_reference, std430, buffer_reference_align = 8) readonly restrict buffer Turns {

@@ -155,10 +155,7 @@ void multiply_part(uint stage) {
         if (has_other_rows()) {
             ask_steps();
         }
-        bool is_late = LATE && ahead.step != work.step;
-        if (is_late) {
-            EACH_TILE(MULTIPLY)
-        } else if (is_straight && is_full()) {
+        if (is_straight && is_full()) {
             Place place_ = place_of(ahead.rows_at), other_place_ = place_of(ahead.other_at);
             EACH_TILE(MULTIPLY_STRAIGHT)
         } else {
@@ -167,10 +164,6 @@ void multiply_part(uint stage) {
         if (ahead.chunk == 0) {
             finish_group(stage, group, total);
             total = vec2(0.0);
-        }
-        if (is_late) {
-            barrier();  // no subgroup asks for weights before the messages are sent
-            EACH_TILE(FETCH)
         }
         more = ahead.step == work.step && ahead.part == work.part;
     }

@@ -39,7 +39,7 @@ WIDE = Cut(
 )
 DOUBLE, WIDEST = replace(ONE, depth=4, width=2), replace(WIDE, depth=8, width=2)
 STRAIGHT = replace(WIDEST, teams=(1, 2, 1, 1), depth=2, straight=True)
-UNLIKE = replace(DOUBLE, depth=1, straight=True, late=True)
+UNLIKE = replace(DOUBLE, depth=1, straight=True)
 INT8 = Numerics(ACTIVATIONS["int8"], KV["int8"])
 
 

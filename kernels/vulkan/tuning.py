@@ -54,7 +54,6 @@ class Cut:
         width: blocks of rows that a slice multiplies at a time, 1 or 2.
         splits: of the context, at most; 0: as many as dispatches have.
         straight: chunks of tiles that are full have code of their own.
-        late: weights of the next product are asked for behind the last messages of this one.
     """
 
     workgroups: int
@@ -68,7 +67,6 @@ class Cut:
     width: int = 1
     splits: int = 0
     straight: bool = False
-    late: bool = False
 
 
 @dataclass(frozen=True)
