@@ -254,6 +254,14 @@ def test_each_group_is_one_workgroups(name: str) -> None:
                 assert number != 2 or own.any(axis=1).all()  # everyone has some of the gate
 
 
+def test_full_chunks_are_tried_where_all_of_the_hidden_size_are_full() -> None:
+    """42 tiles of the 27b are six chunks of seven; nine of the 1b are odd."""
+    found = [cut for cut in cuts(shape_config("27b"), 132, 48 << 10) if cut.straight]
+    assert {(cut.teams, cut.depth) for cut in found} == {((2, 2, 2, 2), 7)}
+    assert {cut.down_parts for cut in found} == {2, 3}
+    assert not any(cut.straight for cut in cuts(shape_config("1b"), 132, 48 << 10))
+
+
 def test_who_has_fewer_groups_of_the_gate_has_more_of_down() -> None:
     """27b: 672 groups of the gate are five for each of 132 workgroups, and twelve are left."""
     config = shape_config("27b")

@@ -99,16 +99,14 @@ def _busier(config: GemmaConfig, cut: Cut) -> Iterator[Cut]:
 
 
 def _straighter(config: GemmaConfig, cut: Cut) -> Iterator[Cut]:
-    """The cut, and ways with full chunks, of the gate at least."""
+    """The cut, and one with teams of one size, whose chunks of a hidden size are all full."""
     yield cut
-    (qkv, out, gate, down, *experts), tiles = cut.teams, tiles_of(config.hidden_size)
-    for team, other in dict.fromkeys(((gate, down), (qkv, qkv))):
-        depth = even_depth(-(-tiles // team), MOST_STRAIGHT)
-        at_once = cut.lanes // SLICE * cut.width
-        is_everyones = groups_of(min(_gates(config)), at_once, 2 * team) >= cut.workgroups
-        is_full = tiles % (team * depth) == 0 and cut.depth > depth // 2
-        if cut.width == 2 and not experts and is_everyones and is_full:
-            yield replace(cut, teams=(qkv, out, team, other), depth=depth, straight=True)
+    team, tiles = cut.teams[0], tiles_of(config.hidden_size)
+    depth = even_depth(-(-tiles // team), MOST_STRAIGHT)
+    groups = groups_of(min(_gates(config)), cut.lanes // SLICE * cut.width, 2 * team)
+    is_full = tiles % (team * depth) == 0 and groups >= cut.workgroups
+    if is_full and cut.width == 2 and cut.joins and not config.experts:
+        yield replace(cut, teams=(team,) * 4, depth=depth, straight=True)
 
 
 def _gates(config: GemmaConfig) -> list[int]:
