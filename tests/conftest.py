@@ -39,6 +39,18 @@ from uq.formats.writer import ArrayEntry, BundleWriter, Entry, QuantEntry
 from uq.quantize.pipeline import QuantizeOptions, quantize
 from uq.quantize.plan import RECIPES, GptqOptions
 
+# Longest first, so that no worker is left alone with one of them at the end.
+LONGEST = (
+    *("test_radv", "test_npu_attention", "test_vulkan_persistent", "test_vulkan_session"),
+    *("test_reference_real", "test_vulkan_real", "test_npu_device", "test_npu_session"),
+    *("test_pipeline", "test_vulkan_calibration_gemma4", "test_gemma4_bundle", "test_docs"),
+)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    order = {name: place for place, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: order.get(item.path.stem, len(order)))
+
 
 @pytest.fixture(scope="session", autouse=True)
 def small_cache() -> Iterator[None]:
