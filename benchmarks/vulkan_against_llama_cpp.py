@@ -7,6 +7,10 @@ embedding, 4.5 and 8.5 bits; uq has INT4 and INT8 in groups of 32, with scales o
 bundles have by default, 4.25 and 8.25 bits, or with `--scale-bits 16` as many as llama.cpp. A
 shape's first line are the bytes that a token meets on both sides.
 
+uq multiplies by activations of 16 bits, with `--activations int8` of 8 bits; each row says which.
+llama.cpp chooses by itself: its source has 8 bits on an NVIDIA GPU where one token meets Q4_0 rows
+of more than 4,096 channels, and floating point otherwise.
+
 Runs alternate, uq then llama.cpp, and a figure is the ratio of one pair, so a drifting clock moves
 both sides. Above 1 means that uq is faster. llama.cpp's rates are those that its server reports;
 uq's are wall time around `prefill` and `decode`, after its products were tuned. `--json FILE` keeps
@@ -29,7 +33,7 @@ import urllib.request
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +41,7 @@ from benchmarks.random_gguf import bytes_met, write_random_gguf
 from benchmarks.shapes import text_config
 from benchmarks.vulkan_speed import RandomWeights, timed_run
 from uq.formats.config import GemmaConfig
+from uq.kernels.numerics import ACTIVATIONS, Numerics
 from uq.kernels.session import Piece, Sampling
 from uq.kernels.vulkan.bandwidth import read_bandwidth
 from uq.kernels.vulkan.batch import VulkanBatch
@@ -50,18 +55,20 @@ WARM_UP = 4  # pairs; a prompt is cut into larger passes once it is known how lo
 
 @dataclass(frozen=True)
 class Row:
-    """Paired figures, tokens per second."""
+    """Paired figures, tokens per second; `activations` are uq's."""
 
     shape: str
     name: str
     ours: list[float]
     peer: list[float]
+    activations: str = "float"
 
     def __str__(self) -> str:
         ratios = [a / b for a, b in zip(self.ours, self.peer, strict=True)]
         middle = f"{statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})"
         ours, peer = statistics.median(self.ours), statistics.median(self.peer)
-        return f"| {self.shape} | {self.name} | {ours:,.0f} | {peer:,.0f} | {middle} |"
+        what = f"{self.name} | {self.activations}"
+        return f"| {self.shape} | {what} | {ours:,.0f} | {peer:,.0f} | {middle} |"
 
 
 def prompt_of(config: GemmaConfig, length: int, number: int) -> list[int]:
@@ -191,9 +198,18 @@ def peer_model(shape: str, layers: int | None, folder: Path) -> Path:
 def measure(shape: str, args: argparse.Namespace, gpu: PhysicalGpu, folder: Path) -> list[Row]:
     config, model = text_config(shape, args.layers), peer_model(shape, args.layers, folder)
     context = max(2048, args.long + 256) if shape in args.long_shapes else 2048
-    source = RandomWeights(config, args.scale_bits)
+    source, numerics = (
+        RandomWeights(config, args.scale_bits),
+        Numerics(ACTIVATIONS[args.activations]),
+    )
     session = VulkanSession(
-        config, source, gpu, pipeline_cache=args.cache, max_context=context, tune=args.tune
+        config,
+        source,
+        gpu,
+        pipeline_cache=args.cache,
+        max_context=context,
+        tune=args.tune,
+        numerics=numerics,
     )
     megabytes = session.bytes_per_token / 1e6, bytes_met(config) / 1e6
     rows = [Row(shape, "MB a token", [megabytes[0]], [megabytes[1]])]
@@ -204,13 +220,19 @@ def measure(shape: str, args: argparse.Namespace, gpu: PhysicalGpu, folder: Path
         session.close()
         if shape in args.batch_shapes:
             batch = VulkanBatch(
-                config, source, gpu, slots=SLOTS, pipeline_cache=args.cache, max_context=256
+                config,
+                source,
+                gpu,
+                slots=SLOTS,
+                pipeline_cache=args.cache,
+                max_context=256,
+                numerics=numerics,
             )
             rows += [together(shape, batch, count, args.pairs // 2) for count in args.batch]
             batch.close()
     if not args.models:
         model.unlink()
-    return rows
+    return [replace(row, activations=args.activations) for row in rows]
 
 
 def main() -> None:
@@ -225,6 +247,9 @@ def main() -> None:
     parser.add_argument(
         "--scale-bits", type=int, choices=(8, 16), default=8, help="of uq's weights"
     )
+    parser.add_argument(
+        "--activations", choices=ACTIVATIONS, default="float", help="of uq's linears"
+    )
     parser.add_argument("--tune", action=argparse.BooleanOptionalAction, default=True)
     parser.add_argument("--long", type=int, default=8192, help="tokens of a long prompt")
     parser.add_argument("--long-shapes", nargs="*", default=["4b", "27b"])
@@ -237,7 +262,8 @@ def main() -> None:
     gpu = choose(args.device)
     bandwidth = read_bandwidth(gpu, args.cache) / 1e9
     print(f"{gpu.name}, {gpu.driver}; read bandwidth {bandwidth:,.0f} GB/s\n")
-    print("| shape | what | uq, t/s | llama.cpp, t/s | ratio (range) |\n|---|---|---:|---:|---:|")
+    print("| shape | what | activations | uq, t/s | llama.cpp, t/s | ratio (range) |")
+    print("|---|---|---|---:|---:|---:|")
     rows: list[Row] = []
     with tempfile.TemporaryDirectory() as folder:
         for shape in args.shapes:

@@ -5,7 +5,7 @@
 
 A shape is Gemma 3, 3n or 4 of that size with random codes: INT4 in groups of 32, the embedding
 INT8, both with scales of 8 bits: 4.25 and 8.25 bits a weight. Q4_0 and Q8_0 have 4.5 and 8.5, and
-so do these with `--scale-bits 16`.
+so do these with `--scale-bits 16`. Inputs of linears have 16 bits, with `--activations int8` 8.
 
 Prints JSON of each model: tokens a second (median and range of the repeats, after one that does not
 count), the time of a step's stages, the read bandwidth of the device measured in the same run, how
@@ -37,6 +37,7 @@ from uq.formats.layouts import LAYOUTS
 from uq.formats.manifest import gain_name
 from uq.formats.row_scales import round_scales
 from uq.formats.spec import QuantTensor, Spec
+from uq.kernels.numerics import ACTIVATIONS, Numerics
 from uq.kernels.profile import by_label
 from uq.kernels.session import Sampling
 from uq.kernels.vulkan.bandwidth import read_bandwidth
@@ -131,6 +132,7 @@ def measure(name: str, args: argparse.Namespace, bandwidth: float) -> dict[str, 
         pipeline_cache=args.cache,
         max_context=args.prompt + args.generate + 1,
         tune=args.tune,
+        numerics=Numerics(ACTIVATIONS[args.activations]),
     )
     opened = time.perf_counter() - began
     prompt = [int(token) for token in np.arange(args.prompt) * 7919 % config.vocab_size]
@@ -145,6 +147,7 @@ def measure(name: str, args: argparse.Namespace, bandwidth: float) -> dict[str, 
         "device": session.device.name,
         "driver": session.device.driver,
         "features": session.device.features,
+        "activations": args.activations,
         "open_seconds": opened,
         "prompt": args.prompt,
         "generated": args.generate,
@@ -164,6 +167,7 @@ def main() -> None:
     parser.add_argument("--device", default="", help="number or part of the name")
     parser.add_argument("--layers", type=int)
     parser.add_argument("--scale-bits", type=int, choices=(8, 16), default=8, help="of a shape")
+    parser.add_argument("--activations", choices=ACTIVATIONS, default="float")
     parser.add_argument("--prompt", type=int, default=512)
     parser.add_argument("--generate", type=int, default=256)
     parser.add_argument("--repeats", type=int, default=5)

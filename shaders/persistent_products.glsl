@@ -7,11 +7,23 @@ Piece other_0, other_1, other_2, other_3, other_4, other_5, other_6, other_7;  /
 // last tile it is loaded again.
 #define FETCH(k) \
     if (k < DEPTH) { \
-        uint tile_ = min(ahead.tile + k * ahead.apart, ahead.last_tile - 1); \
+        uint tile_ = min(ahead.tile + k * ahead.apart, chunk_end() - 1); \
         ahead_##k = load_piece(ahead.rows_at, tile_, lane % 64, 0.0); \
         if (WIDTH == 2) { \
             other_##k = load_piece(ahead.other_at, tile_, lane % 64, 0.0); \
         } \
+    }
+
+void forget(inout Piece piece) {
+    piece.panel[0] = uvec4(0);
+    piece.scales = 0;
+}
+
+// What attention's output has not on its way: so attention has these registers.
+#define FORGET(k) \
+    if (OUT_DEPTH <= k && k < DEPTH) { \
+        forget(ahead_##k); \
+        forget(other_##k); \
     }
 
 float product_of(Piece piece, float unit, Input y) {
@@ -38,7 +50,7 @@ float product_of(Piece piece, float unit, Input y) {
 const uint APART = TEAM(2, 1);
 
 bool is_full() {
-    return STRAIGHT && ahead.team == APART && ahead.tile + (DEPTH - 1) * APART < ahead.last_tile;
+    return STRAIGHT && ahead.team == APART && ahead.tile + (DEPTH - 1) * APART < chunk_end();
 }
 
 struct Place {
@@ -137,7 +149,7 @@ void multiply_part(uint stage) {
     float share = 1.0;  // of an expert in the sum
     bool more = true;
     [[dont_unroll]] while (more) {
-        uint group = ahead.group, tile = ahead.tile, last = ahead.last_tile;
+        uint group = ahead.group, tile = ahead.tile, last = chunk_end();
         uint held_at = tile - work.first_tile + (ACTIVE > 0 && stage == EXPERT_GATE ? HIDDEN_TILES : 0);
         if (has_other_rows()) {
             unit.x = unit_of(steps.x, lane % 64 / 4);

@@ -48,6 +48,17 @@ bool is_of_experts(uint step) {
     return ACTIVE > 0 && step % PRODUCTS == EXPERT_DOWN;
 }
 
+// Tiles of a slice in a chunk.
+uint depth_of(uint step) {
+    return OUT_DEPTH < DEPTH && step % PRODUCTS == OUT ? OUT_DEPTH : DEPTH;
+}
+
+// Behind the last tile of the row, or of the chunk where that is less than DEPTH.
+uint chunk_end() {
+    uint depth = depth_of(ahead.step);
+    return depth < DEPTH ? min(ahead.last_tile, ahead.tile + depth * ahead.apart) : ahead.last_tile;
+}
+
 // Than the chunk before.
 bool has_other_rows() {
     return ahead.chunk == 0 || is_of_experts(ahead.step);
@@ -147,7 +158,7 @@ void enter_item() {
 // To the next chunk, without its addresses.
 void go_on() {
     ahead.chunk += 1;
-    ahead.tile += DEPTH * ahead.team;
+    ahead.tile += depth_of(ahead.step) * ahead.team;
     if (ahead.chunk == ahead.chunks) {
         enter_item();
     }

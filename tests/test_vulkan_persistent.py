@@ -39,8 +39,9 @@ WIDE = Cut(
 )
 DOUBLE, WIDEST = replace(ONE, depth=4, width=2), replace(WIDE, depth=8, width=2)
 STRAIGHT = replace(WIDEST, teams=(1, 2, 1, 1), depth=2, straight=True)
+SHALLOW = replace(STRAIGHT, out_parts=1, teams=(1, 1, 1, 1), out_depth=1)
 UNLIKE = replace(DOUBLE, depth=1, straight=True)
-INT8 = Numerics(ACTIVATIONS["int8"], KV["int8"])
+INT8, WITH_FLOATS = Numerics(ACTIVATIONS["int8"], KV["int8"]), Numerics(kv=KV["int8"])
 
 
 SIZES: dict[str, Any] = {
@@ -111,9 +112,10 @@ def one_multiprocessor(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(vars(choose()), "multiprocessors", 1)  # where it is cached
 
 
-def opened(config: GemmaConfig, folder: Path, *, tune: bool = False) -> VulkanSession:
+def opened(
+    config: GemmaConfig, folder: Path, numerics: Numerics = INT8, *, tune: bool = False
+) -> VulkanSession:
     source, gpu = Weights(config), choose()
-    numerics = Numerics(kv=KV["int8"]) if config.experts else INT8
     return VulkanSession(
         config, source, gpu, pipeline_cache=folder, max_context=64, numerics=numerics, tune=tune
     )
@@ -130,14 +132,18 @@ def write_all(folder: Path, measured: Measured) -> None:
 
 
 def cut_session(
-    config: GemmaConfig, folder: Path, cut: Cut | None, like: Cut = ONE
+    config: GemmaConfig,
+    folder: Path,
+    cut: Cut | None,
+    like: Cut = ONE,
+    numerics: Numerics = INT8,
 ) -> VulkanSession:
     """Its products have the sums of `like`, and its layers are cut so."""
-    first = opened(config, folder)
+    first = opened(config, folder, numerics)
     products = shapes(first._engine.model, like)
     first.close()
     write_all(folder, Measured(products, {model_key(config): cut}))
-    return opened(config, folder)
+    return opened(config, folder, numerics)
 
 
 def text_and_logits(session: VulkanSession) -> tuple[list[int], NDArray[np.float32]]:
@@ -156,24 +162,26 @@ def expected(config: GemmaConfig, tmp_path: Path) -> tuple[list[int], NDArray[np
 
 
 @pytest.mark.parametrize(
-    ("make", "cut"),
+    ("make", "cut", "numerics"),
     [
-        *((plain, cut) for cut in (ONE, WIDE, DOUBLE, WIDEST, STRAIGHT, UNLIKE)),
-        (dense, STRAIGHT),
-        *((make, cut) for make in (dense, experts) for cut in (ONE, WIDEST)),
-        *((large_experts, replace(cut, splits=1)) for cut in (ONE, replace(DOUBLE, depth=3))),
+        *((plain, cut, INT8) for cut in (ONE, WIDE, DOUBLE, WIDEST, STRAIGHT, UNLIKE)),
+        *((plain, cut, WITH_FLOATS) for cut in (DOUBLE, STRAIGHT)),
+        *((dense, cut, INT8) for cut in (ONE, WIDEST, STRAIGHT, SHALLOW)),
+        *((experts, cut, WITH_FLOATS) for cut in (ONE, WIDEST, replace(WIDEST, out_depth=1))),
+        (large_experts, replace(ONE, splits=1), WITH_FLOATS),
+        (large_experts, replace(DOUBLE, depth=3, splits=1), WITH_FLOATS),
     ],
 )
 def test_a_token_has_the_bits_of_dispatches(
-    make: Callable[[], GemmaConfig], tmp_path: Path, cut: Cut
+    make: Callable[[], GemmaConfig], tmp_path: Path, cut: Cut, numerics: Numerics
 ) -> None:
     config = make()
     if config.experts:
         cut = replace(cut, teams=(*cut.teams, cut.teams[2], cut.teams[0]))
-    alone = cut_session(config, tmp_path, None, cut)
+    alone = cut_session(config, tmp_path, None, cut, numerics)
     expected = text_and_logits(alone)
     alone.close()
-    session = cut_session(config, tmp_path, cut, cut)
+    session = cut_session(config, tmp_path, cut, cut, numerics)
     text, logits = text_and_logits(session)
     labels = {kernel.label for kernel in session.profile().kernels}
     assert labels - {"per-layer inputs"} == {"embedding", "layers", "head"}
@@ -297,7 +305,7 @@ def test_scores_of_experts_that_no_workgroup_makes_are_for_dispatches(tmp_path: 
     """A workgroup makes four or eight of them."""
     config = replace(experts(), experts=Experts(count=22, active=3, intermediate_size=96))
     cut = replace(ONE, teams=(4, 2, 2, 4, 2, 4))
-    session = cut_session(config, tmp_path, cut, cut)
+    session = cut_session(config, tmp_path, cut, cut, WITH_FLOATS)
     text_and_logits(session)
     assert len({kernel.label for kernel in session.profile().kernels}) > 3
     session.close()

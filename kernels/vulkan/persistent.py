@@ -208,6 +208,7 @@ def _constants(stages: Stages, cut: Cut) -> dict[str, int | float]:
         "MOST_SPLITS": cut.splits or most_splits(config, cut),
         "LIST": shares(config, cut).shape[1],
         "STRAIGHT": cut.straight,
+        "OUT_DEPTH": cut.out_depth or cut.depth,
     }
 
 

@@ -22,27 +22,29 @@ class _Stage:
         team: slices that share the columns of a block.
         parts: of the columns.
         place: where its messages begin.
+        depth: tiles of a slice in a chunk.
     """
 
     rows: int
     columns: int
     team: int
     place: int
+    depth: int
     parts: int = 1
 
-    def words(self, cut: Cut) -> Iterator[tuple[int, int]]:
+    def words(self) -> Iterator[tuple[int, int]]:
         """Tiles of a row and of a part, 16 bits each; chunks of a group; blocks, place."""
         tiles = tiles_of(self.columns)
         part = -(-tiles // self.parts)
-        yield from self._words(cut, tiles, part, -(-part // (self.team * cut.depth)))
+        yield from self._words(tiles, part, -(-part // (self.team * self.depth)))
 
-    def expert_words(self, cut: Cut, active: int, sharing: int) -> Iterator[tuple[int, int]]:
+    def expert_words(self, active: int, sharing: int) -> Iterator[tuple[int, int]]:
         """The same of so many experts, columns behind columns: each has chunks of its own."""
         tiles = tiles_of(self.columns)
-        chunks = -(-active // (self.team // sharing)) * -(-tiles // (sharing * cut.depth))
-        yield from self._words(cut, tiles, active * tiles, chunks)
+        chunks = -(-active // (self.team // sharing)) * -(-tiles // (sharing * self.depth))
+        yield from self._words(tiles, active * tiles, chunks)
 
-    def _words(self, cut: Cut, tiles: int, part: int, chunks: int) -> Iterator[tuple[int, int]]:
+    def _words(self, tiles: int, part: int, chunks: int) -> Iterator[tuple[int, int]]:
         yield tiles | part << 16, chunks
         yield self.rows // TILE_ROWS, self.place
 
@@ -52,14 +54,14 @@ def stage_plans(config: GemmaConfig, cut: Cut, layer: int) -> list[tuple[int, in
     active, _, size = expert_sizes(config)
     shapes, places, teams = shapes_of(config, layer), stage_places(config, cut), cut.teams
 
-    def stage(which: int, parts: int = 1) -> _Stage:
-        return _Stage(*shapes[which], teams[which], places[which], parts)
+    def stage(which: int, parts: int = 1, depth: int = cut.depth) -> _Stage:
+        return _Stage(*shapes[which], teams[which], places[which], depth, parts)
 
-    stages = [stage(0), stage(1, parts=cut.out_parts), stage(2)]
+    stages = [stage(0), stage(1, cut.out_parts, cut.out_depth or cut.depth), stage(2)]
     stages += [stage(4)] if active else []
     stages.append(stage(3, parts=cut.down_parts))
-    found = [word for each in stages for word in each.words(cut)]
+    found = [word for each in stages for word in each.words()]
     if active:
-        down = _Stage(config.hidden_size, size, teams[5], places[5])
-        found += down.expert_words(cut, active, expert_sharing(config, cut))
+        down = _Stage(config.hidden_size, size, teams[5], places[5], cut.depth)
+        found += down.expert_words(active, expert_sharing(config, cut))
     return found

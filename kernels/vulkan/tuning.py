@@ -54,6 +54,8 @@ class Cut:
         width: blocks of rows that a slice multiplies at a time, 1 or 2.
         splits: of the context, at most; 0: as many as dispatches have.
         straight: chunks of tiles that are full have code of their own.
+        out_depth: as `depth`, up to it, of attention's output: attention needs registers, too; 0:
+            `depth`.
     """
 
     workgroups: int
@@ -67,6 +69,7 @@ class Cut:
     width: int = 1
     splits: int = 0
     straight: bool = False
+    out_depth: int = 0
 
 
 @dataclass(frozen=True)
