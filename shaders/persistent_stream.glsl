@@ -123,7 +123,7 @@ float measure_stream() {
 // High bytes of both, low bytes of both.
 uvec4 words_of(ivec4 one, ivec4 two) {
     ivec4 high_one = INT8_X ? one : (one + 128) >> 8, high_two = INT8_X ? two : (two + 128) >> 8;
-    uvec2 low = uvec2(packed_bytes(one - (high_one << 8)), packed_bytes(two - (high_two << 8)));
+    uvec2 low = uvec2(packed_bytes(one), packed_bytes(two));
     return uvec4(packed_bytes(high_one), packed_bytes(high_two), low);
 }
 
