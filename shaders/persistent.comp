@@ -252,6 +252,9 @@ void run_stage(uint stage, uint layer) {
         if (JOINS) {
             join_heads();
         }
+        if (OUT_DEPTH < DEPTH && ahead.step % PRODUCTS != OUT) {  // who has none of attention's output
+            EACH_TILE(FETCH)
+        }
     }
     if (is_kept(stage) || ACTIVE > 0 && stage == GATE) {
         ask_kept(is_kept(stage) ? stage : ROUTE);
