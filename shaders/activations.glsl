@@ -32,7 +32,7 @@ ivec4 rounded(vec4 v) {
 ivec4 quantized(vec4 v, float peak, out float scale) {
     if (INT8_X) {  // kernels/numerics.py, Int8Activations
         scale = peak / 127.0;
-        return rounded(clamp(v / (peak > 0.0 ? scale : 1.0), -127.0, 127.0));
+        return rounded(v * (peak > 1e-30 ? 127.0 / peak : 0.0));
     }
     scale = peak / FULL;
     return rounded(v * (peak > 0.0 ? FULL / peak : 0.0));

@@ -260,14 +260,14 @@ void run_stage(uint stage, uint layer) {
         ask_kept(is_kept(stage) ? stage : ROUTE);
     }
     if (stage == QKV || stage == GATE || TOLD > 0 && stage == TELL) {
+        if (stage == GATE) {
+            memoryBarrierBuffer();  // while others send
+        }
         join_stream(stage, layer);
         if (ACTIVE > 0 && stage == GATE) {
             score_experts();
         }
         hold_stream(stage, layer);
-        if (stage == GATE) {
-            memoryBarrierBuffer();
-        }
         barrier();
     }
     if (is_kept(stage)) {
