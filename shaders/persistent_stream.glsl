@@ -17,10 +17,19 @@ uint own_octet(uint i) {
     return i * LANES + lane;
 }
 
+// Whether there is one; known where each lane has so many.
+bool has_octet(uint i) {
+    return (i + 1) * LANES <= OCTETS || own_octet(i) < OCTETS;
+}
+
+uint last_or_own(uint i) {
+    return (i + 1) * LANES <= OCTETS ? own_octet(i) : min(own_octet(i), OCTETS - 1);
+}
+
 // Quads of the lane's octets; beyond the last octet they are the last one's again.
 #define LOAD_OWN(to, from) \
     [[unroll]] for (uint k = 0; k < OWN_QUADS; k++) { \
-        to[k] = from.at[2 * min(own_octet(k / 2), OCTETS - 1) + k % 2]; \
+        to[k] = from.at[2 * last_or_own(k / 2) + k % 2]; \
     }
 
 float squares_of(vec4 v) {
@@ -42,7 +51,7 @@ void put_squares(vec4 v[OWN_QUADS], uint place) {
         }
     }
     [[unroll]] for (uint i = 0; i < OWN; i++) {
-        if (own_octet(i) < OCTETS && lane % 4 == 0) {
+        if (has_octet(i) && lane % 4 == 0) {
             run_squares[place * RUNS + own_octet(i) / 4] = squares[i];
         }
     }
@@ -58,10 +67,11 @@ float factor_of(uint place) {
     const uint loads = (RUNS + 7) / 8;
     float run[loads], total = 0.0;
     [[unroll]] for (uint k = 0; k < loads; k++) {
-        run[k] = run_squares[place * RUNS + min(8 * k + lane % 8, RUNS - 1)];
+        uint last = 8 * k + 8 <= RUNS ? 8 * k + lane % 8 : min(8 * k + lane % 8, RUNS - 1);
+        run[k] = run_squares[place * RUNS + last];
     }
     [[unroll]] for (uint k = 0; k < loads; k++) {
-        total += 8 * k + lane % 8 < RUNS ? run[k] : 0.0;
+        total += 8 * k + 8 <= RUNS || 8 * k + lane % 8 < RUNS ? run[k] : 0.0;
     }
     precise float mean = team_sum(total, 8) / float(HIDDEN);
     mean = mean + EPS;
@@ -168,7 +178,7 @@ void receive_parts(MessageQuads from, uint first, uint parts, bool has_others) {
     bool waits = true;
     for (uint looks = 0; waits && !gives_up(looks); looks++) {
         [[unroll]] for (uint k = 0; k < ON_WAY; k += 2) {
-            uint octet = min(own_octet(k % OWN_QUADS / 2), OCTETS - 1), part = first + k / OWN_QUADS;
+            uint octet = last_or_own(k % OWN_QUADS / 2), part = first + k / OWN_QUADS;
             bool is_other = has_others && part == parts;
             uint plane = is_other ? (BESIDE_BRANCH_AT - DOWN_AT) / 8 : part * (PLANE(HIDDEN) / 8);
             look_octet(from, plane + octet, v[k], v[k + 1]);
@@ -272,14 +282,14 @@ void hold_floats(vec4 y[OWN_QUADS]) {
     [[unroll]] for (uint k = 0; k < OWN_QUADS; k++) { \
         precise vec4 normed_ = h[k] * stream_factor; \
         normed_ = normed_ * by[k]; \
-        y[k] = own_octet(k / 2) < OCTETS ? normed_ : vec4(0.0); \
+        y[k] = has_octet(k / 2) ? normed_ : vec4(0.0); \
     }
 
 void hold_stream(uint stage, uint layer) {
     if (TOLD > 0 && stage == TELL) {
         vec4 y[OWN_QUADS];
         [[unroll]] for (uint k = 0; k < OWN_QUADS; k++) {
-            y[k] = own_octet(k / 2) < OCTETS ? h[k] : vec4(0.0);
+            y[k] = has_octet(k / 2) ? h[k] : vec4(0.0);
         }
         hold_floats(y);
         return;
@@ -296,7 +306,7 @@ void hold_stream(uint stage, uint layer) {
     NORMED(y, gains)
     if (layer == LAYERS) {
         [[unroll]] for (uint k = 0; k < OWN_QUADS; k++) {
-            if (own_octet(k / 2) < OCTETS) {
+            if (has_octet(k / 2)) {
                 normed.at[2 * own_octet(k / 2) + k % 2] = y[k];
             }
         }
