@@ -172,8 +172,10 @@ void look_octet(MessageQuads from, uint octet, inout uvec4 one, inout uvec4 two)
 // Adds what joins the lane's octets: of all parts, those from `first` on; behind them `others`, if there are such.
 void receive_parts(MessageQuads from, uint first, uint parts, bool has_others) {
     uvec4 v[ON_WAY];
+    bool is_missing[ON_WAY / 2];
     [[unroll]] for (uint k = 0; k < ON_WAY; k++) {
-        v[k] = uvec4(first + k / OWN_QUADS < parts + uint(has_others) ? EMPTY : 0);
+        v[k] = uvec4(0);
+        is_missing[k / 2] = first + k / OWN_QUADS < parts + uint(has_others);
     }
     bool waits = true;
     for (uint looks = 0; waits && !gives_up(looks); looks++) {
@@ -181,17 +183,21 @@ void receive_parts(MessageQuads from, uint first, uint parts, bool has_others) {
             uint octet = last_or_own(k % OWN_QUADS / 2), part = first + k / OWN_QUADS;
             bool is_other = has_others && part == parts;
             uint plane = is_other ? (BESIDE_BRANCH_AT - DOWN_AT) / 8 : part * (PLANE(HIDDEN) / 8);
-            look_octet(from, plane + octet, v[k], v[k + 1]);
+            if (is_missing[k / 2]) {
+                v[k] = from.at[2 * (plane + octet)];
+                v[k + 1] = from.at[2 * (plane + octet) + 1];
+            }
         }
         waits = false;
         [[unroll]] for (uint k = 0; k < ON_WAY; k += 2) {
-            waits = waits || is_empty(max(v[k], v[k + 1]));
+            is_missing[k / 2] = is_empty(max(v[k], v[k + 1]));
+            waits = waits || is_missing[k / 2];
         }
     }
-    [[unroll]] for (uint k = 0; k < ON_WAY; k++) {
+    [[unroll]] for (uint k = 0; k < ON_WAY; k++) {  // + 0 where there is no such part
         uint part = first + k / OWN_QUADS;
         precise vec4 sum = joining[k % OWN_QUADS] + uintBitsToFloat(v[k]);
-        joining[k % OWN_QUADS] = part < parts ? sum : joining[k % OWN_QUADS];
+        joining[k % OWN_QUADS] = ACTIVE == 0 || part < parts ? sum : joining[k % OWN_QUADS];
         if (ACTIVE > 0) {
             others[k % OWN_QUADS] = part == parts ? uintBitsToFloat(v[k]) : others[k % OWN_QUADS];
         }
