@@ -60,6 +60,7 @@ layout(constant_id = 39) const uint SHARING = 1;      // slices that share an ex
 layout(constant_id = 40) const uint MOST_SPLITS = 16;
 layout(constant_id = 41) const uint LIST = 1;         // items of a workgroup's list
 layout(constant_id = 42) const bool STRAIGHT = false;  // full chunks have code of their own; not with experts
+layout(constant_id = 45) const uint READS = 0;  // ahead into the caches, of an item
 layout(constant_id = 43) const uint OUT_DEPTH = 4;     // as DEPTH, up to it, of attention's output
 #include "weights.glsl"
 
@@ -78,6 +79,7 @@ layout(buffer_reference, std430, buffer_reference_align = 16) coherent volatile 
 layout(buffer_reference, std430, buffer_reference_align = 16) coherent buffer Ledger {
     uint epoch;  // tokens so far
     uint left;   // workgroups that are done with this one
+    uint read;   // so that no compiler leaves out what is read ahead
 };
 // As kernels/vulkan/persistent.py writes it.
 layout(buffer_reference, std430, buffer_reference_align = 16) readonly restrict buffer Entries {
@@ -219,8 +221,8 @@ shared uvec4 held[HELD_VECTORS > FLOAT_VECTORS ? HELD_VECTORS : FLOAT_VECTORS];
 shared float partial[2 * 16 * SLICES * WIDTH];  // in turns
 uint flip = 0;
 
-#include "persistent_stream.glsl"
 #include "persistent_work.glsl"
+#include "persistent_stream.glsl"
 #include "persistent_inputs.glsl"
 #include "persistent_kept.glsl"
 #include "persistent_experts.glsl"
@@ -350,6 +352,9 @@ void main() {
     barrier();
     begin_work();
     run_layers(epoch);
+    if (READS > 0 && max(most_ahead, word_ahead) == EMPTY) {
+        ledger.read = EMPTY;
+    }
     if (lane == 0) {
         uint before = atomicAdd(ledger.left, 1);
         if (before + 1 == gl_NumWorkGroups.x) {

@@ -28,6 +28,9 @@ void hold_messages(uint place, uint channels, uint period) {
             [[unroll]] for (uint k = 0; k < BATCH_QUADS; k += 2) {
                 waits = waits || is_empty(max(v[k], v[k + 1]));
             }
+            if (waits) {
+                read_ahead();
+            }
         }
         vec4 y[BATCH_QUADS];
         [[unroll]] for (uint k = 0; k < BATCH_QUADS; k++) {

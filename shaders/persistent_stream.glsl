@@ -193,6 +193,9 @@ void receive_parts(MessageQuads from, uint first, uint parts, bool has_others) {
             is_missing[k / 2] = is_empty(max(v[k], v[k + 1]));
             waits = waits || is_missing[k / 2];
         }
+        if (waits) {
+            read_ahead();
+        }
     }
     [[unroll]] for (uint k = 0; k < ON_WAY; k++) {  // + 0 where there is no such part
         uint part = first + k / OWN_QUADS;
@@ -265,13 +268,13 @@ void join_stream(uint stage, uint layer) {
     if (layer > 0 || stage != QKV) {
         receive(stage);
     }
-    if (OWN >= 3 && POST_NORM) {
-        LOAD_OWN(branch_gains, branch_gain)
-    }
-    add_branch(HEADS_VARY && stage == QKV ? uintBitsToFloat(entry[entry_at + FACTOR_AT].x) : 1.0);
     if (OWN >= 3) {
+        if (POST_NORM) {
+            LOAD_OWN(branch_gains, branch_gain)
+        }
         LOAD_OWN(gains, gain)
     }
+    add_branch(HEADS_VARY && stage == QKV ? uintBitsToFloat(entry[entry_at + FACTOR_AT].x) : 1.0);
     stream_factor = is_plain ? 1.0 : measure_stream();
 }
 

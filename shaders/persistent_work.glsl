@@ -36,6 +36,7 @@ struct Work {
     uint team, place, first_sum;      // of the slice; its sums among the group's
     uint apart;                       // from a tile of the slice to its next one
     uint tile;                        // its first one of the chunk
+    uint reads;                       // ahead of what is on its way
     Words matrix, other;              // of the slice's team
     uint tiles;                       // of a row of them
     uint64_t rows_at, other_at;       // of the team's blocks
@@ -150,6 +151,7 @@ void enter_item() {
     ahead.next += 1;
     ahead.item = items.at[ahead.next];
     ahead.chunk = 0;
+    ahead.reads = 0;
     ahead.first_tile = ahead.part * ahead.part_tiles;
     uint last = ahead.first_tile + ahead.part_tiles;
     ahead.last_tile = stage == OUT || stage == DOWN ? min(last, ahead.tiles) : last;
@@ -179,4 +181,20 @@ void begin() {
     ahead.item = items.at[ahead.next];
     enter_item();
     enter_group();
+}
+
+uint word_ahead = 0, most_ahead = 0;  // on its way; of those before
+
+// Whoever has looked for a message in vain reads a word of another 64 bytes that come behind the item's first
+// chunk: so the caches have them. A word is waited for with the next look.
+void read_ahead() {
+    uint from = ahead.tile - ahead.place + depth_of(ahead.step) * ahead.team;
+    if (ahead.reads < READS && from < ahead.last_tile) {
+        uint last = (ahead.last_tile - from) * (TILE_VECTORS / 4) - 1;
+        uint own = ahead.reads / WIDTH * 64 * ahead.team + 64 * ahead.place + lane % 64;
+        uint64_t rows_at = WIDTH == 2 && ahead.reads % 2 == 1 ? ahead.other_at : ahead.rows_at;
+        most_ahead = max(most_ahead, word_ahead);
+        word_ahead = Messages(rows_at + uint64_t(16 * TILE_VECTORS * from + 64 * min(own, last))).at[0];
+        ahead.reads += 1;
+    }
 }

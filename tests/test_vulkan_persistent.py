@@ -152,15 +152,6 @@ def text_and_logits(session: VulkanSession) -> tuple[list[int], NDArray[np.float
     return list(session.decode(8, Sampling())), session.next_logits
 
 
-@pytest.fixture
-def expected(config: GemmaConfig, tmp_path: Path) -> tuple[list[int], NDArray[np.float32]]:
-    """Of dispatches of their own."""
-    session = cut_session(config, tmp_path, None)
-    found = text_and_logits(session)
-    session.close()
-    return found
-
-
 @pytest.mark.parametrize(
     ("make", "cut", "numerics"),
     [
@@ -190,13 +181,15 @@ def test_a_token_has_the_bits_of_dispatches(
 
 
 def test_who_waits_in_vain_computes_the_tokens_anew(
-    config: GemmaConfig,
-    tmp_path: Path,
-    expected: tuple[list[int], NDArray[np.float32]],
-    monkeypatch: pytest.MonkeyPatch,
+    config: GemmaConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """Having read ahead."""
+    cut = replace(ONE, workgroups=2, teams=(1, 1, 1, 1), reads=2)
+    alone = cut_session(config, tmp_path, None, cut)
+    expected = text_and_logits(alone)
+    alone.close()
     monkeypatch.setattr(persistent, "PATIENCE", 1)
-    session = cut_session(config, tmp_path, replace(ONE, workgroups=2))
+    session = cut_session(config, tmp_path, cut)
     text, logits = text_and_logits(session)
     assert len({kernel.label for kernel in session.profile().kernels}) > 3
     assert text == expected[0] and np.array_equal(logits, expected[1])
@@ -265,7 +258,7 @@ def test_each_group_is_one_workgroups(name: str) -> None:
 def test_full_chunks_are_tried_where_all_of_the_hidden_size_are_full() -> None:
     """42 tiles of the 27b are six chunks of seven; nine of the 1b are odd."""
     found = [cut for cut in cuts(shape_config("27b"), 132, 48 << 10) if cut.straight]
-    assert {(cut.teams, cut.depth) for cut in found} == {((2, 2, 2, 2), 7)}
+    assert {(cut.teams, cut.depth, cut.out_depth) for cut in found} == {((2, 2, 2, 2), 7, 6)}
     assert {cut.down_parts for cut in found} == {2, 3}
     assert not any(cut.straight for cut in cuts(shape_config("1b"), 132, 48 << 10))
 

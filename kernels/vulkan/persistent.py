@@ -209,6 +209,7 @@ def _constants(stages: Stages, cut: Cut) -> dict[str, int | float]:
         "LIST": shares(config, cut).shape[1],
         "STRAIGHT": cut.straight,
         "OUT_DEPTH": cut.out_depth or cut.depth,
+        "READS": cut.reads,
     }
 
 

@@ -44,6 +44,7 @@ GROUP_TILES = 2  # so many tiles take as long as what follows a group of blocks 
 FEW_RUNS = 32  # of keys, for which there are workgroups enough: each then serves one head
 MOST_SHARED = 256  # channels of heads of which a workgroup may serve more: the registers are few
 MOST_STRAIGHT = 7  # tiles of a chunk that has code of its own: the registers are few
+READS = 8  # of 64 bytes by each lane, ahead of a group of blocks
 MOST_JOINED = 8  # heads up to which workgroups may join for themselves those they need
 X_BYTES, FLOAT_BYTES = 288, 512  # of 128 channels of activations
 MOST_LANES = 1024  # of a dispatch with the sums of the kernel's finest product
@@ -104,9 +105,13 @@ def _straighter(config: GemmaConfig, cut: Cut) -> Iterator[Cut]:
     team, tiles = cut.teams[0], tiles_of(config.hidden_size)
     depth = even_depth(-(-tiles // team), MOST_STRAIGHT)
     groups = groups_of(min(_gates(config)), cut.lanes // SLICE * cut.width, 2 * team)
+    out = tiles_of(config.layer_q_size(0)) // (team * cut.out_parts)
+    out_depth = even_depth(max(1, out), depth)
     is_full = tiles % (team * depth) == 0 and groups >= cut.workgroups
     if is_full and cut.width == 2 and cut.joins and not config.experts:
-        yield replace(cut, teams=(team,) * 4, depth=depth, straight=True)
+        yield replace(
+            cut, teams=(team,) * 4, depth=depth, straight=True, out_depth=out_depth, reads=READS
+        )
 
 
 def _gates(config: GemmaConfig) -> list[int]:

@@ -56,6 +56,7 @@ class Cut:
         straight: chunks of tiles that are full have code of their own.
         out_depth: as `depth`, up to it, of attention's output: attention needs registers, too; 0:
             `depth`.
+        reads: looks for a message in vain, for each group of blocks, that read weights ahead.
     """
 
     workgroups: int
@@ -70,6 +71,7 @@ class Cut:
     splits: int = 0
     straight: bool = False
     out_depth: int = 0
+    reads: int = 0
 
 
 @dataclass(frozen=True)
