@@ -18,13 +18,15 @@ from uq.kernels.kv_format import KVFormat
 
 Array = NDArray[np.float32]
 
+LEAST = np.float32(1e-30)  # as in shaders/activations.glsl: 127 / x is finite above
+
 
 @dataclass(frozen=True)
 class Int8Activations:
     """Inputs of linears in 8 bits, as kernels with integer dot products take them.
 
     Of each group of `group` neighbouring channels of a token, with one float32 scale:
-    scale = max|x| / 127, code = round(x / scale), ties to even.
+    scale = max|x| / 127, code = round(x * (127 / max|x|)), ties to even; 0 where max|x| <= `LEAST`.
 
     Attributes:
         head: the input of the head, too.
@@ -36,9 +38,10 @@ class Int8Activations:
     def rounded(self, x: Array) -> Array:
         """codes * scales of x (..., channels)."""
         groups = x.reshape(*x.shape[:-1], -1, self.group)
-        scale = np.abs(groups).max(axis=-1, keepdims=True) / np.float32(127)
-        codes = np.rint(groups / np.where(scale == 0, np.float32(1), scale))
-        codes *= scale
+        peak = np.abs(groups).max(axis=-1, keepdims=True)
+        factor = np.float32(127) / np.where(peak > LEAST, peak, np.float32(np.inf))
+        codes = np.rint(groups * factor)
+        codes *= peak / np.float32(127)
         return codes.reshape(x.shape)
 
 

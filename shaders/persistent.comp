@@ -60,8 +60,8 @@ layout(constant_id = 39) const uint SHARING = 1;      // slices that share an ex
 layout(constant_id = 40) const uint MOST_SPLITS = 16;
 layout(constant_id = 41) const uint LIST = 1;         // items of a workgroup's list
 layout(constant_id = 42) const bool STRAIGHT = false;  // full chunks have code of their own; not with experts
-layout(constant_id = 45) const uint READS = 0;  // ahead into the caches, of an item
 layout(constant_id = 43) const uint OUT_DEPTH = 4;     // as DEPTH, up to it, of attention's output
+layout(constant_id = 45) const uint READS = 0;         // ahead into the caches, of an item
 #include "weights.glsl"
 
 layout(buffer_reference, std430, buffer_reference_align = 8) readonly restrict buffer Turns {

@@ -79,6 +79,21 @@ def test_codes_are_those_of_the_emulation(lab: Lab) -> None:
     assert (np.abs(kept - emulated) > 1e-6 * np.abs(x)).mean() < 0.01
 
 
+def test_ties_go_to_even_and_what_is_next_to_nothing_to_zero(lab: Lab) -> None:
+    """Bit for bit: 127 / 127 is exact on every device."""
+    x = np.zeros((2, 160), np.float32)
+    x[:, :32] = np.arange(32) * np.array([[1], [-1]]) + 0.5
+    x[:, 64:96] = np.float32(1e-31) * normal(2, 32)
+    x[:, 96:] = np.rint(40 * normal(2, 64)).clip(-126, 126)
+    x[:, [31, 127, 159]] = 127
+    found = Codes.read(lab, x)
+    kept = (found.codes * found.scales[..., None])[:, :5].reshape(2, 160)
+    np.testing.assert_array_equal(kept, Int8Activations().rounded(x))
+    np.testing.assert_array_equal(found.codes[0, 0, :4], [0, 2, 2, 4])
+    np.testing.assert_array_equal(found.codes[1, 0, :4], [0, 0, -2, -2])
+    assert not found.codes[:, 1:3].any()
+
+
 def twin(weight: QuantTensor, x: Codes) -> Floats:
     """The order of gemv.comp with one slice: pieces of 32 exact, a row's tiles one after the other,
     then the four pieces of a tile by twos. Every step is one rounding to float32."""
