@@ -1,5 +1,6 @@
 #version 460
 #extension GL_GOOGLE_include_directive : require
+#extension GL_EXT_buffer_reference_uvec2 : require
 // Attention of one token to the KV cache: norms of queries, keys and values, RoPE, the new row of the
 // cache, softmax(Q K^T) V.
 //
@@ -62,13 +63,16 @@ vec4 input_at(uint place) {
     return MODE == PREPARE ? qkv.at[place] : Inputs(qkv).at[place];
 }
 
-vec4 input_quad(uint column, uint quad) {
+// A quad of the low half of a row, and the one of the high half.
+void input_pair(uint column, uint quad, out vec4 low, out vec4 high) {
     uint place = (gl_WorkGroupID.z * stride + column) / 4 + quad;
-    vec4 sum = input_at(place);
+    low = input_at(place);
+    high = input_at(place + DIM / 8);
     [[unroll]] for (uint part = 1; part < PARTS; part++) {
-        sum += input_at(part * gl_NumWorkGroups.z * (stride / 4) + place);
+        uint behind_ = part * gl_NumWorkGroups.z * (stride / 4) + place;
+        low += input_at(behind_);
+        high += input_at(behind_ + DIM / 8);
     }
-    return sum;
 }
 
 const uint SHARING = HEADS / KV_HEADS;
@@ -92,7 +96,7 @@ void main() {
     }
     uint first = WINDOW > 0 && position >= WINDOW ? position + 1 - WINDOW : 0;
     uint seen = position + 1 - first;
-    uint run = max(max(TILE, RUN), (seen + MOST_SPLITS - 1) / MOST_SPLITS);
+    uint run = max(max(TEAMS_OF_8, RUN), (seen + MOST_SPLITS - 1) / MOST_SPLITS);
     uint splits = MODE == PREPARE ? 1 : (seen + run - 1) / run;
     uint split = gl_WorkGroupID.x, block = gl_WorkGroupID.y;
     head = block * QUERIES / SHARING;
@@ -102,21 +106,15 @@ void main() {
     }
     uint begin = first + split * run, stop = min(begin + run, position + 1);
     bool appends = OWNS_KEYS && MODE != ATTEND && split + 1 == splits;
-    uint fresh = appends ? position : 0xFFFFFFFFu;  // others hold no key or value of it
-    if (MODE != PREPARE) {
-        fetch_keys(begin, stop - 1);
-        fetch_values(begin, stop - 1);
-    }
-    prepare(block, appends);
+    new_slot = position % SLOTS;
     if (MODE == PREPARE) {
+        prepare(block, appends);
         store_queries(block);
         return;
     }
-    vec4 low[QUERIES], high[QUERIES];
-    vec2 stat;
-    attend(begin, stop, fresh, low, high, stat);
+    attend(block, appends, begin % SLOTS, begin, stop);
     bool is_output = JOINS_OWN && splits == 1;
-    store_partials(low, high, stat, is_output);
+    store_partials(is_output);
     if (is_output) {
         return;
     }

@@ -1,38 +1,53 @@
 // One token's attention to a run of keys: norms of queries, keys and values, RoPE, the new row of the
 // cache, softmax(Q K^T) V. Who includes it has the sizes of heads and cache, and says where queries,
-// keys and values come from (`input_quad`), and how many of its lanes have keys and values (ATTENDING).
-// DIM is a constant, or, with HEADS_VARY, a variable: powers of two up to MOST_DIM.
+// keys and values come from (`input_pair`), and how many of its lanes have keys and values (ATTENDING).
+// DIM is a constant, or, with HEADS_VARY, a variable: powers of two from LEAST_DIM to MOST_DIM.
 #ifndef HEADS_VARY
 #define HEADS_VARY false
 #define MOST_DIM DIM
+#define LEAST_DIM DIM
 #endif
-#define PAIRS (DIM / 2)
 #define QUADS (DIM / 4)
 #define VECTORS (DIM / 8)  // of 8 channels in a row of the cache
 #define V_SLICES over(ATTENDING, VECTORS)
-#define TURN_ROWS over(LANES, PAIRS)  // that are turned at a time
+#define ROW_LANES ((VECTORS + 7) / 8 * 8)
+#define KEY_TEAMS (DIM < 512 ? 1 : 2)  // of eight lanes, that share a key
+#define TILE (TEAMS_OF_8 / KEY_TEAMS)  // keys at a time
 
-const uint TILE = ATTENDING / 8;  // keys between two barriers
+const uint TEAMS_OF_8 = ATTENDING / 8;
 const uint BLOCKS = HEADS / QUERIES;
 const uint MOST_VECTORS = MOST_DIM / 8;
-const uint KEY_LOADS = (MOST_VECTORS + 7) / 8;  // of a lane for a key
+const uint MOST_KEY_TEAMS = MOST_DIM < 512 ? 1 : 2;
+const uint KEY_LOADS = (MOST_VECTORS + 8 * MOST_KEY_TEAMS - 1) / (8 * MOST_KEY_TEAMS);  // of a lane for a key
 const uint LEAST_SLICES = ATTENDING / MOST_VECTORS;
-const uint VALUE_LOADS = (TILE + LEAST_SLICES - 1) / LEAST_SLICES;  // of a lane for a tile
+const uint MOST_SLICES = ATTENDING / (LEAST_DIM / 8);
+const uint TILE_OF_MOST = TEAMS_OF_8 / MOST_KEY_TEAMS;
+const uint VALUE_LOADS = (TILE_OF_MOST + LEAST_SLICES - 1) / LEAST_SLICES;  // of a lane for a tile
+// None, where every lane has a vector of all its keys; and where it has a slice, and all its values a key.
+const uint VECTORS_LACKED = LEAST_DIM % 64 + (LEAST_DIM < 256 ? MOST_DIM - LEAST_DIM : 0);
+const uint VALUES_LACKED =
+    LANES - ATTENDING + ATTENDING % MOST_VECTORS + TILE_OF_MOST % LEAST_SLICES + VECTORS_LACKED;
+// Whether those who share a scale do not have neighbouring lanes.
+#if KV_INT8
+const bool STORES_ROWS = LEAST_DIM % 64 > 0;
+#else
+const bool STORES_ROWS = false;
+#endif
 
 // Rows of DIM channels: the quads with even numbers, then the others, so that lanes that read eight
 // channels each find neighbours.
-shared vec4 rows[(QUERIES + 1) * 2 * MOST_VECTORS];  // the queries, then the new key
-shared vec4 new_value[2 * MOST_VECTORS];
-shared STORED fresh_key[2 * MOST_VECTORS], fresh_value[2 * MOST_VECTORS];  // as the cache has them
-shared float factors[QUERIES + 1];
-shared float weights[QUERIES * TILE];  // of a tile's keys
-shared float correction[QUERIES];
+shared vec4 rows[(QUERIES + 2) * 2 * MOST_VECTORS];
+shared STORED fresh[2][2 * MOST_VECTORS];  // the new key and value, as the cache has them
+shared float squares[LANES / 8 + MOST_VECTORS / 8];  // of eight lanes' channels
+shared float scores[2 * QUERIES * TEAMS_OF_8 * MOST_KEY_TEAMS];  // of tiles' keys, by turns; of each team
 shared vec4 gathered[QUERIES * LEAST_SLICES * 2 * MOST_VECTORS];
+shared float gathered_weights[QUERIES * MOST_SLICES];
 
 uint lane;
 uint position;
 uint head;  // of keys and values
 uint first_row;  // of the head in the cache
+uint new_slot;   // of the new key, or SLOTS more
 
 // x / size and x % size, of sizes that are made of DIM.
 uint over(uint x, uint size) {
@@ -47,275 +62,226 @@ uint quad_place(uint quad) {
     return quad % 2 * VECTORS + quad / 2;
 }
 
-// Queries, and with `appends` the new key and value.
-void load_rows(uint block, bool appends) {
-    uint own = QUERIES * QUADS;
-    [[dont_unroll]] for (uint i = lane; i < own + (appends ? 2 * QUADS : 0); i += LANES) {
-        if (i < own) {
-            rows[over(i, QUADS) * QUADS + quad_place(rest(i, QUADS))] = input_quad(block * QUERIES * DIM, i);
-        } else if (i < own + QUADS) {
-            rows[own + quad_place(i - own)] = input_quad(k_column + head * DIM, i - own);
-        } else {
-            uint quad = i - own - QUADS;
-            new_value[quad_place(quad)] = input_quad(v_column + head * DIM, quad);
-        }
-    }
-}
-
-// factors = 1 / RMS of the first `count` rows, eight lanes each.
-void measure_rows(uint count) {
-    [[dont_unroll]] for (uint base = 0; base < count; base += LANES / 8) {
-        uint row = base + lane / 8;
-        float total = 0.0;
-        if (row < count) {
-            [[unroll]] for (uint i = lane % 8; i < QUADS; i += 8) {
-                total = dot_onto(rows[row * QUADS + i], rows[row * QUADS + i], total);
-            }
-        }
-        total = team_sum(total, 8);
-        if (row < count && lane % 8 == 0) {
-            precise float mean = total / float(DIM);
-            mean = mean + EPS;
-            factors[row] = inversesqrt(mean);
-        }
-    }
-    barrier();
-}
-
-// What turns a lane's pair of channels, on its way early: fine and coarse angle, gains of q and k.
-vec2 fine, coarse;
-vec4 pair_gains;
-
-void load_turns() {
-    uint pair = rest(lane, PAIRS);
-    fine = turns.at[position % 256 * PAIRS + pair];
-    coarse = turns.at[(256 + position / 256) * PAIRS + pair];
-    if (QK_NORM) {
-        pair_gains.xy = vec2(q_gain.at[pair], q_gain.at[pair + PAIRS]);
-        pair_gains.zw = vec2(k_gain.at[pair], k_gain.at[pair + PAIRS]);
-    }
-}
-
-// Norm and RoPE of the first `count` rows. Component i turns with component i + DIM / 2; the angle of
-// a position is that of its multiple of 256 and that of the rest.
-void turn_rows(uint count) {
-    uint pair = rest(lane, PAIRS);
-    precise float c = fine.x * coarse.x - fine.y * coarse.y;
-    precise float s = fine.y * coarse.x + fine.x * coarse.y;
-    if (QK_NORM) {
-        measure_rows(count);
-    }
-    uint rows_end = lane < TURN_ROWS * PAIRS ? count : 0;
-    [[dont_unroll]] for (uint row = over(lane, PAIRS); row < rows_end; row += TURN_ROWS) {
-        uint low_at = row * QUADS + quad_place(pair / 4);
-        uint high_at = row * QUADS + quad_place((pair + PAIRS) / 4);
-        precise float low = rows[low_at][pair % 4], high = rows[high_at][pair % 4];
-        if (QK_NORM) {
-            vec2 gain = row < QUERIES ? pair_gains.xy : pair_gains.zw;
-            low *= factors[row] * gain.x;
-            high *= factors[row] * gain.y;
-        }
-        precise vec2 turned = vec2(low * c - high * s, high * c + low * s);
-        rows[low_at][pair % 4] = turned.x;
-        rows[high_at][pair % 4] = turned.y;
-    }
-    barrier();
-}
-
-// Norm of the new value.
-void norm_value() {
-    float total = 0.0;
-    [[unroll]] for (uint i = lane % 8; i < QUADS; i += 8) {
-        total = dot_onto(new_value[i], new_value[i], total);
-    }
-    precise float mean = team_sum(total, 8) / float(DIM);
-    mean = mean + EPS;
-    float factor = inversesqrt(mean);
-    barrier();
-    for (uint i = lane; i < QUADS; i += LANES) {
-        new_value[i] *= factor;
-    }
-}
-
-// The new key and value, where no other token of the window lies. They stay in shared memory as the
-// cache has them: nobody reads them from there in this dispatch.
-void append() {
-    uint row = first_row + position % SLOTS;
-    for (uint i = lane; i < QUADS; i += LANES) {
-        uint at = quad_place(i), key_at = QUERIES * QUADS + at;
-        fresh_key[at] = store_quad(keys, key_scales, row, i, rows[key_at]);
-        fresh_value[at] = store_quad(values, value_scales, row, i, new_value[at]);
-    }
-    barrier();
-}
-
 // `slot` may be that of a tile's first key and less than SLOTS more.
 uint cache_row(uint slot) {
     return first_row + (slot < SLOTS ? slot : slot - SLOTS);
 }
 
-// A tile of the cache on its way: eight lanes for a key, VECTORS lanes for a value.
-Channels key_parts[KEY_LOADS], value_parts[VALUE_LOADS];
+#include "attention_rows.glsl"
 
-// Keys beyond the last are the last again: their weights are 0.
-void fetch_keys(uint first, uint last) {
-    uint row = cache_row(first % SLOTS + min(lane / 8, last - first));
+// A tile of the cache, and the next one on its way: KEY_TEAMS times eight lanes for a key, VECTORS lanes for a
+// value.
+Channels key_parts[KEY_LOADS], value_parts[VALUE_LOADS], next_keys[KEY_LOADS], next_values[VALUE_LOADS];
+
+// Of the lane's key, its vector i.
+uint key_vector(uint i) {
+    uint vector = (lane / 8 % KEY_TEAMS * KEY_LOADS + i) * 8 + lane % 8;
+    return VECTORS_LACKED == 0 ? vector : min(vector, VECTORS - 1);
+}
+
+bool has_vector(uint i) {
+    return VECTORS_LACKED == 0 || i * 8 + lane % 8 < VECTORS;
+}
+
+// Keys beyond the last, `behind` the first, are the last again: their weights are 0.
+void ask_keys(uint slot, uint behind) {
+    uint row = cache_row(slot + min(lane / 8 / KEY_TEAMS, behind));
     [[unroll]] for (uint i = 0; i < KEY_LOADS; i++) {
-        key_parts[i] = fetch(keys, key_scales, row, min(8 * i + lane % 8, VECTORS - 1));
+        next_keys[i] = fetch(keys, key_scales, row, key_vector(i));
     }
 }
 
-void fetch_values(uint first, uint last) {
+void ask_values(uint slot, uint behind) {
     [[unroll]] for (uint i = 0; i < VALUE_LOADS; i++) {
-        uint key = min(over(lane, VECTORS) + i * V_SLICES, last - first);
-        uint row = cache_row(first % SLOTS + key);
-        value_parts[i] = fetch(values, value_scales, row, rest(lane, VECTORS));
+        uint row = cache_row(slot + min(over(lane, VECTORS) + i * V_SLICES, behind));
+        next_values[i] = fetch(values, value_scales, row, rest(lane, VECTORS));
     }
 }
 
-// weights = scores of up to TILE keys, eight lanes for a key. `fresh` is the key in shared memory.
-void score(uint first, uint stop, uint fresh) {
-    uint key = first + lane / 8;
+// So that compilers do not keep what was in them before.
+void forget_tile() {
+    [[unroll]] for (uint i = 0; i < KEY_LOADS; i++) {
+        next_keys[i] = stored_channels(uvec2(0), uvec2(0));
+    }
+    [[unroll]] for (uint i = 0; i < VALUE_LOADS; i++) {
+        next_values[i] = stored_channels(uvec2(0), uvec2(0));
+    }
+}
+
+Channels fresh_channels(uint which, uint vector) {
+    return stored_channels(fresh[which][2 * vector], fresh[which][2 * vector + 1]);
+}
+
+// Scores of a tile's keys. `fresh_at` is the key in shared memory.
+void score(uint to, uint first, uint stop, uint fresh_at) {
+    uint own = lane / 8 / KEY_TEAMS;
     float total[QUERIES];
     [[unroll]] for (uint q = 0; q < QUERIES; q++) {
         total[q] = 0.0;
     }
+    if (first + own == fresh_at) {
+        [[unroll]] for (uint i = 0; i < KEY_LOADS; i++) {
+            key_parts[i] = fresh_channels(0, key_vector(i));
+        }
+    }
     [[unroll]] for (uint i = 0; i < KEY_LOADS; i++) {
-        uint vector = 8 * i + lane % 8;
-        if (vector < VECTORS) {
+        if (has_vector(i)) {
+            uint vector = key_vector(i);
             vec4 low, high;
             unpack(key_parts[i], low, high);
-            if (key == fresh) {
-                low = stored_quad(fresh_key[vector]);
-                high = stored_quad(fresh_key[VECTORS + vector]);
-            }
             [[unroll]] for (uint q = 0; q < QUERIES; q++) {
                 total[q] = dot_onto(low, rows[q * QUADS + vector], total[q]);
                 total[q] = dot_onto(high, rows[q * QUADS + VECTORS + vector], total[q]);
             }
         }
     }
-    [[unroll]] for (uint q = 0; q < QUERIES; q++) {
-        float s = team_sum(total[q], 8) * SCALE;
-        s = CAP > 0.0 ? softcap(s, CAP) : s;
-        if (lane % 8 == 0 && lane < ATTENDING) {
-            weights[q * TILE + lane / 8] = key < stop ? s : -1e30;
+    [[unroll]] for (uint step = 1; step < 8; step *= 2) {
+        [[unroll]] for (uint q = 0; q < QUERIES; q++) {
+            total[q] += subgroupShuffleXor(total[q], step);
         }
     }
-    barrier();
+    [[unroll]] for (uint q = 0; q < QUERIES; q++) {
+        if (lane % 8 == 0 && (LANES == ATTENDING || lane < ATTENDING)) {
+            float s = first + own < stop ? total[q] * SCALE : -1e30;
+            uint place = (to + q * TEAMS_OF_8 + own) * MOST_KEY_TEAMS;
+            scores[place + lane / 8 % KEY_TEAMS] = s;
+            if (KEY_TEAMS < MOST_KEY_TEAMS) {
+                scores[place + 1] = 0.0;
+            }
+        }
+    }
 }
 
-// Scores to weights relative to the greatest so far; eight lanes know a query's maximum and sum.
-void renormalize(inout float peak, inout float sum) {
-    uint query = lane / 8;
-    if (query < QUERIES) {
-        float best = peak;
-        [[unroll]] for (uint i = lane % 8; i < TILE; i += 8) {
-            best = max(best, weights[query * TILE + i]);
+// Below -1e29 of no key.
+float score_of(uint place) {
+    float s = scores[place * MOST_KEY_TEAMS];
+    if (MOST_KEY_TEAMS == 2) {
+        s += scores[2 * place + 1];
+    }
+    return CAP > 0.0 && s > -1e29 ? softcap(s, CAP) : s;
+}
+
+// Weighted values of a slice of the keys, of all queries; the greatest score of all keys so far, and the sum
+// of the slice's weights.
+vec4 mixed_low[QUERIES], mixed_high[QUERIES];
+float peaks[QUERIES], total_weight[QUERIES];
+
+void clear_mixed() {
+    [[unroll]] for (uint q = 0; q < QUERIES; q++) {
+        mixed_low[q] = mixed_high[q] = vec4(0.0);
+        peaks[q] = -1e30;
+        total_weight[q] = 0.0;
+    }
+}
+
+// Every eight lanes find the greatest score by themselves.
+void find_peaks(uint from) {
+    [[unroll]] for (uint q = 0; q < QUERIES; q++) {
+        float best = peaks[q];
+        [[unroll]] for (uint i = 0; i < TEAMS_OF_8; i += 8) {
+            best = max(best, score_of(from + q * TEAMS_OF_8 + min(i + lane % 8, TILE - 1)));
         }
         best = team_max(best, 8);
-        float total = 0.0;
-        [[unroll]] for (uint i = lane % 8; i < TILE; i += 8) {
-            float w = weights[query * TILE + i];
-            w = w > -1e29 ? exp(w - best) : 0.0;
-            weights[query * TILE + i] = w;
-            total += w;
-        }
-        float factor = exp(peak - best);
-        precise float both = fma(sum, factor, team_sum(total, 8));
-        sum = both;
-        peak = best;
-        correction[query] = factor;
+        float factor = exp(peaks[q] - best);
+        mixed_low[q] *= factor;
+        mixed_high[q] *= factor;
+        total_weight[q] *= factor;
+        peaks[q] = best;
     }
-    barrier();
 }
 
-void mix(uint first, uint fresh, inout vec4 low[QUERIES], inout vec4 high[QUERIES]) {
+void mix(uint from, uint first, uint fresh_at) {
+    find_peaks(from);
     uint vector = rest(lane, VECTORS), slice = over(lane, VECTORS);
-    [[unroll]] for (uint q = 0; q < QUERIES; q++) {
-        low[q] *= correction[q];
-        high[q] *= correction[q];
-    }
     [[unroll]] for (uint i = 0; i < VALUE_LOADS; i++) {
         uint at = slice + i * V_SLICES;
-        if (slice < V_SLICES && at < TILE) {
+        if (VALUES_LACKED == 0 || slice < V_SLICES && at < TILE) {
+            if (first + at >= fresh_at) {  // weights behind it are 0, but what lies there is anything
+                value_parts[i] = fresh_channels(1, vector);
+            }
             vec4 a, b;
             unpack(value_parts[i], a, b);
-            if (first + at >= fresh) {  // weights behind it are 0, but what lies there is anything
-                a = stored_quad(fresh_value[vector]);
-                b = stored_quad(fresh_value[VECTORS + vector]);
-            }
             [[unroll]] for (uint q = 0; q < QUERIES; q++) {
-                float w = weights[q * TILE + at];
-                precise vec4 front = fma(vec4(w), a, low[q]), back = fma(vec4(w), b, high[q]);
-                low[q] = front;
-                high[q] = back;
+                float s = score_of(from + q * TEAMS_OF_8 + at), w = s > -1e29 ? exp(s - peaks[q]) : 0.0;
+                precise vec4 low = fma(vec4(w), a, mixed_low[q]), high = fma(vec4(w), b, mixed_high[q]);
+                mixed_low[q] = low;
+                mixed_high[q] = high;
+                total_weight[q] += w;
+            }
+        }
+    }
+}
+
+// Prepares the rows, and mixes the values of the keys `begin` .. `stop` - 1, the first of which has `slot`. The
+// keys of a tile are on their way while the tile in front of it is mixed.
+void attend(uint block, bool appends, uint slot, uint begin, uint stop) {
+    uint fresh_at = appends ? position : 0xFFFFFFFFu, from = 0;  // others hold no row of it
+    forget_tile();
+    clear_mixed();
+    // What is computed is one tile behind what is asked for.
+    [[dont_unroll]] for (uint next = begin; next < stop + TILE; next += TILE) {
+        uint tile = next - TILE, behind = stop - 1 - next;
+        [[unroll]] for (uint i = 0; i < KEY_LOADS; i++) {
+            key_parts[i] = next_keys[i];
+        }
+        if (next < stop) {
+            ask_keys(slot, behind);
+        }
+        if (next == begin) {
+            prepare(block, appends);
+            clear_mixed();  // again: so compilers need not keep it meanwhile
+        } else {
+            score(from, tile, stop, fresh_at);
+            barrier();
+        }
+        [[unroll]] for (uint i = 0; i < VALUE_LOADS; i++) {
+            value_parts[i] = next_values[i];
+        }
+        if (next < stop) {
+            ask_values(slot, behind);
+        }
+        if (next > begin) {
+            mix(from, tile, fresh_at);
+        }
+        from = QUERIES * TEAMS_OF_8 - from;
+        slot = slot + TILE < SLOTS ? slot + TILE : slot + TILE - SLOTS;
+    }
+}
+
+// The weighted values of all slices to shared memory, for `gathered_quad` and `gathered_weight`.
+void gather_values() {
+    uint vector = rest(lane, VECTORS), slice = over(lane, VECTORS);
+    if (VALUES_LACKED == 0 || slice < V_SLICES) {
+        [[unroll]] for (uint q = 0; q < QUERIES; q++) {
+            gathered[(slice * QUERIES + q) * QUADS + vector] = mixed_low[q];
+            gathered[(slice * QUERIES + q) * QUADS + VECTORS + vector] = mixed_high[q];
+            if (vector == 0) {
+                gathered_weights[slice * QUERIES + q] = total_weight[q];
             }
         }
     }
     barrier();
-}
-
-// Weighted values of the keys `begin` .. `stop` - 1, the first of which are on their way; `stat` is the
-// greatest score and the sum of the weights.
-void attend(
-    uint begin, uint stop, uint fresh, out vec4 low[QUERIES], out vec4 high[QUERIES], out vec2 stat
-) {
-    float peak = -1e30, sum = 0.0;
-    [[unroll]] for (uint q = 0; q < QUERIES; q++) {
-        low[q] = vec4(0.0);
-        high[q] = vec4(0.0);
-    }
-    [[dont_unroll]] for (uint tile = begin; tile < stop; tile += TILE) {
-        bool more = tile + TILE < stop;  // keys, on their way while these are mixed
-        score(tile, stop, fresh);
-        if (more) {
-            fetch_keys(tile + TILE, stop - 1);
-        }
-        renormalize(peak, sum);
-        mix(tile, fresh, low, high);
-        if (more) {
-            fetch_values(tile + TILE, stop - 1);
-        }
-    }
-    stat = vec2(peak, sum);
-}
-
-// The weighted values of all lanes to shared memory, for `gathered_quad`.
-void gather_values(vec4 low[QUERIES], vec4 high[QUERIES]) {
-    uint vector = rest(lane, VECTORS), slice = over(lane, VECTORS);
-    if (slice < V_SLICES) {
-        [[unroll]] for (uint q = 0; q < QUERIES; q++) {
-            gathered[(slice * QUERIES + q) * QUADS + vector] = low[q];
-            gathered[(slice * QUERIES + q) * QUADS + VECTORS + vector] = high[q];
-        }
-    }
 }
 
 // Quad i of the workgroup's queries.
 vec4 gathered_quad(uint i) {
     uint at = over(i, QUADS) * QUADS + quad_place(rest(i, QUADS));
-    vec4 total = gathered[at];
-    [[unroll]] for (uint s = 1; s < V_SLICES; s++) {
-        total += gathered[s * QUERIES * QUADS + at];
+    vec4 total = vec4(0.0);
+    [[dont_unroll]] for (uint s = 0; s < V_SLICES; s += LEAST_SLICES) {
+        [[unroll]] for (uint k = 0; k < LEAST_SLICES; k++) {
+            total += gathered[(s + k) * QUERIES * QUADS + at];
+        }
     }
     return total;
 }
 
-// The workgroup's queries, and with `appends` the new key and value, as attention takes them.
-void prepare(uint block, bool appends) {
-    if (MODE != ATTEND) {
-        load_turns();
+// Sum of a query's weights.
+float gathered_weight(uint query) {
+    float total = 0.0;
+    [[dont_unroll]] for (uint s = 0; s < V_SLICES; s += LEAST_SLICES) {
+        [[unroll]] for (uint k = 0; k < LEAST_SLICES; k++) {
+            total += gathered_weights[(s + k) * QUERIES + query];
+        }
     }
-    load_rows(block, appends);
-    barrier();
-    if (VALUE_NORM && appends) {
-        norm_value();
-    }
-    if (MODE != ATTEND) {
-        turn_rows(appends ? QUERIES + 1 : QUERIES);
-    }
-    if (appends) {
-        append();
-    }
+    return total;
 }

@@ -16,25 +16,23 @@ uint output_words() {
 }
 
 // Of the only split of heads that share no scale with others: the output.
-void store_partials(vec4 low[QUERIES], vec4 high[QUERIES], vec2 stat, bool is_output) {
-    gather_values(low, high);
-    if (lane % 8 == 0 && lane / 8 < QUERIES) {
-        correction[lane / 8] = 1.0 / stat.y;
-    }
-    barrier();
+void store_partials(bool is_output) {
+    gather_values();
     uint row = partial_row(gl_WorkGroupID.y * QUERIES, gl_WorkGroupID.x);
     for (uint i = lane; i < QUERIES * QUADS; i += LANES) {
         vec4 total = gathered_quad(i);
         if (is_output) {
             uint place = gl_WorkGroupID.z * output_words();
             uint quad = gl_WorkGroupID.y * QUERIES * QUADS + i;
-            store_activations(x, place, quad, total * correction[i / QUADS]);
+            store_activations(x, place, quad, total * (1.0 / gathered_weight(i / QUADS)));
         } else {
             partials.at[row * QUADS + i] = total;
         }
     }
-    if (lane % 8 == 0 && lane / 8 < QUERIES) {
-        stats.at[row + lane / 8] = stat;
+    [[unroll]] for (uint q = 0; q < QUERIES; q++) {
+        if (lane == LANES - 1 - q) {
+            stats.at[row + q] = vec2(peaks[q], gathered_weight(q));
+        }
     }
 }
 

@@ -15,13 +15,10 @@ layout(buffer_reference, std430, buffer_reference_align = 4) readonly restrict b
     float at[];
 };
 
-// Four channels as the cache has them, for who does not wait for it. They stay in this form until they
-// are used: a driver may take the way from float32 to float16 and back for none at all.
-#if KV_INT8
-#define STORED vec4
-#else
+// Four channels as the cache has them, for who does not wait for it: halves, or codes and their scale. They
+// stay in this form until they are used: a driver may take the way from float32 to float16 and back for none
+// at all.
 #define STORED uvec2
-#endif
 
 #if KV_INT8
 // Eight channels of a row, as they are stored.
@@ -51,11 +48,11 @@ STORED store_quad(Uints cache, Floats scales, uint row, uint quad, vec4 v) {
     if (quad % 8 == 0) {
         scales.at[row * (DIM / 32) + quad / 8] = scale;
     }
-    return vec4(code) * scale;
+    return uvec2(packed_bytes(code), floatBitsToUint(scale));
 }
 
-vec4 stored_quad(STORED v) {
-    return v;
+Channels stored_channels(STORED one, STORED two) {
+    return Channels(uvec2(one.x, two.x), uintBitsToFloat(one.y));
 }
 #else
 struct Channels {
@@ -78,8 +75,8 @@ STORED store_quad(Uints cache, Floats scales, uint row, uint quad, vec4 v) {
     return halves;
 }
 
-vec4 stored_quad(STORED v) {
-    return vec4(unpackHalf2x16(v.x), unpackHalf2x16(v.y));
+Channels stored_channels(STORED one, STORED two) {
+    return Channels(uvec4(one, two));
 }
 #endif
 

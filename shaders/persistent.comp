@@ -111,15 +111,13 @@ shared uvec2 entry[2 * ENTRY];  // of this layer and of the next one
 uint entry_at;
 
 const uint WHOLE = 0, PREPARE = 1, ATTEND = 2, MODE = WHOLE;
-Floats q_gain, k_gain;
 Uints keys, cached_values;
 Floats key_scales, value_scales;
-Turns turns;
-uint WINDOW, SLOTS;
-uint k_column, v_column;  // among the messages of q, k and v
+uint SLOTS;
 uint layer_dim, layer_kv_heads;
 #define HEADS_VARY (FULL_DIM > 0)
 #define MOST_DIM (FULL_DIM > HEAD_DIM ? FULL_DIM : HEAD_DIM)
+#define LEAST_DIM (FULL_DIM > 0 && FULL_DIM < HEAD_DIM ? FULL_DIM : HEAD_DIM)
 #define DIM (HEADS_VARY ? layer_dim : HEAD_DIM)
 #define KV_HEADS (HEADS_VARY ? layer_kv_heads : KEY_HEADS)
 
@@ -192,16 +190,26 @@ bool is_empty(uvec4 quad) {
     return max(max(quad.x, quad.y), max(quad.z, quad.w)) == EMPTY;
 }
 
-vec4 input_quad(uint column, uint quad) {
+// A quad of the low half of a row of q, k and v, and the one of the high half.
+void input_pair(uint column, uint quad, out vec4 low, out vec4 high) {
     MessageQuads from = MessageQuads(column < HEADS * DIM ? copy_at : keys_copy());
-    uvec4 v = uvec4(EMPTY);
-    for (uint looks = 0; is_empty(v) && !gives_up(looks); looks++) {
-        v = from.at[column / 4 + quad];
+    uint at = column / 4 + quad;
+    uvec4 one = uvec4(EMPTY), two = one;
+    for (uint looks = 0; is_empty(max(one, two)) && !gives_up(looks); looks++) {
+        one = from.at[at];
+        two = from.at[at + DIM / 8];
     }
-    return uintBitsToFloat(v);
+    low = uintBitsToFloat(one);
+    high = uintBitsToFloat(two);
 }
 
 #define values cached_values
+// Read where they are needed: scalar registers are few.
+#define q_gain Floats(entry[entry_at + Q_GAIN_AT])
+#define k_gain Floats(entry[entry_at + Q_GAIN_AT + 1])
+#define turns Turns(entry[entry_at + TURNS_AT])
+#define k_column entry[entry_at + NEW_AT].x  // among the messages of q, k and v
+#define v_column entry[entry_at + NEW_AT].y
 #include "cache.glsl"
 #include "attention.glsl"
 #include "route.glsl"
@@ -234,6 +242,9 @@ void hold_part(uint stage) {
         hold_context(work.part * PART_HEADS);
     } else {
         bool is_experts = is_of_experts(work.step);
+        if (is_experts) {
+            share_experts();
+        }
         work.last_tile = is_experts ? work.part_tiles : work.last_tile;
         uint mlp = HEADS_VARY ? entry[entry_at + ROWS_AT].x : INTERMEDIATE;
         uint place = stage == OUT ? CONTEXT_AT : is_experts ? EXPERTS_GATED_AT : GATED_AT;

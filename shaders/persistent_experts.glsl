@@ -22,6 +22,10 @@ void choose_experts() {
         know_score(i, uintBitsToFloat(score));
     }
     pick_known();
+}
+
+// Of those that were chosen, for who waits for their outputs.
+void share_experts() {
     if (lane < ACTIVE) {
         parts[lane] = share_of(lane, Floats(entry[entry_at + ROUTER_AT + 1]));
     }

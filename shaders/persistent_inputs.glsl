@@ -49,7 +49,7 @@ uint partial_row(uint query_head, uint split) {
     return query_head * SPLITS + split;
 }
 
-const uint STATS_ON_WAY = 4;  // of a lane
+const uint STATS_ON_WAY = SPLITS > 16 ? 4 : 2;  // of a lane
 
 // Peaks and sums of the splits `first` .. that a lane has, every eighth; those that are missing.
 bool look_stats(uint first_head, uint first, inout uvec2 stat[STATS_ON_WAY]) {
@@ -132,7 +132,10 @@ void deliver(uint first_channel, uint channel, float total) {
 
 // `count` channels of the context, of whole heads or of one: each lane has channels of its own.
 void sum_splits(uint first_channel, uint count) {
-    uvec2 stat[STATS_ON_WAY] = uvec2[4](uvec2(EMPTY), uvec2(EMPTY), uvec2(EMPTY), uvec2(EMPTY));
+    uvec2 stat[STATS_ON_WAY];
+    [[unroll]] for (uint k = 0; k < STATS_ON_WAY; k++) {
+        stat[k] = uvec2(EMPTY);
+    }
     uint first_head = over(first_channel, DIM);
     look_stats(first_head, 0, stat);
     [[dont_unroll]] for (uint base = 0; base < count; base += OWN_CHANNELS * LANES) {

@@ -264,6 +264,9 @@ void join_stream(uint stage, uint layer) {
     }
     [[unroll]] for (uint k = 0; k < OWN_QUADS; k++) {
         joining[k] = vec4(0.0);
+        if (ACTIVE > 0) {
+            others[k] = vec4(0.0);  // so that compilers do not keep the last ones
+        }
     }
     if (layer > 0 || stage != QKV) {
         receive(stage);

@@ -263,6 +263,11 @@ def test_full_chunks_are_tried_where_all_of_the_hidden_size_are_full() -> None:
     assert not any(cut.straight for cut in cuts(shape_config("1b"), 132, 48 << 10))
 
 
+def test_chunks_of_one_block_need_not_be_even() -> None:
+    found = cuts(text_config("270m"), 132, 48 << 10)
+    assert {cut.depth for cut in found if cut.width == 1} == {3, 4}
+
+
 def test_who_has_fewer_groups_of_the_gate_has_more_of_down() -> None:
     """27b: 672 groups of the gate are five for each of 132 workgroups, and twelve are left."""
     config = shape_config("27b")

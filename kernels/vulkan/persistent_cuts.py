@@ -33,7 +33,7 @@ from uq.kernels.vulkan.weights import TILE_COLS, TILE_ROWS, Matrix, tiles_of
 # Lanes, the most tiles on their way, and blocks of a slice, of cuts to measure: twice the lanes
 # have half the registers each. Much on its way is for memory that is fast and far.
 SIZES = (256, 2, 1), (256, 4, 1), (512, 2, 1), (512, 4, 1)
-LARGE_SIZES = (256, 2, 1), (256, 4, 1), (256, 4, 2), (256, 6, 2)
+LARGE_SIZES = (256, 4, 1), (256, 4, 2), (256, 6, 2)
 LARGE = 64  # multiprocessors
 SLICE = 64  # lanes that multiply a block of rows together: whole subgroups
 OCTETS = 2  # of the residual stream in a lane, at most, where AMD's compiler spills no registers
@@ -76,9 +76,8 @@ def cuts(config: GemmaConfig, multiprocessors: int, most_shared: int) -> list[Cu
             workgroups, queries, teams, out_parts, down_parts, depth, lanes, joins, width, splits
         )
         if _leaves_none_empty(config, cut) and shared_bytes(config, cut) <= most_shared:
-            found |= dict.fromkeys(
-                way for each in _busier(config, cut) for way in _straighter(config, each)
-            )
+            cuts_ = [*_busier(config, cut), *_deeper(cut, most, multiprocessors)]
+            found |= dict.fromkeys(way for each in cuts_ for way in _straighter(config, each))
     return list(found)
 
 
@@ -97,6 +96,13 @@ def _busier(config: GemmaConfig, cut: Cut) -> Iterator[Cut]:
     idle = groups_of(config.hidden_size, slices * cut.width, out) < cut.workgroups
     if cut.width == 2 and cut.joins and idle and larger:
         yield replace(cut, teams=(qkv, larger[0], *others))
+
+
+def _deeper(cut: Cut, most: int, multiprocessors: int) -> Iterator[Cut]:
+    """With all the tiles that may be on their way: for the 270m with fewer, NVIDIA's compiler takes
+    half of the registers and spills what does not fit."""
+    if multiprocessors >= LARGE and cut.width == 1:
+        yield replace(cut, depth=most)
 
 
 def _straighter(config: GemmaConfig, cut: Cut) -> Iterator[Cut]:

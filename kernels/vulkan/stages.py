@@ -24,7 +24,7 @@ from uq.kernels.vulkan.wide import slices
 
 WHOLE, PREPARE, ATTEND = range(3)  # parts of attention, as in shaders/attention.comp
 ATTENTION_LANES = 256
-MOST_HEAD_DIM = 2 * ATTENTION_LANES  # a lane turns two channels
+MOST_HEAD_DIM = 2 * ATTENTION_LANES  # a lane has eight channels, of four rows
 SAMPLE_LANES = 512
 MANY_BLOCKS = 64  # of heads, that keep a large GPU busy without splits of the context
 
