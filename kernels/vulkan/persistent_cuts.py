@@ -111,13 +111,9 @@ def _straighter(config: GemmaConfig, cut: Cut) -> Iterator[Cut]:
     team, tiles = cut.teams[0], tiles_of(config.hidden_size)
     depth = even_depth(-(-tiles // team), MOST_STRAIGHT)
     groups = groups_of(min(_gates(config)), cut.lanes // SLICE * cut.width, 2 * team)
-    out = tiles_of(config.layer_q_size(0)) // (team * cut.out_parts)
-    out_depth = even_depth(max(1, out), depth)
     is_full = tiles % (team * depth) == 0 and groups >= cut.workgroups
     if is_full and cut.width == 2 and cut.joins and not config.experts:
-        yield replace(
-            cut, teams=(team,) * 4, depth=depth, straight=True, out_depth=out_depth, reads=READS
-        )
+        yield replace(cut, teams=(team,) * 4, depth=depth, straight=True, reads=READS)
 
 
 def _gates(config: GemmaConfig) -> list[int]:
