@@ -198,10 +198,8 @@ def peer_model(shape: str, layers: int | None, folder: Path) -> Path:
 def measure(shape: str, args: argparse.Namespace, gpu: PhysicalGpu, folder: Path) -> list[Row]:
     config, model = text_config(shape, args.layers), peer_model(shape, args.layers, folder)
     context = max(2048, args.long + 256) if shape in args.long_shapes else 2048
-    source, numerics = (
-        RandomWeights(config, args.scale_bits),
-        Numerics(ACTIVATIONS[args.activations]),
-    )
+    source = RandomWeights(config, args.scale_bits)
+    numerics = Numerics(ACTIVATIONS[args.activations])
     session = VulkanSession(
         config,
         source,
