@@ -212,8 +212,8 @@ void mix(uint from, uint first, uint fresh_at) {
     }
 }
 
-// Prepares the rows, and mixes the values of the keys `begin` .. `stop` - 1, the first of which has `slot`. The
-// keys of a tile are on their way while the tile in front of it is mixed.
+// Prepares the rows, and mixes the values of the keys `begin` .. `stop` - 1, the first of which has `slot`. A
+// tile is on its way while the one in front of it is computed.
 void attend(uint block, bool appends, uint slot, uint begin, uint stop) {
     uint fresh_at = appends ? position : 0xFFFFFFFFu, from = 0;  // others hold no row of it
     forget_tile();
@@ -224,8 +224,12 @@ void attend(uint block, bool appends, uint slot, uint begin, uint stop) {
         [[unroll]] for (uint i = 0; i < KEY_LOADS; i++) {
             key_parts[i] = next_keys[i];
         }
-        if (next < stop) {
+        [[unroll]] for (uint i = 0; i < VALUE_LOADS; i++) {
+            value_parts[i] = next_values[i];
+        }
+        if (next < stop) {  // together: a compiler that waits for keys may wait for values, too
             ask_keys(slot, behind);
+            ask_values(slot, behind);
         }
         if (next == begin) {
             prepare(block, appends);
@@ -233,14 +237,6 @@ void attend(uint block, bool appends, uint slot, uint begin, uint stop) {
         } else {
             score(from, tile, stop, fresh_at);
             barrier();
-        }
-        [[unroll]] for (uint i = 0; i < VALUE_LOADS; i++) {
-            value_parts[i] = next_values[i];
-        }
-        if (next < stop) {
-            ask_values(slot, behind);
-        }
-        if (next > begin) {
             mix(from, tile, fresh_at);
         }
         from = QUERIES * TEAMS_OF_8 - from;
