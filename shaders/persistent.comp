@@ -151,6 +151,17 @@ uint64_t kept_copy(uint epoch) {
 
 #define copy_at copy_of(turn)  // of this layer: not kept, scalar registers are few
 
+// Who takes octets loads a quad after the other. Of 16 octets the first quads stand in front of the second
+// ones: so what neighbouring lanes load at a time has no gaps, and no sector is read twice.
+uint spread(uint place) {
+    return place & ~0x7Cu | (place & 0x78u) >> 1 | (place & 4u) << 4;
+}
+
+// The first quad of an octet; the second one is 16 behind it.
+uint first_quad(uint octet) {
+    return octet + (octet & ~15u);
+}
+
 void send(uint place, float value) {
     Messages(copy_at).at[place] = floatBitsToUint(value);
 }
@@ -265,6 +276,7 @@ void run_stage(uint stage, uint layer) {
         if (JOINS) {
             join_heads();
         }
+        memoryBarrierBuffer();  // while others join
         if (OUT_DEPTH < DEPTH && ahead.step % PRODUCTS != OUT) {  // who has none of attention's output
             EACH_TILE(FETCH)
         }
@@ -273,9 +285,6 @@ void run_stage(uint stage, uint layer) {
         ask_kept(is_kept(stage) ? stage : ROUTE);
     }
     if (stage == QKV || stage == GATE || TOLD > 0 && stage == TELL) {
-        if (stage == GATE) {
-            memoryBarrierBuffer();  // while others send
-        }
         join_stream(stage, layer);
         if (ACTIVE > 0 && stage == GATE) {
             score_experts();

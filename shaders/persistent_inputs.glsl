@@ -124,7 +124,7 @@ void receive_splits(uint places[OWN_CHANNELS], uint first, out uint sums[SUMS_ON
 
 void deliver(uint first_channel, uint channel, float total) {
     if (JOINS) {
-        send(CONTEXT_AT + first_channel + channel, total);
+        send(spread(CONTEXT_AT + first_channel + channel), total);
     } else {
         gathered[channel / 4][channel % 4] = total;
     }

@@ -75,7 +75,7 @@ void finish_kept_group(uint stage, float total) {
         if (TOLD > 0 && stage == TELL) {
             y = gelu(y) * Floats(entry[entry_at + TOLD_AT + 2]).at[channel];
         }
-        send((TOLD > 0 && stage == PROJECT ? BESIDE_BRANCH_AT : BESIDE_AT) + channel, y);
+        send(TOLD > 0 && stage == PROJECT ? spread(BESIDE_BRANCH_AT + channel) : BESIDE_AT + channel, y);
     }
     flip = 16 * SLICES * WIDTH - flip;
 }

@@ -137,7 +137,7 @@ void finish_group(uint stage, uint group, vec2 total) {
             place = channel - HEADS * DIM + entry[entry_at + NEW_AT].x;
             Messages(keys_copy()).at[place] = floatBitsToUint(y);
         } else {
-            send(place, y);
+            send(stage == QKV ? place : spread(place), y);
         }
     }
     flip = 16 * SLICES * WIDTH - flip;

@@ -164,8 +164,8 @@ const uint ON_WAY = PARTS_ON_WAY * OWN_QUADS;
 // Loads an octet of messages again, as long as one is missing.
 void look_octet(MessageQuads from, uint octet, inout uvec4 one, inout uvec4 two) {
     if (is_empty(max(one, two))) {
-        one = from.at[2 * octet];
-        two = from.at[2 * octet + 1];
+        one = from.at[first_quad(octet)];
+        two = from.at[first_quad(octet) + 16];
     }
 }
 
@@ -184,8 +184,8 @@ void receive_parts(MessageQuads from, uint first, uint parts, bool has_others) {
             bool is_other = has_others && part == parts;
             uint plane = is_other ? (BESIDE_BRANCH_AT - DOWN_AT) / 8 : part * (PLANE(HIDDEN) / 8);
             if (is_missing[k / 2]) {
-                v[k] = from.at[2 * (plane + octet)];
-                v[k + 1] = from.at[2 * (plane + octet) + 1];
+                v[k] = from.at[first_quad(plane + octet)];
+                v[k + 1] = from.at[first_quad(plane + octet) + 16];
             }
         }
         waits = false;
