@@ -60,7 +60,7 @@ layout(constant_id = 39) const uint SHARING = 1;      // slices that share an ex
 layout(constant_id = 40) const uint MOST_SPLITS = 16;
 layout(constant_id = 41) const uint LIST = 1;         // items of a workgroup's list
 layout(constant_id = 42) const bool STRAIGHT = false;  // full chunks have code of their own; not with experts
-layout(constant_id = 43) const uint OUT_DEPTH = 4;     // as DEPTH, up to it, of attention's output
+layout(constant_id = 43) const bool DEEP = false;      // addresses are made two chunks ahead
 layout(constant_id = 45) const uint READS = 0;         // ahead into the caches, of an item
 #include "weights.glsl"
 
@@ -101,13 +101,12 @@ layout(push_constant) uniform Push {
     Uints next;
 };
 
-const uint PLANS_AT = 35;  // two words of each stage of products
-const uint ENTRY = PLANS_AT + 12;
-// Behind four matrices and the up projection. Sizes are two in a word.
-const uint Q_GAIN_AT = 5, KEYS_AT = 7, TURNS_AT = 11, WINDOW_AT = 12, HEADS_AT = 13, ROWS_AT = 14, NEW_AT = 15;
-const uint SOURCE_AT = 16, FACTOR_AT = 17, GAINS_AT = 18, TOLD_AT = 23;
-const uint EXPERTS_AT = 26, ROUTER_AT = 29, EXPERT_GAINS_AT = 31;
-shared uvec2 entry[2 * ENTRY];  // of this layer and of the next one
+// Behind the plans of six stages of products. Sizes are two in a word.
+const uint PLAN_WORDS = 4, Q_GAIN_AT = 24, KEYS_AT = 26, TURNS_AT = 30, WINDOW_AT = 31, HEADS_AT = 32;
+const uint ROWS_AT = 33, NEW_AT = 34, SOURCE_AT = 35, FACTOR_AT = 36, GAINS_AT = 37, TOLD_AT = 42;
+const uint ROUTER_AT = 45, EXPERT_GAINS_AT = 47, ENTRY = 51;
+const uint ENTRIES = 4;  // of this layer, of the next two, and one that nobody needs any more
+shared uvec2 entry[ENTRIES * ENTRY];
 uint entry_at;
 
 const uint WHOLE = 0, PREPARE = 1, ATTEND = 2, MODE = WHOLE;
@@ -230,9 +229,8 @@ const uint MOST_PARTS = OUT_PARTS > DOWN_PARTS ? OUT_PARTS : DOWN_PARTS;
 // In their order. A stage that the model lacks has the number of another one, which comes first wherever one
 // asks for both.
 const uint QKV = 0, OUT = 1, GATE = 2, EXPERT_GATE = 3, DOWN = ACTIVE > 0 ? 4 : 3, EXPERT_DOWN = 5;
-const uint PRODUCTS = ACTIVE > 0 ? 6 : 4;  // stages of weights that are codes
 const uint TELL = 4, PROJECT = 5, ROUTE = 6;
-const uint STAGES = TOLD > 0 ? 6 : PRODUCTS;
+const uint STAGES = TOLD + ACTIVE > 0 ? 6 : 4;
 
 const uint HELD_VECTORS = HELD_TILES * INPUT_VECTORS;
 const uint FLOAT_VECTORS = TOLD + ACTIVE > 0 ? (HIDDEN + 127) / 128 * 32 : 0;
@@ -256,11 +254,13 @@ void hold_part(uint stage) {
         if (is_experts) {
             share_experts();
         }
-        work.last_tile = is_experts ? work.part_tiles : work.last_tile;
+        uint last = work.last_tile;
+        work.last_tile = is_experts ? work.part_tiles : last;
         uint mlp = HEADS_VARY ? entry[entry_at + ROWS_AT].x : INTERMEDIATE;
         uint place = stage == OUT ? CONTEXT_AT : is_experts ? EXPERTS_GATED_AT : GATED_AT;
         uint channels = stage == OUT ? HEADS * DIM : is_experts ? EXPERT_ROWS : mlp;
         hold_messages(place, channels, is_experts ? EXPERT_TILES : work.last_tile);
+        work.last_tile = last;
     }
     barrier();
 }
@@ -271,15 +271,11 @@ bool is_kept(uint stage) {
 
 void run_stage(uint stage, uint layer) {
     if (stage == OUT) {
-        EACH_TILE(FORGET)
         attend_layer();
         if (JOINS) {
             join_heads();
         }
         memoryBarrierBuffer();  // while others join
-        if (OUT_DEPTH < DEPTH && ahead.step % PRODUCTS != OUT) {  // who has none of attention's output
-            EACH_TILE(FETCH)
-        }
     }
     if (is_kept(stage) || ACTIVE > 0 && stage == GATE) {
         ask_kept(is_kept(stage) ? stage : ROUTE);
@@ -299,9 +295,11 @@ void run_stage(uint stage, uint layer) {
         multiply_kept(stage);
         return;
     }
-    uint step = PRODUCTS * layer + stage;
-    [[dont_unroll]] while (ahead.step == step && layer < LAYERS) {
-        work = ahead;
+    uint step = NEXT_LAYER * layer + stage;
+    [[dont_unroll]] while ((DEEP ? work.step : ahead.step) == step && layer < LAYERS) {
+        if (!DEEP) {
+            work = ahead;
+        }
         if (stage == OUT || stage == DOWN || ACTIVE > 0 && stage == EXPERT_DOWN) {
             hold_part(stage);
         }
@@ -317,7 +315,7 @@ void ask_entry(uint layer) {
 
 void keep_entry(uint layer) {
     if (lane < ENTRY) {
-        entry[layer % 2 * ENTRY + lane] = upcoming;
+        entry[layer % ENTRIES * ENTRY + lane] = upcoming;
     }
 }
 
@@ -330,12 +328,12 @@ void finish() {
 
 void enter_layer(uint layer, uint epoch) {
     turn = epoch * LAYERS + layer;
-    entry_at = layer % 2 * ENTRY;
+    entry_at = layer % ENTRIES * ENTRY;
     if (HEADS_VARY) {
         layer_dim = entry[entry_at + HEADS_AT].x;
         layer_kv_heads = entry[entry_at + HEADS_AT].y;
     }
-    ask_entry(layer + 1);
+    ask_entry(layer + 2);
 }
 
 // The first workgroup makes what stands behind the last layer, too.
@@ -350,7 +348,7 @@ void run_layers(uint epoch) {
         if (stage == QKV) {
             empty_copy();
         } else if (stage == OUT) {
-            keep_entry(layer + 1);  // there are barriers before it is needed
+            keep_entry(layer + 2);  // there are barriers before it is needed
         }
     }
     if (gl_WorkGroupID.x == 0) {
@@ -367,8 +365,10 @@ void main() {
     position = state.positions[0];
     LOAD_OWN(h, hidden)
     empty_kept(epoch);
-    ask_entry(0);
-    keep_entry(0);
+    for (uint layer = 0; layer < 2; layer++) {
+        ask_entry(layer);
+        keep_entry(layer);
+    }
     barrier();
     begin_work();
     run_layers(epoch);

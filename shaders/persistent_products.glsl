@@ -6,24 +6,12 @@ Piece other_0, other_1, other_2, other_3, other_4, other_5, other_6, other_7;  /
 // Tile k of the slice's chunk. Nothing is loaded under a condition, so no compiler waits for it: behind the
 // last tile it is loaded again.
 #define FETCH(k) \
-    if (k < DEPTH) { \
-        uint tile_ = min(ahead.tile + k * ahead.apart, chunk_end() - 1); \
+    { \
+        uint tile_ = min(ahead.tile + k * ahead.apart, ahead.last_tile - 1); \
         ahead_##k = load_piece(ahead.rows_at, tile_, lane % 64, 0.0); \
         if (WIDTH == 2) { \
             other_##k = load_piece(ahead.other_at, tile_, lane % 64, 0.0); \
         } \
-    }
-
-void forget(inout Piece piece) {
-    piece.panel[0] = uvec4(0);
-    piece.scales = 0;
-}
-
-// What attention's output has not on its way: so attention has these registers.
-#define FORGET(k) \
-    if (OUT_DEPTH <= k && k < DEPTH) { \
-        forget(ahead_##k); \
-        forget(other_##k); \
     }
 
 float product_of(Piece piece, float unit, Input y) {
@@ -32,25 +20,26 @@ float product_of(Piece piece, float unit, Input y) {
     return multiply(piece, y);
 }
 
-#define MULTIPLY(k) \
-    if (k < DEPTH && tile + k * work.apart < last) { \
+#define MULTIPLY_OF(k, first_, second_) \
+    if (tile + k * work.apart < last) { \
         Input y_ = INPUT(held, (held_at + k * work.apart) * INPUT_VECTORS, lane % 4); \
         precise vec2 sum = total; \
-        precise float one_ = share * product_of(ahead_##k, unit.x, y_); \
+        precise float one_ = share * product_of(first_, unit.x, y_); \
         sum.x += one_; \
         if (WIDTH == 2) { \
-            precise float two_ = share * product_of(other_##k, unit.y, y_); \
+            precise float two_ = share * product_of(second_, unit.y, y_); \
             sum.y += two_; \
         } \
         total = sum; \
     }
+#define MULTIPLY(k) MULTIPLY_OF(k, ahead_##k, other_##k)
 
 // A chunk all of whose tiles there are, in front of such a one: no branches, and addresses that differ by
 // constants, those of the gate's teams.
-const uint APART = TEAM(2, 1);
+const uint APART = TEAM(2);
 
 bool is_full() {
-    return STRAIGHT && ahead.team == APART && ahead.tile + (DEPTH - 1) * APART < chunk_end();
+    return STRAIGHT && ahead.team == APART && ahead.tile + (DEPTH - 1) * APART < ahead.last_tile;
 }
 
 struct Place {
@@ -87,7 +76,10 @@ Piece piece_behind(Place place, uint bytes) {
     }
 
 #define EACH_TILE(what) what(0) what(1) what(2) what(3) what(4) what(5) what(6) what(7)
-#define MULTIPLY_AND_FETCH(k) MULTIPLY(k) FETCH(k)
+#define FETCH_EACH(k) if (k < DEPTH) FETCH(k)
+#define MULTIPLY_AND_FETCH(k) if (k < DEPTH) { MULTIPLY(k) FETCH(k) }
+#define KEEP(k) Piece kept_##k = ahead_##k, kept_other_##k = other_##k;
+#define MULTIPLY_KEPT(k) if (k < DEPTH) { MULTIPLY_OF(k, kept_##k, kept_other_##k) }
 
 uvec2 steps;  // of the scales of a row of each block, on their way
 
@@ -102,34 +94,39 @@ void ask_steps() {
 void begin_work() {
     begin();
     ask_steps();
-    EACH_TILE(FETCH)
+    EACH_TILE(FETCH_EACH)
+    if (DEEP) {
+        work = ahead;
+        go_on();
+        enter_chunk();
+    }
 }
 
 float team_result(uint first, uint row) {
     precise float sum = 0.0;
-    for (uint s = 0; s < work.team; s++) {
-        sum += partial[flip + (first * work.team + s) * 16 + row];
+    [[unroll]] for (uint s = 0; s < SLICES; s++) {
+        float own = partial[flip + (first * work.team + min(s, work.team - 1)) * 16 + row];
+        sum = s < work.team ? sum + own : sum;
     }
     return sum;
 }
 
 void finish_group(uint stage, uint group, vec2 total) {
+    precise vec2 sums = total + subgroupShuffleXor(total, 1);
+    sums += subgroupShuffleXor(sums, 2);
     [[unroll]] for (uint i = 0; i < WIDTH; i++) {
-        float sum = team_sum(total[i], 4);
         if (lane % 4 == 0) {
-            partial[flip + ((work.first_sum + i) * work.team + work.place) * 16 + lane % 64 / 4] = sum;
+            partial[flip + ((work.first_sum + i) * work.team + work.place) * 16 + lane % 64 / 4] = sums[i];
         }
     }
     barrier();
-    uint result = lane / 16, row = lane % 16, block = group * at_once(stage) + result;
-    uvec2 plan = plan_of(work.step, 1);  // blocks, and the place of messages
-    if (result < at_once(stage) && block < plan.x) {
-        float y = team_result(is_gate(stage) ? 2 * result : result, row);
-        if (is_gate(stage)) {
+    uint result = lane / 16, row = lane % 16, block = group * work.at_once + result;
+    if (result < work.at_once && block < work.blocks) {
+        float y = team_result(work.is_gate ? 2 * result : result, row);
+        if (work.is_gate) {
             y = gelu(y) * team_result(2 * result + 1, row);
         }
-        uint channel = 16 * block + row, plane = stage == OUT || stage == DOWN ? work.part * PLANE(HIDDEN) : 0;
-        uint place = plan.y + plane + channel;
+        uint channel = 16 * block + row, place = work.sent_at + work.part * PLANE(HIDDEN) + channel;
         if (ACTIVE > 0 && stage == EXPERT_GATE) {
             place += block / (EXPERT_ROWS / 16) * (128 * EXPERT_TILES - EXPERT_ROWS);
         }
@@ -143,27 +140,75 @@ void finish_group(uint stage, uint group, vec2 total) {
     flip = 16 * SLICES * WIDTH - flip;
 }
 
-// All groups of a part, whose input is there and whose first chunk is on its way.
-void multiply_part(uint stage) {
-    vec2 total = vec2(0.0), unit = vec2(0.0);
-    float share = 1.0;  // of an expert in the sum
+vec2 unit;          // of the scales of a row of each block
+float share = 1.0;  // of an expert in the sum
+
+// Of a chunk that ends in front of the tile `last`.
+void know_rows(uint stage, bool are_other, uint last) {
+    if (are_other) {
+        unit.x = unit_of(steps.x, lane % 64 / 4);
+        unit.y = unit_of(steps.y, lane % 64 / 4);
+        if (ACTIVE > 0) {
+            share = stage == EXPERT_DOWN ? parts[last / EXPERT_TILES - 1] : 1.0;
+        }
+    }
+}
+
+// Whether what is ahead is of experts that are not chosen yet.
+bool is_unknown() {
+    return ACTIVE > 0 && work.step % NEXT_LAYER == GATE && ahead.step != work.step;
+}
+
+// NVIDIA's compiler waits for all that is on its way at once, at the end of a pass, where it copies what the next
+// one multiplies: so it is asked for as early in a pass as can be, and the addresses are made in the one before.
+void multiply_deep(uint stage) {
+    vec2 total = vec2(0.0);
     bool more = true;
     [[dont_unroll]] while (more) {
-        uint group = ahead.group, tile = ahead.tile, last = chunk_end();
+        uint tile = work.tile, last = work.last_tile;
         uint held_at = tile - work.first_tile + (ACTIVE > 0 && stage == EXPERT_GATE ? HIDDEN_TILES : 0);
-        if (has_other_rows()) {
-            unit.x = unit_of(steps.x, lane % 64 / 4);
-            unit.y = unit_of(steps.y, lane % 64 / 4);
-            if (ACTIVE > 0) {
-                share = stage == EXPERT_DOWN ? parts[last / EXPERT_TILES - 1] : 1.0;
-            }
+        know_rows(stage, work.chunk == 0 || is_of_experts(work.step), last);
+        if (is_unknown()) {
+            choose_experts();
+            enter_chunk();
         }
-        bool is_straight = is_full();
+        if (has_other_rows()) {
+            ask_steps();
+        }
+        EACH_TILE(KEEP)
+        EACH_TILE(FETCH_EACH)
+        EACH_TILE(MULTIPLY_KEPT)
+        if (ahead.chunk == 0) {
+            finish_group(stage, work.group, total);
+            total = vec2(0.0);
+        }
+        more = ahead.step == work.step && ahead.part == work.part;
+        work = ahead;
+        go_on();
+        if (!is_unknown()) {
+            enter_chunk();
+        }
+    }
+}
+
+// All groups of a part, whose input is there and whose first chunk is on its way.
+void multiply_part(uint stage) {
+    if (DEEP) {
+        multiply_deep(stage);
+        return;
+    }
+    vec2 total = vec2(0.0);
+    bool more = true;
+    [[dont_unroll]] while (more) {
+        uint group = ahead.group, tile = ahead.tile, last = ahead.last_tile;
+        uint held_at = tile - work.first_tile + (ACTIVE > 0 && stage == EXPERT_GATE ? HIDDEN_TILES : 0);
+        bool has_other = has_other_rows(), is_straight = is_full();
         go_on();
         if (ACTIVE > 0 && stage == GATE && ahead.step != work.step) {
             choose_experts();  // in front of the first weights of theirs
         }
         enter_chunk();
+        know_rows(stage, has_other, last);
         if (has_other_rows()) {
             ask_steps();
         }

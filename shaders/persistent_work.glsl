@@ -5,34 +5,27 @@
 // chunk. Chunks, groups, parts of the columns and stages follow each other without a break: what is asked for
 // is one chunk ahead of what is multiplied, in the next stage too.
 
-// One of constants, by `stage`.
-#define PICK(q, o, g, d, eg, ed) (stage == QKV ? (q) : stage == OUT ? (o) : stage == GATE ? (g) : \
-    stage == DOWN ? (d) : stage == EXPERT_GATE ? (eg) : (ed))
-#define EACH(of) PICK(of(0, 1), of(1, 1), of(2, 2), of(3, 1), of(4, 2), of(5, 1))
-#define TEAM(which, matrices) (TEAMS >> 4 * which & 15u)
-#define OWN(which, matrices) (slice / TEAM(which, 1))
-#define AT_ONCE(which, matrices) (SLICES * WIDTH / TEAM(which, 1) / matrices)
+#define TEAM(which) (TEAMS >> 4 * which & 15u)
 
 // Experts whose columns of down the slices of a team have at a time, and chunks of each.
 const uint EXPERTS_AT_ONCE = ACTIVE > 0 ? (TEAMS >> 20 & 15u) / SHARING : 1;
 const uint EXPERT_CHUNKS = ACTIVE > 0 ? (EXPERT_TILES / SHARING + DEPTH - 1) / DEPTH : 1;
 
-// As kernels/vulkan/persistent_plans.py writes them.
-uvec2 plan_of(uint step, uint which) {
-    return entry[step / PRODUCTS % 2 * ENTRY + PLANS_AT + 2 * (step % PRODUCTS) + which];
-}
+const uint NEXT_LAYER = 8;  // from a step to the same one of the next layer
 
-// Blocks of a group, of a matrix.
-uint at_once(uint stage) {
-    return EACH(AT_ONCE);
+// Of a step, as kernels/vulkan/persistent_plans.py writes it.
+uvec2 plan_of(uint step, uint word) {
+    return entry[step / NEXT_LAYER % ENTRIES * ENTRY + PLAN_WORDS * (step % NEXT_LAYER) + word];
 }
 
 struct Work {
-    uint step;  // PRODUCTS * layer + stage
+    uint step;  // NEXT_LAYER * layer + stage
     uint part, part_tiles, first_tile, last_tile;
     uint group;
-    uint next, item;                  // its place in the list, and itself, on its way
     uint chunk, chunks;
+    bool is_gate;                     // of two matrices
+    uint at_once;                     // blocks of a group, of a matrix
+    uint blocks, sent_at;             // of a matrix; place of the messages
     uint team, place, first_sum;      // of the slice; its sums among the group's
     uint apart;                       // from a tile of the slice to its next one
     uint tile;                        // its first one of the chunk
@@ -46,27 +39,12 @@ Work ahead, work;  // what is asked for, what is multiplied
 
 // The down projection of all experts that were chosen: a chunk is of one of them, SHARING slices share it.
 bool is_of_experts(uint step) {
-    return ACTIVE > 0 && step % PRODUCTS == EXPERT_DOWN;
-}
-
-// Tiles of a slice in a chunk.
-uint depth_of(uint step) {
-    return OUT_DEPTH < DEPTH && step % PRODUCTS == OUT ? OUT_DEPTH : DEPTH;
-}
-
-// Behind the last tile of the row, or of the chunk where that is less than DEPTH.
-uint chunk_end() {
-    uint depth = depth_of(ahead.step);
-    return depth < DEPTH ? min(ahead.last_tile, ahead.tile + depth * ahead.apart) : ahead.last_tile;
+    return ACTIVE > 0 && step % NEXT_LAYER == EXPERT_DOWN;
 }
 
 // Than the chunk before.
 bool has_other_rows() {
     return ahead.chunk == 0 || is_of_experts(ahead.step);
-}
-
-bool is_gate(uint stage) {
-    return stage == GATE || ACTIVE > 0 && stage == EXPERT_GATE;
 }
 
 // What is the same in a whole slice, so that compilers know it for a subgroup: those have 64 lanes at most.
@@ -82,26 +60,28 @@ uint64_t of_slice(uint64_t value) {
 }
 
 void enter_stage() {
-    uint stage = ahead.step % PRODUCTS, slice = of_slice(lane / 64), from = ahead.step / PRODUCTS % 2 * ENTRY;
-    uint team = EACH(TEAM), own = EACH(OWN);
-    uvec2 plan = plan_of(ahead.step, 0);
-    ahead.tiles = plan.x & 0xFFFFu;
-    ahead.part_tiles = plan.x >> 16;
-    ahead.team = team;
-    ahead.place = slice - own * team;
+    uvec2 sizes = plan_of(ahead.step, 0), sums = plan_of(ahead.step, 1);
+    uvec2 first = plan_of(ahead.step, 2), second = plan_of(ahead.step, 3);
+    ahead.tiles = sizes.x & 0xFFFFu;
+    ahead.part_tiles = sizes.x >> 16;
+    ahead.chunks = sizes.y & 0xFFFFu;
+    ahead.team = sizes.y >> 16 & 15u;
+    ahead.apart = sizes.y >> 20 & 15u;
+    ahead.at_once = sizes.y >> 24 & 63u;
+    ahead.is_gate = sizes.y >> 31 == 1;
+    ahead.blocks = sums.x;
+    ahead.sent_at = sums.y;
+    uint slice = of_slice(lane / 64), own = slice * (ahead.is_gate ? 2 * ahead.at_once : ahead.at_once) / (SLICES * WIDTH);
+    ahead.place = slice - own * ahead.team;
     ahead.first_sum = own * WIDTH;
-    ahead.apart = is_of_experts(ahead.step) ? SHARING : team;
-    ahead.chunks = plan.y;
-    uint which = PICK(0, 1, 2, 4, EXPERTS_AT, EXPERTS_AT + 2);
-    which += uint(is_gate(stage) && WIDTH == 1 && own % 2 == 1);
-    ahead.matrix = Words(entry[from + which]);
-    ahead.other = Words(entry[from + which + uint(is_gate(stage))]);
+    ahead.matrix = Words(WIDTH == 1 && own % 2 == 1 ? second : first);
+    ahead.other = Words(second);
 }
 
 // Of experts the rows of all that were chosen follow each other.
 uint64_t address_of(Words matrix, uint block) {
-    block = min(block, plan_of(ahead.step, 1).x - 1);
-    if (ACTIVE > 0 && ahead.step % PRODUCTS == EXPERT_GATE) {
+    block = min(block, ahead.blocks - 1);
+    if (ACTIVE > 0 && ahead.step % NEXT_LAYER == EXPERT_GATE) {
         const uint own = EXPERT_ROWS > 0 ? EXPERT_ROWS / 16 : 1;
         block = picked[block / own] * 2 * own + block % own;
     }
@@ -126,41 +106,55 @@ void enter_expert(uint block) {
 
 // The block of the slice's team.
 uint first_block() {
-    uint stage = ahead.step % PRODUCTS;
-    return ahead.group * at_once(stage) + (is_gate(stage) ? ahead.first_sum / 2 : ahead.first_sum);
+    return ahead.group * ahead.at_once + (ahead.is_gate ? ahead.first_sum / 2 : ahead.first_sum);
 }
 
 void enter_group() {
     uint block = first_block();
     ahead.rows_at = address_of(ahead.matrix, block);
     if (WIDTH == 2) {
-        ahead.other_at = address_of(ahead.other, block + uint(!is_gate(ahead.step % PRODUCTS)));
+        ahead.other_at = address_of(ahead.other, ahead.is_gate ? block : block + 1);
     }
     ahead.tile = ahead.first_tile + ahead.place;
 }
 
-// The next item of the list, which is there, without its addresses; the one behind it is asked for.
+uint taken = 0;        // items of the workgroup
+uint items_, behind_;  // of a subgroup's lanes: the next ones, and those behind them, on their way
+
+uint item_of(uint first) {
+    return items.at[gl_WorkGroupID.x * LIST + min(first + gl_SubgroupInvocationID, LIST - 1)];
+}
+
+uint next_item() {
+    uint place = taken % gl_SubgroupSize, item = subgroupBroadcast(items_, place);
+    taken += 1;
+    if (place + 1 == gl_SubgroupSize) {
+        items_ = behind_;
+        behind_ = item_of(taken + gl_SubgroupSize);
+    }
+    return item;
+}
+
+// The next item of the list, without its addresses.
 void enter_item() {
-    uint item = of_slice(ahead.item), step = item >> 20, stage = step % PRODUCTS;
+    uint item = next_item(), step = item >> 20;
     ahead.part = item >> 16 & 15u;
     ahead.group = item & 0xFFFFu;
     if (step != ahead.step) {
         ahead.step = step;
         enter_stage();
     }
-    ahead.next += 1;
-    ahead.item = items.at[ahead.next];
     ahead.chunk = 0;
     ahead.reads = 0;
     ahead.first_tile = ahead.part * ahead.part_tiles;
     uint last = ahead.first_tile + ahead.part_tiles;
-    ahead.last_tile = stage == OUT || stage == DOWN ? min(last, ahead.tiles) : last;
+    ahead.last_tile = is_of_experts(step) ? last : min(last, ahead.tiles);
 }
 
 // To the next chunk, without its addresses.
 void go_on() {
     ahead.chunk += 1;
-    ahead.tile += depth_of(ahead.step) * ahead.team;
+    ahead.tile += DEPTH * ahead.team;
     if (ahead.chunk == ahead.chunks) {
         enter_item();
     }
@@ -177,18 +171,18 @@ void enter_chunk() {
 // The first chunk.
 void begin() {
     ahead.step = 0xFFFFFFFFu;
-    ahead.next = gl_WorkGroupID.x * LIST;
-    ahead.item = items.at[ahead.next];
+    items_ = item_of(0);
+    behind_ = item_of(gl_SubgroupSize);
     enter_item();
     enter_group();
 }
 
 uint word_ahead = 0, most_ahead = 0;  // on its way; of those before
 
-// Whoever has looked for a message in vain reads a word of another 64 bytes that come behind the item's first
-// chunk: so the caches have them. A word is waited for with the next look.
+// Whoever has looked for a message in vain reads a word of another 64 bytes that come behind what is on its way
+// of the item: so the caches have them. A word is waited for with the next look.
 void read_ahead() {
-    uint from = ahead.tile - ahead.place + depth_of(ahead.step) * ahead.team;
+    uint from = ahead.tile - ahead.place + (DEEP ? 0 : DEPTH * ahead.team);
     if (ahead.reads < READS && from < ahead.last_tile) {
         uint last = (ahead.last_tile - from) * (TILE_VECTORS / 4) - 1;
         uint own = ahead.reads / WIDTH * 64 * ahead.team + 64 * ahead.place + lane % 64;

@@ -26,7 +26,7 @@ from uq.kernels.vulkan import autotune, persistent
 from uq.kernels.vulkan.device import choose
 from uq.kernels.vulkan.persistent import model_key
 from uq.kernels.vulkan.persistent_cuts import cuts, groups_of, shapes
-from uq.kernels.vulkan.persistent_shares import layer_shares, layer_stages, shares
+from uq.kernels.vulkan.persistent_shares import NEXT_LAYER, layer_shares, layer_stages, shares
 from uq.kernels.vulkan.session import VulkanSession
 from uq.kernels.vulkan.tuning import Cut, Measured, read_measured, write_measured
 
@@ -39,8 +39,8 @@ WIDE = Cut(
 )
 DOUBLE, WIDEST = replace(ONE, depth=4, width=2), replace(WIDE, depth=8, width=2)
 STRAIGHT = replace(WIDEST, teams=(1, 2, 1, 1), depth=2, straight=True)
-SHALLOW = replace(STRAIGHT, out_parts=1, teams=(1, 1, 1, 1), out_depth=1)
 UNLIKE = replace(DOUBLE, depth=1, straight=True)
+DEEP = replace(DOUBLE, depth=3, deep=True)
 INT8, WITH_FLOATS = Numerics(ACTIVATIONS["int8"], KV["int8"]), Numerics(kv=KV["int8"])
 
 
@@ -155,12 +155,17 @@ def text_and_logits(session: VulkanSession) -> tuple[list[int], NDArray[np.float
 @pytest.mark.parametrize(
     ("make", "cut", "numerics"),
     [
-        *((plain, cut, INT8) for cut in (ONE, WIDE, DOUBLE, WIDEST, STRAIGHT, UNLIKE)),
+        *((plain, cut, INT8) for cut in (ONE, WIDE, DOUBLE, WIDEST, STRAIGHT, UNLIKE, DEEP)),
         *((plain, cut, WITH_FLOATS) for cut in (DOUBLE, STRAIGHT)),
-        *((dense, cut, INT8) for cut in (ONE, WIDEST, STRAIGHT, SHALLOW)),
-        *((experts, cut, WITH_FLOATS) for cut in (ONE, WIDEST, replace(WIDEST, out_depth=1))),
+        *((dense, cut, INT8) for cut in (ONE, WIDEST, STRAIGHT)),
+        *((experts, cut, WITH_FLOATS) for cut in (ONE, WIDEST)),
         (large_experts, replace(ONE, splits=1), WITH_FLOATS),
         (large_experts, replace(DOUBLE, depth=3, splits=1), WITH_FLOATS),
+        (dense, replace(WIDEST, deep=True), INT8),
+        (plain, replace(STRAIGHT, straight=False, deep=True), WITH_FLOATS),
+        (experts, replace(ONE, deep=True), WITH_FLOATS),
+        (large_experts, replace(DOUBLE, depth=3, splits=1, deep=True), WITH_FLOATS),
+        (large_experts, replace(DOUBLE, depth=6, splits=1, deep=True), WITH_FLOATS),
     ],
 )
 def test_a_token_has_the_bits_of_dispatches(
@@ -244,11 +249,11 @@ def test_each_group_is_one_workgroups(name: str) -> None:
     config = text_config(name)
     for cut in (found := cuts(config, 132, 48 << 10))[:: len(found) - 1]:
         lists = shares(config, cut)
-        steps, stages = (lists >> 20).astype(int), 6 if config.experts else 4
+        steps = (lists >> 20).astype(int)
         assert len(lists) == cut.workgroups and (np.diff(steps) >= 0).all()
         for layer in range(config.num_layers):
             for number, stage in enumerate(layer_stages(config, cut, layer)):
-                own = steps == stages * layer + number
+                own = steps == NEXT_LAYER * layer + number
                 parts = range(len(stage.needs))
                 whole = [part << 16 | group for part in parts for group in range(stage.groups)]
                 assert sorted(lists[own] & 0xFFFFF) == whole
@@ -313,3 +318,11 @@ def test_no_workgroup_is_idle_where_larger_teams_are_to_be_had() -> None:
     """84 groups of two blocks in teams of 2 leave 48 of 132 workgroups without any."""
     found = {cut.teams[1] for cut in cuts(shape_config("27b"), 132, 48 << 10) if cut.width == 2}
     assert found == {2, 4}
+
+
+@pytest.mark.parametrize("name", ["e2b", "26b-a4b"])
+def test_addresses_are_made_early_where_layers_are_of_two_kinds(name: str) -> None:
+    found = cuts(text_config(name), 132, 48 << 10)
+    assert {cut.depth for cut in found if cut.deep} == {3, 4} and len(found) <= 24
+    assert not any(cut.deep and cut.straight for cut in found)
+    assert not any(cut.deep for cut in cuts(shape_config("27b"), 132, 48 << 10))

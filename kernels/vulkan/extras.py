@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from math import gcd
 
 from uq.kernels.vulkan.beside import ExpertOutputs, Mixture, PerLayerTable, Told
 from uq.kernels.vulkan.commands import Recorder
@@ -136,13 +135,13 @@ class Extras(Residual):
     def _add_experts(self, recorder: Recorder, mixture: Mixture) -> None:
         """expert_out = the sum of what each column's experts make of expert_gated."""
         recorder.label, work, down = "experts' down", self.work, mixture.down
-        lanes = self.tuning.shape(down, 1, ADD).lanes
+        shape = self.tuning.shape(down, 1, ADD)
         pipeline = self.pipelines.get(
             self.tuning.kernel(down.kind).replace("gemv", "experts"),
-            LANES=lanes,
+            LANES=shape.lanes,
             ACTIVE=mixture.active,
             DEPTH=EXPERT_DEPTH,
-            SHARING=gcd(lanes // 64, down.tiles),
+            SHARING=shape.parts,
             **down.kind.constants,
         )
         push = addresses(down.span, work.expert_gated, work.expert_out, work.chosen, work.shares)

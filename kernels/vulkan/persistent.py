@@ -6,6 +6,7 @@ workgroup on each multiprocessor stays, and waits for what it needs of the other
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -29,7 +30,7 @@ from uq.kernels.vulkan.persistent_places import (
     most_splits,
     own_columns,
 )
-from uq.kernels.vulkan.persistent_plans import WORDS, stage_plans
+from uq.kernels.vulkan.persistent_plans import STAGES, WORDS, stage_plans
 from uq.kernels.vulkan.persistent_shares import shares
 from uq.kernels.vulkan.push import addresses
 from uq.kernels.vulkan.stages import ATTENTION_LANES, Stages
@@ -41,7 +42,7 @@ EMPTY = 0xFFFFFFFF  # what is no message
 PATIENCE = 1 << 16  # looks at a message, somewhat less than a microsecond each
 MOST_CHANNELS = 5376  # of the residual stream: it stays in registers
 ROUTED = 8  # experts whose scores a workgroup makes at a time, at most
-ENTRY = 35 + WORDS  # words of 64 bits of a layer, as in shaders/persistent.comp
+ENTRY = WORDS * STAGES + 27  # words of 64 bits of a layer, as in shaders/persistent.comp
 
 
 @dataclass(frozen=True)
@@ -204,12 +205,12 @@ def _constants(stages: Stages, cut: Cut) -> dict[str, int | float]:
         "ACTIVE": active,
         "COUNT": count,
         "EXPERT_ROWS": size,
-        "SHARING": expert_sharing(config, cut),
+        "SHARING": expert_sharing(cut, active, size),
         "MOST_SPLITS": cut.splits or most_splits(config, cut),
         "LIST": shares(config, cut).shape[1],
         "STRAIGHT": cut.straight,
-        "OUT_DEPTH": cut.out_depth or cut.depth,
         "READS": cut.reads,
+        "DEEP": cut.deep,
     }
 
 
@@ -222,9 +223,8 @@ def _entry(stages: Stages, cache: Cache, cut: Cut, index: int) -> list[int]:
     layer = layers[min(index, len(layers) - 1)]
     source = layers[config.kv_source(layer.index)]
     turns = cache.turns[config.is_sliding(layer.index)]
-    matrices = (layer.qkv[0][0], layer.out, layer.gate, layer.up, layer.down)
-    spans = [matrix.span for matrix in matrices]
-    spans += [layer.q_gain or turns, source.k_gain or turns, *cache.spans(layer.index), turns]
+    plans = stage_plans(config, cut, layer.index, list(_products(layer)))
+    spans = [layer.q_gain or turns, source.k_gain or turns, *cache.spans(layer.index), turns]
     keys = key_column(config, source.index)
     sizes = (
         (layer.window, cache.size.slots[layer.index]),
@@ -237,9 +237,21 @@ def _entry(stages: Stages, cache: Cache, cut: Cut, index: int) -> list[int]:
     words = [low | high << 32 for low, high in sizes]
     behind = [*_gains(stages.model, index), *_told(stages, layer)]
     behind += _mixture(layer, layers[index - 1] if index else layer)
-    found = [*(span.address for span in spans), *words, *(span.address for span in behind)]
-    plans = [low | high << 32 for low, high in stage_plans(config, cut, layer.index)]
-    return [*found, *plans, *[0] * (ENTRY - len(found) - len(plans))]
+    before = [span.address for span in spans]
+    return [*plans, *before, *words, *(span.address for span in behind)]
+
+
+def _products(layer: Layer) -> Iterator[tuple[Matrix, Matrix]]:
+    """In their order, of each its first matrix and its last one."""
+    experts, qkv = layer.mixture, layer.qkv[0][0]
+    yield qkv, qkv
+    yield layer.out, layer.out
+    yield layer.gate, layer.up
+    if experts:
+        yield experts.gate, experts.up
+    yield layer.down, layer.down
+    if experts:
+        yield experts.down, experts.down
 
 
 def least_run(kv_heads: int) -> int:
@@ -263,13 +275,13 @@ def _gains(model: Model, index: int) -> tuple[Span, ...]:
 
 
 def _mixture(layer: Layer, before: Layer) -> list[Span]:
-    """Its experts' weights, its router, and gains in front of router and experts; and those behind
-    the MLP and the experts of the layer before."""
+    """Its router, and gains in front of router and experts; and those behind the MLP and the
+    experts of the layer before."""
     own, other = layer.mixture, before.mixture
     if own is None or other is None:
-        return [layer.mlp_gain] * 9
-    weights = [own.gate.span, own.up.span, own.down.span, own.router.span, own.factors]
-    return [*weights, own.router_gain, own.input_gain, other.mlp_gain, other.output_gain]
+        return [layer.mlp_gain] * 6
+    gains = [own.router_gain, own.input_gain, other.mlp_gain, other.output_gain]
+    return [own.router.span, own.factors, *gains]
 
 
 def _told(stages: Stages, layer: Layer) -> tuple[Span, Span, Span]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from itertools import accumulate
 from math import gcd
 
@@ -35,9 +36,18 @@ def expert_sizes(config: GemmaConfig) -> tuple[int, int, int]:
     return (found.active, found.count, found.intermediate_size) if found else (0, 0, 0)
 
 
-def expert_sharing(config: GemmaConfig, cut: Cut) -> int:
-    """Slices of a team that share an expert's columns of down."""
-    return gcd(cut.teams[5], tiles_of(expert_sizes(config)[2])) if config.experts else 1
+def expert_sharing(cut: Cut, active: int, size: int) -> int:
+    """Slices of a team that share an expert's columns of down: as many as leave few chunks."""
+    if not active:
+        return 1
+    most = gcd(cut.teams[5], tiles_of(size))
+    counts = [count for count in range(most, 0, -1) if most % count == 0]
+    return min(counts, key=partial(expert_chunks, cut, active, size))
+
+
+def expert_chunks(cut: Cut, active: int, size: int, sharing: int) -> int:
+    """That a slice has of the experts' down."""
+    return -(-active // (cut.teams[5] // sharing)) * -(-tiles_of(size) // (sharing * cut.depth))
 
 
 def most_splits(config: GemmaConfig, cut: Cut) -> int:

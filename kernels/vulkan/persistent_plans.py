@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from uq.formats.config import GemmaConfig
-from uq.kernels.vulkan.persistent_cuts import shapes_of
-from uq.kernels.vulkan.persistent_places import expert_sharing, expert_sizes, stage_places
+from uq.kernels.vulkan.persistent_cuts import SLICE, shapes_of
+from uq.kernels.vulkan.persistent_places import (
+    expert_chunks,
+    expert_sharing,
+    expert_sizes,
+    stage_places,
+)
 from uq.kernels.vulkan.tuning import Cut
-from uq.kernels.vulkan.weights import TILE_ROWS, tiles_of
+from uq.kernels.vulkan.weights import TILE_ROWS, Matrix, tiles_of
 
-WORDS = 12  # of all stages of a layer, at most
+WORDS = 4  # of a stage
+STAGES = 6  # of a layer, at most
+GATES = (2, 4)
 
 
 @dataclass(frozen=True)
@@ -19,49 +26,62 @@ class _Stage:
     """One of them.
 
     Attributes:
+        tiles, part: of a row, and of a part of it.
+        chunks: of a group.
         team: slices that share the columns of a block.
-        parts: of the columns.
+        apart: from a tile of one of them to its next one.
+        matrices: that are multiplied together.
+        blocks: of rows, of a matrix.
         place: where its messages begin.
-        depth: tiles of a slice in a chunk.
     """
 
-    rows: int
-    columns: int
+    tiles: int
+    part: int
+    chunks: int
     team: int
+    apart: int
+    matrices: int
+    blocks: int
     place: int
-    depth: int
-    parts: int = 1
 
-    def words(self) -> Iterator[tuple[int, int]]:
-        """Tiles of a row and of a part, 16 bits each; chunks of a group; blocks, place."""
-        tiles = tiles_of(self.columns)
-        part = -(-tiles // self.parts)
-        yield from self._words(tiles, part, -(-part // (self.team * self.depth)))
-
-    def expert_words(self, active: int, sharing: int) -> Iterator[tuple[int, int]]:
-        """The same of so many experts, columns behind columns: each has chunks of its own."""
-        tiles = tiles_of(self.columns)
-        chunks = -(-active // (self.team // sharing)) * -(-tiles // (sharing * self.depth))
-        yield from self._words(tiles, active * tiles, chunks)
-
-    def _words(self, tiles: int, part: int, chunks: int) -> Iterator[tuple[int, int]]:
-        yield tiles | part << 16, chunks
-        yield self.rows // TILE_ROWS, self.place
+    def words(self, sums: int) -> list[tuple[int, int]]:
+        """Two words of 64 bits, low and high half; so many sums of blocks are made at a time."""
+        at_once = sums // (self.team * self.matrices)
+        teams = self.team << 16 | self.apart << 20 | at_once << 24 | (self.matrices == 2) << 31
+        return [(self.tiles | self.part << 16, self.chunks | teams), (self.blocks, self.place)]
 
 
-def stage_plans(config: GemmaConfig, cut: Cut, layer: int) -> list[tuple[int, int]]:
-    """Words of 64 bits, low and high half, in the order of the stages."""
+def stage_plans(
+    config: GemmaConfig, cut: Cut, layer: int, matrices: Sequence[tuple[Matrix, Matrix]]
+) -> list[int]:
+    """Words of the stages in their order, each with the addresses of its matrices: of a gate's and
+    up's, of another one twice."""
+    sums, stages = cut.lanes // SLICE * cut.width, _stages(config, cut, layer)
+    found = list[int]()
+    for stage, (first, last) in zip(stages, matrices, strict=True):
+        found += [low | high << 32 for low, high in stage.words(sums)]
+        found += [first.span.address, last.span.address]
+    return found + [0] * (WORDS * STAGES - len(found))
+
+
+def _stages(config: GemmaConfig, cut: Cut, layer: int) -> list[_Stage]:
+    products = [0, 1, 2, 4, 3] if config.experts else [0, 1, 2, 3]
+    stages = [_product(config, cut, layer, which) for which in products]
+    return [*stages, _experts_down(config, cut)] if config.experts else stages
+
+
+def _product(config: GemmaConfig, cut: Cut, layer: int, which: int) -> _Stage:
+    rows, columns = shapes_of(config, layer)[which]
+    tiles, team, place = tiles_of(columns), cut.teams[which], stage_places(config, cut)[which]
+    part = -(-tiles // (1, cut.out_parts, 1, cut.down_parts, 1)[which])
+    chunks, matrices = -(-part // (team * cut.depth)), 2 if which in GATES else 1
+    return _Stage(tiles, part, chunks, team, team, matrices, rows // TILE_ROWS, place)
+
+
+def _experts_down(config: GemmaConfig, cut: Cut) -> _Stage:
+    """Of all that were chosen, columns behind columns: each has chunks of its own."""
     active, _, size = expert_sizes(config)
-    shapes, places, teams = shapes_of(config, layer), stage_places(config, cut), cut.teams
-
-    def stage(which: int, parts: int = 1, depth: int = cut.depth) -> _Stage:
-        return _Stage(*shapes[which], teams[which], places[which], depth, parts)
-
-    stages = [stage(0), stage(1, cut.out_parts, cut.out_depth or cut.depth), stage(2)]
-    stages += [stage(4)] if active else []
-    stages.append(stage(3, parts=cut.down_parts))
-    found = [word for each in stages for word in each.words()]
-    if active:
-        down = _Stage(config.hidden_size, size, teams[5], places[5], cut.depth)
-        found += down.expert_words(active, expert_sharing(config, cut))
-    return found
+    tiles, team, sharing = tiles_of(size), cut.teams[5], expert_sharing(cut, active, size)
+    chunks = expert_chunks(cut, active, size, sharing)
+    blocks, place = config.hidden_size // TILE_ROWS, stage_places(config, cut)[5]
+    return _Stage(tiles, active * tiles, chunks, team, sharing, 1, blocks, place)

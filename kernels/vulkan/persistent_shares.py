@@ -17,6 +17,7 @@ from uq.kernels.vulkan.weights import TILE_COLS, TILE_ROWS, tiles_of
 HELD = 6  # tiles of a part's activations that take as long as a tile of weights: a guess
 DENSE, WITH_EXPERTS = (0, 1, 2, 3), (0, 1, 2, 4, 3, 5)  # products in their order in a layer
 GATES, DOWN = (2, 4), 3
+NEXT_LAYER = 8  # from a step to the same one of the next layer
 SOURCES = (0, 0, 1, 2, 1, 3)  # which stage of the layer makes a product's input
 
 
@@ -100,7 +101,7 @@ def shares(config: GemmaConfig, cut: Cut) -> NDArray[np.uint32]:
     for layer in range(config.num_layers + 1):
         stages = layer_stages(config, cut, min(layer, config.num_layers - 1))
         for own, items in zip(lists, of_layer(*stages), strict=True):
-            own += _words(items, len(stages) * layer)
+            own += _words(items, NEXT_LAYER * layer)
     most = max(map(len, lists)) + 1
     return np.array([own + own[-1:] * (most - len(own)) for own in lists], np.uint32)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
+from math import gcd
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,8 @@ class Shape:
         lanes: invocations, a multiple of 64: each 64 take every so many-th tile of 128 columns.
         blocks: of 16 rows, at a time.
         rounds: times that many; of a pass of one column.
-        parts: of the columns, each another workgroup's; of a BRANCH, whose reader sums them.
+        parts: of the columns, each another workgroup's; of a BRANCH, whose reader sums them. Of ADD
+            those of an expert, each another slice's.
     """
 
     lanes: int
@@ -54,8 +56,8 @@ class Cut:
         width: blocks of rows that a slice multiplies at a time, 1 or 2.
         splits: of the context, at most; 0: as many as dispatches have.
         straight: chunks of tiles that are full have code of their own.
-        out_depth: as `depth`, up to it, of attention's output: attention needs registers, too; 0:
-            `depth`.
+        deep: a chunk's addresses are made behind the products of the one two in front of it, and it
+            has no code of its own where it is full.
         reads: looks for a message in vain, for each group of blocks, that read weights ahead.
     """
 
@@ -70,7 +72,7 @@ class Cut:
     width: int = 1
     splits: int = 0
     straight: bool = False
-    out_depth: int = 0
+    deep: bool = False
     reads: int = 0
 
 
@@ -135,7 +137,7 @@ def product_key(matrix: Matrix, epilogue: int) -> str:
 def usual_shape(matrix: Matrix, epilogue: int) -> Shape:
     """Few blocks get many lanes each, so that all of the device has work."""
     if epilogue == ADD:
-        return Shape(EXPERT_LANES, 1)
+        return Shape(EXPERT_LANES, 1, parts=gcd(EXPERT_LANES // 64, matrix.tiles))
     gated = epilogue == GEGLU
     blocks = 4 if gated else 2 if matrix.blocks >= 4096 else 1
     groups = -(-matrix.blocks // (blocks // 2 if gated else blocks))
