@@ -60,7 +60,6 @@ layout(constant_id = 39) const uint SHARING = 1;      // slices that share an ex
 layout(constant_id = 40) const uint MOST_SPLITS = 16;
 layout(constant_id = 41) const uint LIST = 1;         // items of a workgroup's list
 layout(constant_id = 42) const bool STRAIGHT = false;  // full chunks have code of their own; not with experts
-layout(constant_id = 43) const bool DEEP = false;      // addresses are made two chunks ahead
 layout(constant_id = 45) const uint READS = 0;         // ahead into the caches, of an item
 #include "weights.glsl"
 
@@ -105,7 +104,7 @@ layout(push_constant) uniform Push {
 const uint PLAN_WORDS = 4, Q_GAIN_AT = 24, KEYS_AT = 26, TURNS_AT = 30, WINDOW_AT = 31, HEADS_AT = 32;
 const uint ROWS_AT = 33, NEW_AT = 34, SOURCE_AT = 35, FACTOR_AT = 36, GAINS_AT = 37, TOLD_AT = 42;
 const uint ROUTER_AT = 45, EXPERT_GAINS_AT = 47, ENTRY = 51;
-const uint ENTRIES = 4;  // of this layer, of the next two, and one that nobody needs any more
+const uint ENTRIES = 2;  // of this layer and of the next one
 shared uvec2 entry[ENTRIES * ENTRY];
 uint entry_at;
 
@@ -254,13 +253,11 @@ void hold_part(uint stage) {
         if (is_experts) {
             share_experts();
         }
-        uint last = work.last_tile;
-        work.last_tile = is_experts ? work.part_tiles : last;
+        work.last_tile = is_experts ? work.part_tiles : work.last_tile;
         uint mlp = HEADS_VARY ? entry[entry_at + ROWS_AT].x : INTERMEDIATE;
         uint place = stage == OUT ? CONTEXT_AT : is_experts ? EXPERTS_GATED_AT : GATED_AT;
         uint channels = stage == OUT ? HEADS * DIM : is_experts ? EXPERT_ROWS : mlp;
         hold_messages(place, channels, is_experts ? EXPERT_TILES : work.last_tile);
-        work.last_tile = last;
     }
     barrier();
 }
@@ -296,10 +293,8 @@ void run_stage(uint stage, uint layer) {
         return;
     }
     uint step = NEXT_LAYER * layer + stage;
-    [[dont_unroll]] while ((DEEP ? work.step : ahead.step) == step && layer < LAYERS) {
-        if (!DEEP) {
-            work = ahead;
-        }
+    [[dont_unroll]] while (ahead.step == step && layer < LAYERS) {
+        work = ahead;
         if (stage == OUT || stage == DOWN || ACTIVE > 0 && stage == EXPERT_DOWN) {
             hold_part(stage);
         }
@@ -333,7 +328,7 @@ void enter_layer(uint layer, uint epoch) {
         layer_dim = entry[entry_at + HEADS_AT].x;
         layer_kv_heads = entry[entry_at + HEADS_AT].y;
     }
-    ask_entry(layer + 2);
+    ask_entry(layer + 1);
 }
 
 // The first workgroup makes what stands behind the last layer, too.
@@ -348,7 +343,7 @@ void run_layers(uint epoch) {
         if (stage == QKV) {
             empty_copy();
         } else if (stage == OUT) {
-            keep_entry(layer + 2);  // there are barriers before it is needed
+            keep_entry(layer + 1);  // there are barriers before it is needed
         }
     }
     if (gl_WorkGroupID.x == 0) {
@@ -365,10 +360,8 @@ void main() {
     position = state.positions[0];
     LOAD_OWN(h, hidden)
     empty_kept(epoch);
-    for (uint layer = 0; layer < 2; layer++) {
-        ask_entry(layer);
-        keep_entry(layer);
-    }
+    ask_entry(0);
+    keep_entry(0);
     barrier();
     begin_work();
     run_layers(epoch);

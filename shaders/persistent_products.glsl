@@ -6,7 +6,7 @@ Piece other_0, other_1, other_2, other_3, other_4, other_5, other_6, other_7;  /
 // Tile k of the slice's chunk. Nothing is loaded under a condition, so no compiler waits for it: behind the
 // last tile it is loaded again.
 #define FETCH(k) \
-    { \
+    if (k < DEPTH) { \
         uint tile_ = min(ahead.tile + k * ahead.apart, ahead.last_tile - 1); \
         ahead_##k = load_piece(ahead.rows_at, tile_, lane % 64, 0.0); \
         if (WIDTH == 2) { \
@@ -20,19 +20,18 @@ float product_of(Piece piece, float unit, Input y) {
     return multiply(piece, y);
 }
 
-#define MULTIPLY_OF(k, first_, second_) \
-    if (tile + k * work.apart < last) { \
+#define MULTIPLY(k) \
+    if (k < DEPTH && tile + k * work.apart < last) { \
         Input y_ = INPUT(held, (held_at + k * work.apart) * INPUT_VECTORS, lane % 4); \
         precise vec2 sum = total; \
-        precise float one_ = share * product_of(first_, unit.x, y_); \
+        precise float one_ = share * product_of(ahead_##k, unit.x, y_); \
         sum.x += one_; \
         if (WIDTH == 2) { \
-            precise float two_ = share * product_of(second_, unit.y, y_); \
+            precise float two_ = share * product_of(other_##k, unit.y, y_); \
             sum.y += two_; \
         } \
         total = sum; \
     }
-#define MULTIPLY(k) MULTIPLY_OF(k, ahead_##k, other_##k)
 
 // A chunk all of whose tiles there are, in front of such a one: no branches, and addresses that differ by
 // constants, those of the gate's teams.
@@ -76,10 +75,7 @@ Piece piece_behind(Place place, uint bytes) {
     }
 
 #define EACH_TILE(what) what(0) what(1) what(2) what(3) what(4) what(5) what(6) what(7)
-#define FETCH_EACH(k) if (k < DEPTH) FETCH(k)
-#define MULTIPLY_AND_FETCH(k) if (k < DEPTH) { MULTIPLY(k) FETCH(k) }
-#define KEEP(k) Piece kept_##k = ahead_##k, kept_other_##k = other_##k;
-#define MULTIPLY_KEPT(k) if (k < DEPTH) { MULTIPLY_OF(k, kept_##k, kept_other_##k) }
+#define MULTIPLY_AND_FETCH(k) MULTIPLY(k) FETCH(k)
 
 uvec2 steps;  // of the scales of a row of each block, on their way
 
@@ -94,12 +90,7 @@ void ask_steps() {
 void begin_work() {
     begin();
     ask_steps();
-    EACH_TILE(FETCH_EACH)
-    if (DEEP) {
-        work = ahead;
-        go_on();
-        enter_chunk();
-    }
+    EACH_TILE(FETCH)
 }
 
 float team_result(uint first, uint row) {
@@ -154,61 +145,20 @@ void know_rows(uint stage, bool are_other, uint last) {
     }
 }
 
-// Whether what is ahead is of experts that are not chosen yet.
-bool is_unknown() {
-    return ACTIVE > 0 && work.step % NEXT_LAYER == GATE && ahead.step != work.step;
-}
-
-// NVIDIA's compiler waits for all that is on its way at once, at the end of a pass, where it copies what the next
-// one multiplies: so it is asked for as early in a pass as can be, and the addresses are made in the one before.
-void multiply_deep(uint stage) {
-    vec2 total = vec2(0.0);
-    bool more = true;
-    [[dont_unroll]] while (more) {
-        uint tile = work.tile, last = work.last_tile;
-        uint held_at = tile - work.first_tile + (ACTIVE > 0 && stage == EXPERT_GATE ? HIDDEN_TILES : 0);
-        know_rows(stage, work.chunk == 0 || is_of_experts(work.step), last);
-        if (is_unknown()) {
-            choose_experts();
-            enter_chunk();
-        }
-        if (has_other_rows()) {
-            ask_steps();
-        }
-        EACH_TILE(KEEP)
-        EACH_TILE(FETCH_EACH)
-        EACH_TILE(MULTIPLY_KEPT)
-        if (ahead.chunk == 0) {
-            finish_group(stage, work.group, total);
-            total = vec2(0.0);
-        }
-        more = ahead.step == work.step && ahead.part == work.part;
-        work = ahead;
-        go_on();
-        if (!is_unknown()) {
-            enter_chunk();
-        }
-    }
-}
-
 // All groups of a part, whose input is there and whose first chunk is on its way.
 void multiply_part(uint stage) {
-    if (DEEP) {
-        multiply_deep(stage);
-        return;
-    }
     vec2 total = vec2(0.0);
     bool more = true;
     [[dont_unroll]] while (more) {
         uint group = ahead.group, tile = ahead.tile, last = ahead.last_tile;
         uint held_at = tile - work.first_tile + (ACTIVE > 0 && stage == EXPERT_GATE ? HIDDEN_TILES : 0);
-        bool has_other = has_other_rows(), is_straight = is_full();
+        bool is_straight = is_full();
+        know_rows(stage, has_other_rows(), last);
         go_on();
         if (ACTIVE > 0 && stage == GATE && ahead.step != work.step) {
             choose_experts();  // in front of the first weights of theirs
         }
         enter_chunk();
-        know_rows(stage, has_other, last);
         if (has_other_rows()) {
             ask_steps();
         }

@@ -50,13 +50,13 @@ bool has_other_rows() {
 // What is the same in a whole slice, so that compilers know it for a subgroup: those have 64 lanes at most.
 // Attention with sizes of its own leaves few scalar registers for that, with scales besides none.
 uint of_slice(uint value) {
-    return HEADS_VARY ? value : subgroupBroadcastFirst(value);
+    return HEADS_VARY || gl_SubgroupSize < 64 ? value : subgroupBroadcastFirst(value);
 }
 
 uint64_t of_slice(uint64_t value) {
     uvec2 words = unpack32(value);
     words = uvec2(subgroupBroadcastFirst(words.x), subgroupBroadcastFirst(words.y));
-    return HEADS_VARY && KV_INT8 == 1 ? value : pack64(words);
+    return HEADS_VARY && KV_INT8 == 1 || gl_SubgroupSize < 64 ? value : pack64(words);
 }
 
 void enter_stage() {
@@ -118,20 +118,19 @@ void enter_group() {
     ahead.tile = ahead.first_tile + ahead.place;
 }
 
-uint taken = 0;        // items of the workgroup
-uint items_, behind_;  // of a subgroup's lanes: the next ones, and those behind them, on their way
+uint taken = 0;  // items of the workgroup
+uint upcoming_item;  // on its way
 
-uint item_of(uint first) {
-    return items.at[gl_WorkGroupID.x * LIST + min(first + gl_SubgroupInvocationID, LIST - 1)];
+// The same for all lanes. Where there are scales besides, scalar registers are few: then each lane asks for it.
+uint item_of(uint place) {
+    uint none = KV_INT8 == 1 ? lane / LANES : 0;
+    return items.at[gl_WorkGroupID.x * LIST + min(place + none, LIST - 1)];
 }
 
 uint next_item() {
-    uint place = taken % gl_SubgroupSize, item = subgroupBroadcast(items_, place);
+    uint item = of_slice(upcoming_item);
     taken += 1;
-    if (place + 1 == gl_SubgroupSize) {
-        items_ = behind_;
-        behind_ = item_of(taken + gl_SubgroupSize);
-    }
+    upcoming_item = item_of(taken);
     return item;
 }
 
@@ -171,8 +170,7 @@ void enter_chunk() {
 // The first chunk.
 void begin() {
     ahead.step = 0xFFFFFFFFu;
-    items_ = item_of(0);
-    behind_ = item_of(gl_SubgroupSize);
+    upcoming_item = item_of(0);
     enter_item();
     enter_group();
 }
@@ -182,7 +180,7 @@ uint word_ahead = 0, most_ahead = 0;  // on its way; of those before
 // Whoever has looked for a message in vain reads a word of another 64 bytes that come behind what is on its way
 // of the item: so the caches have them. A word is waited for with the next look.
 void read_ahead() {
-    uint from = ahead.tile - ahead.place + (DEEP ? 0 : DEPTH * ahead.team);
+    uint from = ahead.tile - ahead.place + DEPTH * ahead.team;
     if (ahead.reads < READS && from < ahead.last_tile) {
         uint last = (ahead.last_tile - from) * (TILE_VECTORS / 4) - 1;
         uint own = ahead.reads / WIDTH * 64 * ahead.team + 64 * ahead.place + lane % 64;

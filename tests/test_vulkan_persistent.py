@@ -40,7 +40,6 @@ WIDE = Cut(
 DOUBLE, WIDEST = replace(ONE, depth=4, width=2), replace(WIDE, depth=8, width=2)
 STRAIGHT = replace(WIDEST, teams=(1, 2, 1, 1), depth=2, straight=True)
 UNLIKE = replace(DOUBLE, depth=1, straight=True)
-DEEP = replace(DOUBLE, depth=3, deep=True)
 INT8, WITH_FLOATS = Numerics(ACTIVATIONS["int8"], KV["int8"]), Numerics(kv=KV["int8"])
 
 
@@ -155,17 +154,13 @@ def text_and_logits(session: VulkanSession) -> tuple[list[int], NDArray[np.float
 @pytest.mark.parametrize(
     ("make", "cut", "numerics"),
     [
-        *((plain, cut, INT8) for cut in (ONE, WIDE, DOUBLE, WIDEST, STRAIGHT, UNLIKE, DEEP)),
+        *((plain, cut, INT8) for cut in (ONE, WIDE, DOUBLE, WIDEST, STRAIGHT, UNLIKE)),
         *((plain, cut, WITH_FLOATS) for cut in (DOUBLE, STRAIGHT)),
         *((dense, cut, INT8) for cut in (ONE, WIDEST, STRAIGHT)),
         *((experts, cut, WITH_FLOATS) for cut in (ONE, WIDEST)),
         (large_experts, replace(ONE, splits=1), WITH_FLOATS),
         (large_experts, replace(DOUBLE, depth=3, splits=1), WITH_FLOATS),
-        (dense, replace(WIDEST, deep=True), INT8),
-        (plain, replace(STRAIGHT, straight=False, deep=True), WITH_FLOATS),
-        (experts, replace(ONE, deep=True), WITH_FLOATS),
-        (large_experts, replace(DOUBLE, depth=3, splits=1, deep=True), WITH_FLOATS),
-        (large_experts, replace(DOUBLE, depth=6, splits=1, deep=True), WITH_FLOATS),
+        (large_experts, replace(DOUBLE, depth=6, splits=1), WITH_FLOATS),
     ],
 )
 def test_a_token_has_the_bits_of_dispatches(
@@ -318,11 +313,3 @@ def test_no_workgroup_is_idle_where_larger_teams_are_to_be_had() -> None:
     """84 groups of two blocks in teams of 2 leave 48 of 132 workgroups without any."""
     found = {cut.teams[1] for cut in cuts(shape_config("27b"), 132, 48 << 10) if cut.width == 2}
     assert found == {2, 4}
-
-
-@pytest.mark.parametrize("name", ["e2b", "26b-a4b"])
-def test_addresses_are_made_early_where_layers_are_of_two_kinds(name: str) -> None:
-    found = cuts(text_config(name), 132, 48 << 10)
-    assert {cut.depth for cut in found if cut.deep} == {3, 4} and len(found) <= 24
-    assert not any(cut.deep and cut.straight for cut in found)
-    assert not any(cut.deep for cut in cuts(shape_config("27b"), 132, 48 << 10))

@@ -210,7 +210,6 @@ def _constants(stages: Stages, cut: Cut) -> dict[str, int | float]:
         "LIST": shares(config, cut).shape[1],
         "STRAIGHT": cut.straight,
         "READS": cut.reads,
-        "DEEP": cut.deep,
     }
 
 

@@ -15,7 +15,6 @@ from uq.kernels.vulkan.persistent_places import (
     expert_sharing,
     expert_sizes,
     head_sizes,
-    layers_vary,
     most_splits,
 )
 from uq.kernels.vulkan.stages import ATTENTION_LANES, shared_queries
@@ -45,7 +44,6 @@ TEAMS = 1, 2, 3, 4, 6, 8
 GROUP_TILES = 2  # so many tiles take as long as what follows a group of blocks does; a guess
 FEW_RUNS = 32  # of keys, for which there are workgroups enough: each then serves one head
 MOST_SHARED = 256  # channels of heads of which a workgroup may serve more: the registers are few
-DEEP = 4  # tiles of a chunk whose addresses are made early, at most: the registers are few
 MOST_STRAIGHT = 7  # tiles of a chunk that has code of its own: the registers are few
 READS = 8  # of 64 bytes by each lane, ahead of a group of blocks
 MOST_JOINED = 8  # heads up to which workgroups may join for themselves those they need
@@ -81,8 +79,6 @@ def cuts(config: GemmaConfig, multiprocessors: int, most_shared: int) -> list[Cu
         if _leaves_none_empty(config, cut) and shared_bytes(config, cut) <= most_shared:
             cuts_ = [*_busier(config, cut), *_deeper(cut, most, multiprocessors)]
             found |= dict.fromkeys(way for each in cuts_ for way in _straighter(config, each))
-            if multiprocessors >= LARGE and width == 2 and most == DEEP:
-                found |= dict.fromkeys(way for each in cuts_ for way in _deep(config, each))
     return list(found)
 
 
@@ -101,13 +97,6 @@ def _busier(config: GemmaConfig, cut: Cut) -> Iterator[Cut]:
     idle = groups_of(config.hidden_size, slices * cut.width, out) < cut.workgroups
     if cut.width == 2 and cut.joins and idle and larger:
         yield replace(cut, teams=(qkv, larger[0], *others))
-
-
-def _deep(config: GemmaConfig, cut: Cut) -> Iterator[Cut]:
-    """The cut with addresses that are made early, and with the most tiles: for layers of two kinds,
-    where that was measured to be faster."""
-    if layers_vary(config):
-        yield from (replace(cut, depth=depth, deep=True) for depth in (cut.depth, DEEP))
 
 
 def _deeper(cut: Cut, most: int, multiprocessors: int) -> Iterator[Cut]:

@@ -56,8 +56,6 @@ class Cut:
         width: blocks of rows that a slice multiplies at a time, 1 or 2.
         splits: of the context, at most; 0: as many as dispatches have.
         straight: chunks of tiles that are full have code of their own.
-        deep: a chunk's addresses are made behind the products of the one two in front of it, and it
-            has no code of its own where it is full.
         reads: looks for a message in vain, for each group of blocks, that read weights ahead.
     """
 
@@ -72,7 +70,6 @@ class Cut:
     width: int = 1
     splits: int = 0
     straight: bool = False
-    deep: bool = False
     reads: int = 0
 
 

@@ -135,7 +135,7 @@ def _persistent_kernels() -> Iterator[Variant]:
     sizes = ("INTERMEDIATE", "LAYERS", "DOWN_PARTS", "TEAMS", "HELD_TILES", "OUT_PARTS")
     cut = (*sizes, "ATTENDING", "JOINS", "WIDTH", "RUN", "FULL_DIM", "QKV_COLUMNS", "KEPT_COLUMNS")
     extras = ("VALUE_NORM", "TOLD", "ACTIVE", "COUNT", "EXPERT_ROWS", "SHARING", "MOST_SPLITS")
-    lists = ("LIST", "STRAIGHT", "DEEP", "-", "READS")
+    lists = ("LIST", "STRAIGHT", "-", "-", "READS")
     for cache, macros in _caches("persistent"):
         dotted = {**macros, "WEIGHT": "INT4", "INTEGER_DOT": 1}
         row = _kernel(f"{cache}_int4_dot", "persistent.comp", dotted, ("int8dot",), common)
