@@ -20,7 +20,7 @@ from uq.kernels.vulkan.device import choose
 from uq.kernels.vulkan.session import VulkanSession
 from uq.kernels.vulkan.sources import BundleSource
 from uq.kernels.vulkan.stages import shared_queries
-from uq.kernels.vulkan.tuning import read_measured
+from uq.kernels.vulkan.tuning import Cut, Measured, Shape, read_measured, write_measured
 
 LAYERS = 2
 
@@ -52,6 +52,17 @@ def test_a_tuned_session_writes_the_same_text(bundle: Bundle, tmp_path: Path) ->
     assert texts[0] == texts[1] == texts[2]
     (file,) = tmp_path.glob("*.json")
     assert {key.rpartition(" ")[2] for key in read_measured(file).products} == {"0", "1", "2", "3"}
+
+
+def test_a_way_that_an_older_version_measured_leaves_what_stands_beside_it(tmp_path: Path) -> None:
+    file, known = tmp_path / "device.json", Cut(1, 1, (1, 1, 1, 1), 1, 1, 4, 256, True)
+    shape = Shape(64, 1)
+    write_measured(file, Measured({"product": shape}, {"new": known, "old": known, "none": None}))
+    stored = json.loads(file.read_text())
+    stored["layers"]["old"]["option_of_old"] = True
+    file.write_text(json.dumps(stored))
+    found = read_measured(file)
+    assert found.products == {"product": shape} and found.layers == {"new": known, "none": None}
 
 
 def test_a_workgroup_of_attention_serves_as_many_heads_as_was_fastest(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from math import gcd
 from pathlib import Path
 from typing import Any
@@ -163,15 +163,23 @@ def candidates(matrix: Matrix, epilogue: int, most_lanes: int) -> list[Shape]:
 
 
 def read_measured(path: Path) -> Measured:
-    """What `write_measured` wrote; nothing when there is no such file, or a broken one."""
+    """What `write_measured` wrote; nothing when there is no such file, or a broken one.
+
+    A way to cut the layers with options that this version lacks is left out: it is to be measured
+    again, and what stands beside it is not.
+    """
     try:
         stored = json.loads(path.read_text())
         products = {key: Shape(**shape) for key, shape in stored["products"].items()}
-        layers = {key: _cut(cut) for key, cut in stored["layers"].items()}
+        layers = {key: _cut(cut) for key, cut in stored["layers"].items() if _is_known(cut)}
         queries = {key: int(count) for key, count in stored.get("queries", {}).items()}
     except (OSError, ValueError, TypeError, AttributeError, KeyError):
         return Measured()
     return Measured(products, layers, queries)
+
+
+def _is_known(cut: dict[str, Any] | None) -> bool:
+    return cut is None or cut.keys() <= {option.name for option in fields(Cut)}
 
 
 def _cut(stored: dict[str, Any] | None) -> Cut | None:
