@@ -119,7 +119,7 @@ void enter_group() {
     ahead.tile = ahead.first_tile + ahead.place;
 }
 
-uint taken = 0;  // items of the workgroup
+uint taken = 0;      // items of the workgroup
 uint upcoming_item;  // on its way
 
 // The same for all lanes. Where there are scales besides, scalar registers are few: then each lane asks for it.
