@@ -120,9 +120,9 @@ class Job:
 
     def with_measured_grids(self, tokens: NDArray[np.int32]) -> Job:
         """With a grid for each tensor by what it costs, within the plan's budget."""
-        plan, progress = self.plan, self.progress
+        plan, progress, in_order = self.plan, self.progress, not self.options.independent
         assert plan.budget is not None
-        plan = mixed_plan(self.checkpoint, plan, plan.budget, tokens, progress)
+        plan = mixed_plan(self.checkpoint, plan, plan.budget, tokens, progress, in_order=in_order)
         _tell_sensitive(plan, progress)
         return replace(self, plan=plan)
 

@@ -17,6 +17,7 @@ from uq.formats.manifest import expected_tensors
 from uq.formats.spec import Spec
 from uq.progress import Progress
 from uq.quantize.allocate import allocate
+from uq.quantize.lasting import lasting
 from uq.quantize.plan import Budget, Plan
 from uq.quantize.probes import candidates
 from uq.quantize.sensitivity import Measured, measure_costs
@@ -32,11 +33,16 @@ def mixed_plan(
     budget: Budget,
     tokens: NDArray[np.int32],
     progress: Progress,
+    *,
+    in_order: bool,
 ) -> Plan:
     """The plan with the grids that cost least within the budget.
 
     Tensors that lie on their grid keep it, and its bytes count. The costs are kept in the cache,
     for a run that is continued and for other budgets.
+
+    Args:
+        in_order: each layer is calibrated on what the rounded layers before it make of the text.
 
     Raises:
         UsageError: the smallest grids take more than the budget.
@@ -45,6 +51,8 @@ def mixed_plan(
     fixed = {name for name, tensor in plan.tensors.items() if tensor.method == "grid"}
     measured = _kept_costs(checkpoint, plan, budget, tokens, progress)
     costs = {name: choices for name, choices in measured.costs.items() if name not in fixed}
+    if in_order and plan.corrected:
+        costs = lasting(checkpoint.config, costs)
 
     def stored(name: str, spec: Spec) -> int:
         return LAYOUTS[plan.tensors[name].layout].nbytes(*shapes[name], spec)

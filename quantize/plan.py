@@ -73,7 +73,7 @@ class GptqOptions:
         work: how much of it is done at once.
     """
 
-    damping: float = 0.05
+    damping: float = 0.2
     correction: float = 0.5
     residual: float = 0.5
     clip: float = 10.0
