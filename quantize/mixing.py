@@ -20,7 +20,7 @@ from uq.quantize.allocate import allocate
 from uq.quantize.lasting import lasting
 from uq.quantize.plan import Budget, Plan
 from uq.quantize.probes import candidates
-from uq.quantize.sensitivity import Measured, measure_costs
+from uq.quantize.sensitivity import DAMPING, Measured, measure_costs
 
 VERSION = 7  # of the measurement: costs kept by another one are not used
 # Tensors that are told of: so many at most, each of so many nats per token or more.
@@ -95,7 +95,7 @@ def _kept_costs(
         "source": {name: [file.size, file.version] for name, file in checkpoint.files().items()},
         "revision": checkpoint.source.revision,
         "tokens": hashlib.sha256(tokens.tobytes()).hexdigest(),
-        "gptq": [plan.gptq.damping, plan.gptq.equalize, astuple(plan.gptq.work)],
+        "gptq": [DAMPING, plan.gptq.equalize, astuple(plan.gptq.work)],
         "tables": budget.tables,
     }
     digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()

@@ -46,6 +46,9 @@ Array = NDArray[np.float32]
 Costs = Mapping[str, Mapping[Spec, float]]  # tensor -> grid -> mean KL divergence, nats per token
 
 MOMENT_WINDOWS, MOMENT_LENGTH = 16, 256
+# Of the Hessian, in units of its mean diagonal. GPTQ adds more, for texts unlike the calibration;
+# here that would count as error what hardly any input shows.
+DAMPING = 0.05
 SAMPLE_ROWS = 128  # of a linear, on which its grids are compared
 # Rows on which the grids of a table are compared, and weights, in the table that has long rows.
 TABLE_SAMPLE, TABLE_WEIGHTS = 16384, 1 << 26
@@ -157,14 +160,14 @@ def _layer_errors(
         samples = [_sample(weights[role]) for role in roles]
         bases = [_probe_error(*pair, statistics) for pair in zip(names, samples, strict=True)]
         moved = statistics.rescaled(scale)
-        left = left_variances(moved.hessian, options.damping)
+        left = left_variances(moved.hessian, DAMPING)
         for name, sample, base in zip(names, samples, bases, strict=True):
             errors = _gptq_errors(sample * scale, moved, left)
             found[name] = {spec: e / base for spec, e in errors.items()}
         return {}
 
     stacks = {
-        role: StackErrors(layer_tensor(layer, role), config.experts.count, options)
+        role: StackErrors(layer_tensor(layer, role), config.experts.count)
         for role in config.expert_roles(layer)
         if config.experts
     }
@@ -184,8 +187,8 @@ def _layer_errors(
 class StackErrors:
     """Output errors of a stack of experts: of a few that tokens chose, which stand for all."""
 
-    def __init__(self, name: str, count: int, options: GptqOptions) -> None:
-        self.name, self._options = name, options
+    def __init__(self, name: str, count: int) -> None:
+        self.name = name
         self._each = max(1, count // SAMPLE_EXPERTS)
         self._next = 0  # expert from which on one more is looked at
         self._base, self._errors = 0.0, dict[Spec, float]()
@@ -197,7 +200,7 @@ class StackErrors:
         self._next = number - number % self._each + self._each
         sample = _sample(weight)
         self._base += _probe_error(self.name, sample, seen)
-        left = left_variances(seen.hessian, self._options.damping)
+        left = left_variances(seen.hessian, DAMPING)
         for spec, error in _gptq_errors(sample, seen, left).items():
             self._errors[spec] = self._errors.get(spec, 0.0) + error
 
