@@ -6,9 +6,10 @@ o_proj makes good most of what v_proj lost, and much of what the middle layers l
 behind them. What the first layers lose falls on few tokens, which make the tail of the divergence.
 
 The shares are rounded from Gemma 3 270M, on texts that are neither in its calibration nor in the
-benchmark: for attention and down_proj from linears of a calibrated model put back to floating point,
-for the first layers from the divergence of each token. Those of gate and up were set and confirmed
-by trial ("What helped, and what did not" in docs/quality.md). Other models were not measured.
+benchmark: for attention and down_proj from linears of a calibrated model put back to floating
+point, for the first layers from the divergence of each token. Those of gate and up were set and
+confirmed by trial ("What helped, and what did not" in docs/quality.md). Other models were not
+measured.
 """
 
 from __future__ import annotations
