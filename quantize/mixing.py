@@ -22,7 +22,7 @@ from uq.quantize.plan import Budget, Plan
 from uq.quantize.probes import candidates
 from uq.quantize.sensitivity import DAMPING, Measured, measure_costs
 
-VERSION = 7  # of the measurement: costs kept by another one are not used
+VERSION = 8  # of the measurement: costs kept by another one are not used
 # Tensors that are told of: so many at most, each of so many nats per token or more.
 SENSITIVE, HARMFUL = 5, 0.02
 

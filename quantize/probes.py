@@ -38,6 +38,7 @@ from uq.quantize.scales import checked, quantize_rtn
 from uq.validate.divergence import Sums
 
 Array = NDArray[np.float32]
+Doubles = NDArray[np.float64]
 
 # Grids to choose from. Scales of 8 bits lose nearly nothing; INT8 loses so little that its smallest
 # form serves.
@@ -119,22 +120,24 @@ class Probes:
             if layer in self._probed[role]:
                 self._models[name] = path
 
-    def divergences(self) -> dict[str, float]:
-        """Mean KL divergence from the untouched model of each with one tensor rounded; once."""
+    def divergences(self) -> dict[str, Doubles]:
+        """(windows,) mean KL divergence from the untouched model of each with one tensor rounded;
+        once.
+        """
         measured = dict(zip(self._models, self._measured(), strict=True))
         for role, layers in _layers_with(self._config).items():
             probed = self._probed[role]
-            effects = [
-                np.log(max(measured[name], LEAST) / max(self._moved[name], LEAST))
+            effects = np.log([  # (probed, windows)
+                np.maximum(measured[name], LEAST) / max(self._moved[name], LEAST)
                 for name in (layer_tensor(layer, role) for layer in probed)
-            ]
+            ])  # fmt: skip
             for layer in layers:
                 name = layer_tensor(layer, role)
-                effect = float(np.exp(np.interp(layer, probed, effects)))
+                effect = np.exp([np.interp(layer, probed, window) for window in effects.T])
                 measured.setdefault(name, self._moved[name] * effect)
         return measured
 
-    def _measured(self) -> Iterator[float]:
+    def _measured(self) -> Iterator[Doubles]:
         """Divergence of each model among the likeliest tokens; the models are used up."""
         states = np.stack([self._last(self._exact), *map(self._last, self._models.values())])
         names = list(self._models)
@@ -147,7 +150,8 @@ class Probes:
             reference, *logits = soft_cap(self._config, linear(states, head))
             for name, total, model, state in zip(names, sums, logits, states[1:], strict=True):
                 total.add(reference, self._table_logits(name, head, state, model), start)
-        return (float(total.scores().kld.mean()) for total in sums)
+        windows = len(self._exact.hidden)
+        return (total.scores().kld.reshape(windows, -1).mean(axis=1) for total in sums)
 
     def _last(self, path: Path) -> Array:
         """(n, hidden) in front of the head, at the positions that count."""

@@ -9,7 +9,6 @@ error is proportional.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -29,9 +28,11 @@ from uq.quantize.factor import left_variances
 from uq.quantize.gptq import Statistics, scale_importance
 from uq.quantize.plan import GptqOptions
 from uq.quantize.probes import (
+    LEAST,
     PROBE_LENGTH,
     PROBE_WINDOWS,
     TABLE_PROBE,
+    Doubles,
     Probes,
     candidates,
     probe,
@@ -46,6 +47,7 @@ Array = NDArray[np.float32]
 Costs = Mapping[str, Mapping[Spec, float]]  # tensor -> grid -> mean KL divergence, nats per token
 
 MOMENT_WINDOWS, MOMENT_LENGTH = 16, 256
+MOST_WEIGHT = 10  # of a window of the probes, in units of the median one's
 # Of the Hessian, in units of its mean diagonal. GPTQ adds more, for texts unlike the calibration;
 # here that would count as error what hardly any input shows.
 DAMPING = 0.05
@@ -60,7 +62,8 @@ class Measured:
     """What rounding tensors costs, each alone, in nats per token.
 
     Attributes:
-        costs: of every grid in `CANDIDATES` whose group divides the tensor's columns.
+        costs: of every grid in `CANDIDATES` whose group divides the tensor's columns; the windows
+            of the text have about the same say in it, see `balance`.
         plain: of rounding to the nearest of 4 bits, also of tensors that are never quantized.
     """
 
@@ -103,15 +106,32 @@ def measure_costs(
         errors |= {name: _table_errors(checkpoint, name) for name in table_names(config)}
     divergences = probes.divergences()
     progress.close()
-    if not all(map(math.isfinite, divergences.values())):
+    if not all(np.isfinite(windows).all() for windows in divergences.values()):
         progress.note("outputs of the calibration are not finite: grids by the weights' errors")
-        divergences = dict.fromkeys(divergences, 1.0)
+        divergences = {name: np.ones(1) for name in divergences}
+    means = {name: float(found.mean()) for name, found in divergences.items()}
+    balanced = balance(divergences)
     costs = {
-        name: {spec: divergences[name] * ratio for spec, ratio in ratios.items()}
+        name: {spec: balanced[name] * ratio for spec, ratio in ratios.items()}
         for name, ratios in errors.items()
     }
-    plain = _in_layers(config, divergences)
-    return Measured(costs, plain | {name: _plain(costs[name]) for name in set(costs) - set(plain)})
+    plain = _in_layers(config, means)
+    plain |= {name: means[name] * _plain(errors[name]) for name in set(costs) - set(plain)}
+    return Measured(costs, plain)
+
+
+def balance(divergences: Mapping[str, Doubles]) -> dict[str, float]:
+    """Mean over the windows, each weighed by the inverse of what rounding costs there.
+
+    A plain mean is that of the few windows where rounding costs most: its grids suit those alone.
+
+    Args:
+        divergences: tensor -> (windows,), of the same windows.
+    """
+    size = np.mean(list(divergences.values()), axis=0)  # (windows,)
+    weights = 1 / np.maximum(size, max(np.median(size) / MOST_WEIGHT, LEAST))
+    weights /= weights.sum()
+    return {name: float(found @ weights) for name, found in divergences.items()}
 
 
 def _token_rows(
@@ -125,10 +145,10 @@ def _token_rows(
     return TokenRows(rows, quantized_rows=told, spread=stream_maker(source, config))
 
 
-def _plain(costs: Mapping[Spec, float]) -> float:
+def _plain(ratios: Mapping[Spec, float]) -> float:
     """Of a table, which is rounded to the nearest on every grid: on the probe's, with 4 bits."""
-    groups = [spec.group for spec in costs if spec.bits == 4 and not spec.zero_point]
-    return costs[Spec(4, groups[len(groups) // 2], scale_bits=8)]
+    groups = [spec.group for spec in ratios if spec.bits == 4 and not spec.zero_point]
+    return ratios[Spec(4, groups[len(groups) // 2], scale_bits=8)]
 
 
 def _in_layers(config: GemmaConfig, divergences: Mapping[str, float]) -> dict[str, float]:

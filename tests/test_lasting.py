@@ -30,12 +30,12 @@ def folder(tiny_checkpoint: Callable[..., Path]) -> Path:
 def test_what_later_linears_make_good_counts_less() -> None:
     roles = ("mlp.gate_proj", "self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
     shares = [share(role, 0.5) for role in roles]
-    assert shares == sorted(shares, reverse=True) and shares[-1] < 0.5 * shares[0]
+    assert shares == sorted(shares, reverse=True) and shares[-1] < 0.7 * shares[0]
 
 
 def test_the_first_layers_count_most() -> None:
     for role in ("self_attn.q_proj", "mlp.up_proj", "mlp.down_proj"):
-        assert share(role, 0.0) >= 2 * max(share(role, depth) for depth in (0.2, 0.5, 0.95))
+        assert share(role, 0.0) >= 1.4 * max(share(role, depth) for depth in (0.2, 0.5, 0.95))
 
 
 @pytest.mark.parametrize("profile", [DOWN_PROFILE, TAIL_PROFILE])
