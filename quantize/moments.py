@@ -88,6 +88,9 @@ class Mean:
         if self._symmetric:
             for strip in _strips(*self._sum.shape):
                 self._sum[strip.stop :, strip] = self._sum[strip, strip.stop :].T
+                if strip != slice(0, len(self._sum)):  # BLAS knows that the whole is symmetric
+                    square = self._sum[strip, strip]
+                    square[:] = np.triu(square) + np.triu(square, 1).T
         return self._sum
 
 

@@ -129,7 +129,7 @@ def test_torch_finds_the_same_scores(
         for torch in (None, TorchModel(folder, reference, "cpu"))
     )
     assert found.kld.value == pytest.approx(expected.kld.value, rel=1e-5)
-    assert found.kld_p99_9 == pytest.approx(expected.kld_p99_9, rel=1e-5)
+    assert found.kld_p99_9 == pytest.approx(expected.kld_p99_9, rel=3e-5)  # of one token
     assert found.perplexity_ratio.value == pytest.approx(expected.perplexity_ratio.value, rel=1e-6)
     assert found.same_top_percent == expected.same_top_percent
     assert found.kld_windows == pytest.approx(expected.kld_windows, rel=1e-5)
