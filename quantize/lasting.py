@@ -8,8 +8,8 @@ behind them. What the first layers lose falls on few tokens, which make the tail
 The shares were found on Gemma 3 270M, on texts that are neither in its calibration nor in the
 benchmark: for attention and down_proj from linears of a calibrated model put back to floating
 point, for the first layers from the divergence of each token. Those of gate and up were set and
-confirmed by trial. What stands here are their square roots: the whole shares suit other languages
-a little better and English and code less ("What helped, and what did not" in docs/quality.md).
+confirmed by trial. What stands here are their square roots: with the whole shares other languages
+lost a little less, English and code more ("What helped, and what did not" in docs/quality.md).
 Other models were not measured.
 """
 
