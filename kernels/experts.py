@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from uq.formats.config import Experts, GemmaConfig
 from uq.kernels.elementwise import gelu_product
+from uq.kernels.numerics import FLOAT, Numerics
 from uq.kernels.products import flat, linear, rms_norm
 from uq.kernels.weights import Weights
 
@@ -20,16 +21,19 @@ Array = NDArray[np.float32]
 GATE_UP, DOWN = "experts.gate_up_proj", "experts.down_proj"
 
 
-def experts_output(config: GemmaConfig, weights: Weights, hidden: Array) -> Array:
+def experts_output(
+    config: GemmaConfig, weights: Weights, hidden: Array, numerics: Numerics = FLOAT
+) -> Array:
     """What the experts add to the MLP's output, both behind norms of their own.
 
     Args:
         hidden: (batch, length, hidden) residual stream in front of the MLP.
+        numerics: of the experts; the router's input is float32.
     """
-    x = experts_input(config, weights, hidden)
+    x = numerics.linear_input(experts_input(config, weights, hidden))
     out = np.zeros_like(x)  # (tokens, hidden)
     for expert, tokens, shares in chosen(config, weights, hidden):
-        y = expert_hidden(weights[f"{GATE_UP}.{expert}"], x[tokens])
+        y = numerics.linear_input(expert_hidden(weights[f"{GATE_UP}.{expert}"], x[tokens]))
         out[tokens] += linear(y, weights[f"{DOWN}.{expert}"]) * shares[:, None]
     return leave_experts(config, weights, out).reshape(hidden.shape)
 

@@ -68,6 +68,9 @@ class Numerics:
                 _check_group("q_size", config.layer_q_size(layer), self.activations.group)
                 size = config.layer_intermediate_size(layer)
                 _check_group("intermediate_size", size, self.activations.group)
+            if config.experts:
+                size = config.experts.intermediate_size
+                _check_group("moe_intermediate_size", size, self.activations.group)
         if self.kv is not None:
             for layer in range(config.num_layers):
                 _check_group("head_dim", config.layer_head_dim(layer), self.kv.group)

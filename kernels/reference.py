@@ -152,16 +152,18 @@ def add_mlp(
     y: Array,
     out: Array | None = None,
     experts: Array | None = None,
+    numerics: Numerics = FLOAT,
 ) -> Array:
     """The residual stream behind the MLP and its experts.
 
-    `out` of down_proj and `experts_output` are taken over, where they are known.
+    `out` of down_proj and `experts_output` are taken over, where they are known; `numerics` are
+    of experts that are not.
     """
     if out is None:
         out = linear(y, weights["mlp.down_proj"])
     if config.experts:
         out = rms_norm(out, weights["post_feedforward_layernorm_1"], config.rms_norm_eps)
-        out += experts_output(config, weights, hidden) if experts is None else experts
+        out += experts_output(config, weights, hidden, numerics) if experts is None else experts
     if config.post_norms:
         out = rms_norm(out, weights["post_feedforward_layernorm"], config.rms_norm_eps)
     out += hidden
@@ -216,7 +218,8 @@ def layer_forward(
     hidden = add_attention(config, weights, hidden, numerics.linear_input(context))
     x = numerics.linear_input(mlp_input(config, weights, hidden))
     y = numerics.linear_input(mlp_hidden(config, layer, weights, x))
-    return leave(config, layer, weights, add_mlp(config, weights, hidden, y), beside)
+    hidden = add_mlp(config, weights, hidden, y, numerics=numerics)
+    return leave(config, layer, weights, hidden, beside)
 
 
 def soft_cap(config: GemmaConfig, logits: Array) -> Array:

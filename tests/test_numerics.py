@@ -17,12 +17,21 @@ from uq.formats.checkpoint import Checkpoint, open_checkpoint
 from uq.formats.config import GemmaConfig
 from uq.kernels.attention import rope_tables
 from uq.kernels.elementwise import rotate
+from uq.kernels.experts import (
+    DOWN,
+    GATE_UP,
+    expert_hidden,
+    experts_input,
+    experts_output,
+    leave_experts,
+    route,
+)
 from uq.kernels.kv_format import KVFormat
 from uq.kernels.numerics import KV, Int8Activations, Numerics
 from uq.kernels.products import linear
 from uq.kernels.reference import ReferenceSession
 from uq.kernels.session import Sampling
-from uq.kernels.weights import BundleWeights
+from uq.kernels.weights import BundleWeights, CheckpointWeights
 
 Array = NDArray[np.float32]
 RNG = np.random.default_rng(0)
@@ -177,6 +186,34 @@ def test_shapes_that_a_group_does_not_divide_are_refused(
     with pytest.raises(UsageError, match="intermediate_size 100 does not divide by 32"):
         wide = open_checkpoint(tiny_checkpoint(ffn=100))
         ReferenceSession(wide, numerics=Numerics(Int8Activations()))
+
+
+def test_experts_that_a_group_does_not_divide_are_refused(tiny_gemma4: Callable[..., Path]) -> None:
+    odd = open_checkpoint(tiny_gemma4("experts", text={"moe_intermediate_size": 48}))
+    with pytest.raises(UsageError, match="moe_intermediate_size 48 does not divide by 32"):
+        ReferenceSession(odd, numerics=Numerics(Int8Activations()))
+
+
+def test_the_inputs_of_experts_are_rounded_and_the_routers_are_not(
+    tiny_gemma4: Callable[..., Path],
+) -> None:
+    """Against a loop over tokens and their experts, in float64."""
+    checkpoint = open_checkpoint(tiny_gemma4("experts"))
+    weights, config = CheckpointWeights(checkpoint, resident=True).layer(0), checkpoint.config
+    rounded = Int8Activations().rounded
+    hidden = normal(1, 7, config.hidden_size)
+    found = experts_output(config, weights, hidden, Numerics(Int8Activations()))
+    x = rounded(experts_input(config, weights, hidden))
+    assert config.experts
+    expected = np.zeros(x.shape)
+    chosen = zip(*route(config, config.experts, weights, hidden), strict=True)
+    for token, (own, shares) in enumerate(chosen):
+        for expert, share in zip(own, shares, strict=True):
+            y = rounded(expert_hidden(weights[f"{GATE_UP}.{expert}"], x[token : token + 1]))
+            expected[token] += share * (weights[f"{DOWN}.{expert}"].astype(np.float64) @ y[0])
+    normed = leave_experts(config, weights, expected.astype(np.float32))
+    np.testing.assert_allclose(found[0], normed, rtol=1e-4, atol=1e-5)
+    assert relative(found - experts_output(config, weights, hidden), found) > 1e-3
 
 
 def test_a_bundle_runs_as_the_checkpoint_of_its_dequantized_weights(

@@ -298,8 +298,6 @@ def check_numerics(config: GemmaConfig, numerics: Numerics, *, is_float: bool) -
         )
     if is_float and numerics.activations is not None:
         raise UsageError("INT8 activations need weights of integers; leave them float")
-    if config.experts and numerics.activations is not None:
-        raise UsageError("INT8 activations are not made for experts; leave them float")
     numerics.check(config)
 
 
