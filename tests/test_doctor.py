@@ -66,6 +66,15 @@ def test_nothing_is_wrong_with_a_machine_that_works(tmp_path: Path, machine: Mac
     assert said["xrt.power"] == "the NPU's power mode is turbo"
 
 
+def test_sources_that_were_never_installed_are_found_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("uq.machine.DISTRIBUTION", "no-such-package")
+    found = {finding.check: finding for finding in diagnose(healthy(tmp_path).system(), examine())}
+    assert found["uq.packages"].level == Level.PROBLEM
+    assert "no-such-package" in found["uq.packages"].what
+
+
 def test_ten_machines_and_more_are_as_users_report_them() -> None:
     assert len(REPORTED) >= 10 and all(machine.source for machine in REPORTED)
 

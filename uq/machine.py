@@ -67,8 +67,11 @@ def examine() -> Machine:
 
 
 def _required_packages() -> list[str]:
-    """Distributions that uq cannot run without, from its own metadata."""
-    lines = [line for line in requires(DISTRIBUTION) or [] if "extra ==" not in line]
+    """Distributions that uq cannot run without, from its metadata; uq itself if it has none."""
+    try:
+        lines = [line for line in requires(DISTRIBUTION) or [] if "extra ==" not in line]
+    except PackageNotFoundError:  # it runs from a folder of sources that was never installed
+        return [DISTRIBUTION]
     return sorted(re.split(r"[^\w.-]", line, maxsplit=1)[0] for line in lines)
 
 
