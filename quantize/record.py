@@ -84,6 +84,14 @@ def manifest_of(
         options=recorded(options, checkpoint, plan) | found,
         provenance=Provenance(source.kind, source.id, source.revision, checkpoint.dtype, files),
         calibration=calibration,
-        left_out=checkpoint.left_out if options.towers == "drop" else (),
+        left_out=checkpoint.left_out + _dropped(checkpoint, options),
         tools=tools,
     )
+
+
+def _dropped(checkpoint: Checkpoint, options: QuantizeOptions) -> tuple[str, ...]:
+    towers = checkpoint.towers.values()
+    if options.towers != "drop" or not towers:
+        return ()
+    size = sum(info.nbytes for info in towers)
+    return (f"towers and projectors: {len(towers)} tensors, {size:,} bytes",)

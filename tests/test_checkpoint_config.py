@@ -74,6 +74,9 @@ SPARSE: list[tuple[str, dict[str, Any]]] = [
     ("gemma3_text", {"rope_parameters": NEW_ROPE, "vocab_size": 262144}),
     ("gemma3_text", {"rope_parameters": {"full_attention": {"rope_type": "default"}}}),
     ("gemma3_text", {"sliding_window_pattern": 3, "num_hidden_layers": 8}),
+    ("gemma3_text", {"_sliding_window_pattern": 3}),
+    ("gemma3_text", {"layer_types": ["full_attention"] * 26, "sliding_window_pattern": None}),
+    ("gemma3_text", {"quantization_config": None, "is_causal": True, "per_layer_config": None}),
     ("gemma3_text", {"final_logit_softcapping": 30.0, "rms_norm_eps": 1e-5}),
     ("gemma3_text", {"layer_types": ["full_attention"] * 3, "num_hidden_layers": 3}),
 ]
@@ -131,6 +134,19 @@ def test_multimodal_text_part_resolves_as_in_transformers(keys: dict[str, Any]) 
     assert {key: ours[key] for key in expected} == expected
 
 
+@pytest.mark.parametrize("outer", [{}, {"tie_word_embeddings": False}])
+@pytest.mark.parametrize("inner", [True, False])
+def test_outer_key_of_a_multimodal_model_ties_the_head(outer: dict[str, bool], inner: bool) -> None:
+    keys = {**outer, "text_config": {"tie_word_embeddings": inner}}
+    expected = Gemma3Config(**copy.deepcopy(keys)).tie_word_embeddings
+    assert parse_config({"model_type": "gemma3", **keys}).tied_head is expected
+
+
+def test_tokens_that_are_null_are_those_of_the_class() -> None:
+    config = parse_config({"model_type": "gemma", "bos_token_id": None, "pad_token_id": None})
+    assert (config.bos_token_id, config.pad_token_id) == (2, 0)
+
+
 def test_config_saved_by_transformers_reads_back_the_same() -> None:
     sparse = parse_config({"model_type": "gemma3_text", **copy.deepcopy(GEMMA3_27B)})
     saved = Gemma3TextConfig(**copy.deepcopy(GEMMA3_27B)).to_dict()
@@ -149,11 +165,6 @@ def test_names_and_shapes_of_vaultgemma() -> None:
 def test_sliding_window_is_that_of_the_config() -> None:
     config = parse_config({"model_type": "gemma3_text", "sliding_window": 512})
     assert [config.window(layer) for layer in (4, 5)] == [512, None]
-
-
-def test_pattern_key_with_underscore_is_read() -> None:
-    config = parse_config({"model_type": "gemma3_text", "_sliding_window_pattern": 2})
-    assert [config.is_sliding(layer) for layer in range(4)] == [True, False, True, False]
 
 
 def test_linear_scaling_divides_positions_of_full_layers_only() -> None:
@@ -190,6 +201,7 @@ def test_other_architectures_are_refused_by_name(model_type: str | None, nearest
     assert "; supported are: gemma, gemma2, " in str(caught.value)
 
 
+TANH = "gelu_pytorch_tanh"
 YARN = {"rope_type": "yarn", "factor": 8.0}
 REFUSED: list[tuple[str, dict[str, Any], str]] = [
     ("gemma3_text", {"rope_scaling": YARN}, "RoPE of type 'yarn' is not supported"),
@@ -197,9 +209,13 @@ REFUSED: list[tuple[str, dict[str, Any], str]] = [
     (
         "gemma3_text",
         {"rope_parameters": {"sliding_attention": {"rope_type": "linear", "factor": 2.0}}},
-        "scale the sliding layers",
+        "the RoPE of sliding_attention is scaled by 2; only full_attention may be",
     ),
-    ("gemma2", {"rope_scaling": {"type": "linear", "factor": 2.0}}, "not supported for gemma2"),
+    (
+        "gemma2",
+        {"rope_scaling": {"type": "linear", "factor": 2.0}},
+        "scaled by 2, which is not supported for gemma2",
+    ),
     ("gemma3_text", {"attention_bias": True}, "attention_bias is True"),
     ("gemma3_text", {"use_bidirectional_attention": True}, "use_bidirectional_attention is True"),
     ("gemma3_text", {"hidden_activation": "silu"}, "hidden_activation is 'silu'; expected gelu_"),
@@ -210,7 +226,27 @@ REFUSED: list[tuple[str, dict[str, Any], str]] = [
     ("gemma", {"num_hidden_layers": 0}, "num_hidden_layers is 0"),
     ("gemma", {"head_dim": None}, "head_dim is None"),
     ("gemma", {"rms_norm_eps": -1}, "rms_norm_eps is -1"),
-    ("gemma", {"bos_token_id": None}, "bos_token_id is None; expected a token id"),
+    ("gemma", {"bos_token_id": "2"}, "bos_token_id is '2'; expected a token id"),
+    ("gemma", {"is_causal": False}, "is_causal is False; expected true"),
+    ("gemma2", {"is_causal": None}, "is_causal is None; expected true"),
+    ("gemma4_text", {"is_causal": False}, "is_causal is False; expected true"),
+    ("gemma", {"hidden_activation": TANH, "hidden_act": "silu"}, "hidden_act is 'silu'"),
+    ("gemma2", {"rope_parameters": NEW_ROPE}, "rope_parameters is {'full_attention"),
+    ("gemma3_text", {"per_layer_config": {"1": {"head_dim": 8}}}, "per_layer_config is {'1'"),
+    ("gemma4_text", {"rope_scaling": YARN}, "rope_scaling is {'rope_type': 'yarn'"),
+    ("gemma4_text", {"rope_parameters": {"rope_theta": 1e4}}, "an object with rope_theta under"),
+    ("gemma4_text", {"rope_parameters": {"full_attention": {}}}, "with rope_theta under full"),
+    (
+        "gemma",
+        {"rope_parameters": {"rope_type": "default", "partial_rotary_factor": 0.5}},
+        "RoPE of type default: partial_rotary_factor is 0.5; expected 1",
+    ),
+    ("gemma3", {"quantization_config": {"bits": 4}, "text_config": {}}, "quantized already"),
+    (
+        "gemma3",
+        {"text_config": {"model_type": "gemma4_text"}},
+        "text_config: model_type is 'gemma4_text'; expected one of gemma3_text, gemma3",
+    ),
     ("gemma", {"eos_token_id": ["1"]}, "eos_token_id is ['1']"),
     ("gemma", {"num_key_value_heads": 3}, "16 attention heads do not divide by 3"),
     ("gemma", {"head_dim": 33}, "head_dim is 33; RoPE needs an even number"),

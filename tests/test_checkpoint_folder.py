@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ import pytest
 import torch
 from numpy.testing import assert_array_equal
 from numpy.typing import NDArray
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from uq.errors import CheckpointError, UsageError
 from uq.formats.checkpoint import open_checkpoint
@@ -106,10 +107,10 @@ def test_multimodal_text_part_is_read(tiny_checkpoint: Tiny, prefix: str, tied: 
 
 
 @pytest.mark.parametrize("prefix", MULTIMODAL)
-def test_towers_are_named_as_left_out(tiny_checkpoint: Tiny, prefix: str) -> None:
-    (sentence,) = open_checkpoint(tiny_checkpoint(prefix=prefix)).left_out
-    values = 8 + 4 * 8 + 8 * 4
-    assert sentence == f"towers and projectors: 3 tensors, {values * 2} bytes"
+def test_towers_are_told_from_the_text_model(tiny_checkpoint: Tiny, prefix: str) -> None:
+    checkpoint = open_checkpoint(tiny_checkpoint(prefix=prefix))
+    assert len(checkpoint.towers) == 3
+    assert checkpoint.left_out == ()
 
 
 def test_untied_head_is_read(tiny_checkpoint: Tiny) -> None:
@@ -119,15 +120,48 @@ def test_untied_head_is_read(tiny_checkpoint: Tiny) -> None:
     assert_array_equal(checkpoint.head(7, 9), oracle(folder)["lm_head.weight"][7:9])
 
 
-def test_copy_of_a_tied_head_and_unknown_tensors_are_ignored(tiny_checkpoint: Tiny) -> None:
-    extra = {
-        "lm_head.weight": np.zeros((512, 128), np.float32),
-        "model.layers.0.self_attn.rotary_emb.inv_freq": np.ones(16, np.float32),
-    }
-    folder = tiny_checkpoint(extra=extra)
+def test_unknown_tensors_are_named(tiny_checkpoint: Tiny) -> None:
+    name = "model.layers.0.self_attn.rotary_emb.inv_freq"
+    checkpoint = open_checkpoint(tiny_checkpoint(extra={name: np.ones(16, np.float32)}))
+    assert checkpoint.left_out == (
+        f"tensors that the model does not use: 1, 32 bytes, e.g. {name}",
+    )
+    assert not any("inv_freq" in name for name in checkpoint.tensors)
+
+
+def test_copy_of_a_tied_head_is_the_embedding(tiny_checkpoint: Tiny) -> None:
+    embedding = oracle(tiny_checkpoint())["model.embed_tokens.weight"]
+    folder = tiny_checkpoint(extra={"lm_head.weight": embedding.astype(np.float32)})
     checkpoint = open_checkpoint(folder)
-    assert_array_equal(checkpoint.head(0, 512), oracle(folder)["model.embed_tokens.weight"])
-    assert not any("lm_head" in name or "inv_freq" in name for name in checkpoint.tensors)
+    assert_array_equal(checkpoint.head(0, 512), embedding)
+    assert checkpoint.left_out == ()
+
+
+def test_tied_head_alone_is_the_embedding(tiny_checkpoint: Tiny) -> None:
+    folder = tiny_checkpoint()
+    weights = load_file(single_file(folder))
+    embedding = weights.pop("model.embed_tokens.weight")
+    save_file(weights | {"lm_head.weight": embedding}, single_file(folder))
+    found = open_checkpoint(folder).embedding(0, 512)
+    assert_array_equal(found, embedding.to(torch.float32).numpy())
+
+
+@pytest.mark.parametrize("prefix", ["model.", *MULTIMODAL])
+@pytest.mark.parametrize("shape", [(512, 128), (500, 128), (512,)])
+def test_head_that_differs_from_the_embedding_it_is_tied_to_is_refused(
+    tiny_checkpoint: Tiny, prefix: str, shape: tuple[int, ...]
+) -> None:
+    folder = tiny_checkpoint(prefix=prefix, extra={"lm_head.weight": np.ones(shape, np.float32)})
+    with pytest.raises(CheckpointError, match=r'lm_head\.weight.*set "tie_word_embeddings": false'):
+        open_checkpoint(folder)
+
+
+def test_single_file_goes_before_an_index_that_does_not_name_it(tiny_checkpoint: Tiny) -> None:
+    folder, base = tiny_checkpoint(seed=1), tiny_checkpoint(shards=2)
+    for path in base.glob("model*"):
+        shutil.copy(path, folder)
+    expected = load_file(single_file(folder))["model.norm.weight"].to(torch.float32).numpy()
+    assert_array_equal(open_checkpoint(folder).final_norm(), expected + 1)
 
 
 def test_fingerprint_hashes_every_weight_file(tiny_checkpoint: Tiny) -> None:

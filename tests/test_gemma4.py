@@ -187,7 +187,11 @@ def test_names_and_shapes_of_the_published_sizes(kind: str, keys: dict[str, Any]
         (A4B | {"top_k_experts": 200}, "top_k_experts is 200; expected at most the 128 experts"),
         ({"per_layer_config": {"5": {"head_dim": 64}}}, "the same sizes for every full layer"),
         (
-            {"rope_parameters": {FULL: {"rope_type": "yarn"}}},
+            {
+                "rope_parameters": {
+                    k: {"rope_type": "yarn", "rope_theta": 1e4} for k in (FULL, SLIDING)
+                }
+            },
             "RoPE of type 'yarn' is not supported",
         ),
     ],

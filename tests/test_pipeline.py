@@ -185,7 +185,7 @@ def test_bytes_do_not_depend_on_the_number_of_threads(
         f"quantize(open_checkpoint({str(folder)!r}), Path(sys.argv[2]), options)\n"
     )
     for threads in ("1", "2"):
-        # Not BLAS's: where it parts a product decides how some of its kernels round (docs/cluster.md).
+        # BLAS keeps one: how some of its kernels round follows from where it parts a product.
         limits = {"OPENBLAS_NUM_THREADS": "1", "NUMBA_NUM_THREADS": threads}
         command = [sys.executable, "-c", script, threads, str(tmp_path / threads)]
         subprocess.run(command, env=os.environ | limits, check=True)

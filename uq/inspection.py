@@ -121,7 +121,7 @@ def _checkpoint_contents(checkpoint: Checkpoint) -> Contents:
         config=checkpoint.config.to_json(),
         plan={},
         provenance=asdict(checkpoint.source) | {"dtype": checkpoint.dtype, "files": files},
-        left_out=(),
+        left_out=checkpoint.left_out,
         towers=_checkpoint_towers(checkpoint),
     )
 

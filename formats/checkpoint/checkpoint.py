@@ -68,7 +68,7 @@ class Checkpoint:
     Attributes:
         buffered: bytes that reading ahead of a slow source may hold in memory, at most.
         dtype: of the linears and embeddings, for people: `bf16`, `q4_k_m`, `bf16 mixed`.
-        left_out: one sentence for each part of the source that is not read.
+        left_out: one sentence for each part of the source that has no place in a bundle.
         tensors: canonical name -> where it lies in the source.
         towers: what belongs to no text model, by its name in the source.
     """
@@ -277,7 +277,7 @@ def expected_shapes(config: GemmaConfig) -> dict[str, tuple[int, ...]]:
 
 
 def needed_tensors(config: GemmaConfig, tensors: Mapping[str, TensorInfo]) -> dict[str, TensorInfo]:
-    """The tensors that the model needs, checked; others (a stored copy of a tied head) are dropped.
+    """The tensors that the model needs, checked; others are dropped.
 
     Stacked experts become one matrix, an expert's rows behind the other's.
 

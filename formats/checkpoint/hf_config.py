@@ -14,10 +14,12 @@ from uq.errors import CheckpointError
 from uq.formats.checkpoint.small_file import read_small
 from uq.formats.config import GemmaConfig
 from uq.formats.decode import parse_json
+from uq.formats.families.family import Family
 from uq.formats.families.keys import JSON, Keys
 from uq.formats.families.registry import MODEL_TYPES, known
 
-OUTER_KEYS = ("bos_token_id", "eos_token_id", "pad_token_id")  # of a multimodal model, too
+# Of a multimodal model, too.
+OUTER_KEYS = ("bos_token_id", "eos_token_id", "pad_token_id", "quantization_config")
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -48,16 +50,25 @@ def parse_config(
     model_type = data.get("model_type")
     family = known(model_type, MODEL_TYPES, f"{file}: model_type")
     outer = Keys(file, data)
-    text = outer.object("text_config") if family.model_types[str(model_type)] else data
+    multimodal = family.model_types[str(model_type)]
+    text = _text_part(outer, family) if multimodal else data
     keys = {key: data[key] for key in OUTER_KEYS if key in data} | dict(text)
-    if "tie_word_embeddings" in data:
-        keys["tie_word_embeddings"] = data["tie_word_embeddings"]
+    if multimodal:  # the outer key decides, and so does its default
+        keys["tie_word_embeddings"] = data.get("tie_word_embeddings", True)
     inner = Keys(file, keys)
     config = family.read(inner)
     check_heads(config, file)
     more = Keys("generation_config.json", generation or {})
     eos = [token for part in (inner, outer, more) for token in part.tokens("eos_token_id")]
     return replace(config, eos_token_ids=tuple(dict.fromkeys(eos)) or (1,))
+
+
+def _text_part(outer: Keys, family: Family) -> JSON:
+    """Raises CheckpointError: it is of another family."""
+    text = Keys(f"{outer.file}: text_config", outer.object("text_config"))
+    if text.data.get("model_type", "") not in ("", *family.model_types):
+        raise text.refuse("model_type", f"one of {', '.join(family.model_types)}")
+    return text.data
 
 
 def check_heads(config: GemmaConfig, file: str) -> None:

@@ -10,12 +10,18 @@ from pathlib import Path
 from uq import __version__
 from uq.errors import CheckpointError, UsageError
 from uq.formats.checkpoint.cache import kept
-from uq.formats.checkpoint.checkpoint import TOKENIZER, Checkpoint, Source
+from uq.formats.checkpoint.checkpoint import (
+    TOKENIZER,
+    Checkpoint,
+    Source,
+    expected_shapes,
+)
 from uq.formats.checkpoint.compact import without_unused_merges
 from uq.formats.checkpoint.demo import DEMO, demo_gguf, demo_licences
 from uq.formats.checkpoint.gguf_config import gguf_config, gguf_tensors
 from uq.formats.checkpoint.gguf_file import GgufFile, read_gguf
 from uq.formats.checkpoint.gguf_tokenizer import tokenizer_json, vocabulary_key
+from uq.formats.checkpoint.head import tied
 from uq.formats.checkpoint.hf_config import parse_config, read_json
 from uq.formats.checkpoint.hub import (
     download_small,
@@ -27,7 +33,8 @@ from uq.formats.checkpoint.read_ahead import BLOCK, WORKERS, read_ahead
 from uq.formats.checkpoint.safetensors_file import folder_tensors, stored_tensors, weight_names
 from uq.formats.checkpoint.small_file import read_small
 from uq.formats.checkpoint.tensors import TensorInfo
-from uq.formats.config import EMBEDDING, HEAD, LAYERS
+from uq.formats.config import FINAL_NORM, HEAD, LAYERS
+from uq.formats.decode import printable
 from uq.formats.families.registry import FAMILIES
 from uq.formats.hub_name import cached_repository, is_hub_id
 
@@ -129,13 +136,14 @@ def _open_folder(
     stored = folder_tensors(folder) if stored is None else stored
     family = FAMILIES[config.family]
     tensors, towers = canonical_names(stored, family.stored_names), tower_tensors(stored)
+    tensors = tied(tensors) if config.tied_head else tensors
     return Checkpoint(
         source,
         config,
         tensors,
         dtype=_describe_dtype(tensors.values()),
         norm_offset=family.norm_offset,
-        left_out=_left_out(towers.values()),
+        left_out=_unread(tensors, expected_shapes(config)),
         towers=towers,
         load_assets=lambda: _folder_assets(folder),
     )
@@ -183,7 +191,7 @@ def canonical_names(
 
 def text_prefix(stored: Collection[str]) -> str:
     """What the names of the text model's tensors begin with in the files."""
-    return next((p for p in PREFIXES if p + EMBEDDING.removeprefix("model.") in stored), "model.")
+    return next((p for p in PREFIXES if p + FINAL_NORM.removeprefix("model.") in stored), "model.")
 
 
 def tower_tensors(stored: Mapping[str, TensorInfo]) -> dict[str, TensorInfo]:
@@ -201,11 +209,13 @@ def _canonical(name: str, roles: Mapping[str, str]) -> str:
     return ".".join(["model", *place, roles.get(role, role), "weight"])
 
 
-def _left_out(towers: Collection[TensorInfo]) -> tuple[str, ...]:
-    if not towers:
+def _unread(tensors: Mapping[str, TensorInfo], needed: Collection[str]) -> tuple[str, ...]:
+    """Of the text model, what no computation takes: keys of shared layers, biases, rewards."""
+    unread = [info for name, info in tensors.items() if name not in needed]
+    if not unread:
         return ()
-    size = sum(info.nbytes for info in towers)
-    return (f"towers and projectors: {len(towers)} tensors, {size:,} bytes",)
+    size, first = sum(info.nbytes for info in unread), printable(unread[0].name)
+    return (f"tensors that the model does not use: {len(unread)}, {size:,} bytes, e.g. {first}",)
 
 
 def _describe_dtype(tensors: Iterable[TensorInfo]) -> str:

@@ -39,7 +39,7 @@ def folder_tensors(folder: Path) -> dict[str, TensorInfo]:
     """
     files = [LocalFile(folder / name) for name in weight_names(folder)]
     for file in files:
-        if not file.path.is_file() and (folder / INDEX).is_file():
+        if not file.path.is_file() and listed_shards(folder):
             raise CheckpointError(f"{folder}: shard {file.name} is missing, but {INDEX} names it")
         if not file.path.is_file():
             raise CheckpointError(f"{folder}: has no weights; expected {SINGLE} or {INDEX}")
@@ -52,8 +52,22 @@ def weight_names(folder: Path) -> list[str]:
     Raises:
         CheckpointError: the index is broken.
     """
+    return sorted(set(listed_shards(folder).values())) or [SINGLE]
+
+
+def listed_shards(folder: Path) -> dict[str, str]:
+    """Tensor name -> file name by the folder's index; empty where it has none that counts.
+
+    A single file goes before an index that does not name it, as in transformers: who saves a merged
+    model into the folder of its base leaves that one's index behind.
+
+    Raises:
+        CheckpointError: the index is broken.
+    """
     index = folder / INDEX
-    return sorted(set(index_shards(index).values())) if index.is_file() else [SINGLE]
+    shards = index_shards(index) if index.is_file() else {}
+    stale = (folder / SINGLE).is_file() and SINGLE not in shards.values()
+    return {} if stale else shards
 
 
 def stored_tensors(folder: Path, files: Iterable[WeightFile]) -> dict[str, TensorInfo]:
@@ -63,8 +77,7 @@ def stored_tensors(folder: Path, files: Iterable[WeightFile]) -> dict[str, Tenso
         CheckpointError: a file is broken, or lacks a tensor that the index names.
     """
     tensors = {name: info for file in files for name, info in file_tensors(file).items()}
-    index = folder / INDEX
-    shards = index_shards(index) if index.is_file() else {}
+    shards = listed_shards(folder)
     if missing := sorted(set(shards) - set(tensors)):
         raise CheckpointError(
             f"{shards[missing[0]]}: {missing[0]} is missing, but {INDEX} says it is there "

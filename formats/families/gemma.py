@@ -16,12 +16,10 @@ def read(keys: Keys) -> GemmaConfig:
     Raises:
         CheckpointError: a value is broken, or a feature not supported.
     """
-    reading.refuse_flag(keys, "use_bidirectional_attention")
-    if keys.data.get("hidden_activation") is None:
-        # "gelu" in an old config means the tanh form; transformers replaces it silently.
-        reading.require_tanh_gelu(keys, "hidden_act", also=("gelu",))
-    else:
-        reading.require_tanh_gelu(keys)
+    reading.refuse_variants(keys)
+    # "gelu" in an old config means the tanh form; transformers replaces it silently.
+    reading.require_tanh_gelu(keys, "hidden_act", also=("gelu",))
+    reading.require_tanh_gelu(keys, also=(None,))  # which of the two keys counts has changed
     sizes = reading.sizes(keys, DEFAULTS)
     theta, scaling = reading.single_rope(keys)
     return GemmaConfig(

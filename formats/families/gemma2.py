@@ -26,13 +26,15 @@ def read_capped(keys: Keys, family: str, *, post_norms: bool) -> GemmaConfig:
     Raises:
         CheckpointError: a value is broken, or a feature not supported.
     """
-    reading.refuse_flag(keys, "use_bidirectional_attention")
+    reading.refuse_variants(keys)
     reading.require_tanh_gelu(keys)
     sizes = reading.sizes(keys, DEFAULTS)
     types = reading.layer_types(keys, sizes["num_layers"], pattern=2)
     theta, scaling = reading.single_rope(keys)
     if scaling != 1:
-        raise CheckpointError(f"{keys.file}: rope_scaling is not supported for {family}")
+        raise CheckpointError(
+            f"{keys.file}: RoPE is scaled by {scaling:g}, which is not supported for {family}"
+        )
     return GemmaConfig(
         family=family,
         **sizes,

@@ -17,11 +17,11 @@ def read(keys: Keys) -> GemmaConfig:
     Raises:
         CheckpointError: a value is broken, or a feature not supported.
     """
-    reading.refuse_flag(keys, "use_bidirectional_attention")
+    reading.refuse_variants(keys)
     reading.require_tanh_gelu(keys)
     sizes = reading.sizes(keys, DEFAULTS)
-    old = keys.integer("_sliding_window_pattern", PATTERN)
-    pattern = keys.integer("sliding_window_pattern", old)
+    listed = keys.data.get("layer_types") is not None
+    pattern = PATTERN if listed else keys.integer("sliding_window_pattern", PATTERN)
     types = reading.layer_types(keys, sizes["num_layers"], pattern)
     theta, local_theta, scaling = reading.two_ropes(keys)
     return GemmaConfig(

@@ -32,7 +32,7 @@ def read(keys: Keys) -> GemmaConfig:
     Raises:
         CheckpointError: a value is broken, or a feature not supported.
     """
-    reading.refuse_flag(keys, "use_bidirectional_attention")
+    reading.refuse_variants(keys)
     reading.require_tanh_gelu(keys)
     sizes, widths = _sizes(keys)
     types = reading.layer_types(keys, sizes["num_layers"], PATTERN)

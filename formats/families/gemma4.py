@@ -71,13 +71,8 @@ def _read(keys: Keys, variant: Variant) -> GemmaConfig:
     sizes = reading.sizes(keys, defaults)
     layers = sizes["num_layers"]
     types = (*reading.layer_types(keys, layers, PATTERN)[:-1], FULL)  # the last one is always full
-    rope = keys.object("rope_parameters") or {FULL: FULL_ROPE, SLIDING: SLIDING_ROPE}
-    nested = Keys(f"{keys.file}: rope_parameters", rope)
-    local, full = nested.object(SLIDING), nested.object(FULL)
-    if reading.linear_factor(keys.file, local) != 1:
-        raise CheckpointError(
-            f"{keys.file}: rope_parameters scale the sliding layers; only full layers may be"
-        )
+    local, full = _ropes(keys, types)
+    reading.refuse_scaled(keys.file, local)
     heads = _full_layers(keys, types, sizes)
     fraction, scaling = _full_rope(keys, full)
     shared = reading.shared_layers(keys, types, 0)
@@ -109,19 +104,31 @@ def _read(keys: Keys, variant: Variant) -> GemmaConfig:
     )
 
 
+def _ropes(keys: Keys, types: tuple[str, ...]) -> tuple[JSON, JSON]:
+    """RoPE of sliding and of full layers; `rope_scaling` is another name of `rope_parameters`."""
+    key = "rope_scaling" if keys.object("rope_scaling") else "rope_parameters"
+    found = keys.object(key) or {FULL: FULL_ROPE, SLIDING: SLIDING_ROPE}
+    nested = Keys(f"{keys.file}: {key}", found)
+    for kind in sorted(set(types)):
+        if "rope_theta" not in nested.object(kind):
+            raise keys.refuse(key, f"an object with rope_theta under {kind}")
+    return nested.object(SLIDING), nested.object(FULL)
+
+
 def _full_layers(keys: Keys, types: tuple[str, ...], sizes: Mapping[str, Any]) -> dict[str, int]:
     """`head_dim` and `num_key_value_heads` of the full layers.
 
     The Hub's files say them by key, those that transformers saves by layer (`per_layer_config`).
     """
     heads = {"num_key_value_heads": sizes["num_kv_heads"], "head_dim": sizes["head_dim"]}
-    by_layer = keys.data.get("per_layer_config")
-    if by_layer is None:
+    if "per_layer_config" not in keys.data:
         heads["head_dim"] = keys.integer("global_head_dim", GLOBAL_HEAD_DIM)
         if keys.data.get("attention_k_eq_v") and keys.data.get("num_global_key_value_heads"):
             heads["num_key_value_heads"] = keys.integer("num_global_key_value_heads", 1)
         return heads
     nested = Keys(f"{keys.file}: per_layer_config", keys.object("per_layer_config"))
+    if not nested.data:  # saved where full layers have the sizes of the others
+        return heads
     full = [layer for layer, kind in enumerate(types) if kind == FULL]
     named = [int(key) for key in nested.data if key.isdecimal()]
     own = nested.object(next(iter(nested.data), ""))
@@ -135,7 +142,7 @@ def _full_layers(keys: Keys, types: tuple[str, ...], sizes: Mapping[str, Any]) -
 
 def _full_rope(keys: Keys, parameters: JSON) -> tuple[float, float]:
     """Share of a head's components that turn, and what positions are divided by."""
-    inner = Keys(f"{keys.file}: rope_parameters", parameters)
+    inner = Keys(f"{keys.file}: RoPE of type proportional", parameters)
     if parameters.get("rope_type") != "proportional":
         return 1.0, reading.linear_factor(keys.file, parameters)
     share = inner.number("partial_rotary_factor", 1.0)

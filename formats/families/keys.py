@@ -44,7 +44,9 @@ class Keys:
         return self.number(key, 0.0 if default is None else default)
 
     def token(self, key: str, default: int) -> int:
-        value = self.data.get(key, default)
+        value = self.data.get(key)
+        if value is None:
+            return default
         if type(value) is not int or not 0 <= value <= MAX_COUNT:
             raise self.refuse(key, "a token id")
         return value

@@ -32,7 +32,7 @@ def sizes(keys: Keys, defaults: Defaults) -> dict[str, Any]:
     Raises:
         CheckpointError: a value is broken, or a feature not supported.
     """
-    refuse_quantized(keys)
+    refuse_unsupported(keys)
     return {
         "vocab_size": keys.integer("vocab_size", defaults.vocab_size),
         "hidden_size": keys.integer("hidden_size", defaults.hidden_size),
@@ -50,14 +50,23 @@ def sizes(keys: Keys, defaults: Defaults) -> dict[str, Any]:
     }
 
 
-def refuse_quantized(keys: Keys) -> None:
-    """Raises CheckpointError: the weights are quantized already, or attention has biases."""
-    if "quantization_config" in keys.data:
+def refuse_unsupported(keys: Keys) -> None:
+    """Raises CheckpointError: quantized weights, or attention with biases or of later tokens."""
+    if keys.data.get("quantization_config") is not None:
         raise CheckpointError(
             f"{keys.file}: the weights are quantized already (quantization_config); "
             "use the checkpoint in bf16, f16 or f32"
         )
     refuse_flag(keys, "attention_bias")
+    if not keys.data.get("is_causal", True):
+        raise keys.refuse("is_causal", "true; text is causal here")
+
+
+def refuse_variants(keys: Keys) -> None:
+    """Raises CheckpointError: attention that looks ahead, or layers of sizes of their own."""
+    refuse_flag(keys, "use_bidirectional_attention")
+    if keys.data.get("per_layer_config"):
+        raise keys.refuse("per_layer_config", "none; the layers of this architecture are alike")
 
 
 def refuse_flag(keys: Keys, flag: str) -> None:
@@ -66,7 +75,7 @@ def refuse_flag(keys: Keys, flag: str) -> None:
 
 
 def require_tanh_gelu(
-    keys: Keys, key: str = "hidden_activation", also: tuple[str, ...] = ()
+    keys: Keys, key: str = "hidden_activation", also: tuple[str | None, ...] = ()
 ) -> None:
     """Raises CheckpointError: another activation than gelu in its tanh form."""
     if keys.data.get(key, TANH_GELU) not in (TANH_GELU, *also):
@@ -99,6 +108,8 @@ def window(keys: Keys, types: tuple[str, ...], default: int = 4096) -> int:
 
 def single_rope(keys: Keys, default: float = 1e4) -> tuple[float, float]:
     """Base and linear factor of models whose layers all turn alike."""
+    if {FULL, SLIDING} & set(keys.object("rope_parameters")):
+        raise keys.refuse("rope_parameters", "one object for all layers")
     parameters = {**keys.object("rope_parameters"), **keys.object("rope_scaling")}
     return theta(keys, parameters, "rope_theta", default), linear_factor(keys.file, parameters)
 
@@ -112,13 +123,16 @@ def theta(keys: Keys, parameters: JSON, old_key: str, default: float) -> float:
 def linear_factor(file: str, parameters: JSON) -> float:
     """What positions are divided by."""
     kind = parameters.get("rope_type", parameters.get("type", "default"))
-    if kind not in ("default", "linear") or parameters.get("partial_rotary_factor", 1) != 1:
+    if kind not in ("default", "linear"):
         raise CheckpointError(
             f"{file}: RoPE of type {shown(kind)} is not supported; supported are: default, linear"
         )
+    inner = Keys(f"{file}: RoPE of type {kind}", parameters)
+    if parameters.get("partial_rotary_factor", 1) != 1:
+        raise inner.refuse("partial_rotary_factor", "1")
     if kind == "default":
         return 1.0
-    return Keys(f"{file}: rope_scaling", parameters).number("factor", 1.0)
+    return inner.number("factor", 1.0)
 
 
 def two_ropes(keys: Keys) -> tuple[float, float, float]:
@@ -130,15 +144,20 @@ def two_ropes(keys: Keys) -> tuple[float, float, float]:
     nested = Keys(f"{keys.file}: rope_parameters", keys.object("rope_parameters"))
     full = {**nested.object(FULL), **keys.object("rope_scaling")}
     local = nested.object(SLIDING)
-    if linear_factor(keys.file, local) != 1:
-        raise CheckpointError(
-            f"{keys.file}: rope_parameters scale the sliding layers; only full layers may be"
-        )
+    refuse_scaled(keys.file, local)
     return (
         theta(keys, full, "rope_theta", 1e6),
         theta(keys, local, "rope_local_base_freq", 1e4),
         linear_factor(keys.file, full),
     )
+
+
+def refuse_scaled(file: str, local: JSON) -> None:
+    """Raises CheckpointError: the positions of sliding layers are divided."""
+    if (factor := linear_factor(file, local)) != 1:
+        raise CheckpointError(
+            f"{file}: the RoPE of {SLIDING} is scaled by {factor:g}; only {FULL} may be"
+        )
 
 
 def shared_layers(keys: Keys, types: tuple[str, ...], default: int) -> int:
