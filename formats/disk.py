@@ -130,9 +130,10 @@ def disk_errors(path: Path, nbytes: int) -> Iterator[None]:
             raise DeviceError(reason) from error
         written = path.stat().st_size if path.is_file() else 0
         free = _free(path.parent)[1] + written
+        limit = ", in files of limited size (see ulimit -f)" if error.errno == errno.EFBIG else ""
         raise DeviceError(
-            f"{reason}: {nbytes:,} bytes needed, {free:,} free; make room and run the same command "
-            "again to continue"
+            f"{reason}: {nbytes:,} bytes needed, {free:,} free{limit}; make room and run the same "
+            "command again"
         ) from error
 
 

@@ -138,7 +138,7 @@ def test_the_command_says_what_takes_more_bits(
         ):
             out = tmp_path / f"{form}-{bits}"
             assert main(["export", bundle, "--format", form, "-o", str(out)]) == 0
-            told = f"wider: {what} take 8 bits" in capsys.readouterr().out
+            told = f"{what} take 8 bits" in capsys.readouterr().out
             assert told == (bits == 6)
 
 

@@ -88,7 +88,7 @@ def tokenizer_json(file: GgufFile) -> bytes:
             "byte_fallback": True,
             "ignore_merges": False,
             "vocab": {token: index for index, token in enumerate(tokens)},
-            "merges": _merges(raw, scores, types) if pairs is None else pairs,
+            "merges": scored_merges(raw, scores, types) if pairs is None else pairs,
         },
     }
     return json.dumps(document, ensure_ascii=False, separators=(",", ":")).encode()
@@ -149,10 +149,15 @@ def _added_tokens(tokens: list[str], types: NDArray[np.int32]) -> list[dict[str,
     return added
 
 
-def _merges(
+def scored_merges(
     raw: list[bytes], scores: NDArray[np.float32], types: NDArray[np.int32]
 ) -> list[tuple[str, str]]:
-    """The merges that are ever used, best score first."""
+    """The merges that are ever used, best score first.
+
+    Args:
+        raw: (tokens,) UTF-8.
+        scores, types: (tokens,).
+    """
     from uq.formats.checkpoint.merges import all_splits, concatenate, used_merges
 
     data, offsets = concatenate(raw)

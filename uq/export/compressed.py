@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Sequence
+from math import prod
 from typing import Any
 
 import numpy as np
@@ -11,9 +12,10 @@ import numpy as np
 from uq.errors import UsageError
 from uq.export.folder import FloatTensors, Shards, shards
 from uq.export.packed import Scheme, common_scheme, packed_codes, packed_zeros, repeated_scales
-from uq.export.stored import SAFETENSORS, Losses, StoredTensor, rounded
+from uq.export.stored import ITEM_BYTES, SAFETENSORS, Losses, StoredTensor, rounded
 from uq.formats.bundle import Bundle
 from uq.formats.config import GemmaConfig, layer_tensor
+from uq.text import size
 
 FUSED = (  # linears that vLLM runs as one: module, its linears
     ("self_attn", ("q_proj", "k_proj", "v_proj")),
@@ -89,15 +91,19 @@ def quantization_config(chosen: Schemes, ignored: Sequence[str] = ()) -> dict[st
     }
 
 
-def widening(bundle: Bundle, chosen: Schemes) -> str | None:
-    """What to tell the user of linears that take more bits than in the bundle."""
-    specs = {name: bundle.manifest.tensors[name].spec for name in chosen}
-    wider = [name for name, scheme in chosen.items() if scheme.bits > specs[name].bits]
+def widening(bundle: Bundle, chosen: Schemes, dtype: str) -> str:
+    """What to tell the user of what takes more bits than in the bundle."""
+    records = bundle.manifest.tensors
+    floats = [name for name in records if name not in chosen]
+    nbytes = ITEM_BYTES[dtype] * sum(prod(records[name].shape) for name in floats)
+    told = f"{len(floats)} tables and stacks of experts are {dtype}, {size(nbytes)}"
+    wider = [name for name, scheme in chosen.items() if scheme.bits > records[name].spec.bits]
     if not wider:
-        return None
+        return told
     return (
-        f"{len(wider)} of {len(chosen)} linears take 8 bits: they, or others that vLLM runs as one "
-        "with them, have zero points, 5 or 6 bits; what uq quantize --group 128 makes keeps 4 bits"
+        f"{told}; {len(wider)} of {len(chosen)} linears take 8 bits: they, or others that vLLM "
+        "runs as one with them, have zero points, 5 or 6 bits; what uq quantize --group 128 makes "
+        "keeps 4 bits"
     )
 
 

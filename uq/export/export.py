@@ -21,13 +21,15 @@ from uq.export.compressed import (
 )
 from uq.export.folder import FloatTensors, Shards, shards, write_folder
 from uq.export.gguf_file import write_gguf
-from uq.export.gguf_model import require_known
+from uq.export.gguf_model import require_known, takes_merges
 from uq.export.gguf_tensors import Storage, gguf_tensors
 from uq.export.gguf_tensors import widening as widened_blocks
+from uq.export.gguf_vocabulary import vocabulary
 from uq.export.huggingface import folder_assets
 from uq.export.multimodal import tower_modules, with_towers
 from uq.export.stored import DTYPES, Losses, StoredTensor
 from uq.formats.bundle import Bundle
+from uq.formats.checkpoint.checkpoint import TOKENIZER
 from uq.formats.disk import disk_errors, require_free, sync_folder
 from uq.formats.manifest import TOWERS
 from uq.progress import Progress, SilentProgress
@@ -168,7 +170,7 @@ def draft_compressed(bundle: Bundle, options: ExportOptions, losses: Losses) -> 
     ignored = [*kept_modules(bundle.config), *tower_modules(towers)]
     config = {"quantization_config": quantization_config(chosen, ignored)}
     assets = folder_assets(bundle, options.folder_dtype, config)
-    return _folder_draft(files, assets, widening(bundle, chosen))
+    return _folder_draft(files, assets, widening(bundle, chosen, options.folder_dtype))
 
 
 def draft_gguf(bundle: Bundle, options: ExportOptions, losses: Losses) -> Draft:
@@ -176,10 +178,14 @@ def draft_gguf(bundle: Bundle, options: ExportOptions, losses: Losses) -> Draft:
     require_known(bundle.config)
     storage = Storage(options.dtype, options.allow_rounding)
     tensors = gguf_tensors(bundle, losses, storage)
-    left_out = () if TOWERS not in bundle.manifest.files else (TOWERS_LEFT,)
+    scored = not takes_merges(bundle.config)
+    words = vocabulary(bundle.asset(TOKENIZER), bundle.config.vocab_size, scored=scored)
+    left_out: tuple[str, ...] = () if TOWERS not in bundle.manifest.files else (TOWERS_LEFT,)
+    if words.beyond:
+        left_out += (f"tokens that the embedding has no row of: {' '.join(words.beyond)}",)
 
     def write(work: Path, progress: Progress) -> Path:
-        return write_gguf(work, bundle, tensors, progress)
+        return write_gguf(work, bundle, tensors, words, progress)
 
     return Draft(tensors, write, left_out, widened_blocks(bundle, tensors))
 
@@ -213,7 +219,10 @@ def work_folder(out: Path) -> Iterator[Path]:
         raise UsageError(f"{out}: exists; remove it or choose another -o")
     work = out.with_name(out.name + ".partial")
     if os.path.lexists(work):
-        raise UsageError(f"{work}: exists: an export writes it, or one was killed; remove it")
+        raise UsageError(
+            f"{work}: exists: uq writes it, or was killed; choose another -o, or remove it unless "
+            "it is of a uq quantize that is to be continued"
+        )
     with disk_errors(work, 0):
         work.mkdir(parents=True)
     try:

@@ -24,23 +24,27 @@ from uq.chat import CHAT_FILES, find_template
 from uq.errors import BundleError, UsageError
 from uq.export.gguf_model import add_model, architecture, takes_merges
 from uq.export.gguf_tensors import ROPE_FACTORS, layer_of
-from uq.export.gguf_vocabulary import vocabulary
+from uq.export.gguf_vocabulary import Vocabulary
 from uq.export.stored import StoredTensor
 from uq.formats.bundle import Bundle
-from uq.formats.checkpoint.checkpoint import TOKENIZER
 from uq.formats.checkpoint.gguf_config import gguf_config
 from uq.formats.checkpoint.gguf_file import read_gguf
 from uq.formats.config import SLIDING, GemmaConfig
-from uq.formats.disk import write_file
+from uq.formats.disk import disk_errors, write_file
 from uq.progress import Progress
 
 ALIGNMENT = 32
+TURNS = ("<end_of_turn>", "<turn|>")
 FREE = {"eos_token_ids"}  # llama.cpp stops at further tokens, too, by their names
 WINDOWS = {"sliding_window", "rope_local_theta"}  # told where there are any
 
 
 def write_gguf(
-    work: Path, bundle: Bundle, tensors: Sequence[StoredTensor], progress: Progress
+    work: Path,
+    bundle: Bundle,
+    tensors: Sequence[StoredTensor],
+    words: Vocabulary,
+    progress: Progress,
 ) -> Path:
     """Write the file into the folder `work`.
 
@@ -48,10 +52,12 @@ def write_gguf(
         BundleError: llama.cpp would run another model than this.
         DeviceError: the disk is full or broken.
     """
-    header = _header(work / "header", bundle, tensors)
-    total = len(header) + sum(map(_padded, (tensor.nbytes for tensor in tensors)))
-    _require_same_model(work / "header", len(header), total, tensors, bundle.config)
-    (work / "header").unlink()
+    nbytes = sum(map(_padded, (tensor.nbytes for tensor in tensors)))
+    with disk_errors(work, nbytes):
+        header = _header(work / "header", bundle, tensors, words)
+        total = len(header) + nbytes
+        _require_same_model(work / "header", len(header), total, tensors, bundle.config)
+        (work / "header").unlink()
     progress.start(len(list(_parts(tensors))), "export")
     path = work / "model.gguf"
     write_file(path, _contents(header, tensors, progress), total)
@@ -59,7 +65,9 @@ def write_gguf(
     return path
 
 
-def _header(path: Path, bundle: Bundle, tensors: Sequence[StoredTensor]) -> bytes:
+def _header(
+    path: Path, bundle: Bundle, tensors: Sequence[StoredTensor], words: Vocabulary
+) -> bytes:
     """Everything in front of the data."""
     writer = GGUFWriter(path, architecture(bundle.config))
     writer.add_type(GGUFType.MODEL)
@@ -67,7 +75,7 @@ def _header(path: Path, bundle: Bundle, tensors: Sequence[StoredTensor]) -> byte
     writer.add_quantization_version(GGML_QUANT_VERSION)
     writer.add_file_type(_file_type(tensors))
     add_model(writer, bundle.config)
-    _add_vocabulary(writer, bundle)
+    _add_vocabulary(writer, bundle, words)
     for tensor in tensors:
         kind = GGMLQuantizationType[tensor.kind]
         writer.add_tensor_info(tensor.name, tensor.shape, np.dtype(np.float32), tensor.nbytes, kind)
@@ -86,10 +94,9 @@ def _file_type(tensors: Sequence[StoredTensor]) -> LlamaFileType:
     return LlamaFileType.ALL_F32 if kind == "F32" else LlamaFileType[f"MOSTLY_{kind}"]
 
 
-def _add_vocabulary(writer: GGUFWriter, bundle: Bundle) -> None:
+def _add_vocabulary(writer: GGUFWriter, bundle: Bundle, words: Vocabulary) -> None:
     config = bundle.config
     by_merges = takes_merges(config)
-    words = vocabulary(bundle.asset(TOKENIZER), config.vocab_size, scored=not by_merges)
     writer.add_tokenizer_model(architecture(config) if by_merges else "llama")
     if by_merges:
         writer.add_token_merges(words.merges)
@@ -101,8 +108,9 @@ def _add_vocabulary(writer: GGUFWriter, bundle: Bundle) -> None:
     writer.add_bos_token_id(config.bos_token_id)
     writer.add_eos_token_id(config.eos_token_ids[0])
     if len(config.eos_token_ids) > 1:
-        writer.add_eot_token_id(config.eos_token_ids[-1])
-    writer.add_unk_token_id(words.unknown)
+        writer.add_eot_token_id(_end_of_turn(config.eos_token_ids[1:], words))
+    if words.unknown is not None:
+        writer.add_unk_token_id(words.unknown)
     writer.add_pad_token_id(config.pad_token_id)
     writer.add_add_bos_token(True)
     writer.add_add_eos_token(False)
@@ -111,6 +119,11 @@ def _add_vocabulary(writer: GGUFWriter, bundle: Bundle) -> None:
         writer.add_chat_template(
             find_template({n: bundle.asset(n) for n in CHAT_FILES if n in bundle.manifest.files})
         )
+
+
+def _end_of_turn(further: Sequence[int], words: Vocabulary) -> int:
+    """Of the further tokens at which generation stops, that of a turn."""
+    return next((token for token in further if words.tokens[token] in TURNS), further[-1])
 
 
 def _require_same_model(

@@ -13,7 +13,7 @@ from types import MappingProxyType
 from gguf import GGUFWriter
 
 from uq.errors import UsageError
-from uq.formats.config import PER_LAYER_EMBEDDING, AltUp, GemmaConfig
+from uq.formats.config import PER_LAYER_EMBEDDING, SLIDING, AltUp, GemmaConfig
 
 # What llama.cpp has in its code for every gemma3n, whatever the file says.
 OWN_KEYS = 20
@@ -68,6 +68,8 @@ def _in_the_code(config: GemmaConfig) -> dict[str, tuple[object, object]]:
 
 
 def require_gemma4(config: GemmaConfig) -> None:
+    if SLIDING not in config.layer_types:
+        raise UsageError(f"llama.cpp ends itself on a gemma4 without {SLIDING}; use another format")
     _require_common(config)
 
 

@@ -12,15 +12,20 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 from gguf import TokenType
 
 from uq.errors import BundleError
 from uq.formats.checkpoint.compact import pair
+from uq.formats.checkpoint.gguf_tokenizer import SPACE, scored_merges
+from uq.formats.checkpoint.merges import concatenate, used_merges
 from uq.formats.decode import printable
 from uq.formats.tokenizer import BYTE
 
-NO_MERGE = -1e6  # score of a token that nothing is merged into; llama.cpp never looks at it
+NO_MERGE = -1e6  # score of a token that nothing is merged into
 UNUSED = "[PAD{}]"
+CUT_OUT = (TokenType.CONTROL, TokenType.USER_DEFINED, TokenType.UNKNOWN)
+Merges = list[tuple[str, str]]
 
 
 @dataclass(frozen=True)
@@ -28,18 +33,23 @@ class Vocabulary:
     """One entry for each row of the embedding.
 
     Attributes:
+        unknown: id for what no token stands for; None where bytes stand for everything.
         merges: the best first, `left right`; of use where no scores are.
+        beyond: tokens that the embedding has no row of.
     """
 
     tokens: list[str]
     scores: list[float]
     types: list[int]
-    unknown: int
+    unknown: int | None
     merges: list[str]
+    beyond: tuple[str, ...]
 
 
 def vocabulary(data: bytes, size: int, *, scored: bool) -> Vocabulary:
     """The vocabulary in a tokenizer.json, filled up to `size` with tokens that are never used.
+
+    Added tokens without a row, as `<image_soft_token>` in text models of Gemma 3, are left out.
 
     Args:
         scored: tokens have scores in the place of merges.
@@ -50,23 +60,33 @@ def vocabulary(data: bytes, size: int, *, scored: bool) -> Vocabulary:
     """
     document = json.loads(data)
     model: dict[str, Any] = document["model"]
-    added = {token["content"]: token for token in document["added_tokens"]}
-    ids: dict[str, int] = model["vocab"] | {name: token["id"] for name, token in added.items()}
-    if max(ids.values()) >= size:
+    if (last := max(model["vocab"].values())) >= size:
         raise BundleError(
-            f"tokenizer.json: has token {max(ids.values())}, but the embedding {size} rows; GGUF "
-            "cannot hold this model"
+            f"tokenizer.json: has token {last}, but the embedding {size} rows; GGUF cannot hold "
+            "this model"
         )
+    added = {token["content"]: token for token in document["added_tokens"]}
+    beyond = tuple(name for name, token in added.items() if token["id"] >= size)
+    added = {name: token for name, token in added.items() if token["id"] < size}
+    ids: dict[str, int] = model["vocab"] | {name: token["id"] for name, token in added.items()}
     merges = [pair(merge) for merge in model["merges"]]
-    scores = _scores(merges, added) if scored else {}
-    tokens = [UNUSED.format(index) for index in range(size)]
-    values, types = [NO_MERGE] * size, [int(TokenType.UNUSED)] * size
+    types = {token: _type(token, added, model["unk_token"]) for token in ids}
+    scores = _scores(merges, types) if scored else {}
+    found = Vocabulary(
+        [UNUSED.format(index) for index in range(size)],
+        [NO_MERGE] * size,
+        [int(TokenType.UNUSED)] * size,
+        ids.get(model["unk_token"]),
+        [] if scored else [_joined(*merge) for merge in merges],
+        beyond,
+    )
     for token, index in ids.items():
-        tokens[index] = token
-        values[index] = scores.get(token, NO_MERGE)
-        types[index] = int(_type(token, added, model["unk_token"]))
-    joined = [] if scored else [_joined(*merge) for merge in merges]
-    return Vocabulary(tokens, values, types, ids[model["unk_token"]], joined)
+        found.tokens[index] = token
+        found.scores[index] = scores.get(token, NO_MERGE)
+        found.types[index] = int(types[token])
+    if scored:
+        _require_same_merges(found, merges, ids)
+    return found
 
 
 def _joined(left: str, right: str) -> str:
@@ -75,7 +95,7 @@ def _joined(left: str, right: str) -> str:
     return f"{left} {right}"
 
 
-def _scores(merges: list[tuple[str, str]], added: Mapping[str, Any]) -> dict[str, float]:
+def _scores(merges: Merges, types: Mapping[str, TokenType]) -> dict[str, float]:
     """Token -> minus the place of its first merge.
 
     Raises:
@@ -85,7 +105,7 @@ def _scores(merges: list[tuple[str, str]], added: Mapping[str, Any]) -> dict[str
     last = ""
     for place, (left, right) in enumerate(merges):
         token = left + right
-        if token in added or token == last:  # added tokens are cut out before anything is merged
+        if types.get(token) in CUT_OUT or token == last:
             continue
         if token in scores:
             raise BundleError(
@@ -96,9 +116,53 @@ def _scores(merges: list[tuple[str, str]], added: Mapping[str, Any]) -> dict[str
     return scores
 
 
-def _type(token: str, added: Mapping[str, Any], unknown: str) -> TokenType:
+def _type(token: str, added: Mapping[str, Any], unknown: str | None) -> TokenType:
+    """Whether a token is cut out of the text before anything is merged, and as what.
+
+    Spaces of a text become `▁` before merges and behind added tokens, so those of Gemma that are
+    runs of `▁` are never cut out of it: merges make them.
+    """
     if token == unknown:
         return TokenType.UNKNOWN
-    if token in added:
-        return TokenType.CONTROL if added[token]["special"] else TokenType.USER_DEFINED
+    if token in added and added[token]["special"]:
+        return TokenType.CONTROL
+    if token in added and SPACE not in token:
+        return TokenType.USER_DEFINED
     return TokenType.BYTE if BYTE.fullmatch(token) else TokenType.NORMAL
+
+
+def _require_same_merges(found: Vocabulary, merges: Merges, ids: Mapping[str, int]) -> None:
+    """Merge by the scores, as a reader does, and compare with what the list makes of each token.
+
+    Raises:
+        BundleError: a reader would merge something else.
+    """
+    raw = [token.encode("utf-8", "surrogatepass") for token in found.tokens]
+    scores, types = np.array(found.scores, np.float32), np.array(found.types, np.int32)
+    told = _of_text(scored_merges(raw, scores, types), found, ids)
+    listed = _of_text(_used(raw, merges, ids), found, ids)
+    if told == listed:
+        return
+    left, right = min(set(told) ^ set(listed), default=listed[0])  # else only their order
+    raise BundleError(
+        f"tokenizer.json: scores, which GGUF has, cannot say what becomes of {printable(left)} and "
+        f"{printable(right)}; llama.cpp would split texts otherwise"
+    )
+
+
+def _used(raw: list[bytes], merges: Merges, ids: Mapping[str, int]) -> Merges:
+    """The merges that are ever used, best first."""
+    if not merges:
+        return []
+    triples = [(ids[left], ids[right], ids[left + right]) for left, right in merges]
+    left, right, result = np.array(triples, np.int32).T.copy()
+    rank = np.arange(len(merges), dtype=np.int32)
+    used = used_merges(*concatenate(raw), left, right, result, rank)
+    return [merges[index] for index in np.flatnonzero(used)]
+
+
+def _of_text(merges: Merges, found: Vocabulary, ids: Mapping[str, int]) -> Merges:
+    """Without those that make what is cut out: nothing is left to merge there."""
+    return [
+        (left, right) for left, right in merges if found.types[ids[left + right]] not in CUT_OUT
+    ]

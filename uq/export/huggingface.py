@@ -61,8 +61,8 @@ def _multimodal_config(source: bytes, text: dict[str, Any], config: GemmaConfig)
 
 
 def _tokenizer_config(tokenizer: dict[str, Any], config: GemmaConfig) -> dict[str, Any]:
-    """For a tokenizer.json that was made from a GGUF file's words."""
-    words = {index: word for word, index in tokenizer["model"]["vocab"].items()}
+    """For a tokenizer.json that came alone, as one made from a GGUF file's words does."""
+    words = _words(tokenizer)
     return {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "bos_token": words[config.bos_token_id],
@@ -74,10 +74,15 @@ def _tokenizer_config(tokenizer: dict[str, Any], config: GemmaConfig) -> dict[st
     }
 
 
+def _words(tokenizer: dict[str, Any]) -> dict[int, str]:
+    """Token id -> token."""
+    words = {index: word for word, index in tokenizer["model"]["vocab"].items()}
+    return words | {token["id"]: token["content"] for token in tokenizer["added_tokens"]}
+
+
 def _with_bos(tokenizer: dict[str, Any], config: GemmaConfig) -> dict[str, Any]:
     """The same, putting `<bos>` in front of a text: uq does so itself, transformers is told."""
-    words = {index: word for word, index in tokenizer["model"]["vocab"].items()}
-    bos = words[config.bos_token_id]
+    bos = _words(tokenizer)[config.bos_token_id]
     special = {"SpecialToken": {"id": bos, "type_id": 0}}
     first, second = ({"Sequence": {"id": part, "type_id": 0}} for part in "AB")
     post = {
