@@ -67,7 +67,7 @@ def _on_gpu(
     limit: int | None,
 ) -> VulkanEngine:
     from uq.kernels.vulkan import pipeline_cache
-    from uq.kernels.vulkan.imports import SHARING
+    from uq.kernels.vulkan.heaps import SHARING
     from uq.quantize.vulkan_calibration import FOLLOWED
     from uq.quantize.vulkan_engine import VulkanEngine, device_bytes
 

@@ -11,7 +11,7 @@ from uq.kernels.vulkan.dense.grids import SYSTEM_BYTES
 from uq.kernels.vulkan.dense.matrix import padded
 from uq.kernels.vulkan.dense.workshop import Workshop
 from uq.kernels.vulkan.device import PhysicalGpu
-from uq.kernels.vulkan.imports import SHARING
+from uq.kernels.vulkan.heaps import SHARING
 from uq.quantize.calibration_engine import TokenRows
 from uq.quantize.plan import GptqOptions, WorkSizes
 from uq.quantize.vulkan_calibration import VulkanCalibration, explained

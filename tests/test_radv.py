@@ -20,7 +20,7 @@ from benchmarks.amd_shaders.__main__ import (
     problems,
     write_page,
 )
-from benchmarks.amd_shaders.cases import Case, cases
+from benchmarks.amd_shaders.cases import LEAST_SHARED, Case, cases
 from benchmarks.amd_shaders.radv import Compiled, find_driver
 from uq.errors import DeviceError, ToolMissing
 from uq.kernels.vulkan.variants import VARIANTS, Variant
@@ -56,6 +56,21 @@ def test_products_of_any_width_run_on_subgroups_of_one_size(
         if VARIANTS[case.module].subgroup is None:
             sizes.setdefault(case.module.partition("_")[0], set()).add(one.subgroup)
     assert sizes["gemv"] == sizes["norm"] == sizes["attention"] == {64}
+
+
+def test_calibration_fits_the_shared_memory_of_other_drivers(
+    compiled: Mapping[Chip, Future[Compilation]],
+) -> None:
+    """Behind this driver's 64 KiB: some have half of it, which `systems_cut` knows."""
+    made = zip(cases(), compiled[CHIPS[0]].result().pipelines, strict=True)
+    shared: dict[object, set[int]] = {}
+    for case, one in made:
+        if case.module.startswith("dense_"):
+            rows = (case.module, dict(case.constants).get("BM"))
+            shared.setdefault(rows, set()).add(one.statistics["LDS size"])
+    assert max(shared.pop(("dense_systems_matrix", 128))) > LEAST_SHARED
+    assert ("dense_systems_matrix", 64) in shared
+    assert max(map(max, shared.values())) <= LEAST_SHARED
 
 
 def test_every_module_that_the_chips_would_pick_is_compiled() -> None:

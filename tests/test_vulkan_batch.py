@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -19,6 +22,7 @@ from uq.kernels.backends import open_batch
 from uq.kernels.session import Piece, Sampling
 from uq.kernels.vulkan.batch import VulkanBatch
 from uq.kernels.vulkan.device import choose
+from uq.kernels.vulkan.runs import fitting
 from uq.kernels.vulkan.sources import BundleSource
 from uq.serve.job import Job, Update
 from uq.serve.metrics import Metrics
@@ -26,6 +30,7 @@ from uq.serve.scheduler import Scheduler
 from uq.serve.sequence import Sequence
 
 GREEDY = Sampling()
+ROOT = Path(__file__).parents[1]
 CONTEXT = 96
 
 
@@ -69,6 +74,31 @@ def emptied(request: pytest.FixtureRequest) -> None:
 def text(source: Source, count: int, seed: int) -> list[int]:
     tokens: list[int] = np.random.default_rng(seed).integers(0, 700, count).tolist()
     return tokens
+
+
+@pytest.mark.parametrize("slots", [3, 20])
+def test_kernels_stay_within_their_buffers(tiny_bundle: Callable[..., Path], slots: int) -> None:
+    """A process of its own, because it would end; it gives nothing back, so no layer looks on."""
+    bundle = tiny_bundle(layers=3, vocab=700)
+    command = [sys.executable, "-m", "tests.fenced", str(bundle), str(slots)]
+    env = {key: value for key, value in os.environ.items() if key != "VK_INSTANCE_LAYERS"}
+    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (0, "within its buffers\n"), done.stderr
+
+
+def test_a_width_is_no_more_than_there_is_room_for() -> None:
+    for widest in (16, 20, 50, 100, 512):
+        found = [fitting(count, widest) for count in range(1, widest + 1)]
+        assert all(count <= width <= widest for count, width in enumerate(found, 1))
+
+
+def test_sequences_beyond_what_the_heads_allow_are_refused(
+    tiny_checkpoint: Callable[..., Path], cache: Path
+) -> None:
+    source = Source(open_checkpoint(tiny_checkpoint(head_dim=8)))
+    opened(source, cache, 16).close()
+    with pytest.raises(UsageError, match="20 sequences of such heads at a time; use up to 16"):
+        opened(source, cache, 20)
 
 
 def alone(source: Source, tokens: list[int]) -> NDArray[np.float32]:

@@ -56,6 +56,7 @@ CONTEXT = 8192  # tokens of the KV cache
 LAYERS = 7  # the first, sliding and full ones, and one behind a full one: the rest repeats these
 LAYERS_4 = 10  # layers of either kind with keys of their own, and without
 WAVE, SHARED_BYTES = 64, 65536  # what RADV says of the chips: a subgroup, shared memory
+LEAST_SHARED = 32768  # of other drivers of the same chips
 MULTIPROCESSORS = 16  # of the middle one
 # Of the layers, of the embedding.
 USUAL = tuple(Kind.of(Spec(bits, 32, scale_bits=8)) for bits in (4, 8))
@@ -184,16 +185,14 @@ def prefill_cases(config: GemmaConfig, kinds: Iterable[Kind]) -> Iterator[Case]:
 def calibration_cases(config: GemmaConfig) -> Iterator[Case]:
     """The kernels of kernels/vulkan/dense, with matrix instructions."""
     for group in GROUPS:
-        for cut in (systems_cut(group), SMALL_MATRIX_CUT):
-            sizes: dict[str, int | float] = {"A_BY_K": False, "B_BY_K": True, "ADD": True}
-            sizes |= cut_constants(cut, 32)
-            if cut == systems_cut(group):
-                sizes |= {"GROUP": group, "ADD": False}
-                yield _case("dense_systems_matrix", sizes)
-                continue
-            for by_k in (False, True):
-                yield _case("dense_half_matrix", sizes | {"A_BY_K": by_k, "B_BY_K": by_k})
-                yield _case("dense_float_matrix", sizes | {"B_BY_K": by_k})
+        sizes: dict[str, int | float] = {"A_BY_K": False, "B_BY_K": True, "ADD": False}
+        for shared in (SHARED_BYTES, LEAST_SHARED):
+            cut = cut_constants(systems_cut(group, shared), 32)
+            yield _case("dense_systems_matrix", sizes | cut | {"GROUP": group})
+        sizes |= cut_constants(SMALL_MATRIX_CUT, 32) | {"ADD": True}
+        for by_k in (False, True):
+            yield _case("dense_half_matrix", sizes | {"A_BY_K": by_k, "B_BY_K": by_k})
+            yield _case("dense_float_matrix", sizes | {"B_BY_K": by_k})
         for name in ("round", "descend"):
             yield _case(f"dense_{name}", {"LANES": 64, "GROUP": group})
         for kind in range(3):

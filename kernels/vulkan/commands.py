@@ -73,6 +73,7 @@ class Recorder:
         """The same between kernels, copies and the host."""
         compute = constant("PIPELINE_STAGE_COMPUTE_SHADER_BIT")
         stages = compute | constant("PIPELINE_STAGE_TRANSFER_BIT")
+        stages |= constant("PIPELINE_STAGE_HOST_BIT")
         write = constant("ACCESS_MEMORY_WRITE_BIT")
         read = constant("ACCESS_MEMORY_READ_BIT")
         self._barrier(stages, stages, write, read | write)

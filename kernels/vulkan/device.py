@@ -19,9 +19,12 @@ from uq.kernels.vulkan.api import (
     new,
     text,
 )
+from uq.kernels.vulkan.heaps import BUDGET, Heaps, heaps_of, largest_buffer
 
 OLDEST, NEWEST = (1, 2), (1, 3)  # what a driver must offer, and what is used of newer ones
 SMALLEST_SUBGROUP = 8
+LEAST_LANES = 512  # of a workgroup
+AMDS_OWN = (1, 2)  # VkDriverId: AMD_PROPRIETARY, AMD_OPEN_SOURCE
 KINDS = ("other", "integrated", "discrete", "virtual", "cpu")
 PREFERENCE = ("discrete", "integrated", "virtual", "other", "cpu")
 
@@ -79,7 +82,8 @@ class PhysicalGpu:
     Attributes:
         kind: one of `KINDS`.
         identity: of device and driver, 32 hexadecimal digits; the key of the pipeline cache.
-        memory: bytes of its largest local heap.
+        driver_id: VkDriverId.
+        memory: bytes that a model may take, of all heaps where it shares the host's memory.
     """
 
     handle: Any
@@ -89,6 +93,7 @@ class PhysicalGpu:
     version: tuple[int, int]
     identity: str
     memory: int
+    driver_id: int = 0
 
     @cached_property
     def extensions(self) -> frozenset[str]:
@@ -97,6 +102,16 @@ class PhysicalGpu:
             "EnumerateDeviceExtensionProperties", "VkExtensionProperties", self.handle, null
         )
         return frozenset(binding().ffi.string(item.extensionName).decode() for item in found)
+
+    @property
+    def heaps(self) -> Heaps:
+        """Its memory, and what is left of it now."""
+        return heaps_of(self.handle, self.kind, budget=BUDGET in self.extensions)
+
+    @cached_property
+    def largest_buffer(self) -> int:
+        """Bytes that one buffer may have."""
+        return largest_buffer(self.handle)
 
     @cached_property
     def switches(self) -> dict[str, frozenset[str]]:
@@ -128,6 +143,12 @@ class PhysicalGpu:
         usual = new("PhysicalDeviceVulkan11Properties", pNext=sizes)
         self._properties(usual)
         return usual.subgroupSize, sizes.minSubgroupSize, sizes.maxSubgroupSize
+
+    @property
+    def has_large_blocks(self) -> bool:
+        """Whether the registers of a subgroup hold 64 x 64 sums: AMD's compiler, whose devices have
+        subgroups of 64, spills some."""
+        return self.subgroup[2] == 32
 
     def lanes(self, wish: int | None) -> int:
         """Invocations of a subgroup of a kernel that wishes for so many."""
@@ -171,6 +192,8 @@ class PhysicalGpu:
             return f"its driver lacks {', '.join(absent)}; update the driver"
         if self.subgroup[1] < SMALLEST_SUBGROUP:
             return f"its subgroups may have {self.subgroup[1]} lanes; the kernels need 8 or more"
+        if self.most_lanes < LEAST_LANES:
+            return f"its workgroups have {self.most_lanes} lanes; the kernels need {LEAST_LANES}"
         return None
 
     @cached_property
@@ -203,7 +226,7 @@ class PhysicalGpu:
     def has_matrix_blocks(self) -> bool:
         """Whether a subgroup multiplies 16 x 16 x 16 blocks of float16 into float32."""
         needed = ("cooperativeMatrix", "shaderFloat16", "vulkanMemoryModelDeviceScope")
-        if not all(self.has(name) for name in needed):
+        if not all(self.has(name) for name in needed) or self._crashes_when_asked:
             return False
         return any(
             (shape.MSize, shape.NSize, shape.KSize) == (16, 16, 16)
@@ -212,6 +235,12 @@ class PhysicalGpu:
             and shape.scope == constant("SCOPE_SUBGROUP_KHR")
             for shape in _matrix_shapes(self.handle)
         )
+
+    @property
+    def _crashes_when_asked(self) -> bool:
+        """AMD's own drivers end the process when they are to list the matrix instructions of an
+        860M (GPUOpen-Drivers/AMDVLK, issue 422); RADV, which Linux comes with, does not."""
+        return self.kind == "integrated" and self.driver_id in AMDS_OWN
 
     @cached_property
     def timestamp_period(self) -> float:
@@ -352,22 +381,17 @@ def _describe(handle: Any) -> PhysicalGpu:
     properties = new("PhysicalDeviceProperties2", pNext=driver)
     call("GetPhysicalDeviceProperties2", handle, properties)
     core, ffi = properties.properties, binding().ffi
-    memory = binding().ffi.new("VkPhysicalDeviceMemoryProperties*")
-    call("GetPhysicalDeviceMemoryProperties", handle, memory)
-    local = [
-        memory.memoryHeaps[i].size
-        for i in range(memory.memoryHeapCount)
-        if memory.memoryHeaps[i].flags & constant("MEMORY_HEAP_DEVICE_LOCAL_BIT")
-    ]
+    kind = KINDS[core.deviceType] if core.deviceType < len(KINDS) else "other"
     version = core.apiVersion
     return PhysicalGpu(
         handle=handle,
         name=ffi.string(core.deviceName).decode(),
-        kind=KINDS[core.deviceType] if core.deviceType < len(KINDS) else "other",
+        kind=kind,
         driver=f"{ffi.string(driver.driverName).decode()} {ffi.string(driver.driverInfo).decode()}",
         version=(version >> 22 & 0x7F, version >> 12 & 0x3FF),
         identity=bytes(identity.deviceUUID).hex() + f"{core.driverVersion:08x}",
-        memory=max(local, default=0),
+        memory=heaps_of(handle, kind).nbytes,
+        driver_id=int(driver.driverID),
     )
 
 

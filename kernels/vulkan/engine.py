@@ -33,7 +33,8 @@ from uq.kernels.vulkan.autotune import TUNED_AT, tune
 from uq.kernels.vulkan.cache import Cache, CacheSize, check_memory
 from uq.kernels.vulkan.commands import Recorder, Submission
 from uq.kernels.vulkan.device import Gpu, PhysicalGpu
-from uq.kernels.vulkan.imports import SHARING, Placement, open_imports
+from uq.kernels.vulkan.heaps import SHARING
+from uq.kernels.vulkan.imports import Placement, open_imports
 from uq.kernels.vulkan.mailbox import Mailbox
 from uq.kernels.vulkan.memory import HOST, Arena, Span, Transfers, aligned
 from uq.kernels.vulkan.model import (
@@ -108,12 +109,14 @@ class Engine:
         self.config, self._is_int8 = config, numerics.kv is not None
         abilities = Abilities.of(physical)
         many = widest if fits_tiles(config, abilities) else COLUMNS
-        self.widest = widest = min(widest, many)
+        self.widest = widest = min(max(widest, COLUMNS), many)
+        if slots > widest:
+            raise UsageError(f"{slots} sequences of such heads at a time; use up to {widest}")
         weights = weight_bytes(source, weight_names(config)) + kept_bytes(config)
         if physical.kind in SHARING:
             weights += weight_bytes(source, host_names(config))
-        tokens, rows = max(widest, COLUMNS, slots), max(COLUMNS, slots)
-        sizes = work_sizes(config, tokens, rows, is_float=is_float)
+        rows = max(COLUMNS, fitting(slots, widest))
+        sizes = work_sizes(config, widest, rows, is_float=is_float)
         small = sum(map(aligned, sizes.values()))
         check_memory(physical, weights + small, self._cache_size(max_context, slots))
         self._closing = ExitStack()

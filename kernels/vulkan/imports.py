@@ -18,12 +18,12 @@ from numpy.typing import NDArray
 from uq.errors import DeviceError
 from uq.kernels.vulkan.api import binding, call, chain, check, constant, create, extension, new
 from uq.kernels.vulkan.device import Gpu, PhysicalGpu, vulkan_instance
+from uq.kernels.vulkan.heaps import SHARING
 from uq.kernels.vulkan.memory import Span, aligned
 
 Bytes = NDArray[np.uint8]
 
 EXTENSION = "VK_EXT_external_memory_host"
-SHARING = ("integrated", "cpu")  # kinds of devices whose memory is the host's
 LOADS = 16  # bytes that kernels load at a time, from multiples of that
 
 
@@ -139,7 +139,11 @@ class Imported:
         except DeviceError:
             call("DestroyBuffer", gpu.device, self._buffer, null)
             raise
-        call("BindBufferMemory", gpu.device, self._buffer, self._memory, 0)
+        try:
+            call("BindBufferMemory", gpu.device, self._buffer, self._memory, 0)
+        except DeviceError:
+            self.close()
+            raise
         where = new("BufferDeviceAddressInfo", buffer=self._buffer)
         address = int(binding().lib.vkGetBufferDeviceAddress(gpu.device, where))
         self.span = Span(self._buffer, 0, mapping.nbytes, address)

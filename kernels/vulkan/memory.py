@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,13 +14,13 @@ from uq.errors import DeviceError
 from uq.kernels.vulkan.api import binding, call, constant, create, new
 from uq.kernels.vulkan.commands import Recorder, Submission
 from uq.kernels.vulkan.device import Gpu
+from uq.kernels.vulkan.heaps import LOCAL
 
 ALIGNMENT = 256  # of every piece: a cache line or more on all devices
 SLAB, LEAST_SLAB = 1 << 30, 1 << 20
 STAGING = 64 << 20
 HALF = STAGING // 2
 COPY_THREADS, WORTH_THREADS = 4, 4 << 20
-LOCAL = ("MEMORY_PROPERTY_DEVICE_LOCAL_BIT",)
 HOST = ("MEMORY_PROPERTY_HOST_VISIBLE_BIT", "MEMORY_PROPERTY_HOST_COHERENT_BIT")
 CACHED = (*HOST, "MEMORY_PROPERTY_HOST_CACHED_BIT")
 USAGES = (
@@ -52,13 +53,22 @@ class Slab:
 
     def __init__(self, gpu: Gpu, nbytes: int, properties: tuple[str, ...]) -> None:
         self._gpu = gpu
+        if nbytes > (most := gpu.physical.largest_buffer):
+            raise DeviceError(
+                f"{gpu.physical.name}: {nbytes / 2**30:.1f} GiB are needed at once, its driver "
+                f"gives {most / 2**30:.1f}; use fewer bits, a shorter context or --device cpu"
+            )
         null = binding().ffi.NULL
         usage = sum(constant(name) for name in USAGES)
         info = new("BufferCreateInfo", size=nbytes, usage=usage)
         self.buffer = create("CreateBuffer", "VkBuffer", gpu.device, info, null)
         needs = binding().ffi.new("VkMemoryRequirements*")
         call("GetBufferMemoryRequirements", gpu.device, self.buffer, needs)
-        self._memory = _allocate(gpu, needs, properties, nbytes)
+        try:
+            self._memory = _allocate(gpu, needs, properties)
+        except DeviceError:
+            call("DestroyBuffer", gpu.device, self.buffer, null)
+            raise
         call("BindBufferMemory", gpu.device, self.buffer, self._memory, 0)
         where = new("BufferDeviceAddressInfo", buffer=self.buffer)
         address = int(binding().lib.vkGetBufferDeviceAddress(gpu.device, where))
@@ -213,32 +223,20 @@ def aligned(nbytes: int, alignment: int = ALIGNMENT) -> int:
     return -(-nbytes // alignment) * alignment
 
 
-def _allocate(gpu: Gpu, needs: Any, properties: tuple[str, ...], nbytes: int) -> Any:
+def _allocate(gpu: Gpu, needs: Any, properties: tuple[str, ...]) -> Any:
+    """VkDeviceMemory of the first type that has room."""
     flags = new("MemoryAllocateFlagsInfo", flags=constant("MEMORY_ALLOCATE_DEVICE_ADDRESS_BIT"))
-    info = new(
-        "MemoryAllocateInfo",
-        pNext=flags,
-        allocationSize=needs.size,
-        memoryTypeIndex=_memory_type(gpu, needs.memoryTypeBits, properties),
+    for index in gpu.physical.heaps.fitting(needs.size, needs.memoryTypeBits, properties):
+        info = new(
+            "MemoryAllocateInfo",
+            pNext=flags,
+            allocationSize=needs.size,
+            memoryTypeIndex=index,
+        )
+        with suppress(DeviceError):
+            return create("AllocateMemory", "VkDeviceMemory", gpu.device, info, binding().ffi.NULL)
+    raise DeviceError(
+        f"{gpu.physical.name} has no {needs.size / 2**20:.0f} MiB left of its "
+        f"{gpu.physical.memory / 2**30:.1f} GiB; close other programs that use it, use fewer bits, "
+        "a shorter context or --device cpu"
     )
-    try:
-        return create("AllocateMemory", "VkDeviceMemory", gpu.device, info, binding().ffi.NULL)
-    except DeviceError:
-        raise DeviceError(
-            f"{gpu.physical.name} has no {nbytes / 2**20:.0f} MiB left of its "
-            f"{gpu.physical.memory / 2**30:.1f} GiB; close other programs that use it, use fewer "
-            "bits or a shorter context"
-        ) from None
-
-
-def _memory_type(gpu: Gpu, allowed: int, properties: tuple[str, ...]) -> int:
-    """The first type with all `properties`, else with all but the last."""
-    memory = binding().ffi.new("VkPhysicalDeviceMemoryProperties*")
-    call("GetPhysicalDeviceMemoryProperties", gpu.physical.handle, memory)
-    for names in (properties, properties[:-1]):
-        wanted = sum(constant(name) for name in names)
-        for index in range(memory.memoryTypeCount):
-            flags = memory.memoryTypes[index].propertyFlags
-            if allowed >> index & 1 and flags & wanted == wanted:
-                return index
-    raise DeviceError(f"{gpu.physical.name} has no memory for buffers; use --device cpu")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+LEAST = 16  # of what begins with more: its weights are read once for all
 SUBMIT_SECONDS = 0.25  # of one submit: display drivers end what takes two seconds
 
 
@@ -13,8 +14,8 @@ class Pace:
     """
 
     def __init__(self, first: int, most: int) -> None:
-        self.size = self._least = min(first, most)
-        self._most = most
+        self.size = min(first, most)
+        self._least, self._most = min(LEAST, self.size), most
 
     def took(self, size: int, seconds: float) -> None:
         """A submit of `size` took so long."""

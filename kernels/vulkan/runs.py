@@ -208,4 +208,4 @@ class Runs:
 def fitting(count: int, widest: int) -> int:
     """The least width that holds `count` tokens, of which there are at most `widest`."""
     few = next((width for width in WIDTHS if width >= count), None)
-    return few or min(-(-count // STEP) * STEP, widest)
+    return min(few or -(-count // STEP) * STEP, widest)

@@ -15,7 +15,8 @@ from numpy.typing import NDArray
 from uq.kernels.vulkan.dense.cells import Cell, Cells, Levels
 from uq.kernels.vulkan.dense.matrix import TILE, Matrix, Store
 from uq.kernels.vulkan.dense.products import Products
-from uq.kernels.vulkan.dense.stream import Stream
+from uq.kernels.vulkan.dense.stream import MOST_WORK, Stream
+from uq.kernels.vulkan.heaps import SHARING
 from uq.kernels.vulkan.memory import Span
 from uq.kernels.vulkan.push import addresses, words
 
@@ -23,7 +24,9 @@ LANES = 64
 AHEAD = 1024  # columns between two products with all other columns
 TEAM = 8  # lanes that share a row
 SOLVE_LANES = 256
-SYSTEM_BYTES = 1 << 31  # of the systems of the rows that are refitted together
+# Of the systems of the rows that are refitted together. Each round of conjugate gradients reads
+# them all, so they are a submit's work: fewer where memory is that of the host.
+SYSTEM_BYTES, SHARED_SYSTEM_BYTES = 1 << 31, 1 << 28
 ROUNDS, TOLERANCE = 64, 1e-4  # of conjugate gradients
 SYMMETRIC, ZEROS, BYTES = range(3)  # kinds of grid, as in shaders/dense_search.comp
 
@@ -172,7 +175,9 @@ class Quantizer:
         used = outputs.cols // grid.group
         levels = self._store.matrix("half levels", outputs.rows, outputs.cols, "f16")
         self._cells.run(Cell.LEVELS, levels, grid=grid)
-        rows = max(TILE, SYSTEM_BYTES // (4 * groups**2) // TILE * TILE)
+        shares = self._stream.gpu.physical.kind in SHARING
+        most = SHARED_SYSTEM_BYTES if shares else SYSTEM_BYTES
+        rows = max(TILE, most // (4 * groups**2) // TILE * TILE)
         systems = self._store.span("systems", 4 * groups**2 * min(rows, height))
         constants = {"LANES": SOLVE_LANES, "GROUP": grid.group, "GROUPS": groups, "ROUNDS": ROUNDS}
         for start in range(0, height, rows):
@@ -182,7 +187,8 @@ class Quantizer:
             scales = grid.scales.part(4 * start * groups, 4 * count * groups)
             push = addresses(systems, outputs.block(start, 0, count, n).span, here.span, scales)
             push += words(n, used) + struct.pack("<3f", ridge, TOLERANCE, unit)
-            self._stream.dispatch("dense_solve", push, (count, 1, 1), dict(constants), 2e6 * count)
+            work = MOST_WORK * count / rows
+            self._stream.dispatch("dense_solve", push, (count, 1, 1), dict(constants), work)
 
     def _by_teams(self, name: str, push: bytes, height: int, group: int) -> None:
         groups = height * TEAM // LANES

@@ -31,6 +31,7 @@ class Cut:
 
 # The first one fills an NVIDIA GPU best and has more sums than the registers of an AMD iGPU hold.
 MATRIX_CUT, SMALL_MATRIX_CUT = Cut(128, 128, 64, 64), Cut(64, 64, 32, 32)
+LARGE_SYSTEMS = 37 << 10  # shared memory of 128 rows of systems; 64 rows take 27 KiB
 PLAIN_CUT = Cut(64, 64, 4, 4)
 PLAIN_SYSTEMS = Cut(16, 128, 4, 4)
 
@@ -61,7 +62,8 @@ class Products:
     def __init__(self, stream: Stream) -> None:
         self._stream = stream
         self._matrix = stream.gpu.physical.has_matrix_blocks
-        self._is_large = stream.gpu.physical.kind == "discrete"
+        physical = stream.gpu.physical
+        self._is_large = physical.kind == "discrete" and physical.has_large_blocks
 
     def multiply(
         self,
@@ -147,15 +149,20 @@ class Products:
         name = f"dense_{kind}_matrix"
         fits = height % TILE == width % TILE == 0
         cut = MATRIX_CUT if self._is_large and fits else SMALL_MATRIX_CUT
-        cut = systems_cut(group) if group else cut
-        lanes = self._stream.gpu.physical.lanes(VARIANTS[name].subgroup)
+        physical = self._stream.gpu.physical
+        cut = systems_cut(group, physical.shared_bytes) if group else cut
+        lanes = physical.lanes(VARIANTS[name].subgroup)
         return name, cut, cut_constants(cut, lanes)
 
 
-def systems_cut(group: int) -> Cut:
-    """With matrix instructions: a subgroup sums whole groups of columns."""
+def systems_cut(group: int, shared_bytes: int) -> Cut:
+    """With matrix instructions: a subgroup sums whole groups of columns.
+
+    Args:
+        shared_bytes: that a workgroup may have.
+    """
     wide = max(32, group)
-    return Cut(128, 128, 2048 // wide, wide)
+    return Cut(128 if shared_bytes >= LARGE_SYSTEMS else 64, 128, 2048 // wide, wide)
 
 
 def cut_constants(cut: Cut, lanes: int) -> dict[str, int | float]:

@@ -1,0 +1,71 @@
+"""Which memory a buffer goes into, by layouts that drivers have."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from uq.errors import DeviceError
+from uq.kernels.vulkan.api import constant
+from uq.kernels.vulkan.device import Gpu, choose
+from uq.kernels.vulkan.heaps import LOCAL, Heap, Heaps, MemoryType
+from uq.kernels.vulkan.memory import CACHED, HOST, Slab
+
+GIB = 1 << 30
+ALL = 0xFF
+IS_LOCAL, VISIBLE, COHERENT, IS_CACHED = (
+    constant(f"MEMORY_PROPERTY_{name}_BIT")
+    for name in ("DEVICE_LOCAL", "HOST_VISIBLE", "HOST_COHERENT", "HOST_CACHED")
+)
+# RADV on an APU with 16 GiB that both may use: two thirds are said to be local.
+RADV = Heaps(
+    (Heap(5 * GIB, False), Heap(11 * GIB, True)),
+    (
+        MemoryType(IS_LOCAL, 1),
+        MemoryType(VISIBLE | COHERENT, 0),
+        MemoryType(IS_LOCAL | VISIBLE | COHERENT, 1),
+        MemoryType(VISIBLE | COHERENT | IS_CACHED, 0),
+    ),
+    is_shared=True,
+)
+DISCRETE = replace(RADV, is_shared=False)
+
+
+def left(heaps: Heaps, *nbytes: int | None) -> Heaps:
+    told = [replace(heap, left=room) for heap, room in zip(heaps.heaps, nbytes, strict=True)]
+    return replace(heaps, heaps=tuple(told))
+
+
+def test_a_model_may_take_all_memory_that_is_the_hosts() -> None:
+    assert (RADV.nbytes, DISCRETE.nbytes) == (16 * GIB, 11 * GIB)
+
+
+def test_what_is_not_local_comes_last_and_only_where_memory_is_shared() -> None:
+    assert RADV.fitting(GIB, ALL, LOCAL) == [0, 2, 1, 3]
+    assert DISCRETE.fitting(GIB, ALL, LOCAL) == [0, 2]
+
+
+def test_a_full_heap_is_passed_over() -> None:
+    assert left(RADV, 2 * GIB, GIB // 2).fitting(GIB, ALL, LOCAL) == [1, 3]
+    assert left(RADV, None, GIB // 2).fitting(GIB, ALL, LOCAL) == [1, 3]
+    assert left(DISCRETE, 2 * GIB, GIB // 2).fitting(GIB, ALL, LOCAL) == []
+
+
+def test_types_that_the_buffer_may_not_have_are_left_out() -> None:
+    assert RADV.fitting(GIB, 0b1010, LOCAL) == [1, 3]
+
+
+def test_what_the_host_reads_is_cached_where_that_is_possible() -> None:
+    assert RADV.fitting(GIB, ALL, CACHED) == [3]
+    assert RADV.fitting(GIB, 0b0111, CACHED) == [1, 2]
+    assert RADV.fitting(GIB, ALL, HOST) == [1, 2, 3]
+
+
+def test_a_buffer_that_the_driver_has_no_room_for_is_refused() -> None:
+    physical = replace(choose())
+    physical.__dict__["largest_buffer"] = GIB
+    gpu = Gpu(physical)
+    with pytest.raises(DeviceError, match=r"2\.0 GiB are needed at once, its driver gives 1\.0"):
+        Slab(gpu, 2 * GIB, LOCAL)
+    gpu.close()
