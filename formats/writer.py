@@ -288,7 +288,13 @@ class BundleWriter:
 
 
 def work_folder(out: Path) -> Path:
-    """Where the bundle `out` is while it is being written."""
+    """Where the bundle `out` is while it is being written.
+
+    Raises:
+        UsageError: it is the current folder.
+    """
+    if not out.name:
+        raise UsageError(f"-o {out}: is the current folder; choose another -o")
     return out.with_name(out.name + ".partial")
 
 

@@ -314,6 +314,12 @@ def require_known(config: GemmaConfig, what: str, remedy: str, known: Collection
         raise DeviceError(f"{what} does not compute {unknown[0]} ({config.family}); {remedy}")
 
 
+def require_context(what: str, needed: int, config: GemmaConfig) -> None:
+    """Raises UsageError: `what` takes more tokens than the model's context has."""
+    if needed > (limit := config.max_position_embeddings):
+        raise UsageError(f"{what}: {needed} tokens, but the model's context has {limit}")
+
+
 def check_room(count: int, position: int, max_context: int) -> None:
     """Refuse to grow a context past its end.
 

@@ -24,6 +24,7 @@ from uq.formats.manifest import expected_tensors
 from uq.formats.spec import Spec
 from uq.formats.towers import stored_bytes
 from uq.quantize.calibrate import STAGES
+from uq.quantize.candidates import CANDIDATES
 from uq.quantize.curvature import EVERY, STATES, VOCABULARY
 from uq.quantize.factor import factorize
 from uq.quantize.gptq import OUTPUTS, Statistics, quantize_gptq
@@ -32,7 +33,6 @@ from uq.quantize.memory import layer_kinds
 from uq.quantize.pipeline import QuantizeOptions
 from uq.quantize.plan import GptqOptions, Plan, TensorPlan, WorkSizes
 from uq.quantize.probes import (
-    CANDIDATES,
     LIKELIEST,
     POSITIONS,
     PROBE_LENGTH,

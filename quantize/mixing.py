@@ -17,9 +17,9 @@ from uq.formats.manifest import expected_tensors
 from uq.formats.spec import Spec
 from uq.progress import Progress
 from uq.quantize.allocate import allocate
+from uq.quantize.candidates import candidates
 from uq.quantize.lasting import lasting
 from uq.quantize.plan import Budget, Plan
-from uq.quantize.probes import candidates
 from uq.quantize.sensitivity import DAMPING, Measured, measure_costs
 
 VERSION = 8  # of the measurement: costs kept by another one are not used

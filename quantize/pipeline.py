@@ -79,7 +79,7 @@ def quantize(
     ):
         job.watch.require_same(writer, pool)
         job.require_room(out, writer)
-        assets = in_background(lambda: carried(checkpoint.assets(), towers=job.towers))
+        assets = in_background(lambda: carried(checkpoint, towers=job.towers))
         tokens = job.tokens()
         if tokens is not None and job.plan.budget is not None:
             job = job.with_measured_grids(tokens)

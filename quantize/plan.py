@@ -12,6 +12,7 @@ from uq.formats.config import LAYERS, GemmaConfig, layer_tensor
 from uq.formats.layouts import LAYOUTS
 from uq.formats.manifest import expected_tensors
 from uq.formats.spec import BITS, GROUPS, Spec
+from uq.quantize.candidates import candidates
 
 Method = Literal["rtn", "gptq", "grid"]
 METHODS: tuple[Method, ...] = ("rtn", "gptq")  # those that the user may ask for
@@ -261,13 +262,19 @@ def make_plan(
 def _within(config: GemmaConfig, plan: Plan, bpw: float) -> Plan:
     if not plan.uses_gptq:
         raise UsageError("--bpw measures on calibration text; it does not go with --method rtn")
+    if not math.isfinite(bpw):
+        raise UsageError(f"--bpw {bpw:g}: expected a number")
     shapes, arrays = expected_tensors(config)
     floats, weights = 4 * sum(map(math.prod, arrays.values())), config.num_parameters()
     nbytes = int(bpw * weights / 8) - floats
     least = sum(_least_bytes(*shapes[name], tensor.layout) for name, tensor in plan.tensors.items())
+    most = sum(_most_bytes(*shapes[name], tensor.layout) for name, tensor in plan.tensors.items())
     if nbytes < least:
         needed = math.ceil(800 * (least + floats) / weights) / 100
         raise UsageError(f"--bpw {bpw:g}: the smallest grids take {needed:g}; use that or more")
+    if nbytes > most:
+        needed = math.ceil(800 * (most + floats) / weights) / 100
+        raise UsageError(f"--bpw {bpw:g}: the largest grids take {needed:g}; use that or less")
     return replace(plan, recipe=f"bpw{bpw:g}", budget=Budget(nbytes, tables=True))
 
 
@@ -275,6 +282,11 @@ def _least_bytes(rows: int, cols: int, layout: str) -> int:
     """Of a tensor on the smallest grid that fits it."""
     groups = (group for group in GROUPS if cols % group == 0)
     return min(LAYOUTS[layout].nbytes(rows, cols, Spec(4, g, scale_bits=8)) for g in groups)
+
+
+def _most_bytes(rows: int, cols: int, layout: str) -> int:
+    """Of a tensor on the largest grid that fits it."""
+    return max(LAYOUTS[layout].nbytes(rows, cols, spec) for spec in candidates(cols))
 
 
 def _linear_bytes(config: GemmaConfig, spec: Spec, layout: str) -> int:

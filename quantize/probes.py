@@ -12,7 +12,6 @@ All experts of a layer are rounded together: in a bundle they are one tensor wit
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
 from functools import partial
 
 import numpy as np
@@ -26,12 +25,13 @@ from uq.formats.config import (
     GemmaConfig,
     layer_tensor,
 )
-from uq.formats.spec import SPECS, Spec
+from uq.formats.spec import Spec
 from uq.kernels.altup import spread
 from uq.kernels.per_layer import Beside, stored_tokens
 from uq.kernels.products import flat, linear, rms_norm
 from uq.kernels.reference import embed, finish, soft_cap
 from uq.kernels.weights import CheckpointWeights, Weights
+from uq.quantize.candidates import candidates
 from uq.quantize.moments import mean_square
 from uq.quantize.paths import Experts, Path, pass_layer
 from uq.quantize.scales import checked, quantize_rtn
@@ -40,13 +40,6 @@ from uq.validate.divergence import Sums
 Array = NDArray[np.float32]
 Doubles = NDArray[np.float64]
 
-# Grids to choose from. Scales of 8 bits lose nearly nothing; INT8 loses so little that its smallest
-# form serves.
-CANDIDATES = tuple(
-    replace(spec, scale_bits=8)
-    for spec in SPECS
-    if spec.bits < 6 or (not spec.zero_point and spec.bits == 6)
-) + (Spec(8, 64, scale_bits=8),)
 LINEAR_PROBE, TABLE_PROBE = 4, 6  # bits: enough for a divergence that stands out of the rounding
 PROBED_LAYERS, KEPT_LAYERS = 18, 4
 # What later layers read, where keys and values are shared: no layer between tells of it.
@@ -243,11 +236,6 @@ def _on_probe_grid(rows: Array) -> Array:
 def _part(told: Array, size: int, layer: int) -> Array:
     """A layer's part of rows of the per-layer embedding."""
     return told[..., layer * size : (layer + 1) * size]
-
-
-def candidates(cols: int) -> list[Spec]:
-    """Grids that fit the columns of a tensor."""
-    return [spec for spec in CANDIDATES if cols % spec.group == 0]
 
 
 def probe_spec(bits: int, cols: int) -> Spec:

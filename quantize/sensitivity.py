@@ -23,6 +23,7 @@ from uq.kernels.weights import CheckpointWeights, Weights
 from uq.progress import Progress
 from uq.quantize.calibrate import PLAIN, Calibration
 from uq.quantize.calibration_engine import ExpertWork, StageStatistics, TokenRows
+from uq.quantize.candidates import candidates
 from uq.quantize.equalize import channel_scale
 from uq.quantize.factor import left_variances
 from uq.quantize.gptq import Statistics, scale_importance
@@ -34,7 +35,6 @@ from uq.quantize.probes import (
     TABLE_PROBE,
     Doubles,
     Probes,
-    candidates,
     probe,
     probe_spec,
     probed_roles,

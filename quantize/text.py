@@ -253,12 +253,13 @@ def _text(name: str, path: Path, share: float = 1.0) -> Text:
 def _download(source: str) -> Path:
     from huggingface_hub import hf_hub_download
 
-    from uq.formats.checkpoint.hub import explain, http_error
+    from uq.formats.checkpoint.hub import explain, http_error, quiet_unless_terminal
 
     parts = source.removeprefix(HUB_PREFIX).split("/")
     if len(parts) < 3 or not all(parts):
         raise UsageError(f"{source}: not of the form hub:OWNER/DATASET/FILE")
     repo, file = "/".join(parts[:2]), "/".join(parts[2:])
+    quiet_unless_terminal()
     try:
         return Path(hf_hub_download(repo, file, repo_type="dataset"))
     except (http_error(), OSError, ValueError) as error:

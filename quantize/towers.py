@@ -62,8 +62,14 @@ def int8_types(towers: Mapping[str, TensorInfo], mode: str) -> dict[str, str]:
     return {name: info.dtype.upper() for name, info in chosen.items()} if mode == "int8" else {}
 
 
-def carried(assets: Mapping[str, bytes], *, towers: bool) -> dict[str, bytes]:
-    """The files beside the weights; those of a processor go with the towers."""
+def carried(checkpoint: Checkpoint, *, towers: bool) -> dict[str, bytes]:
+    """The files beside the weights; those of a processor go with the towers.
+
+    Raises:
+        CheckpointError: no tokenizer is among them, or one that cannot be used.
+    """
+    checkpoint.tokenizer()
+    assets = checkpoint.assets()
     return {name: data for name, data in assets.items() if towers or name not in PROCESSOR}
 
 

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
+import io
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -19,6 +22,7 @@ from uq.cli import main
 from uq.commands import doctor
 from uq.commands.arguments import names, real, whole
 from uq.errors import ThresholdMissed, UqError, UsageError
+from uq.progress import BarProgress, LineProgress
 
 UQ = [sys.executable, "-m", "uq"]
 
@@ -94,18 +98,53 @@ def test_debug_adds_the_traceback(
     assert err.startswith("Traceback") and err.endswith("\nuq: broken\n")
 
 
-def test_sigterm_is_an_interrupt(
-    command: Callable[[Callable[[], int]], None], capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_is_an_interrupt(
+    number: signal.Signals,
+    command: Callable[[Callable[[], int]], None],
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    def terminate() -> int:
-        os.kill(os.getpid(), signal.SIGTERM)
+    def end() -> int:
+        os.kill(os.getpid(), number)
         return 0
 
-    before = signal.getsignal(signal.SIGTERM)
-    command(terminate)
+    before = signal.getsignal(number)
+    command(end)
     assert main(["doctor"]) == 130
     assert capsys.readouterr().err == "uq: interrupted\n"
-    assert signal.getsignal(signal.SIGTERM) == before
+    assert signal.getsignal(number) == before
+
+
+def test_a_signal_that_is_ignored_stays_so(command: Callable[[Callable[[], int]], None]) -> None:
+    """As of `nohup`."""
+
+    def hang_up() -> int:
+        os.kill(os.getpid(), signal.SIGHUP)
+        return 0
+
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    command(hang_up)
+    assert main(["doctor"]) == 0
+    signal.signal(signal.SIGHUP, before)
+
+
+@pytest.mark.parametrize("kind", [BarProgress, LineProgress])
+def test_an_interrupt_that_was_swallowed_ends_the_next_step(
+    kind: type[BarProgress] | type[LineProgress], command: Callable[[Callable[[], int]], None]
+) -> None:
+    """C code that calls Python prints the exception and goes on."""
+    progress = kind(io.StringIO())
+
+    def go_on() -> int:
+        with contextlib.suppress(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+        progress.start(1, "quantize")
+        progress.advance("layer 0")
+        return 0
+
+    command(go_on)
+    assert main(["doctor"]) == 130
+    progress.advance("the next command knows nothing of it")
 
 
 def test_main_works_outside_the_main_thread(
@@ -205,6 +244,14 @@ def test_a_reader_that_leaves_is_no_error() -> None:
         process.stdout.close()
         assert process.stderr.read() == b""
     assert process.returncode == 141
+
+
+@pytest.mark.parametrize("closed", ["<&-", ">&-", "2>&-", "<&- >&- 2>&-"])
+def test_streams_that_are_closed_are_not_missed(closed: str) -> None:
+    line = shlex.join([*UQ, "inspect", "/nowhere"])
+    done = subprocess.run(["sh", "-c", f"{line} {closed}"], capture_output=True, text=True)
+    assert done.returncode == 2
+    assert done.stderr == "" or done.stderr.startswith("uq: /nowhere: no such folder")
 
 
 def test_a_full_stdout_is_one_line() -> None:

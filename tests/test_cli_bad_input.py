@@ -152,6 +152,78 @@ def test_a_model_that_does_not_exist_is_refused(tmp_path: Path, refused: Refused
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize(
+    ("name", "parts"),
+    [
+        ("", ("the model's name is empty",)),
+        ("org/tiny@main", ("org/tiny --revision main",)),
+    ],
+)
+def test_a_name_that_is_none_says_what_to_type(
+    name: str, parts: tuple[str, ...], refused: Refused
+) -> None:
+    refused(["inspect", name], *parts, code=2)
+
+
+def test_the_current_folder_is_no_output(
+    tiny_checkpoint: Callable[..., Path],
+    tmp_path: Path,
+    refused: Refused,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model = tiny_checkpoint()
+    monkeypatch.chdir(tmp_path)
+    refused(["quantize", model, "-o", "."], "-o .: is the current folder", code=2)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("bpw", "part"),
+    [
+        ("nan", "expected a number above 0"),
+        ("-1", "expected a number above 0"),
+        ("3", "the smallest grids take 4."),
+        ("100", "the largest grids take 8."),
+    ],
+)
+def test_bits_that_no_grids_have_are_refused(
+    bpw: str, part: str, tiny_checkpoint: Callable[..., Path], tmp_path: Path, refused: Refused
+) -> None:
+    refused(["quantize", tiny_checkpoint(), "-o", tmp_path / "b", "--bpw", bpw], part, code=2)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("content", ["", "{", "null", '{"model": {"type": "Unigram"}}'])
+def test_a_tokenizer_that_is_no_use_is_refused_without_calibration_too(
+    content: str, tiny_checkpoint: Callable[..., Path], tmp_path: Path, refused: Refused
+) -> None:
+    model = tiny_checkpoint()
+    (model / "tokenizer.json").write_text(content)
+    refused(["quantize", model, "-o", tmp_path / "b", "--method", "rtn"], "tokenizer.json")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_report_that_cannot_be_saved_is_refused_before_the_work(
+    bundle: Path, refused: Refused, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("uq.validate.validate.validate", None)  # the work
+    monkeypatch.setattr("uq.validate.files.os.access", lambda folder, mode: False)
+    refused(["validate", bundle], "no report can be written", "--no-save", code=2)
+
+
+def test_a_disk_that_is_full_behind_the_work_costs_the_report_alone(
+    bundle: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(report: object, folder: Path) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("uq.validate.files.save_report", full)
+    assert main(["validate", str(bundle), "--chunks", "1", "--context", "32", "--no-speed"]) == 1
+    out, err = capsys.readouterr()
+    assert "KL divergence" in out
+    assert err.endswith("uq: no space left on the disk; free some and run it again\n")
+
+
 @pytest.mark.parametrize("content", [b"", b"too short", b"\xff\xfe\x00 not UTF-8"])
 def test_a_calibration_text_that_is_no_use_is_refused(
     content: bytes, tiny_checkpoint: Callable[..., Path], tmp_path: Path, refused: Refused
@@ -309,3 +381,5 @@ def test_a_text_beyond_the_context_is_refused(
     model = tiny_checkpoint(config={"max_position_embeddings": 64})
     assert main(["quantize", str(model), "-o", str(tmp_path / "out"), "--method", "rtn"]) == 0
     refused(["generate", tmp_path / "out", "-p", "the", "--max-tokens", "64"], "64", code=2)
+    refused(["bench", tmp_path / "out"], "576 tokens, but the model's context has 64", code=2)
+    refused(["validate", tmp_path / "out"], "--context: 512 tokens, but the model", code=2)

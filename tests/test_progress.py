@@ -64,6 +64,14 @@ def test_a_terminal_gets_a_bar() -> None:
     assert "a remark\r\n" in shown
 
 
+def test_a_terminal_without_a_size_gets_lines() -> None:
+    ours, theirs = pty.openpty()
+    termios.tcsetwinsize(theirs, (0, 0))
+    with open(theirs, "w", encoding="utf-8") as terminal:
+        assert isinstance(terminal_progress(terminal), LineProgress)
+    os.close(ours)
+
+
 def test_closing_twice_or_unstarted_is_harmless() -> None:
     progress = BarProgress(io.StringIO())
     progress.close()

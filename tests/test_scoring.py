@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from uq.errors import DeviceError
+from uq.errors import DeviceError, UsageError
 from uq.formats.checkpoint import open_checkpoint
 from uq.kernels.reference import ReferenceSession
 from uq.progress import SilentProgress
@@ -17,6 +18,7 @@ from uq.validate import divergence, scoring
 from uq.validate.scores import Scores
 from uq.validate.scoring import ReferenceStates, final_states, score, states_key
 from uq.validate.text import targets
+from uq.validate.validate import ValidateOptions
 
 CONTEXT = 40
 WEIGHTS: dict[str, dict[str, int | str]] = {"model.safetensors": {"size": 1, "sha256": "ab"}}
@@ -266,10 +268,21 @@ def test_states_of_other_weights_or_text_are_not_used(
 
 
 @pytest.mark.parametrize("content", [b"", b"not a zip file", b"PK\x03\x04 cut off"])
-def test_broken_file_of_states_is_not_used(tmp_path: Path, content: bytes) -> None:
-    (tmp_path / "states.npz").write_bytes(content)
-    assert ReferenceStates.load(tmp_path / "states.npz", "key") is None
+def test_a_file_that_holds_no_states_is_not_replaced(tmp_path: Path, content: bytes) -> None:
+    path = tmp_path / "states.npz"
+    path.write_bytes(content)
+    for ask in (partial(ReferenceStates.load, path, "key"), partial(ValidateOptions, states=path)):
+        with pytest.raises(UsageError, match=r"states\.npz: holds no states of a reference"):
+            ask()
+    assert path.read_bytes() == content
     assert ReferenceStates.load(tmp_path / "absent.npz", "key") is None
+
+
+def test_states_without_a_place_are_refused_before_any_work(tmp_path: Path) -> None:
+    for path, message in ((tmp_path, "is a folder"), (tmp_path / "a" / "b", "no such folder")):
+        with pytest.raises(UsageError, match=message):
+            ValidateOptions(states=path)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_model_that_overflows_is_refused(

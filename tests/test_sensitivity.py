@@ -19,13 +19,13 @@ from uq.kernels.reference import ReferenceSession
 from uq.kernels.weights import CheckpointWeights, Weights, WeightSource
 from uq.progress import SilentProgress
 from uq.quantize import probes
+from uq.quantize.candidates import candidates
 from uq.quantize.pipeline import QuantizeOptions, quantize
 from uq.quantize.plan import GptqOptions
 from uq.quantize.probes import (
     LINEAR_PROBE,
     TABLE_PROBE,
     Probes,
-    candidates,
     probe_spec,
     table_names,
 )

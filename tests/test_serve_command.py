@@ -102,7 +102,7 @@ def test_an_address_in_use_is_one_line(bundle: Bundle, capsys: pytest.CaptureFix
     assert capsys.readouterr().err.endswith(line)
 
 
-@pytest.mark.parametrize("content", [None, b"", b"\xff"])
+@pytest.mark.parametrize("content", [None, b"", b"\xff", b"one\ntwo\n"])
 def test_a_key_file_that_holds_no_key_is_refused(
     bundle: Bundle, tmp_path: Path, content: bytes | None, capsys: pytest.CaptureFixture[str]
 ) -> None:

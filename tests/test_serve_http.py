@@ -117,6 +117,19 @@ def test_several_prompts_and_answers(local: Site, expected: Expected) -> None:
     assert [choice.index for choice in answer.choices] == [0, 1, 2, 3]
 
 
+def test_what_is_null_is_left_to_the_server(local: Site) -> None:
+    """As clients write it that have a field for everything."""
+    names = ("temperature", "top_p", "top_k", "n", "stream", "stop", "seed", "logprobs")
+    body = dict.fromkeys((*names, "max_tokens"), None)
+    messages = [{"role": "user", "content": "the time"}]
+    for path, asked in (
+        ("/v1/completions", {"prompt": "the time", "echo": None, "suffix": None}),
+        ("/v1/chat/completions", {"messages": messages, "top_logprobs": None}),
+    ):
+        status, _, answer = local.send("POST", path, body | asked)
+        assert status == 200, answer
+
+
 def test_token_ids_are_taken_as_they_are(local: Site, bundle: Bundle) -> None:
     tokens = bundle.tokenizer().encode("the time of the world", bos=False)
     body = {"prompt": tokens, "max_tokens": 1, "logprobs": 1, "echo": True, "temperature": 0}

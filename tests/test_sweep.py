@@ -107,7 +107,9 @@ def test_the_command_prints_json(
         ("int4,method=awq", "method awq is not one of auto, rtn, gptq"),
         ("group=64", "give one recipe or bpw="),
         ("int4,bpw=5", "give one recipe or bpw="),
-        ("bpw=much", "could not convert"),
+        ("bpw=much", "expected a number above 0"),
+        ("bpw=nan", "expected a number above 0"),
+        ("int4,group=32,group=64", "group is given twice"),
     ],
 )
 def test_a_recipe_that_is_none_is_refused(

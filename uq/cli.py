@@ -16,7 +16,6 @@ import sys
 import threading
 import traceback
 from collections.abc import Iterator, Sequence
-from types import FrameType
 from typing import NoReturn
 
 from uq import __version__
@@ -38,6 +37,7 @@ from uq.commands import (
 )
 from uq.commands.examples import epilog
 from uq.errors import UqError, UsageError
+from uq.interrupt import forget_interrupts, interrupt
 
 COMMANDS = {
     "quantize": (quantize, "read a Gemma checkpoint and write a quantized bundle"),
@@ -56,6 +56,7 @@ COMMANDS = {
     "completion": (completion, "print a script that completes commands in the shell"),
 }
 DEFECT, INTERRUPTED, PIPE_CLOSED = 70, 130, 141
+ENDINGS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 class Parser(argparse.ArgumentParser):
@@ -68,10 +69,11 @@ class Parser(argparse.ArgumentParser):
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code; only `--help` and `--version` raise SystemExit."""
     arguments = sys.argv[1:] if argv is None else argv
+    _open_closed_streams()
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # a model may say what the terminal cannot show
     try:
-        with _terminate_like_interrupt():
+        with _interrupting():
             args = build_parser().parse_args(arguments)
             args.command_line = ("uq", *arguments)
             code: int = args.run(args)
@@ -137,6 +139,13 @@ def _where(error: OSError) -> str:
     return f": {error.filename}" if error.filename else ""
 
 
+def _open_closed_streams() -> None:
+    """Who starts uq without them (`>&-`, some daemons) has nobody to read them."""
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, mode))  # noqa: SIM115, until the process ends
+
+
 def _abandon_stdout() -> None:
     """Send what stdout cannot take to the null device: the interpreter flushes once more."""
     try:
@@ -146,17 +155,21 @@ def _abandon_stdout() -> None:
 
 
 @contextlib.contextmanager
-def _terminate_like_interrupt() -> Iterator[None]:
-    """SIGTERM cleans up as Ctrl-C does. Signals can be set in the main thread only."""
+def _interrupting() -> Iterator[None]:
+    """SIGTERM and a terminal that is closed clean up as Ctrl-C does; what is ignored stays so.
+
+    Signals can be set in the main thread only.
+    """
+    usual = (signal.SIG_DFL, signal.default_int_handler)
+    before = {number: signal.getsignal(number) for number in ENDINGS}
     if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before = signal.signal(signal.SIGTERM, _interrupt)
+        before = {}
+    taken = {number: handler for number, handler in before.items() if handler in usual}
+    for number in taken:
+        signal.signal(number, interrupt)
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, before)
-
-
-def _interrupt(_number: int, _frame: FrameType | None) -> NoReturn:
-    raise KeyboardInterrupt
+        forget_interrupts()
+        for number, handler in taken.items():
+            signal.signal(number, handler)

@@ -8,12 +8,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from uq.chat import ChatTemplate
-from uq.errors import UsageError
 from uq.formats.bundle import open_bundle
 from uq.formats.tokenizer import Tokenizer
 from uq.kernels.backends import open_session
 from uq.kernels.numerics import FLOAT, Numerics
-from uq.kernels.session import Device, Sampling
+from uq.kernels.session import Device, Sampling, require_context
 
 GREEDY = Sampling()
 
@@ -70,7 +69,7 @@ def generate(
             prompt = template.render([{"role": "user", "content": prompt}])
     tokens = tokenizer.encode(prompt)
     context = len(tokens) + max_tokens
-    _check_context(context, bundle.config.max_position_embeddings)
+    require_context("prompt and --max-tokens", context, bundle.config)
     session = open_session(
         bundle,
         device,
@@ -100,10 +99,3 @@ def write_text(tokens: Iterable[int], tokenizer: Tokenizer, write: Callable[[str
         count += 1
     write(stream.flush())
     return count
-
-
-def _check_context(needed: int, limit: int) -> None:
-    if needed > limit:
-        raise UsageError(
-            f"prompt and --max-tokens need {needed} tokens, but the model's context has {limit}"
-        )

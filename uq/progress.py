@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import time
 from typing import Protocol, TextIO
 
 import psutil
 from tqdm import tqdm
+
+from uq.interrupt import end_if_interrupted
 
 
 class Progress(Protocol):
@@ -66,10 +69,12 @@ class BarProgress:
         )
 
     def work(self, what: str) -> None:
+        end_if_interrupted()
         if self._bar is not None:
             self._bar.set_postfix_str(_join(what, self._figures, _memory()))
 
     def advance(self, step: str, **figures: float) -> None:
+        end_if_interrupted()
         if self._bar is not None:
             self._figures = _figures(figures)
             self._bar.set_postfix_str(_join(step, self._figures, _memory()), refresh=False)
@@ -98,8 +103,10 @@ class LineProgress:
 
     def work(self, what: str) -> None:
         """Nothing: a log gets finished steps only."""
+        end_if_interrupted()
 
     def advance(self, step: str, **figures: float) -> None:
+        end_if_interrupted()
         self._count += 1
         elapsed = time.monotonic() - self._began
         left = elapsed / (self._count - self._skipped) * (self._total - self._count)
@@ -115,7 +122,15 @@ class LineProgress:
 def terminal_progress(stream: TextIO | None = None) -> Progress:
     """A bar when `stream` (default: stderr) is a terminal, lines when it is not."""
     stream = sys.stderr if stream is None else stream
-    return BarProgress(stream) if stream.isatty() else LineProgress(stream)
+    return BarProgress(stream) if stream.isatty() and _has_width(stream) else LineProgress(stream)
+
+
+def _has_width(stream: TextIO) -> bool:
+    """Some terminals, as of programs that drive others, have no size."""
+    try:
+        return os.get_terminal_size(stream.fileno()).columns > 0
+    except OSError:
+        return True
 
 
 def _figures(figures: dict[str, float]) -> str:

@@ -9,6 +9,7 @@ from uq.errors import UsageError
 from uq.kernels.backends import open_batch, open_session
 from uq.kernels.numerics import FLOAT, Numerics
 from uq.kernels.profile import StageTime, StepTimes, by_label
+from uq.kernels.session import require_context
 from uq.text import size, table
 from uq.validate.bandwidth import Ceiling
 from uq.validate.batch_speed import BatchRates, measure_batch
@@ -160,9 +161,11 @@ def bench(bundle: Bundle, options: BenchOptions | None = None) -> Bench:
 
     Raises:
         DeviceError: the device is not available, or fails.
-        UsageError: it has no clock for the kernels that are to be timed.
+        UsageError: it has no clock for the kernels that are to be timed, or the model no context
+            for so many tokens.
     """
     options = options or BenchOptions()
+    require_context("--prompt and --generate", options.context, bundle.config)
     alone, answers = _bench_one(bundle, options)
     if answers:
         # an NPU has no floating point: the CPU beside it does

@@ -6,7 +6,7 @@ import json
 import os
 from pathlib import Path
 
-from uq.errors import BundleError
+from uq.errors import BundleError, UsageError
 from uq.formats.decode import parse_json
 from uq.validate.html import render_html
 from uq.validate.report import JSON_NAME, Report
@@ -20,6 +20,21 @@ def save_report(report: Report, folder: Path) -> None:
     text = json.dumps(report.to_json(), indent=1, ensure_ascii=False, allow_nan=False)
     _replace(folder / JSON_NAME, text + "\n")
     _replace(folder / HTML_NAME, page)
+
+
+def require_savable(folder: Path) -> None:
+    """Refuse before a long computation what `save_report` would fail at behind it.
+
+    Raises:
+        UsageError: the folder cannot be written into.
+        ModuleNotFoundError: what draws the plots is not installed.
+    """
+    import matplotlib  # noqa: F401
+
+    if not os.access(folder, os.W_OK):
+        raise UsageError(
+            f"{folder}: no report can be written there; make it writable, or add --no-save"
+        )
 
 
 def load_report(folder: Path) -> Report:
@@ -42,5 +57,9 @@ def load_report(folder: Path) -> Report:
 
 def _replace(path: Path, text: str) -> None:
     partial = path.with_name(path.name + ".partial")
-    partial.write_text(text, encoding="utf-8", newline="\n")
-    os.replace(partial, path)
+    try:
+        partial.write_text(text, encoding="utf-8", newline="\n")
+        os.replace(partial, path)
+    except OSError:
+        partial.unlink(missing_ok=True)
+        raise

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +18,8 @@ from zipfile import BadZipFile
 import numpy as np
 from numpy.typing import NDArray
 
-from uq.errors import DeviceError
+from uq.errors import DeviceError, UsageError
+from uq.formats.disk import disk_errors
 from uq.kernels.session import Session
 from uq.progress import Progress, SilentProgress
 from uq.validate.divergence import Sums
@@ -46,22 +48,52 @@ class ReferenceStates:
     hidden: NDArray[np.float32]
 
     def save(self, path: Path) -> None:
-        """Write an .npz file under its final name in one step."""
+        """Write an .npz file under its final name in one step.
+
+        Raises:
+            DeviceError: the disk is full or broken.
+        """
         part = path.with_name(path.name + ".partial")
-        with part.open("wb") as file:
-            np.savez(file, key=np.array(self.key), hidden=self.hidden)
-        part.replace(path)
+        try:
+            with disk_errors(path, self.hidden.nbytes):
+                with part.open("wb") as file:
+                    np.savez(file, key=np.array(self.key), hidden=self.hidden)
+                part.replace(path)
+        except BaseException:
+            part.unlink(missing_ok=True)
+            raise
 
     @classmethod
     def load(cls, path: Path, key: str) -> ReferenceStates | None:
-        """What `save` wrote, or None: no such file, a broken one, or one with another key."""
+        """What `save` wrote, or None: no such file, or one with another key.
+
+        Raises:
+            UsageError: the file is something else, which `save` would replace.
+        """
+        if not path.exists():
+            return None
         try:
             with path.open("rb") as file, np.load(file, allow_pickle=False) as data:
-                if data["key"].item() == key:
-                    return cls(key, data["hidden"])
-        except (OSError, EOFError, ValueError, KeyError, BadZipFile):
-            pass
-        return None
+                found = data["key"].item()
+                return cls(key, data["hidden"]) if found == key else None
+        except (OSError, EOFError, ValueError, KeyError, BadZipFile, AttributeError) as error:
+            raise UsageError(
+                f"{path}: holds no states of a reference; remove it or give another file"
+            ) from error
+
+    @classmethod
+    def require_place(cls, path: Path) -> None:
+        """Refuse before a long computation a place where `save` would fail behind it.
+
+        Raises:
+            UsageError: no file can be written there, or another one would be lost.
+        """
+        if path.is_dir() or not path.parent.is_dir():
+            there = "is a folder" if path.is_dir() else "there is no such folder; make it"
+            raise UsageError(f"--reference-states {path}: {there}")
+        if not os.access(path.parent, os.W_OK):
+            raise UsageError(f"--reference-states {path}: its folder cannot be written into")
+        cls.load(path, "")
 
 
 def states_key(

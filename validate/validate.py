@@ -13,6 +13,7 @@ from uq.errors import UsageError
 from uq.formats.chat import Render
 from uq.kernels.backends import device_numerics, open_reference, open_session
 from uq.kernels.numerics import ACTIVATIONS, KV, Numerics
+from uq.kernels.session import require_context
 from uq.progress import Progress, SilentProgress
 from uq.validate.assembly import NO_CLOCK, Measured, make_report
 from uq.validate.bandwidth import Ceiling
@@ -88,8 +89,8 @@ class ValidateOptions:
     def __post_init__(self) -> None:
         if self.min_tps is not None and not self.speed:
             raise UsageError("--min-tps needs a speed; leave --no-speed out")
-        if self.states is not None and not self.states.parent.is_dir():
-            raise UsageError(f"--reference-states {self.states}: there is no such folder; make it")
+        if self.states is not None:
+            ReferenceStates.require_place(self.states)
 
     @property
     def cache_length(self) -> int:
@@ -121,6 +122,9 @@ def validate(
     progress = progress or SilentProgress()
     numerics = Numerics(ACTIVATIONS[options.activations], KV[options.kv])
     numerics.check(bundle.config)
+    require_context("--context", options.context, bundle.config)
+    if options.speed:
+        require_context("--prompt and --generate", options.prompt + options.generate, bundle.config)
     checkpoint, warnings = find_reference(bundle.manifest, reference, keep=options.keep)
     text = read_text(options.text)
     tokens = windows(bundle.tokenizer(), text, options.context, options.max_chunks, options.render)

@@ -77,6 +77,8 @@ def open_checkpoint(
         HubError, ToolMissing: the Hub refused or could not be reached; the demo is not installed.
     """
     name, path = str(source), Path(source)
+    if not name:
+        raise UsageError("the model's name is empty; give a folder, a GGUF file or a Hub id")
     if path.is_dir() or path.is_file() or name == DEMO:
         if revision is not None:
             raise UsageError(f"{name}: --revision applies to a Hub id only")
@@ -87,6 +89,9 @@ def open_checkpoint(
         return _open_demo() if name == DEMO else _open_gguf(path, Source("gguf", name))
     if is_hub_id(name):
         return _open_hub(name, revision, stream)
+    base, _, branch = name.partition("@")
+    if branch and is_hub_id(base):
+        raise UsageError(f"{name}: give the revision by itself: {base} --revision {branch}")
     raise UsageError(
         f"{name}: no such folder or file; a model is a folder with config.json and safetensors, "
         f"a GGUF file, a Hub id such as google/gemma-3-1b-it, or {DEMO}"

@@ -139,7 +139,9 @@ def index_shards(path: Path) -> dict[str, str]:
         shards = parse_json(read_small(path), path.name, CheckpointError)["weight_map"]
         items = {str(name): str(file) for name, file in shards.items()}
     except (KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError(f"{path.name}: not a safetensors index: {error!r:.99}") from error
+        raise CheckpointError(
+            f"{path.name}: not a safetensors index: it has no weight_map of names and files"
+        ) from error
     for file in items.values():
         if Path(file).name != file or "\0" in file:
             raise CheckpointError(f"{path.name}: shard {file[:99]!r} is not a plain file name")

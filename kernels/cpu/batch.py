@@ -66,7 +66,10 @@ class CpuBatch(CpuSession):
         """
         super().__init__(config, source, max_context=max_context, threads=threads)
         if not 1 <= slots <= self._block:
-            raise UsageError(f"{slots} sequences at a time; use 1 to {self._block}")
+            raise UsageError(
+                f"{slots} sequences at a time; use 1 to {self._block} for contexts of "
+                f"{max_context} tokens"
+            )
         self.slots, self.block = slots, self._block
         shapes = layer_shapes(config, max_context, self._block)
         self._keys, self._values = (

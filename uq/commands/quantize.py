@@ -16,6 +16,7 @@ from uq.commands.arguments import (
     calibration_device,
     names,
     nbytes,
+    real,
     scheduler,
     whole,
 )
@@ -59,7 +60,7 @@ def _add_grids(parser: argparse.ArgumentParser) -> None:
     )
     grid.add_argument(
         "--bpw",
-        type=float,
+        type=real(0, above=True),
         metavar="B",
         help="bits per weight of the whole model, spent where they matter, e.g. 6.5",
     )

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from uq.commands.arguments import SCHEDULER_HELP, scheduler, whole, whole_or_all
+from uq.commands.arguments import SCHEDULER_HELP, real, scheduler, whole, whole_or_all
 from uq.commands.quantize import METHODS, RECIPES
 from uq.errors import UsageError
 from uq.instruct import FORMATS
@@ -18,7 +19,11 @@ if TYPE_CHECKING:
     from uq.quantize.farm import Farm
     from uq.sweep import Outcome, Trial
 
-KINDS = {"bpw": float, "group": int, "method": str}  # what may stand behind a recipe's name
+KINDS: dict[str, Callable[[str], Any]] = {
+    "bpw": real(0, above=True),
+    "group": int,
+    "method": str,
+}  # what may stand behind a recipe's name
 DEFAULT = ("int4-small", "int4", "int5", "int6", "int8")
 
 
@@ -83,7 +88,7 @@ def recipe(text: str) -> str:
     """`int4`, `int4,method=rtn`, `bpw=5.5,group=64`, checked."""
     try:
         parts(text)
-    except ValueError as error:
+    except (ValueError, argparse.ArgumentTypeError) as error:
         raise argparse.ArgumentTypeError(f"'{text}': {error}") from None
     return text
 
@@ -103,6 +108,8 @@ def parts(text: str) -> dict[str, Any]:
             raise ValueError(f"{part} is not one of {', '.join(RECIPES)}, bpw=, group=, method=")
         elif key == "method" and value not in METHODS:
             raise ValueError(f"method {value} is not one of {', '.join(METHODS)}")
+        elif key in found:
+            raise ValueError(f"{key} is given twice")
         else:
             found[key] = KINDS[key](value)
     if ("recipe" in found) == ("bpw" in found):

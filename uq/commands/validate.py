@@ -71,7 +71,7 @@ def run(args: argparse.Namespace) -> int:
     from uq.formats.checkpoint import open_checkpoint
     from uq.kernels.backends import first_run_note
     from uq.progress import terminal_progress
-    from uq.validate.files import HTML_NAME, save_report
+    from uq.validate.files import HTML_NAME, require_savable, save_report
     from uq.validate.table import format_report, wants_colour
     from uq.validate.validate import ValidateOptions, validate
 
@@ -95,6 +95,9 @@ def run(args: argparse.Namespace) -> int:
         command=args.command_line,
     )
     bundle = open_bundle(args.bundle)
+    save = not args.no_save and args.bundle.exists()  # a download stays as it came
+    if save:
+        require_savable(bundle.path)
     reference = None
     if args.reference:
         reference = open_checkpoint(args.reference, revision=args.revision, stream=not args.keep)
@@ -103,15 +106,14 @@ def run(args: argparse.Namespace) -> int:
     with chat_render(args.text_format, *described(bundle)) as render:
         options = replace(options, render=render)
         report = validate(bundle, reference, options, terminal_progress())
-    save = not args.no_save and args.bundle.exists()  # a download stays as it came
-    if save:
-        save_report(report, bundle.path)
     if args.json:
         print(json.dumps(report.to_json(), indent=1, ensure_ascii=False))
     else:
         print(format_report(report, colour=wants_colour(sys.stdout)))
-        if save:
-            print(f"\nreport: {bundle.path / HTML_NAME}")
+    if save:
+        save_report(report, bundle.path)
+    if save and not args.json:
+        print(f"\nreport: {bundle.path / HTML_NAME}")
     sys.stdout.flush()
     report.check()
     return 0

@@ -15,7 +15,7 @@ from uq.text import table
 from uq.validate.table import GREEN, PLAIN, RED, YELLOW
 
 BOLD, FAINT = "\x1b[1m", "\x1b[2m"
-WIDEST = 100
+NARROWEST, WIDEST = 16, 100
 MARKS = {Level.OK: "✓", Level.NOTE: "·", Level.WARNING: "!", Level.PROBLEM: "✗"}
 IN_ASCII = str.maketrans("✓·✗", "+-x")
 COLOURS = {Level.OK: GREEN, Level.NOTE: FAINT, Level.WARNING: YELLOW, Level.PROBLEM: RED}
@@ -80,7 +80,8 @@ def _finding(finding: Finding, pen: Pen) -> Iterator[str]:
 
 
 def _block(text: str, mark: str, hang: int = 0) -> list[str]:
-    width = min(WIDEST, shutil.get_terminal_size((WIDEST, 24)).columns) - 4
+    columns = shutil.get_terminal_size((WIDEST, 24)).columns
+    width = max(NARROWEST, min(WIDEST, columns) - 4)
     lines = textwrap.wrap(
         text, width, subsequent_indent=" " * hang, break_long_words=False, break_on_hyphens=False
     )

@@ -178,6 +178,7 @@ def draft_gguf(bundle: Bundle, options: ExportOptions, losses: Losses) -> Draft:
     require_known(bundle.config)
     storage = Storage(options.dtype, options.allow_rounding)
     tensors = gguf_tensors(bundle, losses, storage)
+    bundle.tokenizer()  # says what is wrong with a broken one
     scored = not takes_merges(bundle.config)
     words = vocabulary(bundle.asset(TOKENIZER), bundle.config.vocab_size, scored=scored)
     left_out: tuple[str, ...] = () if TOWERS not in bundle.manifest.files else (TOWERS_LEFT,)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from uq.errors import BundleError, HubError
+from uq.errors import BundleError, HubError, UsageError
 from uq.formats.bundle import Bundle, open_bundle
 from uq.formats.checkpoint.demo import BASE_MODEL, DEMO
 from uq.formats.checkpoint.hub import explain, http_error, quiet_unless_terminal
@@ -84,7 +84,7 @@ def prepare(
     problems += missing_fields(data)
     extra: dict[str, bytes] = {"NOTICE": f"{NOTICE}\n".encode()}
     if terms is not None:
-        extra[f"{TERMS}{terms.suffix}"] = terms.read_bytes()
+        extra[f"{TERMS}{terms.suffix}"] = read_terms(terms)
     card = ""
     if report is not None:
         problems += report_problems(bundle, report)
@@ -102,6 +102,17 @@ def prepare(
         problems += found
     warnings = tuple(_warnings(report, files))
     return Publication(bundle, target, files, card, tuple(problems), warnings, remote)
+
+
+def read_terms(path: Path) -> bytes:
+    """Raises UsageError: there is nothing in it to publish."""
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise UsageError(f"--terms {path}: cannot be read: {error.strerror}") from None
+    if not data.strip():
+        raise UsageError(f"--terms {path}: is empty; save the terms into it")
+    return data
 
 
 def base_of(bundle: Bundle) -> str | None:

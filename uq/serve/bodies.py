@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 TokenId = Annotated[int, Field(ge=0, strict=True)]
 MAX_LOGPROBS = 20
@@ -46,6 +46,14 @@ class Body(BaseModel):
     metadata: Mapping[str, Any] | None = None
     store: bool | None = None
     service_tier: str | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def without_null(cls, data: Any) -> Any:
+        """Clients write null for what they leave to the server."""
+        if not isinstance(data, dict):
+            return data
+        return {key: value for key, value in data.items() if value is not None}
 
     @property
     def stops(self) -> tuple[str, ...]:
