@@ -227,6 +227,8 @@ REFUSED: list[tuple[str, dict[str, Any], str]] = [
     ("gemma", {"head_dim": None}, "head_dim is None"),
     ("gemma", {"rms_norm_eps": -1}, "rms_norm_eps is -1"),
     ("gemma", {"bos_token_id": "2"}, "bos_token_id is '2'; expected a token id"),
+    ("gemma", {"tie_word_embeddings": "yes"}, "tie_word_embeddings is 'yes'; expected true or f"),
+    ("gemma4_text", {"enable_moe_block": 1}, "enable_moe_block is 1; expected true or false"),
     ("gemma", {"is_causal": False}, "is_causal is False; expected true"),
     ("gemma2", {"is_causal": None}, "is_causal is None; expected true"),
     ("gemma4_text", {"is_causal": False}, "is_causal is False; expected true"),

@@ -395,3 +395,18 @@ def test_repository_without_a_bundle_says_what_to_do(
 ) -> None:
     assert main(["generate", BASE, "-p", "the"]) == 1
     assert f"make a bundle of it with: uq quantize {BASE}" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("content", [None, " \n"])
+def test_terms_that_are_none_are_refused(
+    hub: HubServer,
+    bundle: Path,
+    tmp_path: Path,
+    content: str | None,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    terms = tmp_path / "terms.md"
+    if content is not None:
+        terms.write_text(content)
+    assert publish(bundle, "--terms", str(terms)) == 2
+    assert capsys.readouterr().err.startswith(f"uq: --terms {terms}: ")

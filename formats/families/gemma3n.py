@@ -84,7 +84,7 @@ def _altup(keys: Keys) -> AltUp:
     active = keys.data.get("altup_active_idx", 0)
     if type(active) is not int or not 0 <= active < streams:
         raise keys.refuse("altup_active_idx", f"one of the {streams} streams, from 0")
-    return AltUp(streams, active, scaled=bool(keys.data.get("altup_correct_scale", True)))
+    return AltUp(streams, active, scaled=keys.flag("altup_correct_scale", default=True))
 
 
 def _sparsity(keys: Keys, layers: int) -> tuple[float, ...]:

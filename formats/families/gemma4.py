@@ -94,7 +94,7 @@ def _read(keys: Keys, variant: Variant) -> GemmaConfig:
             head_dim=heads["head_dim"],
             num_kv_heads=heads["num_key_value_heads"],
             rotary_pairs=int(fraction * heads["head_dim"] // 2),
-            key_is_value=bool(keys.data.get("attention_k_eq_v")),
+            key_is_value=keys.flag("attention_k_eq_v"),
         ),
         intermediate_sizes=_widths(keys, sizes["intermediate_size"], layers, shared),
         kv_shared_layers=shared,
@@ -123,7 +123,7 @@ def _full_layers(keys: Keys, types: tuple[str, ...], sizes: Mapping[str, Any]) -
     heads = {"num_key_value_heads": sizes["num_kv_heads"], "head_dim": sizes["head_dim"]}
     if "per_layer_config" not in keys.data:
         heads["head_dim"] = keys.integer("global_head_dim", GLOBAL_HEAD_DIM)
-        if keys.data.get("attention_k_eq_v") and keys.data.get("num_global_key_value_heads"):
+        if keys.flag("attention_k_eq_v") and keys.data.get("num_global_key_value_heads"):
             heads["num_key_value_heads"] = keys.integer("num_global_key_value_heads", 1)
         return heads
     nested = Keys(f"{keys.file}: per_layer_config", keys.object("per_layer_config"))
@@ -152,7 +152,7 @@ def _full_rope(keys: Keys, parameters: JSON) -> tuple[float, float]:
 
 
 def _widths(keys: Keys, size: int, layers: int, shared: int) -> tuple[int, ...]:
-    if not shared or not keys.data.get("use_double_wide_mlp"):
+    if not shared or not keys.flag("use_double_wide_mlp"):
         return ()
     return (size,) * (layers - shared) + (2 * size,) * shared
 
@@ -167,7 +167,7 @@ def _per_layer(keys: Keys) -> PerLayerEmbedding | None:
 
 
 def _experts(keys: Keys) -> Experts | None:
-    if not keys.data.get("enable_moe_block"):
+    if not keys.flag("enable_moe_block"):
         return None
     needed = ("num_experts", "top_k_experts", "moe_intermediate_size")
     if missing := [name for name in needed if keys.data.get(name) is None]:

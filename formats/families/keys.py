@@ -38,6 +38,14 @@ class Keys:
             raise self.refuse(key, "a positive number")
         return float(value)
 
+    def flag(self, key: str, *, default: bool = False) -> bool:
+        value = self.data.get(key)
+        if value is None:
+            return default
+        if type(value) is not bool:
+            raise self.refuse(key, "true or false")
+        return value
+
     def optional(self, key: str, default: float | None) -> float | None:
         if self.data.get(key, default) is None:
             return None

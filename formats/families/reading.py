@@ -42,7 +42,7 @@ def sizes(keys: Keys, defaults: Defaults) -> dict[str, Any]:
         "num_kv_heads": keys.integer("num_key_value_heads", defaults.num_kv_heads),
         "head_dim": keys.integer("head_dim", 256),
         "rms_norm_eps": keys.number("rms_norm_eps", 1e-6),
-        "tied_head": bool(keys.data.get("tie_word_embeddings", True)),
+        "tied_head": keys.flag("tie_word_embeddings", default=True),
         "max_position_embeddings": keys.integer("max_position_embeddings", defaults.max_positions),
         "bos_token_id": keys.token("bos_token_id", 2),
         "eos_token_ids": keys.tokens("eos_token_id") or (1,),
