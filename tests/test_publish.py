@@ -408,5 +408,5 @@ def test_terms_that_are_none_are_refused(
     terms = tmp_path / "terms.md"
     if content is not None:
         terms.write_text(content)
-    assert publish(bundle, "--terms", str(terms)) == 2
+    assert publish(bundle, REPO, "--terms", str(terms)) == 2
     assert capsys.readouterr().err.startswith(f"uq: --terms {terms}: ")
