@@ -211,8 +211,15 @@ def test_network_that_is_down(
     answer(fail)
     monkeypatch.setattr("time.sleep", lambda seconds: None)
     message = hub_error()
-    assert "no route to host" in message
-    assert PAGE in message
+    assert message == (f"{REPO}: cannot reach the Hub (no route to host) to get {PAGE}; try again")
+
+
+def test_a_token_that_the_hub_refuses(answer: Callable[[Respond], None]) -> None:
+    answer(refuse(401, message="Invalid credentials in Authorization header"))
+    assert hub_error() == (
+        f"{REPO}: the Hub refuses the token; set HF_TOKEN to one from "
+        "https://huggingface.co/settings/tokens"
+    )
 
 
 OPEN = "import sys; from uq.formats.checkpoint import open_checkpoint as o; print(o(sys.argv[1]))"

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 
 from uq.errors import DeviceError
-from uq.kernels.vulkan.api import constant
+from uq.kernels.vulkan.api import constant, create
 from uq.kernels.vulkan.device import Gpu, choose
 from uq.kernels.vulkan.heaps import LOCAL, Heap, Heaps, MemoryType
 from uq.kernels.vulkan.memory import CACHED, HOST, Slab
@@ -62,10 +63,21 @@ def test_what_the_host_reads_is_cached_where_that_is_possible() -> None:
     assert RADV.fitting(GIB, ALL, HOST) == [1, 2, 3]
 
 
-def test_a_buffer_that_the_driver_has_no_room_for_is_refused() -> None:
-    physical = replace(choose())
-    physical.__dict__["largest_buffer"] = GIB
-    gpu = Gpu(physical)
-    with pytest.raises(DeviceError, match=r"2\.0 GiB are needed at once, its driver gives 1\.0"):
-        Slab(gpu, 2 * GIB, LOCAL)
+def test_what_the_driver_gives_not_is_explained(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is asked first: some give more at once than they promise."""
+
+    def refuse(function: str, *arguments: Any) -> Any:
+        if function == "AllocateMemory":
+            raise DeviceError("out of device memory")
+        return create(function, *arguments)
+
+    monkeypatch.setattr("uq.kernels.vulkan.memory.create", refuse)
+    gpu = Gpu(replace(choose()))
+    for most, message in (
+        (GIB // 4, r"0\.5 GiB are needed at once, its driver gives 0\.2; use fewer bits"),
+        (GIB, r"has no 512 MiB left of its \d+\.\d GiB; close other programs"),
+    ):
+        gpu.physical.__dict__["largest_allocation"] = most
+        with pytest.raises(DeviceError, match=message):
+            Slab(gpu, GIB // 2, LOCAL)
     gpu.close()

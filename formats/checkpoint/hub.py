@@ -124,9 +124,13 @@ def explain(repo: str, revision: str | None, error: BaseException) -> str:
         case LocalEntryNotFoundError():
             cause = error.__cause__ or error
             return f"{repo}: cannot reach the Hub ({_line(cause)}) to get {page}; try again"
+        case HfHubHTTPError() if error.response.status_code == 401:
+            return f"{repo}: the Hub refuses the token; set HF_TOKEN to one from {TOKENS}"
         case HfHubHTTPError():
             status = error.response.status_code
             return f"{repo}: the Hub answered {status} for {page} ({_line(error)})"
+    if isinstance(error, http_error()):
+        return f"{repo}: cannot reach the Hub ({_line(error)}) to get {page}; try again"
     return f"{repo}: failed at {page}: {_line(error)}"
 
 

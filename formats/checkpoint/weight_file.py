@@ -107,6 +107,6 @@ def disk_reads(path: Path, what: str) -> Iterator[None]:
         raise CheckpointError(f"{path}: is gone; put it back") from error
     except OSError as error:
         raise DeviceError(
-            f"{path}: cannot read {what}: {error.strerror or error}; see to the disk, then run the "
-            "same command again"
+            f"{path}: cannot read {what}: {error.strerror or error}; see to the file and its "
+            "disk, then run the same command again"
         ) from error

@@ -19,7 +19,7 @@ from uq.kernels.vulkan.api import (
     new,
     text,
 )
-from uq.kernels.vulkan.heaps import BUDGET, Heaps, heaps_of, largest_buffer
+from uq.kernels.vulkan.heaps import BUDGET, Heaps, heaps_of, largest_allocation
 
 OLDEST, NEWEST = (1, 2), (1, 3)  # what a driver must offer, and what is used of newer ones
 SMALLEST_SUBGROUP = 8
@@ -109,9 +109,9 @@ class PhysicalGpu:
         return heaps_of(self.handle, self.kind, budget=BUDGET in self.extensions)
 
     @cached_property
-    def largest_buffer(self) -> int:
-        """Bytes that one buffer may have."""
-        return largest_buffer(self.handle)
+    def largest_allocation(self) -> int:
+        """Bytes that one allocation may have, by what the driver promises."""
+        return largest_allocation(self.handle)
 
     @cached_property
     def switches(self) -> dict[str, frozenset[str]]:

@@ -106,11 +106,9 @@ def heaps_of(handle: Any, kind: str, *, budget: bool = False) -> Heaps:
     )
 
 
-def largest_buffer(handle: Any) -> int:
-    """Bytes that one buffer and its memory may have."""
-    buffers = new("PhysicalDeviceMaintenance4Properties")
-    allocations = new("PhysicalDeviceMaintenance3Properties", pNext=buffers)
+def largest_allocation(handle: Any) -> int:
+    """Bytes that one allocation may have, by what the driver promises."""
+    allocations = new("PhysicalDeviceMaintenance3Properties")
     properties = new("PhysicalDeviceProperties2", pNext=allocations)
     call("GetPhysicalDeviceProperties2", handle, properties)
-    limits = (int(allocations.maxMemoryAllocationSize), int(buffers.maxBufferSize))
-    return min(limit for limit in limits if limit) if any(limits) else 1 << 62
+    return int(allocations.maxMemoryAllocationSize)

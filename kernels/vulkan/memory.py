@@ -53,11 +53,6 @@ class Slab:
 
     def __init__(self, gpu: Gpu, nbytes: int, properties: tuple[str, ...]) -> None:
         self._gpu = gpu
-        if nbytes > (most := gpu.physical.largest_buffer):
-            raise DeviceError(
-                f"{gpu.physical.name}: {nbytes / 2**30:.1f} GiB are needed at once, its driver "
-                f"gives {most / 2**30:.1f}; use fewer bits, a shorter context or --device cpu"
-            )
         null = binding().ffi.NULL
         usage = sum(constant(name) for name in USAGES)
         info = new("BufferCreateInfo", size=nbytes, usage=usage)
@@ -235,8 +230,14 @@ def _allocate(gpu: Gpu, needs: Any, properties: tuple[str, ...]) -> Any:
         )
         with suppress(DeviceError):
             return create("AllocateMemory", "VkDeviceMemory", gpu.device, info, binding().ffi.NULL)
+    nbytes, most = needs.size, gpu.physical.largest_allocation
+    if nbytes > most:  # some drivers give more than they promise
+        raise DeviceError(
+            f"{gpu.physical.name}: {nbytes / 2**30:.1f} GiB are needed at once, its driver gives "
+            f"{most / 2**30:.1f}; use fewer bits, a shorter context or --device cpu"
+        )
     raise DeviceError(
-        f"{gpu.physical.name} has no {needs.size / 2**20:.0f} MiB left of its "
+        f"{gpu.physical.name} has no {nbytes / 2**20:.0f} MiB left of its "
         f"{gpu.physical.memory / 2**30:.1f} GiB; close other programs that use it, use fewer bits, "
         "a shorter context or --device cpu"
     )
