@@ -91,6 +91,8 @@ def quantize(
         source.skip(writer)
         # A model without tokenizer is refused before a shard is written.
         writer.confirm("asset", {n: sha256(data).hexdigest() for n, data in assets().items()})
+        for part in checkpoint.left_out:
+            progress.note(f"left out: {part}")
         if job.towers and (note := missing_processor(assets())):
             progress.note(note)
         _write_shards(source, writer, writing, progress)

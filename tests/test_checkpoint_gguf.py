@@ -205,6 +205,7 @@ REFUSED: list[tuple[str, dict[str, Any], str]] = [
     ("gemma2", {"rope.scaling.factor": 4.0}, "RoPE scaling 'linear' by 4 is not supported"),
     ("gemma3", {"attention.head_count_kv": 3}, "4 attention heads do not divide by 3"),
     ("gemma3", {"attention.head_count": "4"}, "attention.head_count is '4'; expected a number"),
+    ("gemma3", {"attention.causal": False}, "attention.causal is False; expected true"),
     ("gemma3", {"feed_forward_length": [512, 256]}, "feed_forward_length is array"),
     ("gemma3", {"feed_forward_length": 1024}, "shape (512, 256), expected (1024, 256)"),
     ("gemma3", {"!split.count": 2}, "llama-gguf-split --merge"),

@@ -224,6 +224,18 @@ def test_a_disk_that_is_full_behind_the_work_costs_the_report_alone(
     assert err.endswith("uq: no space left on the disk; free some and run it again\n")
 
 
+def test_what_the_model_does_not_use_is_said(
+    tiny_checkpoint: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    name = "model.layers.0.self_attn.q_proj.bias"
+    model = tiny_checkpoint(extra={name: np.full(128, 5, np.float32)})
+    assert main(["quantize", str(model), "-o", str(tmp_path / "b"), "--method", "rtn"]) == 0
+    line = f"left out: tensors that the model does not use: 1, 256 bytes, e.g. {name}"
+    assert line in capsys.readouterr().err.splitlines()
+    assert main(["inspect", str(tmp_path / "b")]) == 0
+    assert line in capsys.readouterr().out.splitlines()
+
+
 @pytest.mark.parametrize("content", [b"", b"too short", b"\xff\xfe\x00 not UTF-8"])
 def test_a_calibration_text_that_is_no_use_is_refused(
     content: bytes, tiny_checkpoint: Callable[..., Path], tmp_path: Path, refused: Refused

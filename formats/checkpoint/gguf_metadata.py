@@ -71,6 +71,8 @@ class Metadata:
 def common(meta: Metadata) -> dict[str, Any]:
     """Fields of `GemmaConfig` that every architecture has under the same keys."""
     file, defaults = meta.file, meta.defaults
+    if not (causal := meta.get("attention.causal", True)):
+        raise meta.refuse("attention.causal", shown(causal), "true; text is causal here")
     layers = meta.integer("block_count", most=MAX_LAYERS)
     types, window = _windows(meta, layers)
     theta, local_theta, scaling = _rope(meta)
