@@ -385,9 +385,12 @@ def test_network_that_is_down(
     hub: HubServer, bundle: Path, capsys: pytest.CaptureFixture[str], pauses: list[float]
 ) -> None:
     hub.fail("GET", "/api/", status=503, times=inf)
-    assert publish(bundle) == 1
-    last = capsys.readouterr().err.splitlines()[-1]
-    assert last.startswith(f"uq: {REPO}: the Hub answered 503")
+    assert publish(bundle, REPO, "--dry-run") == 1
+    out, err = capsys.readouterr()
+    assert NOTICE in out and "README.md" in out  # what can be looked at all the same
+    *_, problem, last = err.splitlines()
+    assert problem.startswith(f"problem: {REPO}: the Hub answered 503")
+    assert last == f"uq: {REPO}: 1 problem, see above"
 
 
 def test_repository_without_a_bundle_says_what_to_do(

@@ -73,7 +73,7 @@ def prepare(
 
     Raises:
         BundleError: the folder is not a bundle, or a broken one.
-        HubError: the Hub cannot be reached.
+        UsageError: the terms cannot be read, or are empty.
     """
     quiet_unless_terminal()
     bundle = open_bundle(path, verify="lazy")
@@ -98,7 +98,10 @@ def prepare(
     problems += file_problems(files)
     remote = Remote()
     if not any(name_problems(target.repo)):
-        found, remote = _ask(bundle, target, base)
+        try:
+            found, remote = _ask(bundle, target, base)
+        except HubError as error:  # the card and the files can be looked at all the same
+            found = [str(error)]
         problems += found
     warnings = tuple(_warnings(report, files))
     return Publication(bundle, target, files, card, tuple(problems), warnings, remote)
