@@ -12,7 +12,7 @@ import subprocess
 import sys
 import threading
 from argparse import ArgumentTypeError, Namespace
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -98,6 +98,17 @@ def test_debug_adds_the_traceback(
     assert err.startswith("Traceback") and err.endswith("\nuq: broken\n")
 
 
+@pytest.fixture
+def usual() -> Iterator[None]:
+    """Nothing is ignored, though a shell lets what it starts with `&` ignore Ctrl-C."""
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    before = {number: signal.signal(number, signal.SIG_DFL) for number in numbers}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+@pytest.mark.usefixtures("usual")
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_a_signal_is_an_interrupt(
     number: signal.Signals,
@@ -128,6 +139,7 @@ def test_a_signal_that_is_ignored_stays_so(command: Callable[[Callable[[], int]]
     signal.signal(signal.SIGHUP, before)
 
 
+@pytest.mark.usefixtures("usual")
 @pytest.mark.parametrize("kind", [BarProgress, LineProgress])
 def test_an_interrupt_that_was_swallowed_ends_the_next_step(
     kind: type[BarProgress] | type[LineProgress], command: Callable[[Callable[[], int]], None]
