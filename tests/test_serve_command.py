@@ -117,3 +117,12 @@ def test_a_key_file_that_holds_no_key_is_refused(
 )
 def test_whether_others_can_reach_it(host: str, local: bool) -> None:
     assert ServeOptions(host=host).local is local
+
+
+@pytest.mark.parametrize("command", ["serve", "chat"])
+def test_a_template_that_is_broken_is_refused_at_the_start(
+    bundle: Bundle, tmp_path: Path, command: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "t.jinja").write_text("{% if %}")
+    assert main([command, str(bundle.path), "--template", str(tmp_path / "t.jinja")]) == 1
+    assert capsys.readouterr().err.splitlines()[-1].startswith("uq: chat template: TemplateSy")

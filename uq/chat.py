@@ -112,6 +112,14 @@ class ChatTemplate:
             raise BundleError(f"chat template: {' '.join(answer['error'].split())[:500]}")
         return str(answer["text"])
 
+    def try_out(self) -> None:
+        """Render a message of a user, before anybody waits for an answer.
+
+        Raises:
+            BundleError: as `render`.
+        """
+        self.render([{"role": "user", "content": "hello"}])
+
     def close(self) -> None:
         """End the process; a later rendering starts a new one."""
         if self._worker is not None and self._pipe is not None:

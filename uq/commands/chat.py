@@ -63,6 +63,8 @@ def run(args: argparse.Namespace) -> int:
     model = open_bundle(args.bundle)
     with ChatTemplate.of(model, read_template(args.template)) as template:
         template.start()  # it gets ready while the model is loaded
+        if args.template is not None:
+            template.try_out()
         if note := first_run_note(args.device):
             print(note, file=sys.stderr)
         context = min(args.context, model.config.max_position_embeddings)

@@ -169,6 +169,8 @@ def running(bundle: Bundle, options: ServeOptions) -> Iterator[Server]:
         template = find_template(bundle, options.template)
         if template is not None:
             stack.enter_context(template).start()
+        if template is not None and options.template is not None:
+            template.try_out()
         thread = stack.enter_context(ThreadPoolExecutor(1, "uq-engine"))
         session = thread.submit(
             open_batch, bundle, options.device, slots=options.parallel, max_context=context,
