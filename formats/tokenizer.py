@@ -62,6 +62,11 @@ class Tokenizer:
         inner.post_processor = inner.decoder = None
         return cls(inner, bos, eos)
 
+    @property
+    def longest(self) -> int:
+        """Bytes of text that a token stands for, at most."""
+        return max(len(token.encode()) for token in self.inner.get_vocab(with_added_tokens=True))
+
     def encode(self, text: str, *, bos: bool = True, special: bool = True) -> list[int]:
         """Token ids of a text.
 

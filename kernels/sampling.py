@@ -33,8 +33,9 @@ def candidates(
 ) -> tuple[NDArray[np.intp], NDArray[np.float64]]:
     """Ids that can be drawn, rising, and their probabilities, which sum to 1."""
     ids = greatest(logits, sampling.top_k or logits.size)
-    scaled = logits[ids].astype(np.float64) / sampling.temperature
-    weights = np.exp(scaled - scaled.max())
+    exact = logits[ids].astype(np.float64)
+    with np.errstate(over="ignore"):  # the rest of a tiny temperature has no weight
+        weights = np.exp((exact - exact.max()) / sampling.temperature)
     probabilities = weights / weights.sum()
     if sampling.top_p >= 1:
         return ids, probabilities

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from uq.errors import UsageError
 from uq.formats.chat import Render
 
+RESUMES = ("auto", "restart", "require")
 IN_ORDER, INDEPENDENTLY = CALIBRATE_LAYERS = ("in-order", "independently")
 
 
@@ -48,6 +50,20 @@ class QuantizeOptions:
     resume: str = "auto"
     towers: str = "keep"
     render: Render | None = None
+
+    def __post_init__(self) -> None:
+        """Raises UsageError: a value that the work cannot be done with."""
+        if self.calibration_tokens < 1 or self.calibration_length < 2:
+            raise UsageError(
+                f"{self.calibration_tokens} calibration tokens in sequences of "
+                f"{self.calibration_length}; use 1 or more, in sequences of 2 or more"
+            )
+        for name, least in (("threads", 1), ("calibration_seed", 0), ("max_memory", 1)):
+            value = getattr(self, name)
+            if value is not None and value < least:
+                raise UsageError(f"{name} {value}; use {least} or more")
+        if self.resume not in RESUMES:
+            raise UsageError(f"resume {self.resume!r} is not known; use {', '.join(RESUMES)}")
 
     @property
     def independent(self) -> bool:

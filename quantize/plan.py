@@ -235,6 +235,8 @@ def make_plan(
         UsageError: an unknown group, method or target, a group that does not divide the columns of
             a tensor, or a number of bits that needs a method with calibration.
     """
+    if recipe not in RECIPES:
+        raise UsageError(f"recipe {recipe!r} is not known; use {_either(RECIPES)}")
     tables = config.table_shapes()
     rules = _with_group(RECIPES[recipe], group, math.gcd(*(cols for _, cols in tables.values())))
     chosen = rules.method if method == "auto" else _checked_method(method)
@@ -250,6 +252,8 @@ def make_plan(
     for name, tensor in tensors.items():
         _check_group(name, columns[name], tensor.spec.group)
     plan = Plan(recipe, tensors, rules.gptq)
+    if bpw is not None and group is not None:
+        raise UsageError("--bpw chooses the groups, too; leave --group out")
     if bpw is not None:
         return _within(config, plan, bpw)
     if rules.mixed and group is None and chosen == "gptq":
@@ -327,6 +331,8 @@ def _checked_method(method: str) -> Method:
 
 
 def _layout(targets: Sequence[str]) -> str:
+    if not targets:
+        raise UsageError(f"no target; use {_either(LAYOUT_OF_TARGET)}")
     for name in targets:
         if name not in LAYOUT_OF_TARGET:
             raise UsageError(f"target {name!r} is not known; use {_either(LAYOUT_OF_TARGET)}")

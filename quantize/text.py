@@ -243,7 +243,7 @@ def _starts(tokens: int, width: int, count: int, seed: int | None) -> NDArray[np
 
 
 def _text(name: str, path: Path, share: float = 1.0) -> Text:
-    content = path.read_text("utf-8")
+    content = path.read_bytes().decode()  # line ends as they are
     if path.suffix != SUFFIX:
         return Text(name, content, share)
     conversations = read_conversations(name, content)

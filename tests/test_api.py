@@ -15,6 +15,7 @@ import pytest
 
 import uq
 from uq.cli import main
+from uq.errors import UsageError
 from uq.validate.report import Report
 
 TEXT = "the time of the world and the city in which they were not one of the first " * 30
@@ -110,3 +111,21 @@ def test_importing_uq_loads_nothing_heavy() -> None:
     code = "import sys, uq; sys.exit(str({'numpy', 'numba', 'psutil', 'tqdm'} & set(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.stderr.strip() == "set()"
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: uq.QuantizeOptions(calibration_length=1), "in sequences of 2 or more"),
+        (lambda: uq.QuantizeOptions(calibration_tokens=0), "use 1 or more"),
+        (lambda: uq.QuantizeOptions(calibration_seed=-1), "calibration_seed -1; use 0 or more"),
+        (lambda: uq.QuantizeOptions(threads=0), "threads 0; use 1 or more"),
+        (lambda: uq.QuantizeOptions(resume="x"), "resume 'x' is not known"),
+        (lambda: uq.ValidateOptions(activations="int7"), "activations 'int7'"),
+        (lambda: uq.ValidateOptions(kv="x"), "kv 'x'"),
+        (lambda: uq.ValidateOptions(max_kld=float("nan")), "max_kld is no number"),
+    ],
+)
+def test_options_that_are_none_are_refused(make: Callable[[], object], message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        make()

@@ -104,6 +104,7 @@ def test_page_escapes_names(reported: Make) -> None:
     [
         ({"reference": replace(REPORT.reference, id="other")}, "different references"),
         ({"text": replace(REPORT.text, context=1024)}, "different texts or windows"),
+        ({"text": replace(REPORT.text, format="chat")}, "different texts or windows"),
         ({"device": replace(REPORT.device, name="other")}, "different devices"),
         ({"speed": None}, "different contexts or batches"),
     ],

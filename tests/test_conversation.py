@@ -218,7 +218,7 @@ def test_a_template_of_ones_own(
 ) -> None:
     (tmp_path / "own").write_text("{{ raise_exception('as I am told') }}")
     monkeypatch.setattr(sys, "stdin", io.StringIO("the time\n"))
-    assert main(["chat", str(bundle.path), "--template", str(tmp_path / "own")]) == 0
+    assert main(["chat", str(bundle.path), "--template", str(tmp_path / "own")]) == 1
     assert "uq: chat template: TemplateError: as I am told" in capsys.readouterr().err
     assert main(["chat", str(bundle.path), "--template", str(tmp_path / "none")]) == 2
     assert "--template" in capsys.readouterr().err

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -87,6 +88,39 @@ def test_a_rewound_sequence_is_as_good_as_new(bundle: Bundle, length: int) -> No
     other = random_tokens(20, seed=1)
     hidden = session.extend([Piece(0, [3]), Piece(1, other)])[1:]
     np.testing.assert_array_equal(hidden, alone(bundle, text[:kept] + other)[kept:])
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_sequences_rewound_again_and_again_are_as_good_as_new(bundle: Bundle, seed: int) -> None:
+    """What was overwritten in the rings stays lost, however short the sequence is made."""
+    session = batch(bundle, slots=1, max_context=1300)
+    rng = random.Random(seed)
+    text = random_tokens(1200, seed)
+    reused = 0
+    for first in range(0, 1200, 400):
+        session.extend([Piece(0, text[first : first + 400])])
+    for step in range(12):
+        length = rng.randrange(len(text) // 2, len(text) + 1)
+        kept = session.rewind(0, length)
+        assert kept in (0, length)
+        reused += kept > 0
+        new = random_tokens(rng.choice([1, 10, 60]), 100 * seed + step)
+        text = text[:kept] + new
+        hidden = session.extend([Piece(0, new)])
+        np.testing.assert_array_equal(hidden, alone(bundle, text)[kept:])
+    assert reused
+
+
+def test_what_is_lost_for_a_sequence_is_not_for_the_next(bundle: Bundle) -> None:
+    session = batch(bundle, slots=1, max_context=1300)
+    for start in range(0, 1200, 400):
+        session.extend([Piece(0, random_tokens(400, start))])
+    assert session.rewind(0, 300) == 0
+    text = random_tokens(100)
+    session.extend([Piece(0, text)])
+    assert session.rewind(0, 50) == 50
+    hidden = session.extend([Piece(0, [5, 6])])
+    np.testing.assert_array_equal(hidden, alone(bundle, [*text[:50], 5, 6])[50:])
 
 
 def test_a_short_sequence_can_always_be_rewound(bundle: Bundle) -> None:

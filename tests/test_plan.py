@@ -131,6 +131,10 @@ def test_rtn_needs_no_calibration() -> None:
         ({"group": 80}, "--group 80 is not offered; use 32, 64 or 128"),
         ({"method": "awq"}, "method 'awq' is not known; use auto, rtn or gptq"),
         ({"targets": ("igpu", "tpu")}, "target 'tpu' is not known"),
+        ({"targets": ()}, "no target"),
+        ({"recipe": "int3"}, "recipe 'int3' is not known"),
+        ({"bpw": 6.0, "group": 64}, "--bpw chooses the groups, too"),
+        ({"bpw": float("nan")}, "--bpw nan: expected a number"),
     ],
 )
 def test_unknown_choices_are_refused(asked: dict[str, object], message: str) -> None:

@@ -96,3 +96,10 @@ def test_random_numbers_of_one_seed_are_uniform() -> None:
 
 def test_negative_seed_is_a_seed_like_any_other() -> None:
     assert 0 <= uniform(-1, 0) < 1
+
+
+@pytest.mark.parametrize("top_p", [1.0, 0.9])
+def test_a_temperature_of_nearly_nothing_takes_the_likeliest(top_p: float) -> None:
+    sampling = Sampling(temperature=5e-324, top_p=top_p)
+    assert sample(LOGITS, sampling, 3) == LOGITS.argmax()
+    assert np.isfinite(candidates(LOGITS, sampling)[1]).all()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -245,7 +246,7 @@ def test_stored_reference_states_give_the_same_scores(
     tmp_path: Path,
 ) -> None:
     model, reference = models
-    key = states_key(WEIGHTS, windows)
+    key = states_key(WEIGHTS, reference.config, windows)
     states = final_states(reference, windows, SilentProgress(), "reference")
     ReferenceStates(key, states).save(tmp_path / "states.npz")
     loaded = ReferenceStates.load(tmp_path / "states.npz", key)
@@ -255,16 +256,20 @@ def test_stored_reference_states_give_the_same_scores(
 
 
 def test_states_of_other_weights_or_text_are_not_used(
-    windows: NDArray[np.int32], tmp_path: Path
+    models: tuple[ReferenceSession, ReferenceSession], windows: NDArray[np.int32], tmp_path: Path
 ) -> None:
-    key = states_key(WEIGHTS, windows)
+    config = models[1].config
+    key = states_key(WEIGHTS, config, windows)
     ReferenceStates(key, np.zeros((3, 4), np.float32)).save(tmp_path / "states.npz")
     others = [
-        states_key({"model.safetensors": WEIGHTS["model.safetensors"] | {"sha256": "cd"}}, windows),
-        states_key(WEIGHTS, windows + 1),
-        states_key(WEIGHTS, windows.reshape(-1, CONTEXT // 2)),
+        states_key(
+            {"model.safetensors": WEIGHTS["model.safetensors"] | {"sha256": "cd"}}, config, windows
+        ),
+        states_key(WEIGHTS, replace(config, rms_norm_eps=0.3), windows),
+        states_key(WEIGHTS, config, windows + 1),
+        states_key(WEIGHTS, config, windows.reshape(-1, CONTEXT // 2)),
     ]
-    assert [ReferenceStates.load(tmp_path / "states.npz", other) for other in others] == [None] * 3
+    assert [ReferenceStates.load(tmp_path / "states.npz", other) for other in others] == [None] * 4
 
 
 @pytest.mark.parametrize("content", [b"", b"not a zip file", b"PK\x03\x04 cut off"])

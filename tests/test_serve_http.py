@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 from tests.serve_site import KEY, Site, site
 from uq.cli import main
 from uq.formats.bundle import Bundle, open_bundle
+from uq.formats.tokenizer import Tokenizer
 from uq.formats.writer import BundleWriter
 from uq.kernels.cpu.session import CpuSession
 from uq.kernels.session import Sampling
@@ -125,6 +126,7 @@ def test_what_is_null_is_left_to_the_server(local: Site) -> None:
     for path, asked in (
         ("/v1/completions", {"prompt": "the time", "echo": None, "suffix": None}),
         ("/v1/chat/completions", {"messages": messages, "top_logprobs": None}),
+        ("/v1/chat/completions", {"messages": messages, "stream_options": {"include_usage": None}}),
     ):
         status, _, answer = local.send("POST", path, body | asked)
         assert status == 200, answer
@@ -144,6 +146,45 @@ def test_token_ids_are_taken_as_they_are(local: Site, bundle: Bundle) -> None:
     picked = [logs[place, token] for place, token in enumerate(tokens[1:])]
     np.testing.assert_allclose(found["token_logprobs"][1:-1], picked, atol=1e-4)
     assert answer["usage"]["prompt_tokens"] == len(tokens)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_offsets_are_those_of_the_text(local: Site, stream: bool) -> None:
+    """`<bos>` is no part of it, and the bytes of a character begin where it does."""
+    prompt = "the été 世界 ☃ of time"
+    asked: dict[str, Any] = {"max_tokens": 12, "echo": True, "logprobs": 0, "temperature": 0}
+    answer: Any = local.client.completions.create(
+        model="tiny", prompt=prompt, stream=stream, **asked
+    )
+    choices = [part.choices[0] for part in (answer if stream else [answer])]
+    text = "".join(choice.text for choice in choices)
+    tokens = [token for choice in choices for token in choice.logprobs.tokens]
+    offsets = [offset for choice in choices for offset in choice.logprobs.text_offset]
+    assert text.startswith(prompt) and tokens[0] == "<bos>" and offsets[0] == offsets[1] == 0
+    whole = [at for at, token in enumerate(tokens) if not token.startswith(("bytes:", "<"))]
+    assert len(whole) > 12
+    for at in whole:
+        assert text[offsets[at] : offsets[at] + len(tokens[at])] == tokens[at]
+    assert offsets == sorted(offsets) and offsets[-1] <= len(text)
+
+
+def test_cached_tokens_are_counted_once_for_a_prompt(local: Site) -> None:
+    body = {"prompt": "the time of the world and the city " * 4, "n": 4, "max_tokens": 1}
+    for _ in range(2):
+        _, _, answer = local.send("POST", "/v1/completions", body)
+    found = answer["usage"]
+    assert 0 < found["prompt_tokens_details"]["cached_tokens"] < found["prompt_tokens"]
+
+
+def test_what_cannot_fit_is_refused_before_it_is_taken_apart(
+    local: Site, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Tokenizer, "encode", None)
+    body = {"prompt": "the time " * 100_000}
+    status, _, answer = local.send("POST", "/v1/completions", body)
+    assert status == 400 and "context of 600" in answer["error"]["message"]
+    status, _, answer = local.send("POST", "/v1/completions", {"prompt": [""] * 20_000, "n": 128})
+    assert status == 400 and "2560000 answers" in answer["error"]["message"]
 
 
 def test_no_request_of_many_is_dropped_or_mixed(local: Site, expected: Expected) -> None:
@@ -203,9 +244,9 @@ def test_a_full_queue_is_503_with_the_time_to_come_back(bundle: Bundle) -> None:
             assert answer["error"]["type"] == "server_error"
             with pytest.raises(openai.InternalServerError, match="1 of at most 1"):
                 local.client.completions.create(model=bundle.name, prompt="x")
-            answers = {"prompt": ["a", "b"], "max_tokens": 1}
-            status, _, answer = local.send("POST", "/v1/completions", answers)
-            assert status == 400 and "2 answers, more than 1" in answer["error"]["message"]
+            for answers in ({"prompt": ["a"] * 3}, {"prompt": "a", "n": 3}):
+                status, _, answer = local.send("POST", "/v1/completions", answers)
+                assert status == 400 and "3 answers, more than 2" in answer["error"]["message"]
 
 
 CHAT = [{"role": "user", "content": "x"}]
@@ -283,6 +324,19 @@ def test_a_request_is_stopped_at_the_gate(
     found, replied, answer = local.send("POST", "/v1/completions", {"prompt": "x"}, **headers)
     assert found == status and answer["error"]["message"]
     assert ("www-authenticate" in replied) == (status == 401)
+
+
+@pytest.mark.parametrize(
+    "headers",
+    [
+        {"Host": "LOCALHOST:1"},
+        {"Host": "[::1]"},
+        {"Host": "[::1]:80"},
+        {"Authorization": f"bearer  {KEY}"},
+    ],
+)
+def test_names_are_those_of_the_standards(local: Site, headers: dict[str, str]) -> None:
+    assert local.send("GET", "/v1/models", **headers)[0] == 200
 
 
 def test_a_body_without_end_is_cut_off(local: Site) -> None:

@@ -271,8 +271,8 @@ def test_a_full_queue_takes_all_or_none(bundle: Bundle, tokenizer: Tokenizer) ->
     engine = Engine(session, tokenizer, Metrics(), thread=ThreadPoolExecutor(1), queue=3)
     job = (Job((2, 3), 1, Sampling()), list[Update]().append)
     with pytest.raises(QueueFull):
-        engine.submit([job] * 4)
-    engine.submit([job] * 2)
-    with pytest.raises(QueueFull, match="2 of at most 3"):
+        engine.submit([job] * 5)  # one has a slot
+    engine.submit([job] * 3)
+    with pytest.raises(QueueFull, match="3 of at most 3"):
         engine.submit([job] * 2)
     engine.submit([job])

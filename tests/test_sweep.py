@@ -77,6 +77,19 @@ def test_what_was_tried_is_not_tried_again(
     assert tried[3:] == ["int4"]
 
 
+def test_a_text_or_model_that_was_changed_is_tried_again(
+    tiny_checkpoint: Callable[..., Path], text: Path
+) -> None:
+    folder, asked = tiny_checkpoint(), trial("int4", text)
+    before = asked.key(open_checkpoint(folder))
+    assert asked.key(open_checkpoint(folder)) == before
+    text.write_text(text.read_text() + "more")
+    changed = asked.key(open_checkpoint(folder))
+    config = folder / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"rms_norm_eps": 0.3}))
+    assert len({before, changed, asked.key(open_checkpoint(folder))}) == 3
+
+
 def test_the_table_marks_what_nothing_smaller_reaches() -> None:
     worse = replace(SMALL, name="worse", bytes=200, kld=0.6)
     large = replace(SMALL, name="large", bytes=300, kld=0.1)

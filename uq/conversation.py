@@ -91,7 +91,7 @@ class Conversation:
     def _fit(self, history: list[Message]) -> tuple[list[Message], str, list[int]]:
         """As much of the history as leaves room for an answer, its text, and its new tokens."""
         context = self._session.max_context
-        room = min(self._max_tokens, context // 4)
+        room = max(1, min(self._max_tokens, context // 4))
         for first in range(0, len(history), 2):  # a question goes together with its answer
             kept = history[first:]
             prompt = self._template.render([*self._system, *kept])

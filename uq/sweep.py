@@ -59,9 +59,13 @@ class Trial:
         return self.name
 
     def key(self, checkpoint: Checkpoint) -> str:
-        """sha256 of what the figures follow from, but for the content of the user's own texts."""
+        """sha256 of what the figures follow from."""
         files = {name: [f.size, f.version] for name, f in checkpoint.files().items()}
-        facts = [__version__, checkpoint.source.revision, files, asdict(self)]
+        found = checkpoint.assets().items()
+        assets = {name: hashlib.sha256(data).hexdigest() for name, data in found}
+        texts = [_content(text) for text in (self.options.calibration, self.text)]
+        model = [checkpoint.source.revision, files, checkpoint.config.to_json(), assets]
+        facts = [__version__, model, texts, asdict(self)]
         return hashlib.sha256(json.dumps(facts, default=str).encode()).hexdigest()
 
 
@@ -193,6 +197,13 @@ class Within(SilentProgress):
 
     def note(self, text: str) -> None:
         self._outer.note(f"{self._trial}: {text}")
+
+
+def _content(text: str | Path | None) -> str | None:
+    """sha256 of a text of the user's; a dataset of the Hub is known by its name."""
+    if text is None or not Path(text).is_file():
+        return None
+    return hashlib.sha256(Path(text).read_bytes()).hexdigest()
 
 
 def _row(outcome: Outcome, outcomes: Sequence[Outcome]) -> tuple[str, ...]:

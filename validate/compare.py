@@ -94,6 +94,7 @@ def differences(entries: Sequence[Entry]) -> Iterator[str]:
         ),
         "texts or windows, so divergences and ratios cannot be compared": lambda r: (
             r.text.sha256,
+            r.text.format,
             r.text.context,
             r.text.tokens_scored,
         ),

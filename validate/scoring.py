@@ -19,6 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from uq.errors import DeviceError, UsageError
+from uq.formats.config import GemmaConfig
 from uq.formats.disk import disk_errors
 from uq.kernels.session import Session
 from uq.progress import Progress, SilentProgress
@@ -98,11 +99,14 @@ class ReferenceStates:
 
 def states_key(
     fingerprint: Mapping[str, Mapping[str, int | str]],
+    config: GemmaConfig,
     chunks: NDArray[np.int32],
     backend: str = REFERENCE,
 ) -> str:
-    """sha256 over the reference's weight files, where it ran, and the tokens, so the text too."""
+    """sha256 over the reference's weight files and configuration, where it ran, and the tokens, so
+    the text too."""
     digest = hashlib.sha256(json.dumps(fingerprint, sort_keys=True).encode())
+    digest.update(json.dumps(config.to_json(), sort_keys=True).encode())
     digest.update(b"" if backend == REFERENCE else backend.encode())
     digest.update(repr(chunks.shape).encode())
     digest.update(np.ascontiguousarray(chunks, "<i4").tobytes())

@@ -52,7 +52,7 @@ def read_text(path: Path | None) -> EvaluationText:
     if path is None:
         return EvaluationText(DEFAULT_NAME, DEFAULT_TEXT.read_text("utf-8"))
     try:
-        content = path.read_text("utf-8")
+        content = path.read_bytes().decode()  # line ends as they are
     except OSError as error:
         raise UsageError(f"--text {path}: cannot be read: {error.strerror or error}") from error
     except UnicodeDecodeError as error:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from math import isfinite
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -89,6 +90,16 @@ class ValidateOptions:
     def __post_init__(self) -> None:
         if self.min_tps is not None and not self.speed:
             raise UsageError("--min-tps needs a speed; leave --no-speed out")
+        if self.text is not None:
+            object.__setattr__(self, "text", Path(self.text))
+        if self.activations not in ACTIVATIONS or self.kv not in KV:
+            raise UsageError(
+                f"activations {self.activations!r}, kv {self.kv!r}; use one of "
+                f"{', '.join(ACTIVATIONS)} and one of {', '.join(KV)}"
+            )
+        for name in ("max_kld", "max_ppl_ratio", "min_tps"):
+            if not isfinite(getattr(self, name) or 0.0):
+                raise UsageError(f"{name} is no number")
         if self.states is not None:
             ReferenceStates.require_place(self.states)
 
@@ -179,7 +190,7 @@ def _reference_states(
     """Final hidden states of the reference, from `path` where an earlier run left them."""
     if path is None:
         return final_states(truth, tokens, progress, "reference")
-    key = states_key(checkpoint.fingerprint(), tokens, truth.device.backend)
+    key = states_key(checkpoint.fingerprint(), checkpoint.config, tokens, truth.device.backend)
     stored = ReferenceStates.load(path, key)
     if stored is None:
         stored = ReferenceStates(key, final_states(truth, tokens, progress, "reference"))

@@ -89,7 +89,7 @@ class Scorer:
         return ReferenceSession(self.reference, max_context=CONTEXT)
 
     def _reference_states(self, text: EvaluationText) -> NDArray[np.float32]:
-        key = states_key(self.reference.fingerprint(), text.windows)
+        key = states_key(self.reference.fingerprint(), self.reference.config, text.windows)
         path = self._folder("states") / f"{key[:16]}.npz"
         kept = ReferenceStates.load(path, key)
         if kept is None:
@@ -99,7 +99,7 @@ class Scorer:
         return kept.hidden
 
     def _path(self, content: str, runner: Runner, text: EvaluationText) -> Path:
-        key = states_key(self.reference.fingerprint(), text.windows)
+        key = states_key(self.reference.fingerprint(), self.reference.config, text.windows)
         what = content if runner == FLOAT else f"{content} {runner}"
         digest = hashlib.sha256(f"{PROTOCOL} {what} {key}".encode()).hexdigest()
         return self._folder("scores") / f"{digest[:32]}.json"

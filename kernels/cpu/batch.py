@@ -76,6 +76,7 @@ class CpuBatch(CpuSession):
             [np.zeros((slots, *shape), np.float32) for shape in kind] for kind in shapes
         )
         self._caches = [self._slot(slot) for slot in range(slots)]
+        self._lost = [0] * slots  # positions whose keys were overwritten in rings since the last 0
 
     @property
     def cache_bytes(self) -> int:
@@ -86,7 +87,9 @@ class CpuBatch(CpuSession):
 
     def rewind(self, slot: int, length: int) -> int:
         cache = self._caches[slot]
-        cache.position = length if self._is_kept(cache.position, length) else 0
+        cache.position = length if self._is_kept(slot, length) else 0
+        if cache.position == 0:
+            self._lost[slot] = 0
         return cache.position
 
     def extend(self, pieces: Sequence[Piece]) -> Array:
@@ -96,12 +99,16 @@ class CpuBatch(CpuSession):
         tokens = np.concatenate([np.asarray(piece.tokens, np.int32) for piece in pieces])
         self._begin(tokens)
         if len(pieces) == 1:
-            return self._extend(tokens, self._caches[pieces[0].slot]).normed
-        step = self._step(pieces)
-        work = self._forward(tokens, partial(self._attend_step, step))
+            normed = self._extend(tokens, self._caches[pieces[0].slot]).normed
+        else:
+            step = self._step(pieces)
+            normed = self._forward(tokens, partial(self._attend_step, step)).normed
+            for piece in pieces:
+                self._caches[piece.slot].position += len(piece.tokens)
         for piece in pieces:
-            self._caches[piece.slot].position += len(piece.tokens)
-        return work.normed
+            lost = self.length(piece.slot) - self._ring
+            self._lost[piece.slot] = max(self._lost[piece.slot], lost)
+        return normed
 
     def choose(
         self, hidden: Array, samplings: Sequence[Sampling], positions: Sequence[int]
@@ -131,15 +138,24 @@ class CpuBatch(CpuSession):
         """A view of one sequence's keys and values."""
         return KVCache([k[slot] for k in self._keys], [v[slot] for v in self._values])
 
-    def _is_kept(self, position: int, length: int) -> bool:
-        """Whether all that a token at `length` sees is still there, `position` tokens on."""
-        for layer, values in enumerate(self._values):
-            window, ring = self.config.window(layer), values.shape[3]
-            if self.config.kv_source(layer) != layer:
-                continue
-            if window is not None and position > ring and length < position - ring + window - 1:
-                return False
-        return length <= position
+    @property
+    def _ring(self) -> int:
+        """Slots of a layer with a window, or of all where none has one."""
+        rings = [
+            values.shape[3]
+            for layer, values in enumerate(self._values)
+            if self.config.window(layer) is not None and self.config.kv_source(layer) == layer
+        ]
+        return min(rings, default=self.max_context)
+
+    def _is_kept(self, slot: int, length: int) -> bool:
+        """Whether all that a token at `length` sees is still there.
+
+        A sequence that was rewound before is shorter than what was written: it does not tell.
+        """
+        lost, windows = self._lost[slot], map(self.config.window, range(self.config.num_layers))
+        widest = max((window for window in windows if window is not None), default=1)
+        return length <= self.length(slot) and (lost == 0 or length + 1 - widest >= lost)
 
     def _step(self, pieces: Sequence[Piece]) -> Step:
         layers = range(self.config.num_layers)

@@ -83,6 +83,8 @@ class VulkanBatch:
         size, written = self._runs.cache.size, self._written[slot]
         kept = length <= self._lengths[slot] and size.holds(length, written)
         self._lengths[slot] = length if kept else 0
+        if self._lengths[slot] == 0:
+            self._written[slot] = 0  # what is seen from here on is written anew
         return self._lengths[slot]
 
     def extend(self, pieces: Sequence[Piece]) -> Array:

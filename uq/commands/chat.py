@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import io
 import signal
 import sys
 from collections.abc import Callable, Iterator
@@ -131,6 +132,8 @@ def remarks(turn: Turn) -> Iterator[str]:
 
 def messages() -> Iterator[str]:
     """Lines of a person, with editing and a history, or of a pipe. Ctrl-C drops a line."""
+    if isinstance(sys.stdin, io.TextIOWrapper):
+        sys.stdin.reconfigure(encoding="utf-8", errors="replace")
     if not sys.stdin.isatty():
         yield from sys.stdin
         return

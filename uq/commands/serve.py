@@ -103,6 +103,6 @@ def read_key(path: Path | None) -> str | None:
         raise UsageError(f"--api-key-file {path}: cannot be read: {reason}") from None
     if not key:
         raise UsageError(f"--api-key-file {path}: is empty; put a key into it")
-    if not key.isprintable() or " " in key:
-        raise UsageError(f"--api-key-file {path}: holds more than one key; leave one line in it")
+    if not (key.isascii() and key.isprintable()) or " " in key:
+        raise UsageError(f"--api-key-file {path}: holds no key of one line of plain characters")
     return key

@@ -85,7 +85,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def recipe(text: str) -> str:
-    """`int4`, `int4,method=rtn`, `bpw=5.5,group=64`, checked."""
+    """`int4`, `int4,method=rtn`, `bpw=5.5`, checked."""
     try:
         parts(text)
     except (ValueError, argparse.ArgumentTypeError) as error:

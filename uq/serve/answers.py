@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import accumulate
 from secrets import token_hex
 from typing import Any
 
@@ -13,6 +12,25 @@ from uq.formats.tokenizer import Tokenizer
 from uq.serve.job import Score, Update
 
 Json = dict[str, Any]
+
+
+class Offsets:
+    """Where in the text of an answer each of its tokens begins, in characters.
+
+    Special tokens are no part of the text; a part of a character begins where the character does.
+    """
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self._stream, self._length = tokenizer.stream(), 0
+
+    def of(self, scores: Iterable[Score]) -> list[int]:
+        """Of the tokens that follow those asked for before."""
+        return [self._push(score.token) for score in scores]
+
+    def _push(self, token: int) -> int:
+        start = self._length
+        self._length += len(self._stream.push(token))
+        return start
 
 
 @dataclass
@@ -29,6 +47,7 @@ class Tally:
     cached: int = 0
     finish: str | None = None
     begun: bool = False
+    offsets: Offsets | None = None
 
     def add(self, update: Update) -> None:
         self.begun = True
@@ -64,7 +83,7 @@ class Form:
         return self._head(kind) | {"choices": choices} | ({"usage": usage} if usage else {})
 
     def choice(self, index: int, tally: Tally) -> Json:
-        scores = self._scores(tally.scores, ())
+        scores = self._scores(tally.scores, Offsets(self.tokenizer))
         end = {"index": index, "finish_reason": tally.finish, "logprobs": scores}
         if self.chat:
             return end | {"message": {"role": "assistant", "content": tally.text, "refusal": None}}
@@ -72,7 +91,8 @@ class Form:
 
     def piece(self, index: int, update: Update, *, behind: Tally) -> Json:
         """What a choice says next."""
-        scores = self._scores(update.scores, behind.scores)
+        behind.offsets = behind.offsets or Offsets(self.tokenizer)
+        scores = self._scores(update.scores, behind.offsets)
         end = {"index": index, "finish_reason": update.finish, "logprobs": scores}
         if not self.chat:
             return end | {"text": update.text if behind.begun else behind.text + update.text}
@@ -89,10 +109,10 @@ class Form:
             "system_fingerprint": self.fingerprint,
         }
 
-    def _scores(self, scores: Sequence[Score], before: Sequence[Score]) -> Json | None:
+    def _scores(self, scores: Sequence[Score], offsets: Offsets) -> Json | None:
         if not self.logprobs:
             return None
-        return self._chat_scores(scores) if self.chat else self._text_scores(scores, before)
+        return self._chat_scores(scores) if self.chat else self._text_scores(scores, offsets)
 
     def _chat_scores(self, scores: Sequence[Score]) -> Json:
         def entry(token: int, logprob: float | None) -> Json:
@@ -108,14 +128,12 @@ class Form:
             "refusal": None,
         }
 
-    def _text_scores(self, scores: Sequence[Score], before: Sequence[Score]) -> Json:
-        tokens = [self._spelled(score.token) for score in scores]
-        start = sum(len(self._spelled(score.token)) for score in before)
+    def _text_scores(self, scores: Sequence[Score], offsets: Offsets) -> Json:
         return {
-            "tokens": tokens,
+            "tokens": [self._spelled(score.token) for score in scores],
             "token_logprobs": [score.logprob for score in scores],
             "top_logprobs": [self._listed(score) for score in scores],
-            "text_offset": list(accumulate(map(len, tokens), initial=start))[:-1],
+            "text_offset": offsets.of(scores),
         }
 
     def _listed(self, score: Score) -> Mapping[str, float] | None:
@@ -139,12 +157,13 @@ def spelled(piece: bytes) -> str:
         return "bytes:" + "".join(f"\\x{byte:02x}" for byte in piece)
 
 
-def usage(prompts: Iterable[int], tallies: Sequence[Tally]) -> Json:
+def usage(prompts: Sequence[int], tallies: Sequence[Tally]) -> Json:
     """`prompts`: lengths of the prompts, each counted once however many answers it got."""
     prompt, generated = sum(prompts), sum(tally.generated for tally in tallies)
+    firsts = tallies[:: len(tallies) // len(prompts)]  # of the answers to each prompt
     return {
         "prompt_tokens": prompt,
         "completion_tokens": generated,
         "total_tokens": prompt + generated,
-        "prompt_tokens_details": {"cached_tokens": sum(tally.cached for tally in tallies)},
+        "prompt_tokens_details": {"cached_tokens": sum(tally.cached for tally in firsts)},
     }

@@ -14,14 +14,25 @@ TokenId = Annotated[int, Field(ge=0, strict=True)]
 MAX_LOGPROBS = 20
 
 
-class StreamOptions(BaseModel):
+class Fields(BaseModel):
+    """An object whose fields are null where the client leaves them to the server."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def without_null(cls, data: Any) -> Any:
+        if not isinstance(data, dict):
+            return data
+        return {key: value for key, value in data.items() if value is not None}
+
+
+class StreamOptions(Fields):
     model_config = ConfigDict(extra="forbid")
 
     include_usage: bool = False
     include_obfuscation: Literal[False] = False
 
 
-class Body(BaseModel):
+class Body(Fields):
     """What both kinds of requests have in common.
 
     `user`, `metadata`, `store` and `service_tier` are for OpenAI's own books and have no effect.
@@ -46,14 +57,6 @@ class Body(BaseModel):
     metadata: Mapping[str, Any] | None = None
     store: bool | None = None
     service_tier: str | None = None
-
-    @model_validator(mode="before")
-    @classmethod
-    def without_null(cls, data: Any) -> Any:
-        """Clients write null for what they leave to the server."""
-        if not isinstance(data, dict):
-            return data
-        return {key: value for key, value in data.items() if value is not None}
 
     @property
     def stops(self) -> tuple[str, ...]:
@@ -83,7 +86,7 @@ class CompletionBody(Body):
         return list(self.prompt)  # type: ignore[arg-type]
 
 
-class TextPart(BaseModel):
+class TextPart(Fields):
     model_config = ConfigDict(extra="forbid")
 
     type: Literal["text"]

@@ -53,7 +53,7 @@ class Engine:
             thread: of one worker, which opened the session: OpenMP keeps a team for every thread
                 that ever began parallel work, and where two teams exceed the cores, each goes to
                 sleep between two loops (decoding took 1.3 times as long).
-            queue: jobs that may wait for a slot.
+            queue: jobs that may wait beside those for which there is a slot.
         """
         self._tokenizer, self._thread, self._queue = tokenizer, thread, queue
         self._scheduler = Scheduler(session, metrics)
@@ -92,7 +92,7 @@ class Engine:
             if self._ending:
                 raise QueueFull("the server is being stopped")
             waiting = len(self._arrived) + len(self._scheduler.waiting)
-            if waiting + len(sequences) > self._queue:
+            if waiting + len(sequences) > self._queue + self._scheduler.free:
                 raise QueueFull(f"{waiting} of at most {self._queue} requests are waiting already")
             self._arrived.extend(sequences)
             self._changed.notify()

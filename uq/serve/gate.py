@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import re
 import time
 from collections.abc import Collection
 from secrets import compare_digest
@@ -16,6 +17,7 @@ from uq.serve.metrics import Metrics
 
 MAX_BODY = 8 << 20  # bytes; a context of 128K tokens as JSON has about 1 MB
 OPEN = ("/health",)
+PORT, SCHEME = re.compile(r":\d+$"), re.compile(r"^bearer +", re.IGNORECASE)
 GONE = 499  # the client went away, as nginx has it; for the count only
 
 
@@ -39,7 +41,8 @@ class Gate:
                 a name of its own at this machine, and would be let in by a browser here.
         """
         self._app, self._metrics, self._paths = app, metrics, paths
-        self._key, self._hosts = key, hosts
+        self._key = key
+        self._hosts = None if hosts is None else {name.lower() for name in hosts}
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -64,10 +67,10 @@ class Gate:
             self._metrics.seconds.labels(path).observe(time.perf_counter() - began)
 
     def _check(self, method: str, path: str, headers: Headers) -> None:
-        host = headers.get("host", "").rpartition(":")[0] or headers.get("host", "")
+        host = PORT.sub("", headers.get("host", "").lower())
         if self._hosts is not None and host not in self._hosts:
             raise ApiError(403, f"this server is not called {host[:100]!r}")
-        given = headers.get("authorization", "").removeprefix("Bearer ")
+        given = SCHEME.sub("", headers.get("authorization", ""))
         if (
             self._key
             and path not in OPEN

@@ -47,6 +47,11 @@ class Scheduler:
     def idle(self) -> bool:
         return not self.waiting and not self.running
 
+    @property
+    def free(self) -> int:
+        """Slots that nobody has."""
+        return len(self._free)
+
     def step(self) -> None:
         """Run one piece of every sequence that has its turn.
 

@@ -179,7 +179,8 @@ def running(bundle: Bundle, options: ServeOptions) -> Iterator[Server]:
         engine = stack.enter_context(
             Engine(session, tokenizer, metrics, thread=thread, queue=options.queue)
         )
-        service = Service(name, tokenizer, template, max_context=context, capacity=options.queue)
+        capacity = options.queue + session.slots
+        service = Service(name, tokenizer, template, max_context=context, capacity=capacity)
         application = Application(
             service, engine, metrics, fingerprint=f"uq-{bundle.sha256[:12]}",
             key=options.key, hosts=hosts if options.local else None,

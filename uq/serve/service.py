@@ -54,6 +54,7 @@ class Service:
         self.name, self.tokenizer, self.capacity = name, tokenizer, capacity
         self._template, self._max_context = template, max_context
         self._rendering = threading.Lock()
+        self._longest = tokenizer.longest
 
     @property
     def can_chat(self) -> bool:
@@ -67,6 +68,7 @@ class Service:
         self._check_model(body)
         if body.best_of not in (None, body.n):
             raise ApiError(400, "best_of: this server has it equal to n only", param="best_of")
+        self._check_count(len(body.prompts) * body.n)
         jobs = []
         echoed = []
         for prompt in body.prompts:
@@ -75,7 +77,7 @@ class Service:
             jobs += self._jobs(body, tokens, body.max_tokens, body.logprobs, body.echo)
             text = prompt if isinstance(prompt, str) else self.tokenizer.decode(tokens)
             echoed += [text if body.echo else ""] * body.n
-        return self._order(jobs, echoed, body.n)
+        return Order(jobs, echoed, body.n)
 
     def chat(self, body: ChatBody) -> Order:
         """
@@ -83,18 +85,18 @@ class Service:
             ApiError: there is no template, it refuses the messages, or they are too long.
         """
         self._check_model(body)
-        tokens = self.tokenizer.encode(self._render(body))
+        self._check_count(body.n)
+        tokens = self._encode(self._render(body))
         wanted = body.max_completion_tokens or body.max_tokens
         self._check_room(len(tokens), wanted or 1)
         count = wanted or self._max_context - len(tokens)
         jobs = self._jobs(body, tokens, count, body.top_logprobs if body.logprobs else None, False)
-        return self._order(jobs, [""] * body.n, body.n)
+        return Order(jobs, [""] * body.n, body.n)
 
-    def _order(self, jobs: list[Job], echoed: list[str], n: int) -> Order:
-        if len(jobs) > self.capacity:
+    def _check_count(self, answers: int) -> None:
+        if answers > self.capacity:
             advice = "send fewer at a time, or start uq serve with a larger --queue"
-            raise ApiError(400, f"{len(jobs)} answers, more than {self.capacity}; {advice}")
-        return Order(jobs, echoed, n)
+            raise ApiError(400, f"{answers} answers, more than {self.capacity}; {advice}")
 
     def _jobs(
         self, body: Body, tokens: list[int], count: int, logprobs: int | None, echo: bool
@@ -117,12 +119,17 @@ class Service:
     def _tokens(self, prompt: str | list[int]) -> list[int]:
         """Text gets `<bos>` in front; token ids are taken as they are."""
         if isinstance(prompt, str):
-            return self.tokenizer.encode(prompt)
+            return self._encode(prompt)
         unknown = next((token for token in prompt if token >= self.tokenizer.size), None)
         if not prompt or unknown is not None:
             found = "no token" if not prompt else f"token {unknown} of {self.tokenizer.size}"
             raise ApiError(400, f"prompt: {found}; use the model's own tokenizer", param="prompt")
         return prompt
+
+    def _encode(self, text: str) -> list[int]:
+        """One that cannot fit is not encoded: that takes seconds in which nobody is served."""
+        self._check_room(len(text.encode("utf-8", "replace")) // self._longest, 0)
+        return self.tokenizer.encode(text)
 
     def _render(self, body: ChatBody) -> str:
         if self._template is None:
