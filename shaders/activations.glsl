@@ -70,6 +70,18 @@ void store_fixed(Uints x, uint first_word, uint quad, vec4 v) {
     }
 }
 
+// What products take v for that have it in another form than `store_fixed` writes. The eight lanes that share 32
+// channels call it together.
+vec4 as_products_have(vec4 v) {
+    if (FLOAT_X || !INT8_X) {
+        return v;
+    }
+    vec4 size = abs(v);
+    float peak = team_max(max(max(size.x, size.y), max(size.z, size.w)), 8), scale;
+    ivec4 code = quantized(v, peak, scale);
+    return vec4(code) * scale;
+}
+
 void store_float(Uints x, uint first_word, uint quad, vec4 v) {
     uint place = first_word + 4 * quad;
     x.at[place] = floatBitsToUint(v.x);

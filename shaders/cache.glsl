@@ -21,6 +21,16 @@ layout(buffer_reference, std430, buffer_reference_align = 4) readonly restrict b
 #define STORED uvec2
 
 #if KV_INT8
+// The float16 next to `x`, to even, as float32; `x` is not negative, and below what float16 holds. By integers:
+// a driver may take the way to float16 and back for none at all, and NVIDIA's does.
+float nearest_half(float x) {
+    uint bits = floatBitsToUint(x);
+    precise float small = x + 0.75;  // whose last bit counts the steps of subnormal numbers
+    small = small - 0.75;
+    uint rounded = bits + 0xFFFu + (bits >> 13 & 1u) & ~0x1FFFu;
+    return x < 6.103515625e-5 ? small : uintBitsToFloat(rounded);
+}
+
 // Eight channels of a row, as they are stored.
 struct Channels {
     uvec2 codes;
@@ -42,7 +52,7 @@ void unpack(Channels from, out vec4 low, out vec4 high) {
 STORED store_quad(Uints cache, Floats scales, uint row, uint quad, vec4 v) {
     vec4 size = abs(v);
     float peak = team_max(max(max(size.x, size.y), max(size.z, size.w)), 8);
-    float scale = unpackHalf2x16(packHalf2x16(vec2(peak / 127.0, 0.0))).x;
+    float scale = nearest_half(peak / 127.0);
     ivec4 code = clamp(ivec4(roundEven(v / (scale > 0.0 ? scale : 1.0))), -127, 127);
     cache.at[row * (DIM / 4) + quad] = packed_bytes(code);
     if (quad % 8 == 0) {

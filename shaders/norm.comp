@@ -86,8 +86,9 @@ void store_halves(uint column, float factor) {
     float scale = ldexp(1.0, -exponent);
     [[unroll]] for (uint i = 0; i < ITEMS; i++) {
         uint quad = i * LANES + lane_index();
+        vec4 y = as_products_have(normed_quad(i, factor));
         if (quad < 32 * HIDDEN_TILES) {  // the padding too: it must be finite
-            store_half(half_x, column * 32 * HIDDEN_TILES + quad, normed_quad(i, factor) * scale);
+            store_half(half_x, column * 32 * HIDDEN_TILES + quad, y * scale);
         }
     }
     if (lane_index() == 0) {

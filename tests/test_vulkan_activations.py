@@ -13,9 +13,9 @@ import pytest
 from numpy.typing import NDArray
 
 from tests.test_cpu_session import random_tokens
-from tests.test_vulkan_kernels import GRIDS, normal, random_tensor
+from tests.test_vulkan_kernels import GRIDS, norm_in_float16, normal, random_tensor, rms_norm
 from tests.test_vulkan_prefill import gemm, halves
-from tests.vulkan_lab import Floats, Lab, no_messages, product  # noqa: F401
+from tests.vulkan_lab import Floats, Lab, give_matrices, no_messages, product  # noqa: F401
 from uq.errors import UsageError
 from uq.formats.bundle import Bundle, open_bundle
 from uq.formats.checkpoint import open_checkpoint
@@ -92,6 +92,18 @@ def test_ties_go_to_even_and_what_is_next_to_nothing_to_zero(lab: Lab) -> None:
     np.testing.assert_array_equal(found.codes[0, 0, :4], [0, 2, 2, 4])
     np.testing.assert_array_equal(found.codes[1, 0, :4], [0, 0, -2, -2])
     assert not found.codes[:, 1:3].any()
+
+
+def test_a_norm_in_float16_has_codes_too(lab: Lab) -> None:
+    """For matrix instructions. A code at a tie may be the other one."""
+    hidden, gain = normal(3, 160), 1e4 * normal(160, seed=1)
+    exact = rms_norm(hidden.astype(np.float64), gain).astype(np.float32)
+    found, expected = norm_in_float16(lab, hidden, gain), Int8Activations().rounded(exact)
+    step = np.abs(exact).reshape(3, 5, 32).max(axis=2).repeat(32, axis=1) / 127
+    error = np.abs(found[:, :160] - expected)
+    assert (error <= 1.01 * step).all()
+    assert (error > 2.0**-10 * np.abs(expected)).mean() < 0.01
+    assert (found[:, 160:] == 0).all()
 
 
 def twin(weight: QuantTensor, x: Codes) -> Floats:
@@ -182,6 +194,20 @@ def test_a_model_answers_like_the_emulation(
     assert loss > 0.1 and np.linalg.norm(actual - emulated) <= 0.2 * loss
     logits, expected = (each.logits(emulated, 0, 700) for each in (session, reference))
     assert np.abs(logits - expected).max() <= 1e-5 * np.abs(expected).max()
+    session.close()
+
+
+def test_matrix_instructions_lose_as_much(
+    bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In a pass of many tokens, as the emulation. Codes near ties turn over."""
+    give_matrices(monkeypatch)
+    session = opened(bundle, tmp_path, max_context=64, numerics=INT8)
+    tokens, weights = random_tokens(bundle.config, 1, 48), BundleWeights(bundle)
+    emulation, exact = (ReferenceSession(weights, numerics=each) for each in (INT8, FLOAT))
+    actual, emulated, floats = (each.score(tokens)[0] for each in (session, emulation, exact))
+    loss = np.linalg.norm(emulated - floats)
+    assert 0.9 * loss < np.linalg.norm(actual - floats) < 1.1 * loss
     session.close()
 
 

@@ -88,11 +88,13 @@ def test_attention(lab: Lab, case: few.Case) -> None:
 
 
 def test_new_values_enter_the_cache_bit_for_bit(lab: Lab) -> None:
-    """Values are neither normed nor turned, so nothing was rounded before. Zeros, too."""
+    """Values are neither normed nor turned, so nothing was rounded before. Zeros, too, and scales
+    that are subnormal numbers of float16."""
     case = few.Case(5, tokens=3, dim=64)
     rng = np.random.default_rng(0)
     qkv = rng.standard_normal((3, case.stride)).astype(np.float32)
     qkv[1, -64:] = 0
+    qkv[2, -96:] *= 1e-3
     shape = (case.kv_heads, case.slots, case.dim)
     stored = spans(lab, *(Plane.random(rng, *shape) for _ in range(2)))
     few.run(lab, case, qkv, np.ones((2, 64), np.float32), "attention_int8", stored)

@@ -145,15 +145,21 @@ def test_joining_the_residual_stream(lab: Lab, size: int, lanes: int, post: bool
     np.testing.assert_allclose(lab.get(normed, np.float32, 2, size), expected, rtol=1e-5, atol=1e-5)
 
 
-def test_a_norm_in_float16(lab: Lab) -> None:
-    hidden, gain = normal(3, 160), 1e4 * normal(160, seed=1)
+def norm_in_float16(lab: Lab, hidden: Floats, gain: Floats) -> Doubles:
+    """(3, 256) of hidden states (3, 160)."""
     joined, normed, x = (lab.room(3 * 256) for _ in range(3))
     half, units = lab.room(3 * 128), lab.room(3)
     given = [lab.put(hidden), lab.put(gain)]
     push = addresses(given[0], given[0], joined, given[1], given[1], normed, x, half, units)
     lab.run("norm", push, 3, HALF_OUT=True, **norm_sizes(160, 64))
-    expected = rms_norm(hidden.astype(np.float64), gain)
-    found = lab.get(half, np.float16, 3, 256).astype(np.float64) * lab.get(units, np.float32, 3, 1)
+    found: Doubles = lab.get(half, np.float16, 3, 256).astype(np.float64)
+    found *= lab.get(units, np.float32, 3, 1)
+    return found
+
+
+def test_a_norm_in_float16(lab: Lab) -> None:
+    hidden, gain = normal(3, 160), 1e4 * normal(160, seed=1)
+    found, expected = norm_in_float16(lab, hidden, gain), rms_norm(hidden.astype(np.float64), gain)
     error = np.abs(found[:, :160] - expected)
     assert (error <= 2.0**-10 * np.abs(expected) + 2.0**-24 * np.abs(expected).max()).all()
     assert (found[:, 160:] == 0).all()

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from numpy.typing import NDArray
 
 from tests.test_cpu_session import MODELS, Source, random_tokens
 from tests.vulkan_lab import give_matrices, no_messages  # noqa: F401
@@ -24,7 +25,7 @@ from uq.kernels.session import Sampling
 from uq.kernels.vulkan import device
 from uq.kernels.vulkan.api import binding, listed
 from uq.kernels.vulkan.cache import turn_table
-from uq.kernels.vulkan.device import choose
+from uq.kernels.vulkan.device import PhysicalGpu, choose
 from uq.kernels.vulkan.engine import Engine
 from uq.kernels.vulkan.mailbox import Run, Writer
 from uq.kernels.vulkan.runs import Runs
@@ -235,21 +236,28 @@ def test_the_angle_of_a_position_is_the_sum_of_two_rows(gemma3: Source) -> None:
     np.testing.assert_allclose(turn, np.exp(1j * angle), atol=2e-7)
 
 
-def test_a_driver_of_vulkan_12_gives_the_same_bits(gemma3: Source, cache: Path) -> None:
+def test_a_driver_of_vulkan_12_gives_the_same_bits(
+    gemma3: Source, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The validation layer holds the engine to what the instance asked for."""
-    old = device.described(device.make_instance((1, 2)))
+    expected = logits_of(gemma3, cache, choose())
+    instance = device.make_instance((1, 2))
+    monkeypatch.setattr(device, "vulkan_instance", lambda: instance)
+    old = device.described(instance)
     (gpu,) = (replace(gpu, version=(1, 2)) for gpu in old if gpu.name == choose().name)
     assert gpu.missing() is None
-    logits = []
-    for each in (gpu, choose()):
-        session = VulkanSession(
-            gemma3.config, BundleSource(gemma3), each, pipeline_cache=cache, max_context=64
-        )
-        session.prefill(random_tokens(gemma3.config, LENGTH).tolist())
-        list(session.decode(2, GREEDY))
-        logits.append(session.next_logits)
-        session.close()
-    np.testing.assert_array_equal(logits[0], logits[1])
+    np.testing.assert_array_equal(logits_of(gemma3, cache, gpu), expected)
+
+
+def logits_of(source: Source, cache: Path, gpu: PhysicalGpu) -> NDArray[np.float32]:
+    """Behind a text of its own."""
+    model = source.config, BundleSource(source), gpu
+    session = VulkanSession(*model, pipeline_cache=cache, max_context=64)
+    session.prefill(random_tokens(source.config, LENGTH).tolist())
+    list(session.decode(2, GREEDY))
+    found = session.next_logits
+    session.close()
+    return found
 
 
 def test_the_validation_layer_is_there() -> None:
