@@ -7,10 +7,11 @@ A shape is Gemma 3, 3n or 4 of that size with random codes: INT4 in groups of 32
 INT8, both with scales of 8 bits: 4.25 and 8.25 bits a weight. Q4_0 and Q8_0 have 4.5 and 8.5, and
 so do these with `--scale-bits 16`. Inputs of linears have 16 bits, with `--activations int8` 8.
 
-Prints JSON of each model: tokens a second (median and range of the repeats, after one that does not
-count), the time of a step's stages, the read bandwidth of the device measured in the same run, how
-many tokens a second it allows for the bytes that a token meets (of experts those that it chooses),
-and the share of that which decoding reaches. `--layers N` cuts a shape down, for a trial.
+Prints JSON of each model: tokens a second (median and range of the repeats, after two that do not
+count: passes grow, and large ones have kernels of their own), the time of a step's stages, the read
+bandwidth of the device measured in the same run, how many tokens a second it allows for the bytes
+that a token meets (of experts those that it chooses), and the share of that which decoding reaches.
+`--layers N` cuts a shape down, for a trial.
 
 Needs numpy, the package `vulkan` and the compiled shaders (python -m uq.kernels.vulkan.compile).
 """
@@ -47,6 +48,7 @@ from uq.kernels.vulkan.sources import BundleSource
 from uq.kernels.vulkan.weights import Kind, Source, Weight
 
 PATTERN = 64  # rows that repeat
+WARM_UPS = 2
 
 
 class RandomWeights:
@@ -137,7 +139,8 @@ def measure(name: str, args: argparse.Namespace, bandwidth: float) -> dict[str, 
     opened = time.perf_counter() - began
     prompt = [int(token) for token in np.arange(args.prompt) * 7919 % config.vocab_size]
 
-    runs = [timed_run(session, prompt, args.generate) for _ in range(1 + args.repeats)][1:]
+    runs = [timed_run(session, prompt, args.generate) for _ in range(WARM_UPS + args.repeats)]
+    runs = runs[WARM_UPS:]
     session.reset()
     session.prefill(prompt)
     stages = by_label(session.profile().kernels)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import os
 import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -28,6 +29,7 @@ from tests.tiny import (
 from tests.vulkan_lab import watch_validation
 from uq.formats.bundle import Bundle, open_bundle
 from uq.formats.checkpoint import open_checkpoint
+from uq.formats.checkpoint.cache import cache_folder
 from uq.formats.checkpoint.demo import demo_gguf
 from uq.formats.checkpoint.read_ahead import THREAD
 from uq.formats.config import EMBEDDING, FINAL_NORM, HEAD, layer_tensor
@@ -47,9 +49,40 @@ LONGEST = (
 )
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+SOFTWARE_DEVICE = "lvp_icd*.json"  # the manifest of Mesa's
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--gpu",
+        action="store_true",
+        help="run the Vulkan tests on this machine's GPU, without those that are about Mesa's "
+        "software device, on which they run otherwise",
+    )
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if not config.getoption("--gpu"):
+        see_software_device_only()
+
+
+def see_software_device_only() -> None:
+    """Vulkan finds no other device, where Mesa's is installed and the environment names none."""
+    folders = Path("/etc/vulkan/icd.d"), Path("/usr/share/vulkan/icd.d"), cache_folder() / "mesa"
+    found = [sorted(map(str, folder.glob(SOFTWARE_DEVICE))) for folder in folders]
+    manifests = next(filter(None, found), None)
+    if manifests and not {"VK_DRIVER_FILES", "VK_ICD_FILENAMES"} & os.environ.keys():
+        for name in ("VK_DRIVER_FILES", "VK_ICD_FILENAMES"):  # new and old name of one variable
+            os.environ[name] = os.pathsep.join(manifests)
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     order = {name: place for place, name in enumerate(LONGEST)}
     items.sort(key=lambda item: order.get(item.path.stem, len(order)))
+    if config.getoption("--gpu"):
+        left_out = [item for item in items if item.get_closest_marker("mesa")]
+        config.hook.pytest_deselected(items=left_out)
+        items[:] = [item for item in items if item not in left_out]
 
 
 @pytest.fixture(scope="session", autouse=True)

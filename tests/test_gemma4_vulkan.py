@@ -82,7 +82,7 @@ def test_tokens_one_by_one(bundle: Callable[[str], Bundle], cache: Path) -> None
     together = session.logits(session.score(tokens)[0], 0, 512)
     for token, expected in zip(tokens[0].tolist(), together, strict=True):
         session.prefill([token])
-        assert np.abs(session.next_logits - expected).max() <= 2e-3 * np.abs(expected).max()
+        assert np.abs(session.next_logits - expected).max() <= 3e-3 * np.abs(expected).max()
     session.close()
 
 
@@ -117,11 +117,17 @@ def test_every_product_is_tuned_once(bundle: Callable[[str], Bundle], cache: Pat
     session.close()
 
 
+@pytest.mark.parametrize("matrices", [False, True])
 def test_int8_activations_of_experts_are_those_of_the_emulation(
-    tiny_gemma4: Callable[..., Path], tmp_path: Path
+    tiny_gemma4: Callable[..., Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    matrices: bool,
 ) -> None:
     """In a pass of many tokens, and in steps of one. Attention says nothing here: what a device
-    rounds otherwise there would turn codes over."""
+    rounds otherwise there would turn codes over; so do float16 products of matrix instructions."""
+    if matrices:
+        give_matrices(monkeypatch)
     silent = {"model.layers.0.self_attn.o_proj.weight": np.zeros((64, 256), np.float32)}
     text = {"num_hidden_layers": 1, "layer_types": ["full_attention"], "moe_intermediate_size": 96}
     checkpoint = open_checkpoint(tiny_gemma4("experts", text=text, extra=silent))
@@ -129,12 +135,14 @@ def test_int8_activations_of_experts_are_those_of_the_emulation(
     model = open_bundle(quantize(checkpoint, tmp_path / "bundle", options))
     numerics, weights = Numerics(ACTIVATIONS["int8"]), BundleWeights(model)
     tokens = np.random.default_rng(0).integers(0, 512, (1, LENGTH), dtype=np.int32)
-    emulated = ReferenceSession(weights, numerics=numerics).score(tokens)[0]
+    emulation = ReferenceSession(weights, numerics=numerics)
+    emulated = emulation.score(tokens)[0]
     exact = ReferenceSession(weights).score(tokens)[0]
     session = on_vulkan(model, tmp_path, max_context=LENGTH, numerics=numerics)
-    together, expected = session.score(tokens)[0], session.logits(emulated, 0, 512)
+    together, expected = session.score(tokens)[0], emulation.logits(emulated, 0, 512)
     loss = np.abs(emulated - exact).max()
-    assert loss > 0.02 and np.abs(together - emulated).max() <= 1e-3 * loss
+    most = 0.5 if matrices or choose().has_matrix_blocks else 1e-3
+    assert loss > 0.02 and np.abs(together - emulated).max() <= most * loss
     for token, logits in zip(tokens[0, :8].tolist(), expected, strict=False):
         session.prefill([token])
         np.testing.assert_allclose(session.next_logits, logits, atol=1e-4)

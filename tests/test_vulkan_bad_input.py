@@ -202,6 +202,7 @@ def test_all_options_reach_the_gpu(
     assert seen["speculate"] is True
 
 
+@pytest.mark.mesa  # whose package brings the layer
 def test_the_validation_layer_speaks_up(vulkan_messages: Path) -> None:
     """What the other tests rely on when they want no message: a buffer of no bytes gets one."""
     gpu = device.Gpu(choose())

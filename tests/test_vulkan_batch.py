@@ -131,6 +131,7 @@ def test_pieces_of_any_length_run_together(batch: VulkanBatch, gemma3: Source) -
         assert_near(np.concatenate(found), alone(gemma3, tokens))
 
 
+@pytest.mark.mesa  # where there are matrix instructions up to four
 def test_up_to_sixteen_tokens_have_the_bits_of_one(batch: VulkanBatch, gemma3: Source) -> None:
     prompts = [text(gemma3, 12, seed) for seed in range(5)]
     for slot in (0, 1, 2, 3, 4, 10, 11, 12, 13, 14):

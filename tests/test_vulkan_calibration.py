@@ -214,6 +214,7 @@ def test_the_command_calibrates_where_it_is_told(
     assert min((one == two).mean() for one, two in pairs) > 0.5
 
 
+@pytest.mark.mesa
 def test_auto_takes_no_emulated_gpu(tmp_path: Path) -> None:
     config = open_checkpoint_config()
     assert devices.open_engine("auto", config, 4, 64, SilentProgress(), spill=tmp_path) is None
@@ -254,7 +255,7 @@ def test_activations_wait_on_the_disk_under_a_limit(
 ) -> None:
     config = open_checkpoint_config()
     limit = device_bytes(config, 65536, 512, on_disk=True)
-    large = replace(choose(), memory=1 << 40)
+    large = replace(choose(), memory=1 << 40, kind="integrated")
     monkeypatch.setattr(devices, "_chosen", lambda wish: large)
     notes: list[str] = []
     progress = SilentProgress()

@@ -24,6 +24,8 @@ from uq.kernels.vulkan.memory import LEAST_SLAB
 from uq.kernels.vulkan.model import weight_names
 from uq.kernels.vulkan.sources import BundleSource
 
+pytestmark = pytest.mark.mesa  # other drivers need not take the pages
+
 TOKENS = [5, 6, 7, 8, 9]
 
 

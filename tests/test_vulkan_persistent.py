@@ -180,6 +180,7 @@ def test_a_token_has_the_bits_of_dispatches(
     session.close()
 
 
+@pytest.mark.mesa  # which runs one of two workgroups at a time
 def test_who_waits_in_vain_computes_the_tokens_anew(
     config: GemmaConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -27,6 +27,7 @@ def test_the_real_model_answers_like_on_the_cpu(real_bundle: Bundle) -> None:
     assert found.tokens == 31 and 0 <= found.kld.value <= 1e-4
 
 
+@pytest.mark.mesa
 def test_the_bits_do_not_depend_on_the_subgroup_size(
     tiny_bundle: Callable[..., Path], tmp_path: Path
 ) -> None:

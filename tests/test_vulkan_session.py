@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -22,13 +23,13 @@ from uq.kernels.backends import open_session
 from uq.kernels.numerics import ACTIVATIONS, FLOAT, KV, Numerics
 from uq.kernels.reference import ReferenceSession
 from uq.kernels.session import Sampling
-from uq.kernels.vulkan import device
+from uq.kernels.vulkan import device, runs
 from uq.kernels.vulkan.api import binding, listed
 from uq.kernels.vulkan.cache import turn_table
 from uq.kernels.vulkan.device import PhysicalGpu, choose
 from uq.kernels.vulkan.engine import Engine
 from uq.kernels.vulkan.mailbox import Run, Writer
-from uq.kernels.vulkan.runs import Runs
+from uq.kernels.vulkan.runs import Part, Runs
 from uq.kernels.vulkan.session import VulkanSession
 from uq.kernels.vulkan.sources import BundleSource, CheckpointSource
 from uq.kernels.vulkan.weights import padded_rows
@@ -111,6 +112,25 @@ def test_scoring_and_prefill_agree(session: VulkanSession, gemma3: Source) -> No
         session.prefill(tokens[0, :length].tolist())
         error = np.abs(session.next_logits - scored[length - 1])
         assert error.max() <= 1e-3 * np.abs(scored).max()
+
+
+def test_the_making_of_kernels_does_not_count_as_work(
+    gemma3: Source, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Passes grow, however long the first recordings take."""
+    now, recorded = [0.0], Runs._recorded
+
+    def slowly(self: Runs, part: Part) -> Any:
+        now[0] += 60
+        return recorded(self, part)
+
+    monkeypatch.setattr(Runs, "_recorded", slowly)
+    monkeypatch.setattr(runs, "time", SimpleNamespace(perf_counter=lambda: now[0]))
+    session = on_vulkan(gemma3, cache, max_context=80)
+    session.prefill(random_tokens(gemma3.config, 64).tolist())
+    list(session.decode(1, GREEDY))
+    assert (session._pass.size, session._steps.size) == (128, 2)
+    session.close()
 
 
 def test_logits_by_blocks_of_the_vocabulary(session: VulkanSession, gemma3: Source) -> None:
@@ -260,6 +280,7 @@ def logits_of(source: Source, cache: Path, gpu: PhysicalGpu) -> NDArray[np.float
     return found
 
 
+@pytest.mark.mesa  # whose package brings it
 def test_the_validation_layer_is_there() -> None:
     layers = listed("EnumerateInstanceLayerProperties", "VkLayerProperties")
     names = [binding().ffi.string(layer.layerName) for layer in layers]

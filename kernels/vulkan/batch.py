@@ -7,7 +7,6 @@ sequence gets may differ in the last digits.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -95,10 +94,9 @@ class VulkanBatch:
         out = np.empty((count, self.config.hidden_size), np.float32)
         done = 0
         for runs in self._passes(pieces):
-            began = time.perf_counter()
             tokens = sum(len(run.tokens) for run in runs)
             self._runs.tokens(runs)
-            self._pass.took(tokens, time.perf_counter() - began)
+            self._pass.took(tokens, self._runs.seconds)
             normed = self._engine.work.normed
             out[done : done + tokens] = self._engine.read_floats(normed, tokens, out.shape[1])
             done += tokens
@@ -131,14 +129,13 @@ class VulkanBatch:
         following = [piece.tokens[-1] for piece in firsts]
         done = 0
         while done < count:
-            began = time.perf_counter()
             steps = min(self._steps.size, count - done)
             writers = [
                 Writer(piece.slot, self.length(piece.slot), token, sampling)
                 for piece, token in zip(firsts, following, strict=True)
             ]
             rows, following = self._runs.steps(steps, writers, stops=())
-            self._steps.took(steps, time.perf_counter() - began)
+            self._steps.took(steps, self._runs.seconds)
             out[:, done : done + steps - 1] = np.array(rows)[:, 1:]
             out[:, done + steps - 1] = following
             done += steps

@@ -30,7 +30,13 @@ class Part:
 
 
 class Runs:
-    """Recordings by what they do; made when first needed."""
+    """Recordings by what they do; made when first needed.
+
+    Attributes:
+        seconds: that the last submit took, without the making of its kernels.
+    """
+
+    seconds = 0.0
 
     def __init__(
         self,
@@ -133,7 +139,9 @@ class Runs:
             middle = [self._recorded(part) for part in parts]
             whole = [self._mailbox.begin, *middle, self._mailbox.end]
             self._submissions[key] = Submission(self._gpu, whole)
+        began = time.perf_counter()
         self._submissions[key].run()
+        self.seconds = time.perf_counter() - began
         if self._persistent and self._mailbox.failed:  # the driver runs fewer workgroups at a time
             self._persistent = None
             self.close()

@@ -9,7 +9,6 @@ submit.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterator, Sequence
 from itertools import takewhile
 from operator import eq
@@ -219,10 +218,9 @@ class VulkanSession:
         Returns:
             How many ran.
         """
-        began = time.perf_counter()
         piece = tokens[done : done + self._pass.size]
         runs.tokens([Run(0, position, piece)], head=head and done + len(piece) == len(tokens))
-        self._pass.took(len(piece), time.perf_counter() - began)
+        self._pass.took(len(piece), runs.seconds)
         return len(piece)
 
     def _next(self, room: int, sampling: Sampling) -> list[int]:
@@ -248,10 +246,9 @@ class VulkanSession:
 
     def _write(self, steps: int, sampling: Sampling) -> list[int]:
         """Append up to `steps` tokens, fewer where one of them ends the text."""
-        began = time.perf_counter()
         writer = Writer(0, self._position, self._choice, sampling)
         (tokens,), (choice,) = self._runs.steps(steps, [writer], self._stops)
-        self._steps.took(steps, time.perf_counter() - began)
+        self._steps.took(steps, self._runs.seconds)
         self._position += len(tokens)
         self._know(tokens[-1], choice, sampling)
         return tokens
