@@ -190,6 +190,23 @@ def test_ctrl_c_stops_a_text_between_two_tokens(bundle: Path, interruptible: lis
     assert process.returncode == 130
 
 
+def test_ctrl_c_while_the_command_is_loaded() -> None:
+    """No traceback of whatever was being imported."""
+    program = """import sys
+from uq.__main__ import main
+
+class Early:
+    def find_spec(self, name, path=None, target=None):
+        if name == "uq.cli":
+            raise KeyboardInterrupt
+
+sys.meta_path.insert(0, Early())
+sys.exit(main())
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (130, b"", b"uq: interrupted\n")
+
+
 def test_generated_text_survives_a_narrow_terminal_encoding(bundle: Path) -> None:
     """A random model says anything, among it characters that ASCII has not."""
     argv = [sys.executable, "-m", "uq", "generate", str(bundle), "-p", "the", "--seed", "3"]
