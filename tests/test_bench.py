@@ -59,8 +59,11 @@ def test_kernels_and_trace(
 
 def test_several_sequences_on_a_gpu(bundle: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["bench", str(bundle), "--device", "vulkan", *SHORT, "--batch", "3"]) == 0
-    shown = capsys.readouterr().out
+    shown, told = capsys.readouterr()
     assert "batch decode" in shown and "3 sequences together" in shown
+    labels = "speed", "speed of 3 sequences"
+    assert all(f"{label} 1/3 warm-up, prefill" in told for label in labels)
+    assert all(f"{label} 2/3 run 1, prefill" in told for label in labels)
 
 
 def test_json_of_the_cpu(bundle: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -5,11 +5,13 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from statistics import median
 
 from uq.kernels.session import BatchSession, Piece, Sampling
+from uq.progress import Progress, SilentProgress
 from uq.validate.report import Spread
-from uq.validate.speed import fixed_prompt
+from uq.validate.speed import fixed_prompt, repeated
 
 GREEDY = Sampling()
 
@@ -37,6 +39,7 @@ def measure_batch(
     generate: int,
     repeats: int,
     clock: Callable[[], float] = time.perf_counter,
+    progress: Progress | None = None,
 ) -> BatchRates:
     """Prefill `prompt` tokens and write `generate` more in every slot, `repeats` times.
 
@@ -44,7 +47,10 @@ def measure_batch(
         UsageError: the session's context is too short.
     """
     tokens = fixed_prompt(prompt, session.config)
-    runs = [_run(session, tokens, generate, clock) for _ in range(1 + repeats)][1:]
+    run = partial(_run, session, tokens, generate, clock)
+    all_tokens = session.slots * prompt, session.slots * generate
+    progress = progress or SilentProgress()
+    runs = repeated(run, repeats, all_tokens, progress, f"speed of {session.slots} sequences")
     return BatchRates(
         sequences=session.slots,
         prefill_tps=_spread([session.slots * prompt / prefill for prefill, _ in runs]),

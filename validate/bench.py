@@ -10,6 +10,7 @@ from uq.kernels.backends import open_batch, open_session
 from uq.kernels.numerics import FLOAT, Numerics
 from uq.kernels.profile import StageTime, StepTimes, by_label
 from uq.kernels.session import require_context
+from uq.progress import Progress, SilentProgress
 from uq.text import size, table
 from uq.validate.bandwidth import Ceiling
 from uq.validate.batch_speed import BatchRates, measure_batch
@@ -156,7 +157,9 @@ class Bench:
         return "\n".join(lines)
 
 
-def bench(bundle: Bundle, options: BenchOptions | None = None) -> Bench:
+def bench(
+    bundle: Bundle, options: BenchOptions | None = None, progress: Progress | None = None
+) -> Bench:
     """Measure a bundle on a device.
 
     Raises:
@@ -164,16 +167,18 @@ def bench(bundle: Bundle, options: BenchOptions | None = None) -> Bench:
         UsageError: it has no clock for the kernels that are to be timed, or the model no context
             for so many tokens.
     """
-    options = options or BenchOptions()
+    options, progress = options or BenchOptions(), progress or SilentProgress()
     require_context("--prompt and --generate", options.context, bundle.config)
-    alone, answers = _bench_one(bundle, options)
+    alone, answers = _bench_one(bundle, options, progress)
     if answers:
         # an NPU has no floating point: the CPU beside it does
         device = "cpu" if alone.device.attention else options.device
         exact = _open(bundle, replace(options, numerics=FLOAT, device=device))
         alone = replace(alone, integer_loss=answers.loss(exact))
         del exact  # its memory is the batch's
-    return replace(alone, batch=_bench_batch(bundle, options)) if options.batch > 1 else alone
+    if options.batch == 1:
+        return alone
+    return replace(alone, batch=_bench_batch(bundle, options, progress))
 
 
 def _open(bundle: Bundle, options: BenchOptions) -> Session:
@@ -186,13 +191,19 @@ def _open(bundle: Bundle, options: BenchOptions) -> Session:
     )
 
 
-def _bench_one(bundle: Bundle, options: BenchOptions) -> tuple[Bench, Answers | None]:
+def _bench_one(
+    bundle: Bundle, options: BenchOptions, progress: Progress
+) -> tuple[Bench, Answers | None]:
     """Rates of a sequence, and where there are integers, what the model answers with them."""
     session = _open(bundle, options)
     if options.kernels and session.probe is None:
         raise UsageError(f"{session.device.name} has no clock for its kernels; use --device vulkan")
     rates = measure_speed(
-        session, prompt=options.prompt, generate=options.generate, repeats=options.repeats
+        session,
+        prompt=options.prompt,
+        generate=options.generate,
+        repeats=options.repeats,
+        progress=progress,
     )
     step = _step(session, options.prompt) if options.kernels else None
     answers = Answers.of(session, bundle) if options.numerics != FLOAT else None
@@ -200,7 +211,7 @@ def _bench_one(bundle: Bundle, options: BenchOptions) -> tuple[Bench, Answers | 
     return Bench(bundle.name, session.device, speed, step, prompts=prompts), answers
 
 
-def _bench_batch(bundle: Bundle, options: BenchOptions) -> BatchRates:
+def _bench_batch(bundle: Bundle, options: BenchOptions, progress: Progress) -> BatchRates:
     session = open_batch(
         bundle,
         options.device,
@@ -210,7 +221,11 @@ def _bench_batch(bundle: Bundle, options: BenchOptions) -> BatchRates:
         numerics=options.numerics,
     )
     return measure_batch(
-        session, prompt=options.prompt, generate=options.generate, repeats=options.repeats
+        session,
+        prompt=options.prompt,
+        generate=options.generate,
+        repeats=options.repeats,
+        progress=progress,
     )
 
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
+from operator import truediv
 from statistics import median
 
 import numpy as np
@@ -12,6 +14,7 @@ import numpy as np
 from uq.errors import UsageError
 from uq.formats.config import GemmaConfig
 from uq.kernels.session import Sampling, Session
+from uq.progress import Progress, SilentProgress
 from uq.validate.bandwidth import Ceiling
 from uq.validate.report import Speed, Spread
 
@@ -59,10 +62,15 @@ def measure_speed(
     generate: int = 64,
     repeats: int = 5,
     clock: Callable[[], float] = time.perf_counter,
+    progress: Progress | None = None,
+    label: str = "speed",
 ) -> Rates:
     """Prefill `prompt` tokens and decode `generate` more, greedily, `repeats` times.
 
     The session's KV cache is emptied before every run and at the end.
+
+    Args:
+        progress: is told of every run, as `label`.
 
     Raises:
         UsageError: a count is below 1, or the session's context is too short.
@@ -75,7 +83,11 @@ def measure_speed(
             f"{session.max_context}; measure fewer or open the session with a longer context"
         )
     tokens = fixed_prompt(prompt, session.config)
-    runs = [_run(session, tokens, generate, clock) for _ in range(1 + repeats)][1:]
+    if session.probe is not None:  # passes grow, and large ones have kernels of their own
+        session.reset()
+        session.prefill(tokens)
+    run = partial(_run, session, tokens, generate, clock)
+    runs = repeated(run, repeats, (prompt, generate), progress or SilentProgress(), label)
     session.reset()
     return Rates(
         prefill_tps=_spread([prompt / prefill for prefill, _ in runs]),
@@ -85,6 +97,29 @@ def measure_speed(
         repeats=repeats,
         bytes_per_token=session.bytes_per_token,
     )
+
+
+def repeated(
+    run: Callable[[], tuple[float, float]],
+    repeats: int,
+    tokens: tuple[int, int],
+    progress: Progress,
+    label: str,
+) -> list[tuple[float, float]]:
+    """Seconds of prefill and decoding in each of `repeats` runs, behind one that does not count.
+
+    Args:
+        tokens: of a prefill, and of a decoding.
+    """
+    progress.start(1 + repeats, label)
+    runs = []
+    for number in range(1 + repeats):
+        progress.work(f"{tokens[0]} tokens of prefill, {tokens[1]} of decoding")
+        runs.append(run())
+        rates = dict(zip(("prefill", "decode"), map(truediv, tokens, runs[-1]), strict=True))
+        progress.advance(f"run {number}" if number else "warm-up", **rates)
+    progress.close()
+    return runs[1:]
 
 
 def _run(

@@ -204,14 +204,14 @@ def _rates(
     """Speeds of a session whose weights are in memory; from a disk they would be the disk's."""
     if not options.speed or is_streamed(session) or not session.device.has_clock:
         return None
-    progress.start(1, f"speed of the {label}")
-    progress.work(f"{options.prompt} tokens of prefill, {options.generate} of decoding")
-    rates = measure_speed(
-        session, prompt=options.prompt, generate=options.generate, repeats=repeats
+    return measure_speed(
+        session,
+        prompt=options.prompt,
+        generate=options.generate,
+        repeats=repeats,
+        progress=progress,
+        label=f"speed of the {label}",
     )
-    progress.advance(label, prefill=rates.prefill_tps.median, decode=rates.decode_tps.median)
-    progress.close()
-    return rates
 
 
 def _errors(bundle: Bundle, checkpoint: Checkpoint, progress: Progress) -> tuple[LayerError, ...]:

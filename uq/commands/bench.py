@@ -32,6 +32,7 @@ def run(args: argparse.Namespace) -> int:
     from uq.formats.bundle import open_bundle
     from uq.kernels.backends import first_run_note
     from uq.kernels.profile import chrome_trace
+    from uq.progress import terminal_progress
     from uq.validate.bench import BenchOptions, bench
 
     if args.trace and not args.trace.resolve().parent.is_dir():
@@ -48,7 +49,7 @@ def run(args: argparse.Namespace) -> int:
     )
     if note := first_run_note(args.device):
         print(note, file=sys.stderr)
-    found = bench(open_bundle(args.bundle, verify="lazy"), options)
+    found = bench(open_bundle(args.bundle, verify="lazy"), options, terminal_progress())
     if args.trace and found.step is not None:
         args.trace.write_text(chrome_trace(found.step), encoding="utf-8")
     print(json.dumps(found.to_json(), indent=1, ensure_ascii=False) if args.json else found)
