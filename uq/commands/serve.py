@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import os
+import re
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -43,6 +44,11 @@ def configure(parser: argparse.ArgumentParser) -> None:
         help="tokens of a request and its answer; default: %(default)s, or the model's if less",
     )  # fmt: skip
     add(
+        "--allow-origin", type=origin, action="append", default=[], metavar="URL",
+        help="a web page there may use it, e.g. https://chat.example; *: any page; default: pages "
+        "of this machine",
+    )  # fmt: skip
+    add(
         "--template", type=Path, metavar="FILE",
         help="chat template (jinja) in place of the model's own",
     )  # fmt: skip
@@ -73,6 +79,7 @@ def run(args: argparse.Namespace) -> int:
         context=args.context,
         key=read_key(args.api_key_file),
         template=read_template(args.template),
+        origins=tuple(args.allow_origin),
     )
     if not options.local and not options.key:
         print(f"{args.host}: others can use this server; --api-key-file locks it", file=sys.stderr)
@@ -82,6 +89,13 @@ def run(args: argparse.Namespace) -> int:
         serve(open_bundle(args.bundle), options, announce)
     print("stopped", file=sys.stderr)
     return 0
+
+
+def origin(text: str) -> str:
+    """Of an option: a scheme and a host, as browsers name where a page came from."""
+    if text != "*" and not re.fullmatch(r"https?://[^/?#@\s]+", text):
+        raise argparse.ArgumentTypeError(f"{text!r} is no origin, as https://chat.example is one")
+    return text.lower()
 
 
 def announce(served: Served) -> None:

@@ -13,6 +13,7 @@ from pydantic import BaseModel, ValidationError
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
+from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
@@ -32,6 +33,23 @@ Kind = TypeVar("Kind", bound=BaseModel)
 Updates = asyncio.Queue[tuple[int, Update]]
 
 
+LOCAL_PAGES = r"https?://(localhost|127\.0\.0\.1|\[::1\])(:\d+)?"
+
+
+def pages(origins: Collection[str]) -> Middleware:
+    """Lets a browser's scripts see answers: those of pages of this machine, and of `origins`, each
+    a scheme with a host, or `*`. It answers what browsers ask before, which has no key.
+    """
+    return Middleware(
+        CORSMiddleware,
+        allow_origins=[*origins],
+        allow_origin_regex=LOCAL_PAGES,
+        allow_methods=["GET", "POST"],
+        allow_headers=["*"],
+        expose_headers=["Retry-After"],
+    )
+
+
 class Application:
     """The paths of one server; `asgi` is what a web server runs."""
 
@@ -44,8 +62,9 @@ class Application:
         fingerprint: str,
         key: str | None = None,
         hosts: Collection[str] | None = None,
+        origins: Collection[str] = (),
     ) -> None:
-        """`fingerprint` names the weights; `key` and `hosts`: see `Gate`."""
+        """`fingerprint` names the weights; `key`, `hosts`: see `Gate`; `origins`: see `pages`."""
         self._service, self._engine, self._metrics = service, engine, metrics
         self._fingerprint, self._created = fingerprint, int(time.time())
         routes = [
@@ -59,7 +78,10 @@ class Application:
         paths = [route.path for route in routes]
         self.asgi = Starlette(
             routes=routes,
-            middleware=[Middleware(Gate, metrics=metrics, paths=paths, key=key, hosts=hosts)],
+            middleware=[
+                pages(origins),
+                Middleware(Gate, metrics=metrics, paths=paths, key=key, hosts=hosts),
+            ],
             exception_handlers={ApiError: _refuse, HTTPException: _refuse, Exception: _refuse},
         )
 

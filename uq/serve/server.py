@@ -44,6 +44,7 @@ class ServeOptions:
         queue: requests that may wait for their turn.
         context: tokens of prompt and answer, at most; never more than the model's.
         template: chat template in place of the model's own.
+        origins: of pages whose scripts may use it, beside this machine's; `*`: of any.
         numerics: what the device keeps in integers beside the weights.
     """
 
@@ -57,6 +58,7 @@ class ServeOptions:
     context: int = 4096
     key: str | None = None
     template: str | None = None
+    origins: tuple[str, ...] = ()
     numerics: Numerics = FLOAT
 
     @property
@@ -183,7 +185,7 @@ def running(bundle: Bundle, options: ServeOptions) -> Iterator[Server]:
         service = Service(name, tokenizer, template, max_context=context, capacity=capacity)
         application = Application(
             service, engine, metrics, fingerprint=f"uq-{bundle.sha256[:12]}",
-            key=options.key, hosts=hosts if options.local else None,
+            key=options.key, hosts=hosts if options.local else None, origins=options.origins,
         )  # fmt: skip
         yield Server(session, engine, service, application)
 
