@@ -90,6 +90,27 @@ def test_a_text_or_model_that_was_changed_is_tried_again(
     assert len({before, changed, asked.key(open_checkpoint(folder))}) == 3
 
 
+class Stopped(SilentProgress):
+    """Ctrl-C in a trial's second layer."""
+
+    def __init__(self) -> None:
+        self.notes: list[str] = []
+
+    def work(self, what: str) -> None:
+        if what.endswith("layer 1"):
+            raise KeyboardInterrupt
+
+    def note(self, text: str) -> None:
+        self.notes.append(text)
+
+
+def test_nobody_is_sent_to_a_folder_that_is_gone(model: Path, text: Path) -> None:
+    progress = Stopped()
+    with pytest.raises(KeyboardInterrupt):
+        sweep(open_checkpoint(model), [trial("int4", text, recipe="int4")], progress)
+    assert not any(".partial" in note for note in progress.notes)
+
+
 def test_the_table_marks_what_nothing_smaller_reaches() -> None:
     worse = replace(SMALL, name="worse", bytes=200, kld=0.6)
     large = replace(SMALL, name="large", bytes=300, kld=0.1)

@@ -134,9 +134,9 @@ def _outcomes(
 
 def evaluate(checkpoint: Checkpoint, trial: Trial, progress: Progress) -> Outcome:
     """Quantize and compare, in a temporary folder (`TMPDIR` says where)."""
-    progress = Within(trial.name, progress)
     began = time.perf_counter()
     with tempfile.TemporaryDirectory(prefix="uq-sweep-") as folder:
+        progress = Within(trial.name, progress, folder)
         assets, name = checkpoint.assets(), checkpoint.source.id
         calibrated = plan_of(checkpoint.config, trial.options).calibrated
         form = trial.calibration_format if calibrated else "plain"
@@ -186,17 +186,19 @@ def is_best(outcome: Outcome, outcomes: Sequence[Outcome]) -> bool:
 
 
 class Within(SilentProgress):
-    """Of the steps inside a trial the bar shows the name alone; notes come through."""
+    """Of the steps inside a trial the bar shows the name alone; notes come through, but for what is
+    kept in its folder: that goes with the trial.
+    """
 
-    def __init__(self, trial: str, outer: Progress) -> None:
-        self._trial = trial
-        self._outer = outer
+    def __init__(self, trial: str, outer: Progress, folder: str) -> None:
+        self._trial, self._outer, self._folder = trial, outer, folder
 
     def advance(self, step: str, **figures: float) -> None:
         self._outer.work(f"{self._trial}: {step}")
 
     def note(self, text: str) -> None:
-        self._outer.note(f"{self._trial}: {text}")
+        if self._folder not in text:
+            self._outer.note(f"{self._trial}: {text}")
 
 
 def _content(text: str | Path | None) -> str | None:
