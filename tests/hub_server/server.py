@@ -179,10 +179,10 @@ class Handler(BaseHTTPRequestHandler):
         for name, value in reply.headers.items():
             self.send_header(name, value)
         self.send_header("Content-Length", str(size))
-        self.end_headers()
         wanted = 0 if request.method == "HEAD" else size
         stop = wanted if fault is None or fault.cut is None else min(wanted, fault.cut)
         self._note(request, reply.status, stop, received)  # before the client can go on
+        self.end_headers()
         self._send_body(reply.content, reply.start, reply.start + stop)
         if fault is not None and fault.cut is not None:
             self._hang_up()
