@@ -28,7 +28,7 @@ class QuantizeOptions:
             at its outputs; None for what the recipe does, as far as the run can.
         max_memory: bytes that the run may take; None for what is free. A calibration that must
             take smaller steps to fit (`WorkSizes`) gives other codes, as good ones.
-        threads: of everything but the matrix products; one per core when None.
+        threads: one per core when None.
         resume: `auto`, `restart` or `require`, as in `BundleWriter`.
         towers: what becomes of vision and audio towers: `keep`, `int8` or `drop`.
         render: the model's chat template, for a model that was trained on chats.

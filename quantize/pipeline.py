@@ -14,6 +14,7 @@ from threading import Event
 import numpy as np
 from numpy.typing import NDArray
 
+from uq.blas import blas_threads
 from uq.errors import DeviceError, HubError
 from uq.formats.checkpoint import Checkpoint
 from uq.formats.writer import BundleWriter, Entry, QuantEntry, work_folder
@@ -52,8 +53,8 @@ def quantize(
 ) -> Path:
     """Quantize a checkpoint into the bundle `out`.
 
-    Same checkpoint, text, options and engine, same bytes: at any number of threads, in one run or
-    several, on one machine or several.
+    Same checkpoint, text, options and engine, same bytes: in one run or several, on one machine or
+    several, at any number of threads for which BLAS rounds alike.
 
     Args:
         engine: where calibration in order runs; None for main memory, and the disk where that is
@@ -72,6 +73,7 @@ def quantize(
     """
     job = prepared(checkpoint, options, progress, engine, farm)
     with (
+        blas_threads(options.threads),
         job.writer(out) as writer,
         _explained_interrupt(out, writer, progress),
         ThreadPoolExecutor(worker_threads(options)) as pool,

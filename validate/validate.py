@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
+from uq.blas import blas_threads
 from uq.errors import UsageError
 from uq.formats.chat import Render
 from uq.kernels.backends import device_numerics, open_reference, open_session
@@ -139,7 +140,8 @@ def validate(
     checkpoint, warnings = find_reference(bundle.manifest, reference, keep=options.keep)
     text = read_text(options.text)
     tokens = windows(bundle.tokenizer(), text, options.context, options.max_chunks, options.render)
-    measured = _measure(bundle, checkpoint, tokens, numerics, options, progress)
+    with blas_threads(options.threads):
+        measured = _measure(bundle, checkpoint, tokens, numerics, options, progress)
     return make_report(bundle, checkpoint, text, tokens, options, measured, warnings)
 
 

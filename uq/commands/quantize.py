@@ -150,7 +150,10 @@ def _add_machine(parser: argparse.ArgumentParser) -> None:
         help="that calibrates: auto (default; a GPU with enough memory, else the CPU), cpu, "
         "vulkan, vulkan:NUMBER or vulkan:NAME",
     )  # fmt: skip
-    add("--threads", type=whole(1), metavar="N", help="default: one per core")
+    add(
+        "--threads", type=whole(1), metavar="N",
+        help="default: one per core; fewer are faster where other programs are busy",
+    )  # fmt: skip
     add("--scheduler", type=scheduler, metavar="ADDRESS", help=SCHEDULER_HELP)
 
 

@@ -57,7 +57,10 @@ def configure(parser: argparse.ArgumentParser) -> None:
         help="also tell what a quantized KV cache loses, emulated; --device vulkan runs with int8; "
         "default: %(default)s",
     )  # fmt: skip
-    add("--threads", type=whole(1), metavar="N", help="default: one per core")
+    add(
+        "--threads", type=whole(1), metavar="N",
+        help="default: one per core; fewer are faster where other programs are busy",
+    )  # fmt: skip
     add("--max-kld", type=real(0), metavar="X", help="fail if the mean KL divergence is above")
     add("--max-ppl-ratio", type=real(0, above=True), metavar="X", help="fail if PPL ratio is above")
     add("--min-tps", type=real(0), metavar="X", help="fail if decode tokens/s are below")
