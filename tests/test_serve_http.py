@@ -26,7 +26,6 @@ from uq.formats.tokenizer import Tokenizer
 from uq.formats.writer import BundleWriter
 from uq.kernels.cpu.session import CpuSession
 from uq.kernels.session import Sampling
-from uq.serve import app
 
 HARNESS = Path(__file__).with_name("harness")
 
@@ -306,52 +305,6 @@ def test_models_are_listed(local: Site) -> None:
     assert local.client.models.retrieve("tiny").owned_by == "uq"
     with pytest.raises(openai.NotFoundError):
         local.client.models.retrieve("other")
-
-
-@pytest.mark.parametrize(
-    ("headers", "status"),
-    [
-        ({"Authorization": "Bearer wrong"}, 401),
-        ({"Authorization": ""}, 401),
-        ({"Content-Type": "text/plain"}, 415),
-        ({"Host": "evil.example:80"}, 403),
-        ({"Content-Length": str(1 << 40)}, 413),
-    ],
-)
-def test_a_request_is_stopped_at_the_gate(
-    local: Site, headers: dict[str, str], status: int
-) -> None:
-    found, replied, answer = local.send("POST", "/v1/completions", {"prompt": "x"}, **headers)
-    assert found == status and answer["error"]["message"]
-    assert ("www-authenticate" in replied) == (status == 401)
-
-
-@pytest.mark.parametrize(
-    "headers",
-    [
-        {"Host": "LOCALHOST:1"},
-        {"Host": "[::1]"},
-        {"Host": "[::1]:80"},
-        {"Authorization": f"bearer  {KEY}"},
-    ],
-)
-def test_names_are_those_of_the_standards(local: Site, headers: dict[str, str]) -> None:
-    assert local.send("GET", "/v1/models", **headers)[0] == 200
-
-
-def test_a_body_without_end_is_cut_off(local: Site) -> None:
-    connection = http.client.HTTPConnection("127.0.0.1", local.port)
-    headers = {"Content-Type": "application/json", "Authorization": f"Bearer {KEY}"}
-    pieces = (b"x" * (1 << 20) for _ in range(9))
-    connection.request("POST", "/v1/completions", pieces, headers, encode_chunked=False)
-    assert connection.getresponse().status == 413
-    connection.close()
-
-
-def test_a_slow_body_is_given_up(local: Site, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(app, "READ_SECONDS", 0.05)
-    headers = {"Content-Length": "100"}
-    assert local.send("POST", "/v1/completions", b'{"prompt"', **headers)[0] == 408
 
 
 def test_health_and_metrics(local: Site) -> None:

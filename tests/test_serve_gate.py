@@ -1,7 +1,8 @@
-"""The server and web pages: whose scripts a browser lets see its answers."""
+"""What a request passes before it is answered: the gate, and what a browser asks for a page."""
 
 from __future__ import annotations
 
+import http.client
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import pytest
 from tests.serve_site import KEY, Site, site
 from uq.cli import main
 from uq.formats.bundle import open_bundle
+from uq.serve import app
 
 MINE = "https://chat.example"
 ASKS = {
@@ -23,6 +25,52 @@ ASKS = {
 def local(tiny_bundle: Callable[..., Path]) -> Iterator[Site]:
     with site(open_bundle(tiny_bundle()), key=KEY, context=64, origins=(MINE,)) as local:
         yield local
+
+
+@pytest.mark.parametrize(
+    ("headers", "status"),
+    [
+        ({"Authorization": "Bearer wrong"}, 401),
+        ({"Authorization": ""}, 401),
+        ({"Content-Type": "text/plain"}, 415),
+        ({"Host": "evil.example:80"}, 403),
+        ({"Content-Length": str(1 << 40)}, 413),
+    ],
+)
+def test_a_request_is_stopped_at_the_gate(
+    local: Site, headers: dict[str, str], status: int
+) -> None:
+    found, replied, answer = local.send("POST", "/v1/completions", {"prompt": "x"}, **headers)
+    assert found == status and answer["error"]["message"]
+    assert ("www-authenticate" in replied) == (status == 401)
+
+
+@pytest.mark.parametrize(
+    "headers",
+    [
+        {"Host": "LOCALHOST:1"},
+        {"Host": "[::1]"},
+        {"Host": "[::1]:80"},
+        {"Authorization": f"bearer  {KEY}"},
+    ],
+)
+def test_names_are_those_of_the_standards(local: Site, headers: dict[str, str]) -> None:
+    assert local.send("GET", "/v1/models", **headers)[0] == 200
+
+
+def test_a_body_without_end_is_cut_off(local: Site) -> None:
+    connection = http.client.HTTPConnection("127.0.0.1", local.port)
+    headers = {"Content-Type": "application/json", "Authorization": f"Bearer {KEY}"}
+    pieces = (b"x" * (1 << 20) for _ in range(9))
+    connection.request("POST", "/v1/completions", pieces, headers, encode_chunked=False)
+    assert connection.getresponse().status == 413
+    connection.close()
+
+
+def test_a_slow_body_is_given_up(local: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(app, "READ_SECONDS", 0.05)
+    headers = {"Content-Length": "100"}
+    assert local.send("POST", "/v1/completions", b'{"prompt"', **headers)[0] == 408
 
 
 def allowed(local: Site, origin: str) -> bool:
