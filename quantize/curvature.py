@@ -17,6 +17,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -24,16 +25,23 @@ from numpy.typing import NDArray
 
 from uq.formats.checkpoint import Checkpoint
 from uq.formats.config import GemmaConfig, layer_tensor
-from uq.kernels.products import flat, linear, rms_norm
-from uq.kernels.reference import embed, layer_forward, soft_cap
+from uq.kernels.per_layer import Beside
+from uq.kernels.products import flat, linear
+from uq.kernels.reference import embed, soft_cap
 from uq.kernels.weights import CheckpointWeights
 from uq.progress import Progress
-from uq.quantize.backward import layer_backward, rms_norm_backward
+from uq.quantize.backward import LayerGradient, Slope
+from uq.quantize.expert_backward import pass_back
 from uq.quantize.gptq import output_blocks
 from uq.quantize.moments import mean_square
+from uq.quantize.paths import Path as Walk
+from uq.quantize.paths import pass_layer
 from uq.quantize.plan import WorkSizes
 from uq.quantize.probes import likeliest
+from uq.quantize.pullbacks import Pullback, norm
 from uq.quantize.spool import Spool
+from uq.quantize.stream_pullbacks import gathered
+from uq.quantize.token_rows import exact_rows
 
 Array = NDArray[np.float32]
 
@@ -65,11 +73,23 @@ def curvature_bytes(config: GemmaConfig, tokens: int, numbers: int) -> int:
     """What waits on the disk: matrices, and the residual stream in front of every layer."""
     found = 0
     for layer in range(config.num_layers):
-        found += 4 * (tokens // EVERY) * config.hidden_size
-        for shape in config.linear_shapes(layer).values():
+        found += 4 * (tokens // EVERY) * stream_size(config)
+        for shape in coupled_shapes(config, layer).values():
             sizes = (len(range(shape[0])[rows]) for rows in output_blocks(shape, numbers))
             found += 4 * sum(size**2 for size in sizes)
     return found
+
+
+def coupled_shapes(config: GemmaConfig, layer: int) -> dict[str, tuple[int, int]]:
+    """Role -> shape of the linears whose outputs are taken together: of a layer, not of experts."""
+    experts = config.expert_roles(layer)
+    shapes = config.linear_shapes(layer)
+    return {role: shape for role, shape in shapes.items() if role not in experts}
+
+
+def stream_size(config: GemmaConfig) -> int:
+    """Channels of a token's residual stream, or streams."""
+    return config.hidden_size * (config.altup.streams if config.altup else 1)
 
 
 @np.errstate(over="ignore", invalid="ignore", divide="ignore")
@@ -80,7 +100,7 @@ def measure_curvature(
     folder: Path,
     progress: Progress,
 ) -> Curvature:
-    """Of all linears of a model without extensions.
+    """Of all linears but those of experts.
 
     Args:
         tokens: (sequences, length) int32 of the calibration.
@@ -93,25 +113,25 @@ def measure_curvature(
     source = CheckpointWeights(checkpoint, resident=False)
     used = tokens[::EVERY]
     step = max(1, work.batch_tokens // tokens.shape[1])
-    hidden = [
-        embed(config, source.embedding(used[start : start + step]))
+    texts = [
+        _started(checkpoint, source, used[start : start + step])
         for start in range(0, len(used), step)
     ]
     progress.start(2 * config.num_layers, "gradients")
     streams, found = Spool(folder), Spool(folder)
     for layer in range(config.num_layers):
-        weights = checkpoint.layer(layer)
-        for index, batch in enumerate(hidden):
-            streams[layer, index] = batch
-            hidden[index] = layer_forward(config, layer, weights, batch)
+        for index, text in enumerate(texts):
+            streams[layer, index] = text.stream
+        pass_layer(config, layer, checkpoint.layer(layer), checkpoint, texts)
         progress.advance(f"layer {layer}")
-    slopes = _loss_slopes(config, source, hidden)
+    slopes = _loss_slopes(config, source, [text.stream for text in texts])
     for layer in reversed(range(config.num_layers)):
-        weights = checkpoint.layer(layer)
-        moments = OutputMoments(config, layer, work.row_numbers)
-        for index, slope in enumerate(slopes):
-            stream = streams[layer, index]
-            slopes[index] = layer_backward(config, layer, weights, stream, slope, moments.add)
+        weights, moments = checkpoint.layer(layer), OutputMoments(config, layer, work.row_numbers)
+        layers = [
+            LayerGradient(config, layer, weights, text.beside, slope, moments.add)
+            for text, slope in zip(texts, slopes, strict=True)
+        ]
+        pass_back(layers, checkpoint, partial(_stream, streams, layer))
         moments.store(found)
         progress.advance(f"layer {layer}, back")
     progress.close()
@@ -128,7 +148,7 @@ class OutputMoments:
                 (rows, np.zeros((len(range(shape[0])[rows]),) * 2, np.float32))
                 for rows in output_blocks(shape, numbers)
             ]
-            for role, shape in config.linear_shapes(layer).items()
+            for role, shape in coupled_shapes(config, layer).items()
         }
 
     def add(self, role: str, out: Array, slope: Array) -> None:
@@ -160,25 +180,49 @@ def _capped(slope: Array) -> Array:
     return capped
 
 
+def _stream(streams: Spool, layer: int, index: int) -> Array:
+    return streams[layer, index]
+
+
+def _started(checkpoint: Checkpoint, source: CheckpointWeights, tokens: NDArray[np.int32]) -> Walk:
+    """Some sequences in front of layer 0."""
+    rows = exact_rows(checkpoint, source, tokens)
+    hidden = embed(checkpoint.config, rows.quantized)
+    if rows.quantized_rows is None:
+        return Walk(hidden, Beside())
+    streams = None if rows.spread is None else rows.spread(hidden)
+    return Walk(hidden, Beside(hidden, rows.quantized_rows, streams))
+
+
 def _loss_slopes(
-    config: GemmaConfig, source: CheckpointWeights, hidden: Sequence[Array]
-) -> list[Array]:
+    config: GemmaConfig, source: CheckpointWeights, streams: Sequence[Array]
+) -> list[Slope]:
     """Gradient of the loss at the residual stream behind the last layer, batch by batch.
 
     The loss at a position is the cross-entropy of a token drawn from the model's own prediction.
     """
-    gain, eps = source.final_norm, config.rms_norm_eps
-    states = [rms_norm(batch, gain, eps) for batch in hidden]
-    every = max(1, sum(map(_positions, states)) // STATES)
-    sample = np.concatenate([flat(batch)[::every] for batch in states])
+    every = max(1, sum(_positions(batch) for batch in streams) // STATES)
+    ends = (_end(config, source, batch)[0] for batch in streams)
+    sample = np.concatenate([flat(state)[::every] for state in ends])
     head = source.head_rows(likeliest(config, source, sample, VOCABULARY))  # (tokens, hidden)
     rng = np.random.default_rng(0)
     slopes = []
-    for batch, state in zip(hidden, states, strict=True):
+    for batch in streams:
+        state, pull = _end(config, source, batch)
         parts = np.array_split(flat(state), math.ceil(_positions(state) / POSITIONS))
         slope = np.concatenate([_head_slope(config, head, part, rng) for part in parts])
-        slopes.append(rms_norm_backward(batch, gain, eps, slope.reshape(batch.shape)))
+        slopes.append(Slope(pull(slope.reshape(state.shape))))
     return slopes
+
+
+def _end(config: GemmaConfig, source: CheckpointWeights, stream: Array) -> tuple[Array, Pullback]:
+    """What the head takes, and the pullback to the residual stream behind the last layer."""
+    gain, eps = source.final_norm, config.rms_norm_eps
+    if config.altup is None:
+        return norm(stream, gain, eps)
+    hidden, in_gathering = gathered(config.altup, source.whole, stream)
+    state, in_norm = norm(hidden, gain, eps)
+    return state, lambda slope: in_gathering(in_norm(slope))
 
 
 def _head_slope(config: GemmaConfig, head: Array, states: Array, rng: np.random.Generator) -> Array:
@@ -197,5 +241,5 @@ def _head_slope(config: GemmaConfig, head: Array, states: Array, rng: np.random.
     return found
 
 
-def _positions(states: Array) -> int:
-    return len(flat(states))
+def _positions(batch: Array) -> int:
+    return math.prod(batch.shape[:2])

@@ -25,7 +25,7 @@ from uq.formats.spec import Spec
 from uq.formats.towers import stored_bytes
 from uq.quantize.calibrate import STAGES
 from uq.quantize.candidates import CANDIDATES
-from uq.quantize.curvature import EVERY, STATES, VOCABULARY
+from uq.quantize.curvature import EVERY, STATES, VOCABULARY, coupled_shapes
 from uq.quantize.factor import factorize
 from uq.quantize.gptq import OUTPUTS, Statistics, quantize_gptq
 from uq.quantize.job import curvature_on_disk, fitted_plan, recognised_plan, worker_threads
@@ -200,9 +200,9 @@ def _hashing_seconds(nbytes: int) -> float:
 def _layers_seconds(config: GemmaConfig, plan: Plan, options: QuantizeOptions) -> float:
     """All layers: the tokens' way through them, the second moments, GPTQ."""
     rates, kinds = _rates(plan.gptq), layer_kinds(config)
-    share = config.experts.active / config.experts.count if config.experts else 1.0
     return sum(
-        n * _layer_seconds(dict(kind), share, plan, options, rates) for kind, n in kinds.items()
+        n * _layer_seconds(dict(kind), _expert_share(config), plan, options, rates)
+        for kind, n in kinds.items()
     )
 
 
@@ -218,8 +218,7 @@ def _layer_seconds(
     tokens, length = options.calibration_tokens, options.calibration_length
     paths = 2 if plan.corrected else 1
     weights = sum(rows * cols for rows, cols in linears.values())
-    experts = sum(rows * cols for role, (rows, cols) in linears.items() if role not in STAGED)
-    passed = weights - (1 - share) * experts
+    passed = _passed(linears, share)
     attention = 2 * length * linears["self_attn.o_proj"][1]
     passes = paths + options.independent
     forward = OVERHEAD * 2 * tokens * passes * (passed + attention)
@@ -240,16 +239,29 @@ def _layer_seconds(
     return (forward + moments) / single + products / double + weights * per_weight
 
 
+def _expert_share(config: GemmaConfig) -> float:
+    """Of a layer's experts, that a token passes through."""
+    return config.experts.active / config.experts.count if config.experts else 1.0
+
+
+def _passed(linears: Mapping[str, tuple[int, int]], share: float) -> float:
+    """Weights of a layer that a token passes through."""
+    experts = sum(rows * cols for role, (rows, cols) in linears.items() if role not in STAGED)
+    return sum(rows * cols for rows, cols in linears.values()) - (1 - share) * experts
+
+
 def _together_seconds(config: GemmaConfig, plan: Plan, options: QuantizeOptions) -> float:
     """Gradients of the outputs, and the rounding of rows together."""
     if not plan.bends:
         return 0.0
     tokens = options.calibration_tokens // EVERY
-    products = 2 * config.hidden_size * (2 * tokens * VOCABULARY + 2 * STATES * config.vocab_size)
+    products = 2.0 * config.hidden_size * (2 * tokens * VOCABULARY + 2 * STATES * config.vocab_size)
     for layer in range(config.num_layers):
-        for rows, cols in config.linear_shapes(layer).values():
+        passed = _passed(config.linear_shapes(layer), _expert_share(config))
+        products += 2 * tokens * round(3 * OVERHEAD) * passed
+        for rows, cols in coupled_shapes(config, layer).values():
             block = min(rows, OUTPUTS)
-            products += 2 * tokens * rows * (round(3 * OVERHEAD) * cols + block)
+            products += 2 * tokens * rows * block
             products += 2 * ROUNDS * (SWEEPS + STEPS + 1) * rows * cols * (block + cols)
     return products / _rates(plan.gptq)[0]
 

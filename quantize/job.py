@@ -21,6 +21,7 @@ from uq.formats.towers import stored_bytes
 from uq.formats.writer import BundleWriter
 from uq.kernels.session import require_known
 from uq.progress import Progress
+from uq.quantize.backward import FOLLOWED as GRADIENTS
 from uq.quantize.calibrate import FOLLOWED
 from uq.quantize.calibration_engine import CalibrationEngine
 from uq.quantize.curvature import curvature_bytes
@@ -239,7 +240,7 @@ def _obstacle(config: GemmaConfig, plan: Plan, options: QuantizeOptions) -> str 
         return "is for --method gptq"
     if options.independent:
         return "needs layers calibrated in order"
-    if unknown := config.extensions():
+    if unknown := [part for part in config.extensions() if part not in GRADIENTS]:
         return f"does not compute {unknown[0]} ({config.family})"
     return None
 

@@ -17,7 +17,7 @@ from uq.errors import UsageError
 from uq.formats.checkpoint.content import BLOCK
 from uq.formats.config import GemmaConfig, layer_tensor
 from uq.quantize.calibrate import STAGES, Stage, token_bytes
-from uq.quantize.curvature import EVERY, VOCABULARY
+from uq.quantize.curvature import EVERY, VOCABULARY, coupled_shapes, stream_size
 from uq.quantize.curvature import POSITIONS as POSITIONS_AT_ONCE
 from uq.quantize.gptq import OUTPUTS
 from uq.quantize.moments import WIDE
@@ -41,6 +41,8 @@ ROW_COPIES = 7  # of a block of rows in work, in the Hessian's type; and in floa
 ROW_FLOATS = 5
 CURVATURE_COPIES, MISSED_COPIES = 4, 5  # of the outputs' curvature, of what weights miss
 GRADIENT_COPIES = 8  # of the widest activations of a batch
+SPARSE_COPIES = 3  # more, where a threshold takes some of them away
+ROUTED_COPIES = 6  # of all tokens, while their gradients pass through experts
 LOGIT_COPIES = 5  # of logits, in float32; sums of them are float64
 BATCH_COPIES = 3  # of the inputs of a batch: weighted, and less the other path's
 Shapes = tuple[tuple[str, tuple[int, int]], ...]
@@ -234,14 +236,22 @@ def _together_bytes(shapes: Mapping[str, tuple[int, int]], stage: Stage, plan: P
 
 def _gradient_bytes(config: GemmaConfig, load: Load, work: WorkSizes, batch: int) -> int:
     """While gradients are taken: all tokens' streams and slopes, a layer, and a batch in it."""
-    tokens = 2 * 4 * (load.tokens // EVERY) * config.hidden_size
-    shapes = config.linear_shapes(0).values()
-    layer = 4 * sum(rows * cols for rows, cols in shapes)
-    sums = 4 * sum(rows * min(rows, OUTPUTS) for rows, _ in shapes)
-    widest = max(max(shape) for shape in shapes)
-    walk = layer + sums + 4 * batch * (GRADIENT_COPIES * widest + 8 * config.hidden_size)
-    head = 4 * VOCABULARY * (config.hidden_size + LOGIT_COPIES * POSITIONS_AT_ONCE)
-    return tokens + max(walk, head)
+    stream, tokens = stream_size(config), load.tokens // EVERY
+    streams = tokens * (2 * stream + (ROUTED_COPIES * config.hidden_size if config.experts else 0))
+    copies = GRADIENT_COPIES + (SPARSE_COPIES if config.activation_sparsity else 0)
+    expert = sum(
+        config.expert_rows(0, role) * config.linear_shapes(0)[role][1]
+        for role in config.expert_roles(0)
+    )
+    walks = []
+    for layer in range(config.num_layers):
+        shapes = coupled_shapes(config, layer).values()
+        weights = expert + sum(rows * cols for rows, cols in shapes)
+        sums = sum(rows * min(rows, OUTPUTS) for rows, _ in shapes)
+        widest = max(max(shape) for shape in shapes)
+        walks.append(weights + sums + batch * (copies * widest + 8 * stream))
+    head = VOCABULARY * (config.hidden_size + LOGIT_COPIES * POSITIONS_AT_ONCE)
+    return 4 * (streams + max(*walks, head))
 
 
 def _held(shapes: Mapping[str, tuple[int, int]], stage: Stage) -> Iterator[int]:

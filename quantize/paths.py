@@ -61,13 +61,18 @@ class Path:
         return self.hidden if self.beside.streams is None else self.beside.streams
 
 
+def exactly(role: str, weight: Array) -> Array:
+    """A `Round` that leaves a weight as it is."""
+    return weight
+
+
 def pass_layer(
     config: GemmaConfig,
     layer: int,
     weights: Weights,
     experts: Experts,
     paths: Sequence[Path],
-    round_weight: Round,
+    round_weight: Round = exactly,
 ) -> None:
     """Take all paths behind a layer."""
     for path in paths:

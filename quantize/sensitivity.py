@@ -22,7 +22,7 @@ from uq.formats.spec import Spec
 from uq.kernels.weights import CheckpointWeights, Weights
 from uq.progress import Progress
 from uq.quantize.calibrate import PLAIN, Calibration
-from uq.quantize.calibration_engine import ExpertWork, StageStatistics, TokenRows
+from uq.quantize.calibration_engine import ExpertWork, StageStatistics
 from uq.quantize.candidates import candidates
 from uq.quantize.equalize import channel_scale
 from uq.quantize.factor import left_variances
@@ -41,7 +41,7 @@ from uq.quantize.probes import (
     table_names,
 )
 from uq.quantize.scales import quantize_rtn, squared_error
-from uq.quantize.token_rows import PerLayerRows, stream_maker
+from uq.quantize.token_rows import exact_rows
 
 Array = NDArray[np.float32]
 Costs = Mapping[str, Mapping[Spec, float]]  # tensor -> grid -> mean KL divergence, nats per token
@@ -91,7 +91,7 @@ def measure_costs(
     config = checkpoint.config
     source = CheckpointWeights(checkpoint, resident=False)
     sampled = _spread(tokens, MOMENT_WINDOWS)[:, :MOMENT_LENGTH]
-    rows = _token_rows(checkpoint, source, sampled)
+    rows = exact_rows(checkpoint, source, sampled)
     moments = Calibration(config, [rows], replace(PLAIN, work=options.work))
     windows = _spread(tokens, PROBE_WINDOWS)[:, :PROBE_LENGTH]
     probes = Probes(config, source, windows, tables=tables)
@@ -132,17 +132,6 @@ def balance(divergences: Mapping[str, Doubles]) -> dict[str, float]:
     weights = 1 / np.maximum(size, max(np.median(size) / MOST_WEIGHT, LEAST))
     weights /= weights.sum()
     return {name: float(found @ weights) for name, found in divergences.items()}
-
-
-def _token_rows(
-    checkpoint: Checkpoint, source: CheckpointWeights, tokens: NDArray[np.int32]
-) -> TokenRows:
-    """The tokens in front of layer 0, nothing rounded."""
-    rows, config = source.embedding(tokens), checkpoint.config
-    if config.per_layer is None:
-        return TokenRows(rows)
-    told = PerLayerRows(checkpoint, tokens, None)
-    return TokenRows(rows, quantized_rows=told, spread=stream_maker(source, config))
 
 
 def _plain(ratios: Mapping[Spec, float]) -> float:

@@ -42,6 +42,17 @@ def token_rows(
             yield TokenRows(quantized, rows if plan.corrected else None, ours, theirs, maker)
 
 
+def exact_rows(
+    checkpoint: Checkpoint, weights: CheckpointWeights, tokens: NDArray[np.int32]
+) -> TokenRows:
+    """Of sequences on one path, nothing rounded."""
+    rows, config = weights.embedding(tokens), checkpoint.config
+    if config.per_layer is None:
+        return TokenRows(rows)
+    told = PerLayerRows(checkpoint, tokens, None)
+    return TokenRows(rows, quantized_rows=told, spread=stream_maker(weights, config))
+
+
 def stream_maker(weights: CheckpointWeights, config: GemmaConfig) -> Spread | None:
     """What makes the residual streams of embedded tokens, in models that have several."""
     return None if config.altup is None else partial(spread, config.altup, weights.whole)

@@ -124,9 +124,8 @@ def _weights(keys: Mapping[str, Any]) -> dict[str, NDArray[np.float32]]:
     return weights
 
 
-def transformers_logits(folder: Path) -> Callable[[NDArray[np.int32]], NDArray[np.float32]]:
-    """Logits (batch, length, vocab) of what `write_gemma3n` wrote, by transformers."""
-    import torch
+def loaded_model(folder: Path) -> Any:
+    """What `write_gemma3n` wrote, in transformers."""
     from safetensors.torch import load_file
 
     model = transformers_model(json.loads((folder / "config.json").read_text()))
@@ -134,6 +133,14 @@ def transformers_logits(folder: Path) -> Callable[[NDArray[np.int32]], NDArray[n
         load_file(folder / "model.safetensors"), strict=False
     )
     assert (missing, unexpected) in (([], []), (["lm_head.weight"], []))
+    return model
+
+
+def transformers_logits(folder: Path) -> Callable[[NDArray[np.int32]], NDArray[np.float32]]:
+    """Logits (batch, length, vocab) of what `write_gemma3n` wrote, by transformers."""
+    import torch
+
+    model = loaded_model(folder)
 
     def logits(tokens: NDArray[np.int32]) -> NDArray[np.float32]:
         with torch.no_grad():

@@ -122,9 +122,8 @@ def _weights(keys: Mapping[str, Any]) -> dict[str, NDArray[np.float32]]:
     return weights
 
 
-def transformers_logits(folder: Path) -> Callable[[NDArray[np.int32]], NDArray[np.float32]]:
-    """Logits (batch, length, vocab) of what `write_gemma4` wrote, by transformers."""
-    import torch
+def loaded_model(folder: Path) -> Any:
+    """What `write_gemma4` wrote, in transformers."""
     from safetensors.torch import load_file
 
     keys = json.loads((folder / "config.json").read_text())
@@ -139,6 +138,14 @@ def transformers_logits(folder: Path) -> Callable[[NDArray[np.int32]], NDArray[n
         {name: value for name, value in named.items() if name in needed}, strict=False
     )
     assert missing in ([], ["lm_head.weight"])
+    return model
+
+
+def transformers_logits(folder: Path) -> Callable[[NDArray[np.int32]], NDArray[np.float32]]:
+    """Logits (batch, length, vocab) of what `write_gemma4` wrote, by transformers."""
+    import torch
+
+    model = loaded_model(folder)
 
     def logits(tokens: NDArray[np.int32]) -> NDArray[np.float32]:
         with torch.no_grad():

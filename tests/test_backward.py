@@ -14,21 +14,62 @@ from numpy.typing import NDArray
 from uq.formats.checkpoint import open_checkpoint
 from uq.formats.config import layer_tensor
 from uq.kernels.products import rms_norm
-from uq.kernels.reference import embed, layer_forward
 from uq.kernels.weights import CheckpointWeights
-from uq.quantize.backward import layer_backward, rms_norm_backward
+from uq.quantize import curvature
+from uq.quantize.backward import LayerGradient, Slope
+from uq.quantize.expert_backward import pass_back
+from uq.quantize.paths import pass_layer
+from uq.quantize.pullbacks import rms_norm_backward
 
 Array = NDArray[np.float32]
+FULL = "full_attention"
 
 
-@pytest.mark.parametrize("family", ["gemma", "gemma2", "gemma3"])
+WINDOW = 6  # behind which some keys are hidden
+SHAPE = (2, 20)
+
+
+@pytest.mark.parametrize("family", ["gemma", "gemma2", "gemma3", "vaultgemma"])
 def test_gradients_of_transformers(tiny_checkpoint: Callable[..., Path], family: str) -> None:
-    """At every linear's output, behind a window that hides some keys."""
-    folder = tiny_checkpoint(family=family, dtype="f32", window=6)
+    """At every linear's output."""
+    folder = tiny_checkpoint(family=family, dtype="f32", window=WINDOW)
+    require_same(folder, plain_model(folder), 128)
+
+
+@pytest.mark.parametrize(
+    ("variant", "text"),
+    [
+        ("small", {}),
+        ("large", {}),
+        ("experts", {}),
+        ("all", {}),
+        # Two layers of each kind read the keys of one that comes before.
+        ("small", {"num_hidden_layers": 8, "layer_types": [*["sliding_attention"] * 3, FULL] * 2}),
+    ],
+)
+def test_gradients_of_gemma4(
+    tiny_gemma4: Callable[..., Path], variant: str, text: dict[str, Any]
+) -> None:
+    from tests.gemma4 import loaded_model
+
+    folder = tiny_gemma4(variant, text={"sliding_window": WINDOW, **text})
+    require_same(folder, loaded_model(folder), 64)
+
+
+@pytest.mark.parametrize("variant", ["plain", "other"])
+def test_gradients_of_gemma3n(tiny_gemma3n: Callable[..., Path], variant: str) -> None:
+    from tests.gemma3n import loaded_model
+
+    folder = tiny_gemma3n(variant, text={"sliding_window": WINDOW})
+    require_same(folder, loaded_model(folder), 64)
+
+
+def require_same(folder: Path, model: Any, hidden: int) -> None:
+    """The gradients at the outputs of all linears are those of autograd."""
     rng = np.random.default_rng(1)
-    tokens = rng.integers(0, 512, (2, 20)).astype(np.int32)
-    upstream = rng.standard_normal((2, 20, 128)).astype(np.float32)
-    ours, theirs = gradients(folder, tokens, upstream), torch_gradients(folder, tokens, upstream)
+    tokens = rng.integers(0, 480, SHAPE).astype(np.int32)
+    upstream = rng.standard_normal((*SHAPE, hidden)).astype(np.float32)
+    ours, theirs = gradients(folder, tokens, upstream), torch_gradients(model, tokens, upstream)
     assert ours.keys() == theirs.keys()
     for name, expected in theirs.items():
         error = np.abs(ours[name] - expected).max() / np.abs(expected).max()
@@ -38,30 +79,43 @@ def test_gradients_of_transformers(tiny_checkpoint: Callable[..., Path], family:
 def gradients(folder: Path, tokens: NDArray[np.int32], upstream: Array) -> dict[str, Array]:
     """Gradient at every linear's output of the sum of `upstream` times the final states."""
     checkpoint = open_checkpoint(folder)
-    config, weights = checkpoint.config, CheckpointWeights(checkpoint, resident=False)
-    states = [embed(config, weights.embedding(tokens))]
+    config, source = checkpoint.config, CheckpointWeights(checkpoint, resident=False)
+    texts = [curvature._started(checkpoint, source, part) for part in np.split(tokens, 2)]
+    streams = []
     for layer in range(config.num_layers):
-        states.append(layer_forward(config, layer, weights.layer(layer), states[-1]))
-    gain = checkpoint.final_norm()
-    slope = rms_norm_backward(states[-1], gain, config.rms_norm_eps, upstream)
-    found = {}
+        streams.append([text.stream for text in texts])
+        pass_layer(config, layer, checkpoint.layer(layer), checkpoint, texts)
+    slopes = [
+        Slope(curvature._end(config, source, text.stream)[1](part))
+        for text, part in zip(texts, np.split(upstream, 2), strict=True)
+    ]
+    found: dict[str, list[Array]] = {}
     for layer in reversed(range(config.num_layers)):
 
         def visit(role: str, out: Array, at_out: Array, layer: int = layer) -> None:
-            found[layer_tensor(layer, role)] = at_out.reshape(*tokens.shape, -1)
             assert out.shape == at_out.shape
+            found.setdefault(layer_tensor(layer, role), []).append(at_out)
 
-        slope = layer_backward(config, layer, weights.layer(layer), states[layer], slope, visit)
-    return found
+        weights = checkpoint.layer(layer)
+        pairs = zip(texts, slopes, strict=True)
+        layers = [LayerGradient(config, layer, weights, t.beside, s, visit) for t, s in pairs]
+        pass_back(layers, checkpoint, streams[layer].__getitem__)
+    assert not any(slope.shared for slope in slopes)
+    return {name: np.reshape(parts, (*tokens.shape, -1)) for name, parts in found.items()}
 
 
-def torch_gradients(folder: Path, tokens: NDArray[np.int32], upstream: Array) -> dict[str, Array]:
+def plain_model(folder: Path) -> Any:
     import torch
     from transformers import AutoModelForCausalLM
 
-    model: Any = AutoModelForCausalLM.from_pretrained(
+    return AutoModelForCausalLM.from_pretrained(
         folder, dtype=torch.float32, attn_implementation="eager"
     )
+
+
+def torch_gradients(model: Any, tokens: NDArray[np.int32], upstream: Array) -> dict[str, Array]:
+    import torch
+
     found: dict[str, Array] = {}
 
     def keep(name: str) -> Callable[..., None]:

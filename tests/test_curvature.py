@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from tests.test_backward import torch_gradients
+from tests.test_backward import plain_model, torch_gradients
 from tests.test_reference import all_logits
 from uq.errors import UsageError
 from uq.formats.bundle import Bundle, open_bundle
@@ -21,11 +21,12 @@ from uq.kernels.reference import ReferenceSession, soft_cap
 from uq.kernels.weights import BundleWeights
 from uq.progress import LineProgress, SilentProgress
 from uq.quantize import curvature
-from uq.quantize.backward import rms_norm_backward
+from uq.quantize.backward import Slope
 from uq.quantize.calibrate import NumpyEngine
 from uq.quantize.curvature import curvature_bytes, measure_curvature
 from uq.quantize.pipeline import QuantizeOptions, quantize
 from uq.quantize.plan import WorkSizes
+from uq.quantize.pullbacks import rms_norm_backward
 from uq.quantize.spool import Spool
 from uq.quantize.text import read_text, token_sequences
 
@@ -44,15 +45,15 @@ def test_means_of_the_gradients_of_transformers(
     checkpoint = open_checkpoint(folder)
     eps, gain = checkpoint.config.rms_norm_eps, checkpoint.final_norm()
 
-    def slopes(config: object, source: object, hidden: list[Array]) -> list[Array]:
-        parts = np.split(upstream, len(hidden))
-        return [rms_norm_backward(h, gain, eps, u) for h, u in zip(hidden, parts, strict=True)]
+    def slopes(config: object, source: object, hidden: list[Array]) -> list[Slope]:
+        parts = zip(hidden, np.split(upstream, len(hidden)), strict=True)
+        return [Slope(rms_norm_backward(h, gain, eps, u)) for h, u in parts]
 
     monkeypatch.setattr(curvature, "_loss_slopes", slopes)
     monkeypatch.setattr("uq.quantize.gptq.OUTPUTS", 64)
     monkeypatch.setattr(curvature, "CLIP", np.float32(np.inf))
     found = measure_curvature(checkpoint, tokens, WORK, tmp_path, SilentProgress())
-    theirs = torch_gradients(folder, tokens[::2], upstream)
+    theirs = torch_gradients(plain_model(folder), tokens[::2], upstream)
     for role, shape in checkpoint.config.linear_shapes(1).items():
         if role in curvature.NORMED:
             continue
@@ -100,15 +101,35 @@ def test_what_is_not_finite_is_left_out(
     tiny_checkpoint: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     checkpoint = open_checkpoint(tiny_checkpoint())
-    broken = lambda config, source, hidden: [np.full_like(h, np.nan) for h in hidden]  # noqa: E731
+    broken = lambda config, source, hidden: [Slope(np.full_like(h, np.nan)) for h in hidden]  # noqa: E731
     monkeypatch.setattr(curvature, "_loss_slopes", broken)
     tokens = np.ones((2, 20), np.int32)
     found = measure_curvature(checkpoint, tokens, WORK, tmp_path, SilentProgress())
     assert found.blocks(layer_tensor(0, "mlp.up_proj"), (256, 128), 1 << 20) is None
 
 
+@pytest.fixture
+def tiny(
+    tiny_checkpoint: Callable[..., Path],
+    tiny_gemma4: Callable[..., Path],
+    tiny_gemma3n: Callable[..., Path],
+) -> Callable[[str], Path]:
+    """Factory of a folder by the name of its family, with all that its models have."""
+
+    def write(family: str) -> Path:
+        if family == "gemma4":
+            return tiny_gemma4("all")
+        return tiny_gemma3n("plain") if family == "gemma3n" else tiny_checkpoint(dtype="f32")
+
+    return write
+
+
+FAMILIES = pytest.mark.parametrize("family", ["gemma3", "gemma4", "gemma3n"])
+
+
+@FAMILIES
 def test_what_waits_on_the_disk_is_counted(
-    tiny_checkpoint: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tiny: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, family: str
 ) -> None:
     written = []
 
@@ -118,8 +139,8 @@ def test_what_waits_on_the_disk_is_counted(
             super().__setitem__(key, array)
 
     monkeypatch.setattr(curvature, "Spool", Counted)
-    checkpoint = open_checkpoint(tiny_checkpoint())
-    tokens = np.random.default_rng(0).integers(0, 512, (4, 20)).astype(np.int32)
+    checkpoint = open_checkpoint(tiny(family))
+    tokens = np.random.default_rng(0).integers(0, 480, (4, 20)).astype(np.int32)
     measure_curvature(checkpoint, tokens, WORK, tmp_path, SilentProgress())
     assert sum(written) == curvature_bytes(checkpoint.config, tokens.size, WORK.row_numbers)
     assert not list(tmp_path.iterdir())
@@ -129,10 +150,11 @@ FEW = QuantizeOptions(group=32, calibration_tokens=8192, calibration_length=128)
 TOGETHER = replace(FEW, curvature=True)
 
 
+@FAMILIES
 def test_bundles_diverge_less_with_it_and_have_the_same_bytes_again(
-    tiny_checkpoint: Callable[..., Path], tmp_path: Path
+    tiny: Callable[[str], Path], tmp_path: Path, family: str
 ) -> None:
-    checkpoint = open_checkpoint(tiny_checkpoint(dtype="f32"))
+    checkpoint = open_checkpoint(tiny(family))
 
     def bundle(name: str, options: QuantizeOptions) -> Bundle:
         return open_bundle(quantize(checkpoint, tmp_path / name, options))

@@ -67,9 +67,17 @@ def test_a_run_that_did_not_ask_for_it_goes_without_and_says_why(
     assert not (reason and job.plan.bends)
 
 
-def test_a_newer_family_goes_without(
-    tiny_gemma4: Callable[..., Path], shipped_recipes: None
+def test_newer_families_have_it(
+    tiny_gemma4: Callable[..., Path], tiny_gemma3n: Callable[..., Path], shipped_recipes: None
 ) -> None:
+    for folder in (tiny_gemma4("all"), tiny_gemma3n("plain")):
+        assert plan_of(open_checkpoint(folder).config, QuantizeOptions(group=32)).bends
+
+
+def test_a_layer_whose_gradient_is_not_known_goes_without(
+    tiny_gemma4: Callable[..., Path], shipped_recipes: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("uq.quantize.job.GRADIENTS", frozenset())
     checkpoint, notes = open_checkpoint(tiny_gemma4("small")), Notes()
     assert not prepared(checkpoint, QuantizeOptions(group=32), notes, None, None).plan.bends
     assert "without --curvature, which does not compute" in notes.said[0]
