@@ -6,7 +6,7 @@
 The weights are noise. The Hub runs in a process of its own, on the same machine, and takes part of
 its time; it sends the folder's file by sendfile. Runs alternate, so that both find the file in the
 page cache if it fits there. The most bytes that a run had on the disk are looked up four times a
-second: the bundle in work and all caches.
+second, as what the disk has less free: files without a name count, and whatever else writes.
 """
 
 from __future__ import annotations
@@ -96,11 +96,18 @@ def small_files(tiny: Tiny) -> dict[str, bytes]:
 
 
 def serve(folder: Path) -> None:
-    """Be the Hub until stdin ends; the address is the first line of stdout."""
+    """Be the Hub until stdin ends; the address is the first line of stdout.
+
+    Every line of stdin is answered by how many bytes of weights were sent since the last one.
+    """
     with HubServer() as hub:
         hub.store.add(REPO, {path.name: content(path) for path in folder.iterdir()})
         print(hub.url, flush=True)
-        sys.stdin.read()
+        known = 0
+        for _ in sys.stdin:
+            sent = sum(request.sent for request in hub.requests("GET", r"\.safetensors$|/cdn/"))
+            print(sent - known, flush=True)
+            known = sent
 
 
 def content(path: Path) -> bytes | OnDisk:
@@ -126,13 +133,13 @@ def quantize(source: str, work: Path, url: str, options: list[str]) -> dict[str,
         "HF_ENDPOINT": url, "HF_HOME": str(work / "hf"), "UQ_CACHE": str(work / "cache"),
         "HF_HUB_DISABLE_XET": "1",
     }  # fmt: skip
-    out = work / "bundle"
+    out, others = work / "bundle", occupied(work)
     command = [sys.executable, "-m", "uq", "quantize", source, "-o", str(out), *options]
     began, most, before = time.perf_counter(), 0, processor()
     with (work / "log").open("w") as log:
         run = subprocess.Popen(command, env=environment, stdout=log, stderr=log)
         while run.poll() is None:
-            most = max(most, used(work))
+            most = max(most, occupied(work) - others)
             time.sleep(0.25)
     if run.returncode:
         sys.exit((work / "log").read_text())
@@ -141,7 +148,7 @@ def quantize(source: str, work: Path, url: str, options: list[str]) -> dict[str,
         "seconds": seconds,
         "processor": processor() - before,
         "bundle": used(out),
-        "most": max(most, used(work)),
+        "most": max(most, occupied(work) - others),
     }
 
 
@@ -155,6 +162,11 @@ def spent(pid: int) -> float:
     """Processor seconds of a process that runs."""
     times = psutil.Process(pid).cpu_times()
     return float(times.user + times.system)
+
+
+def occupied(folder: Path) -> int:
+    """Bytes on the disk of a folder."""
+    return int(psutil.disk_usage(str(folder)).used)
 
 
 def used(folder: Path) -> int:
@@ -198,9 +210,10 @@ def compare(tiny: Tiny, work: Path, runs: int, options: list[str]) -> None:
                 run = work / f"{kind}-{number}"
                 run.mkdir()
                 os.sync()  # what an earlier run left to write would slow this one down
-                before = spent(hub)
+                before = spent(hub.pid)
                 figures = quantize(source, run, url, options)
-                figures["hub_processor"] = spent(hub) - before
+                figures["hub_processor"] = spent(hub.pid) - before
+                figures["fetched"] = fetched(hub) / (folder / WEIGHTS).stat().st_size
                 took[kind].append(figures["seconds"])
                 print(kind, json.dumps(figures), flush=True)
                 shutil.rmtree(run)
@@ -208,13 +221,20 @@ def compare(tiny: Tiny, work: Path, runs: int, options: list[str]) -> None:
     print(f"hub / folder: median {median(ratios):.2f}, {min(ratios):.2f} to {max(ratios):.2f}")
 
 
+def fetched(hub: subprocess.Popen[str]) -> int:
+    """Bytes of weights that it has sent since it was asked last."""
+    assert hub.stdout is not None and hub.stdin is not None
+    print(file=hub.stdin, flush=True)
+    return int(hub.stdout.readline())
+
+
 @contextmanager
-def loopback_hub(folder: Path) -> Iterator[tuple[int, str]]:
+def loopback_hub(folder: Path) -> Iterator[tuple[subprocess.Popen[str], str]]:
     """Its process and its address."""
     command = [sys.executable, "-m", "benchmarks.hub_streaming", "--serve", str(folder)]
     hub = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     assert hub.stdout is not None and hub.stdin is not None
-    yield hub.pid, hub.stdout.readline().strip()
+    yield hub, hub.stdout.readline().strip()
     hub.stdin.close()
     hub.wait()
 

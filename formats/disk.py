@@ -69,6 +69,11 @@ def write_file(path: Path, chunks: Iterable[bytes | memoryview], nbytes: int) ->
     return digest.hexdigest()
 
 
+def has_free(path: Path, nbytes: int) -> bool:
+    """Whether the disk of `path`, which need not exist yet, has so much room."""
+    return _free(path)[1] >= nbytes
+
+
 class _EarlySync:
     """Keeps the disk at work while a file is written, so that the sync at its end has little left.
 

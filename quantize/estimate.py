@@ -28,7 +28,13 @@ from uq.quantize.candidates import CANDIDATES
 from uq.quantize.curvature import EVERY, STATES, VOCABULARY, coupled_shapes
 from uq.quantize.factor import factorize
 from uq.quantize.gptq import OUTPUTS, Statistics, quantize_gptq
-from uq.quantize.job import curvature_on_disk, fitted_plan, recognised_plan, worker_threads
+from uq.quantize.job import (
+    curvature_on_disk,
+    fetched_on_disk,
+    fitted_plan,
+    recognised_plan,
+    worker_threads,
+)
 from uq.quantize.memory import layer_kinds
 from uq.quantize.pipeline import QuantizeOptions
 from uq.quantize.plan import GptqOptions, Plan, TensorPlan, WorkSizes
@@ -131,7 +137,9 @@ def estimate(checkpoint: Checkpoint, options: QuantizeOptions) -> Estimate:
         bits_per_weight=8 * nbytes / config.num_parameters(),
         peak_memory=checkpoint.buffered + fitted.resident,
         towers=stored_bytes(checkpoint.towers, options.towers),
-        spilled=fitted.spilled + curvature_on_disk(config, plan, options),
+        spilled=fitted.spilled
+        + curvature_on_disk(config, plan, options)
+        + fetched_on_disk(checkpoint, plan, options),
         sizes="" if plan.gptq.work == WorkSizes() else str(plan.gptq.work),
         free_memory=psutil.virtual_memory().available,
         seconds=seconds,

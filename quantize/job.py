@@ -18,7 +18,7 @@ from uq.formats.disk import require_free
 from uq.formats.manifest import Calibration, Manifest
 from uq.formats.sensitive import sensitivity_note
 from uq.formats.towers import stored_bytes
-from uq.formats.writer import BundleWriter
+from uq.formats.writer import BundleWriter, work_folder
 from uq.kernels.session import require_known
 from uq.progress import Progress
 from uq.quantize.backward import FOLLOWED as GRADIENTS
@@ -36,6 +36,7 @@ from uq.quantize.shards import shard_bytes
 from uq.quantize.source import SourceWatch
 from uq.quantize.text import Text, read_text, text_notes, token_sequences
 from uq.quantize.towers import require_towers
+from uq.text import size
 
 
 @dataclass(frozen=True)
@@ -86,11 +87,29 @@ class Job:
 
     def require_room(self, out: Path, writer: BundleWriter) -> None:
         """Raises DeviceError: the disk is too full for what is left to do."""
+        bent = curvature_on_disk(self.checkpoint.config, self.plan, self.options)
+        remedy = f"use --no-curvature, which needs {bent:,} less" if bent else ""
+        require_free(out, self._room(writer), remedy)
+
+    def _room(self, writer: BundleWriter) -> int:
+        """Bytes of the disk that what is left to do takes."""
         left = shard_bytes(self.checkpoint.config, self.plan)[self.done(writer) :]
         towers = stored_bytes(self.checkpoint.towers, self.options.towers)
         bent = curvature_on_disk(self.checkpoint.config, self.plan, self.options)
-        remedy = f"use --no-curvature, which needs {bent:,} less" if bent else ""
-        require_free(out, self.spill + bent + towers + sum(left), remedy)
+        return self.spill + bent + towers + sum(left)
+
+    def keep_fetched(self, out: Path, writer: BundleWriter) -> None:
+        """Let weights that are fetched for one pass over the layers wait for the next."""
+        waiting = fetched_on_disk(self.checkpoint, self.plan, self.options)
+        if not waiting or self.done(writer) == self.shards:
+            return
+        if self.checkpoint.keep_fetched(work_folder(out), self._room(writer)):
+            self.progress.note(f"weights: fetched once; {size(waiting)} wait on the disk meanwhile")
+        else:
+            self.progress.note(
+                f"weights: fetched for each pass over the layers; with {size(waiting)} more room "
+                f"in {out.parent}, or --keep, once"
+            )
 
     def tokens(self) -> NDArray[np.int32] | None:
         """(sequences, length) of the calibration; None without a text.
@@ -296,6 +315,12 @@ def curvature_on_disk(config: GemmaConfig, plan: Plan, options: QuantizeOptions)
     """Bytes that wait while the run lasts."""
     numbers = plan.gptq.work.row_numbers
     return curvature_bytes(config, options.calibration_tokens, numbers) if plan.bends else 0
+
+
+def fetched_on_disk(checkpoint: Checkpoint, plan: Plan, options: QuantizeOptions) -> int:
+    """Bytes of fetched weights that wait while the run lasts: where layers are read repeatedly."""
+    again = plan.budget is not None or plan.bends or options.independent
+    return checkpoint.stored_bytes if checkpoint.streamed and again else 0
 
 
 def worker_threads(options: QuantizeOptions) -> int:

@@ -81,6 +81,7 @@ def quantize(
     ):
         job.watch.require_same(writer, pool)
         job.require_room(out, writer)
+        job.keep_fetched(out, writer)
         assets = in_background(lambda: carried(checkpoint, towers=job.towers))
         tokens = job.tokens()
         if tokens is not None and job.plan.budget is not None:

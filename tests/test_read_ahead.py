@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import errno
+import os
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,6 +16,7 @@ from numpy.typing import NDArray
 
 from uq.errors import HubError
 from uq.formats.checkpoint import read_ahead as module
+from uq.formats.checkpoint.fetched import Fetched
 from uq.formats.checkpoint.read_ahead import BlockReader, cut, read_ahead
 from uq.formats.checkpoint.tensors import TensorInfo
 
@@ -50,8 +54,8 @@ def tensor(file: Slow, name: str, offset: int, nbytes: int) -> TensorInfo:
     return TensorInfo(name, file, offset, (nbytes,), "bf16", nbytes)
 
 
-def reader_of(file: Slow, ahead: int) -> BlockReader:
-    return BlockReader(list(cut([tensor(file, "all", 0, file.size)])), ahead)
+def reader_of(file: Slow, ahead: int, fetched: Fetched | None = None) -> BlockReader:
+    return BlockReader(list(cut([tensor(file, "all", 0, file.size)])), ahead, fetched or Fetched())
 
 
 def test_any_bytes_are_those_of_the_file() -> None:
@@ -71,10 +75,51 @@ def test_reading_on_fetches_each_block_once() -> None:
     assert sorted(file.asked) == [(start, 100) for start in range(0, CONTENT.size, 100)]
 
 
+def test_what_is_kept_on_the_disk_is_fetched_once(tmp_path: Path) -> None:
+    file, fetched = Slow(), Fetched()
+    fetched.keep_in(tmp_path)
+    reader = reader_of(file, 500, fetched)
+    starts = range(0, CONTENT.size, 100)
+    for start in (*starts, *reversed(starts), *starts):
+        part = reader.read("weights", start, 100)
+        assert_array_equal(part, CONTENT[start : start + 100])
+    assert sorted(file.asked) == [(start, 100) for start in starts]
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("call", ["pwrite", "preadv"])
+def test_a_disk_that_fails_costs_fetching_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: str
+) -> None:
+    def fail(*args: object) -> int:
+        raise OSError(errno.EIO, "Input/output error")
+
+    file, fetched = Slow(), Fetched()
+    fetched.keep_in(tmp_path)
+    monkeypatch.setattr(os, call, fail)
+    for _ in range(2):
+        assert_array_equal(fetched.read(file, 200, 50), CONTENT[200:250])
+    assert file.asked == [(200, 50)] * 2
+
+
+def test_a_full_disk_gets_its_room_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file, fetched, pwrite = Slow(), Fetched(), os.pwrite
+    fetched.keep_in(tmp_path)
+    fetched.read(file, 0, 100)
+    assert fetched._file is not None
+    kept = os.dup(fetched._file.fileno())
+    assert os.fstat(kept).st_size == 100
+    monkeypatch.setattr(os, "pwrite", lambda fd, data, at: pwrite(fd, data[:10], at))
+    assert_array_equal(fetched.read(file, 100, 100), CONTENT[100:200])
+    assert os.fstat(kept).st_size == 0
+    os.close(kept)
+    assert_array_equal(fetched.read(file, 0, 100), CONTENT[:100])
+
+
 def test_blocks_follow_the_order_of_reading() -> None:
     file = Slow()
     late, early = tensor(file, "late", 0, 250), tensor(file, "early", 250, 150)
-    tensors = read_ahead({"late": late, "early": early}, [["early"], ["late"]], ahead=300)
+    tensors = read_ahead({"late": late, "early": early}, [["early"], ["late"]], 300, Fetched())
     tensors["early"].file.read(250, 150)
     tensors["late"].file.read(0, 250)
     assert set(file.asked) == {(250, 100), (350, 50), (0, 100), (100, 100), (200, 50)}
@@ -91,7 +136,7 @@ def test_parts_of_a_step_are_fetched_once_in_any_order() -> None:
     layers = [[f"{n}-{m}" for m in range(5)] for n in range(6)]
     places = {name: 130 * index for index, name in enumerate(sum(layers, []))}
     tensors = {name: tensor(file, name, start, 130) for name, start in places.items()}
-    found = read_ahead(tensors, layers, ahead=5 * 130)
+    found = read_ahead(tensors, layers, 5 * 130, Fetched())
     for layer in layers:
         for name in rng.permutation(layer):
             start = places[name]

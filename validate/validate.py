@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from dataclasses import dataclass
 from math import isfinite
 from pathlib import Path
@@ -11,12 +12,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from uq.blas import blas_threads
-from uq.errors import UsageError
+from uq.errors import DeviceError, UsageError
 from uq.formats.chat import Render
 from uq.kernels.backends import device_numerics, open_reference, open_session
 from uq.kernels.numerics import ACTIVATIONS, KV, Numerics
 from uq.kernels.session import require_context
 from uq.progress import Progress, SilentProgress
+from uq.text import size
 from uq.validate.assembly import NO_CLOCK, Measured, make_report
 from uq.validate.bandwidth import Ceiling
 from uq.validate.environment import peak_memory
@@ -138,11 +140,20 @@ def validate(
     if options.speed:
         require_context("--prompt and --generate", options.prompt + options.generate, bundle.config)
     checkpoint, warnings = find_reference(bundle.manifest, reference, keep=options.keep)
+    _keep_fetched(checkpoint, bundle, progress)
     text = read_text(options.text)
     tokens = windows(bundle.tokenizer(), text, options.context, options.max_chunks, options.render)
     with blas_threads(options.threads):
         measured = _measure(bundle, checkpoint, tokens, numerics, options, progress)
     return make_report(bundle, checkpoint, text, tokens, options, measured, warnings)
+
+
+def _keep_fetched(checkpoint: Checkpoint, bundle: Bundle, progress: Progress) -> None:
+    """Weights that are fetched to run the reference are read again to compare the bundle's."""
+    with suppress(DeviceError):  # a bundle in a folder that cannot be written
+        if checkpoint.keep_fetched(bundle.path):
+            waiting = size(checkpoint.stored_bytes)
+            progress.note(f"reference: fetched once; {waiting} wait on the disk meanwhile")
 
 
 def _measure(

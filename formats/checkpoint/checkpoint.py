@@ -8,6 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import cached_property
 from math import prod
+from pathlib import Path
 from typing import Literal
 
 import numpy as np
@@ -21,6 +22,7 @@ from uq.formats.checkpoint.content import (
     read_contents,
     tensor_content,
 )
+from uq.formats.checkpoint.fetched import Fetched
 from uq.formats.checkpoint.tensors import (
     TensorInfo,
     as_float32,
@@ -40,6 +42,7 @@ from uq.formats.config import (
     layer_tensor,
 )
 from uq.formats.decode import printable
+from uq.formats.disk import has_free
 from uq.formats.families.registry import FAMILIES
 from uq.formats.tokenizer import Tokenizer
 
@@ -67,6 +70,7 @@ class Checkpoint:
 
     Attributes:
         buffered: bytes that reading ahead of a slow source may hold in memory, at most.
+        fetched: what keeps the weights of a slow source for the next time they are read.
         dtype: of the linears and embeddings, for people: `bf16`, `q4_k_m`, `bf16 mixed`.
         left_out: one sentence for each part of the source that has no place in a bundle.
         tensors: canonical name -> where it lies in the source.
@@ -91,6 +95,7 @@ class Checkpoint:
         self.tensors = needed_tensors(config, tensors)
         self.towers = towers or {}
         self.buffered = 0
+        self.fetched: Fetched | None = None
         self.dtype = dtype
         self.left_out = left_out
         self._norm_offset = np.float32(norm_offset)
@@ -99,7 +104,27 @@ class Checkpoint:
     @property
     def streamed(self) -> bool:
         """Whether its weights are fetched from the Hub as they are read."""
-        return self.buffered > 0
+        return self.fetched is not None
+
+    @property
+    def stored_bytes(self) -> int:
+        """Of the tensors that are read, as they are stored."""
+        places = {(info.file.name, info.offset): info.nbytes for info in self.tensors.values()}
+        return sum(places.values())
+
+    def keep_fetched(self, folder: Path, beside: int = 0) -> bool:
+        """From now on let what is fetched of a slow source wait on a folder's disk.
+
+        Returns:
+            Whether it does: the disk has room for all of it and `beside` bytes more.
+
+        Raises:
+            DeviceError: the folder cannot be written.
+        """
+        if self.fetched is None or not has_free(folder, self.stored_bytes + beside):
+            return False
+        self.fetched.keep_in(folder)
+        return True
 
     @property
     def makes_tokenizer(self) -> bool:

@@ -18,6 +18,7 @@ from uq.formats.checkpoint.checkpoint import (
 )
 from uq.formats.checkpoint.compact import without_unused_merges
 from uq.formats.checkpoint.demo import DEMO, demo_gguf, demo_licences
+from uq.formats.checkpoint.fetched import Fetched
 from uq.formats.checkpoint.gguf_config import gguf_config, gguf_tensors
 from uq.formats.checkpoint.gguf_file import GgufFile, read_gguf
 from uq.formats.checkpoint.gguf_tokenizer import tokenizer_json, vocabulary_key
@@ -119,9 +120,10 @@ def _streamed(checkpoint: Checkpoint) -> Checkpoint:
     ]
     sizes = [sum(checkpoint.tensors[name].nbytes for name in layer) for layer in layers]
     ahead = max(*sizes, WORKERS * BLOCK)
-    checkpoint.buffered = 2 * ahead
-    checkpoint.tensors = read_ahead(checkpoint.tensors, [*tables, *layers], ahead)
-    checkpoint.towers = read_ahead(checkpoint.towers, [[n] for n in checkpoint.towers], ahead)
+    checkpoint.buffered, checkpoint.fetched = 2 * ahead, Fetched()
+    steps, towers = [*tables, *layers], [[name] for name in checkpoint.towers]
+    checkpoint.tensors = read_ahead(checkpoint.tensors, steps, ahead, checkpoint.fetched)
+    checkpoint.towers = read_ahead(checkpoint.towers, towers, ahead, Fetched())
     return checkpoint
 
 

@@ -18,16 +18,14 @@ from queue import SimpleQueue
 from threading import Lock, Thread
 
 import numpy as np
-from numpy.typing import NDArray
 
+from uq.formats.checkpoint.fetched import Bytes, Fetched
 from uq.formats.checkpoint.tensors import TensorInfo
 from uq.formats.checkpoint.weight_file import WeightFile
 
 BLOCK = 16 << 20  # bytes of one request: long beside its latency, short beside a retry
 WORKERS = 8
 THREAD = "uq-fetch"
-
-Bytes = NDArray[np.uint8]
 
 
 @dataclass(frozen=True)
@@ -43,21 +41,22 @@ class Block:
     def size(self) -> int:
         return self.stop - self.start
 
-    def fetch(self) -> Bytes:
-        return self.file.read(self.start, self.size)
-
 
 def read_ahead(
-    tensors: Mapping[str, TensorInfo], steps: Sequence[Sequence[str]], ahead: int
+    tensors: Mapping[str, TensorInfo],
+    steps: Sequence[Sequence[str]],
+    ahead: int,
+    fetched: Fetched,
 ) -> dict[str, TensorInfo]:
     """The same tensors, fetched ahead of use.
 
     Args:
         steps: names of tensors that are read together, in the order of reading.
         ahead: bytes to fetch ahead, and to keep behind.
+        fetched: what fetches them.
     """
     blocks = (cut([tensors[name] for name in step]) for step in steps)
-    reader = BlockReader(list(in_steps(blocks, ahead)), ahead)
+    reader = BlockReader(list(in_steps(blocks, ahead)), ahead, fetched)
     return {
         name: replace(info, file=AheadFile(info.file, reader)) for name, info in tensors.items()
     }
@@ -88,6 +87,9 @@ def in_steps(parts: Iterable[Iterable[Block]], ahead: int) -> Iterator[Block]:
             size += block.size
             yield replace(block, step=step)
         step += 1
+
+
+Tasks = SimpleQueue[tuple[Fetched, Block, "Future[Bytes]"] | None]
 
 
 @dataclass(frozen=True)
@@ -126,14 +128,15 @@ class BlockReader:
     Threads may read at the same time.
     """
 
-    def __init__(self, blocks: Sequence[Block], ahead: int) -> None:
+    def __init__(self, blocks: Sequence[Block], ahead: int, fetched: Fetched) -> None:
         self._blocks = blocks
         self._ahead = ahead
+        self._fetched = fetched
         self._held: dict[int, Future[Bytes]] = {}
         self._steps: OrderedDict[int, list[int]] = OrderedDict()  # held blocks; last used is last
         self._size = 0  # of all that is held
         self._lock = Lock()
-        self._tasks: SimpleQueue[tuple[Block, Future[Bytes]] | None] = SimpleQueue()
+        self._tasks: Tasks = SimpleQueue()
         self._places: dict[str, list[tuple[int, int]]] = {}  # file -> (start, index), ascending
         for index, block in enumerate(blocks):
             self._places.setdefault(block.file.name, []).append((block.start, index))
@@ -176,7 +179,7 @@ class BlockReader:
         self._steps.move_to_end(block.step)
         if future is None or (future.done() and future.exception() is not None):
             future = self._held[index] = Future()
-            self._tasks.put((block, future))
+            self._tasks.put((self._fetched, block, future))
         return future
 
     def _fetch_behind(self, index: int) -> None:
@@ -213,20 +216,20 @@ class BlockReader:
             del self._steps[block.step]
 
 
-def work(tasks: SimpleQueue[tuple[Block, Future[Bytes]] | None]) -> None:
+def work(tasks: Tasks) -> None:
     """Fetch block after block until told to stop; ends with the program at the latest."""
     while (task := tasks.get()) is not None:
         fulfil(*task)
         del task  # a failure holds its traceback, and that the reader
 
 
-def fulfil(block: Block, future: Future[Bytes]) -> None:
+def fulfil(fetched: Fetched, block: Block, future: Future[Bytes]) -> None:
     try:
-        future.set_result(block.fetch())
+        future.set_result(fetched.read(block.file, block.start, block.size))
     except BaseException as error:
         future.set_exception(error)
 
 
-def stop(tasks: SimpleQueue[tuple[Block, Future[Bytes]] | None]) -> None:
+def stop(tasks: Tasks) -> None:
     for _ in range(WORKERS):
         tasks.put(None)
