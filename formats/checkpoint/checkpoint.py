@@ -121,10 +121,11 @@ class Checkpoint:
         Raises:
             DeviceError: the folder cannot be written.
         """
-        if self.fetched is None or not has_free(folder, self.stored_bytes + beside):
+        if self.fetched is None:
             return False
-        self.fetched.keep_in(folder)
-        return True
+        if not self.fetched.keeps and has_free(folder, self.stored_bytes + beside):
+            self.fetched.keep_in(folder)
+        return self.fetched.keeps
 
     @property
     def makes_tokenizer(self) -> bool:

@@ -32,6 +32,11 @@ class Fetched:
         self._end = 0
         self._lock = Lock()
 
+    @property
+    def keeps(self) -> bool:
+        """Whether it has been given a folder, and its disk has not failed."""
+        return self._file is not None
+
     def keep_in(self, folder: Path) -> None:
         """From now on keep what is fetched on the disk of a folder.
 
