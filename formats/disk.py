@@ -69,9 +69,9 @@ def write_file(path: Path, chunks: Iterable[bytes | memoryview], nbytes: int) ->
     return digest.hexdigest()
 
 
-def has_free(path: Path, nbytes: int) -> bool:
-    """Whether the disk of `path`, which need not exist yet, has so much room."""
-    return _free(path)[1] >= nbytes
+def free_bytes(path: Path) -> int:
+    """Room on the disk of `path`, which need not exist yet."""
+    return _free(path)[1]
 
 
 class _EarlySync:

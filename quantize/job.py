@@ -100,16 +100,17 @@ class Job:
 
     def keep_fetched(self, out: Path, writer: BundleWriter) -> None:
         """Let weights that are fetched for one pass over the layers wait for the next."""
-        waiting = fetched_on_disk(self.checkpoint, self.plan, self.options)
-        if not waiting or self.done(writer) == self.shards:
+        wanted = fetched_on_disk(self.checkpoint, self.plan, self.options)
+        if not wanted or self.done(writer) == self.shards:
             return
-        if self.checkpoint.keep_fetched(work_folder(out), self._room(writer)):
-            self.progress.note(f"weights: fetched once; {size(waiting)} wait on the disk meanwhile")
-        else:
-            self.progress.note(
-                f"weights: fetched for each pass over the layers; with {size(waiting)} more room "
-                f"in {out.parent}, or --keep, once"
+        kept = self.checkpoint.keep_fetched(work_folder(out), self._room(writer))
+        how = "once" if kept == wanted else "for each pass over the layers but for what is kept"
+        note = f"weights: fetched {how}; {size(kept)} wait on the disk meanwhile"
+        if kept < wanted:
+            note += (
+                f"; with {size(wanted - kept)} more room there, or --keep, they are fetched once"
             )
+        self.progress.note(note)
 
     def tokens(self) -> NDArray[np.int32] | None:
         """(sequences, length) of the calibration; None without a text.

@@ -52,6 +52,7 @@ def test_weights_are_fetched_once_by_default(
     assert "weights:" not in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(("room", "least", "most"), [(0.0, 2.5, 9.0), (0.6, 1.5, 2.5)])
 def test_without_room_they_are_fetched_for_each_pass(
     hub: HubServer,
     tiny_checkpoint: Tiny,
@@ -59,11 +60,18 @@ def test_without_room_they_are_fetched_for_each_pass(
     shipped_recipes: None,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
+    room: float,
+    least: float,
+    most: float,
 ) -> None:
-    monkeypatch.setattr("uq.formats.checkpoint.checkpoint.has_free", lambda path, nbytes: False)
-    assert times_fetched(hub, tiny_checkpoint(layers=8), tmp_path / "out") > 2.5
+    folder = tiny_checkpoint(layers=8)
+    free = int(room * sum(path.stat().st_size for path in folder.glob("*.safetensors")))
+    monkeypatch.setattr("uq.quantize.job.Job._room", lambda job, writer: 0)
+    monkeypatch.setattr("uq.formats.checkpoint.checkpoint.free_bytes", lambda path: free)
+    assert least < times_fetched(hub, folder, tmp_path / "out") < most
     said = capsys.readouterr().err
-    assert "weights: fetched for each pass over the layers; with " in said and "--keep" in said
+    assert "weights: fetched for each pass over the layers but for what is kept; " in said
+    assert "more room there, or --keep, they are fetched once" in said
 
 
 def test_one_pass_keeps_nothing_on_the_disk(
@@ -116,7 +124,8 @@ def test_a_reference_is_fetched_once_where_there_is_room(
     folder, out = tiny_checkpoint(layers=8), tmp_path / "out"
     hub.store.add_folder(REPO, folder)
     assert main(["quantize", str(folder), "-o", str(out), "--method", "rtn"]) == 0
-    monkeypatch.setattr("uq.formats.checkpoint.checkpoint.has_free", lambda path, nbytes: room)
+    if not room:
+        monkeypatch.setattr("uq.formats.checkpoint.checkpoint.free_bytes", lambda path: 0)
     monkeypatch.setattr("uq.kernels.reference.resident_parameters", lambda config: 1 << 60)
     options = ["--no-speed", "--chunks", "1", "--context", "64", "--reference-device", "reference"]
     assert main(["validate", str(out), "--reference", REPO, *options]) == 0

@@ -77,7 +77,7 @@ def test_reading_on_fetches_each_block_once() -> None:
 
 def test_what_is_kept_on_the_disk_is_fetched_once(tmp_path: Path) -> None:
     file, fetched = Slow(), Fetched()
-    fetched.keep_in(tmp_path)
+    fetched.keep_in(tmp_path, CONTENT.size)
     reader = reader_of(file, 500, fetched)
     starts = range(0, CONTENT.size, 100)
     for start in (*starts, *reversed(starts), *starts):
@@ -95,7 +95,7 @@ def test_a_disk_that_fails_costs_fetching_again(
         raise OSError(errno.EIO, "Input/output error")
 
     file, fetched = Slow(), Fetched()
-    fetched.keep_in(tmp_path)
+    fetched.keep_in(tmp_path, CONTENT.size)
     monkeypatch.setattr(os, call, fail)
     for _ in range(2):
         assert_array_equal(fetched.read(file, 200, 50), CONTENT[200:250])
@@ -104,7 +104,7 @@ def test_a_disk_that_fails_costs_fetching_again(
 
 def test_a_full_disk_gets_its_room_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     file, fetched, pwrite = Slow(), Fetched(), os.pwrite
-    fetched.keep_in(tmp_path)
+    fetched.keep_in(tmp_path, CONTENT.size)
     fetched.read(file, 0, 100)
     assert fetched._file is not None
     kept = os.dup(fetched._file.fileno())
@@ -114,6 +114,14 @@ def test_a_full_disk_gets_its_room_back(tmp_path: Path, monkeypatch: pytest.Monk
     assert os.fstat(kept).st_size == 0
     os.close(kept)
     assert_array_equal(fetched.read(file, 0, 100), CONTENT[:100])
+
+
+def test_no_more_is_kept_than_there_is_room_for(tmp_path: Path) -> None:
+    file, fetched = Slow(), Fetched()
+    fetched.keep_in(tmp_path, 250)
+    for start in (0, 100, 200, 0, 100, 200):
+        assert_array_equal(fetched.read(file, start, 100), CONTENT[start : start + 100])
+    assert file.asked == [(0, 100), (100, 100), (200, 100), (200, 100)]
 
 
 def test_blocks_follow_the_order_of_reading() -> None:

@@ -46,6 +46,7 @@ if TYPE_CHECKING:
     from uq.formats.checkpoint import Checkpoint
     from uq.kernels.session import Device, Session
 
+SLACK = 1 << 30  # bytes of the disk that fetched weights leave free
 REFERENCE_REPEATS = 2  # float32 decodes slowly and evenly
 
 
@@ -151,9 +152,8 @@ def validate(
 def _keep_fetched(checkpoint: Checkpoint, bundle: Bundle, progress: Progress) -> None:
     """Weights that are fetched to run the reference are read again to compare the bundle's."""
     with suppress(DeviceError):  # a bundle in a folder that cannot be written
-        if checkpoint.keep_fetched(bundle.path):
-            waiting = size(checkpoint.stored_bytes)
-            progress.note(f"reference: fetched once; {waiting} wait on the disk meanwhile")
+        if kept := checkpoint.keep_fetched(bundle.path, beside=SLACK):
+            progress.note(f"reference: {size(kept)} of it wait on the disk, to be read again")
 
 
 def _measure(

@@ -42,7 +42,7 @@ from uq.formats.config import (
     layer_tensor,
 )
 from uq.formats.decode import printable
-from uq.formats.disk import has_free
+from uq.formats.disk import free_bytes
 from uq.formats.families.registry import FAMILIES
 from uq.formats.tokenizer import Tokenizer
 
@@ -112,20 +112,24 @@ class Checkpoint:
         places = {(info.file.name, info.offset): info.nbytes for info in self.tensors.values()}
         return sum(places.values())
 
-    def keep_fetched(self, folder: Path, beside: int = 0) -> bool:
+    def keep_fetched(self, folder: Path, beside: int = 0) -> int:
         """From now on let what is fetched of a slow source wait on a folder's disk.
 
+        Args:
+            beside: bytes of the disk that are left free.
+
         Returns:
-            Whether it does: the disk has room for all of it and `beside` bytes more.
+            Bytes that will wait there: `stored_bytes` where there is room for all.
 
         Raises:
             DeviceError: the folder cannot be written.
         """
         if self.fetched is None:
-            return False
-        if not self.fetched.keeps and has_free(folder, self.stored_bytes + beside):
-            self.fetched.keep_in(folder)
-        return self.fetched.keeps
+            return 0
+        if not self.fetched.most:
+            room = max(0, free_bytes(folder) - beside)
+            self.fetched.keep_in(folder, min(self.stored_bytes, room))
+        return self.fetched.most
 
     @property
     def makes_tokenizer(self) -> bool:

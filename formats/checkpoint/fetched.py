@@ -27,23 +27,20 @@ class Fetched:
     """
 
     def __init__(self) -> None:
+        self.most = 0  # bytes that may be kept
         self._file: IO[bytes] | None = None
         self._places: dict[Key, int] = {}
         self._end = 0
         self._lock = Lock()
 
-    @property
-    def keeps(self) -> bool:
-        """Whether it has been given a folder, and its disk has not failed."""
-        return self._file is not None
-
-    def keep_in(self, folder: Path) -> None:
-        """From now on keep what is fetched on the disk of a folder.
+    def keep_in(self, folder: Path, most: int) -> None:
+        """From now on keep what is fetched on the disk of a folder, up to so many bytes.
 
         Raises DeviceError: the folder cannot be written.
         """
         with disk_errors(folder, 0):
             self._file = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115
+        self.most = most
         weakref.finalize(self, self._file.close)
 
     def read(self, file: WeightFile, offset: int, nbytes: int) -> Bytes:
@@ -75,9 +72,9 @@ class Fetched:
     def _keep(self, key: Key, data: Bytes) -> None:
         with self._lock:
             place, file = self._end, self._file
-            self._end += len(data) if file else 0
-        if file is None:
-            return
+            if file is None or place + len(data) > self.most:
+                return
+            self._end += len(data)
         try:
             whole = os.pwrite(file.fileno(), data.data, place) == len(data)
         except OSError:
@@ -92,4 +89,4 @@ class Fetched:
         """Leave the room to what needs it more."""
         if self._file is not None:
             os.truncate(self._file.fileno(), 0)
-        self._file, self._places, self._end = None, {}, 0
+        self._file, self._places, self._end, self.most = None, {}, 0, 0
