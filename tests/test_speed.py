@@ -10,7 +10,13 @@ from numpy.typing import NDArray
 from uq.errors import DeviceError, UsageError
 from uq.formats.config import FULL, GemmaConfig
 from uq.kernels.session import Device, Sampling
-from uq.validate.bandwidth import Ceiling, buffer_size, measure_bandwidth
+from uq.validate.bandwidth import (
+    BLOCK,
+    Ceiling,
+    _parallel_sum,
+    buffer_size,
+    measure_bandwidth,
+)
 from uq.validate.environment import last_level_cache
 from uq.validate.report import Spread
 from uq.validate.speed import measure_speed
@@ -116,6 +122,11 @@ def test_the_ceiling_is_bandwidth_over_bytes_per_token() -> None:
 def test_a_context_that_is_too_short_is_refused() -> None:
     with pytest.raises(UsageError, match="40 . 9 tokens do not fit the context of 48"):
         measure_speed(ClockedSession([]), prompt=40, generate=9)
+
+
+def test_every_word_of_the_buffer_is_read() -> None:
+    words = np.random.default_rng(0).integers(0, 1 << 63, (5, BLOCK), np.uint64)
+    assert _parallel_sum(words) == words.sum(dtype=np.uint64)
 
 
 def test_bandwidth_is_measured() -> None:

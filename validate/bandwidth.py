@@ -38,13 +38,20 @@ class Bandwidth:
 
 @njit(parallel=True, cache=True)
 def _parallel_sum(words: NDArray[np.uint64]) -> np.uint64:
-    """Sum modulo 2**64 of (blocks, BLOCK) words; integers, so that the loop vectorizes exactly."""
-    total = np.uint64(0)
+    """Sum modulo 2**64 of (blocks, BLOCK) words; integers, so that the loop vectorizes exactly.
+
+    Of each block four parts at a time: one after the other, additions hold memory up.
+    """
+    total, quarter = np.uint64(0), words.shape[1] // 4
     for block in prange(words.shape[0]):
-        part = np.uint64(0)
-        for word in words[block]:
-            part += word
-        total += part
+        row = words[block]
+        a = b = c = d = np.uint64(0)
+        for i in range(quarter):
+            a += row[i]
+            b += row[quarter + i]
+            c += row[2 * quarter + i]
+            d += row[3 * quarter + i]
+        total += a + b + c + d
     return total
 
 
