@@ -94,7 +94,7 @@ class Rates:
 @cache
 def _narrow_rate(cols: int) -> float:
     """Operations per second of the product of a few rows with a matrix of so many columns."""
-    return _rate(two_sided.ROWS, min(cols, WIDEST), np.float32)
+    return _rate(two_sided.ROWS, cols, np.float32)
 
 
 def _rate(rows: int, cols: int, dtype: DTypeLike) -> float:
@@ -183,7 +183,7 @@ def _together_seconds(shape: Shape, gptq: GptqOptions, rates: Rates) -> float:
     narrow = 2 * rows * cols**2 * (REFIT_PRODUCTS * refits + descents + 1)
     steps = two_sided.ROUNDS * (two_sided.SWEEPS + two_sided.STEPS + 1)
     refined = 2 * steps * rows * cols * (block + cols) / rates.single
-    found = narrow / _narrow_rate(cols) + 4 * rows * cols**2 / rates.double + refined
+    found = narrow / _narrow_rate(min(cols, WIDEST)) + 4 * rows * cols**2 / rates.double + refined
     return found + rows * cols * rates.per_weight
 
 
